@@ -1,0 +1,47 @@
+// The pybind11 module fastgpt._C: how the extension was built, and which of its CPU libraries this
+// CPU can run. It links nothing of PyTorch, so it can be imported to say what is wrong even if the
+// kernels were built for another version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = FASTGPT_TORCH;
+  info["variants"] = FASTGPT_VARIANTS;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["cuda_architectures"] = std::vector<std::string>{};
+  return info;
+}
+
+// The instruction-set variants that this CPU can run; see CPU_VARIANTS in setup.py.
+std::vector<std::string> cpu_variants() {
+  std::vector<std::string> usable{"plain"};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2) usable.push_back("avx2");
+  if (avx512) usable.push_back("avx512");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back("avx512_bf16");
+#endif
+  return usable;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information of fastgpt's compiled kernels.";
+  m.def("build_info", &build_info, "How the extension was built: torch, variants, compiler, CUDA architectures.");
+  m.def("cpu_variants", &cpu_variants, "The instruction-set variants that this CPU can run.");
+}

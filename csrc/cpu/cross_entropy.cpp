@@ -1,0 +1,114 @@
+// Softmax cross-entropy of each row on the CPU; the mathematics is in cross_entropy.h.
+//
+// Bytes: the forward reads the logits once, the backward reads them once and writes them once.
+#include "cross_entropy.h"
+
+namespace fastgpt {
+namespace {
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(
+    const Tensor& logits,
+    const Tensor& target,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1), stride = logits.stride(0);
+  TORCH_CHECK(vocab <= 1 || logits.stride(1) == 1, "cross_entropy_fwd: the classes of a row must be contiguous");
+  const Tensor y = target.contiguous();
+  check_targets(y, vocab, ignore_index);
+  const auto options = logits.options().dtype(accumulator(logits.scalar_type()));
+  const Tensor w = weight ? weight->to(options.dtype()).contiguous() : Tensor();
+  Tensor loss = at::empty({rows}, options), lse = at::empty({rows}, options);
+  dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
+    using T = decltype(element);
+    using A = compute_t<T>;
+    const CrossEntropyRow<A> row(
+        weight ? w.const_data_ptr<A>() : nullptr, vocab, {ignore_index, label_smoothing, z_loss, softcap});
+    const T* x = logits.const_data_ptr<T>();
+    const int64_t* targets = y.const_data_ptr<int64_t>();
+    A *losses = loss.mutable_data_ptr<A>(), *lses = lse.mutable_data_ptr<A>();
+    at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], lses[i]);
+    });
+  });
+  return {loss, lse};
+}
+
+// The gradient into `out`, which may be the logits themselves.
+void backward_into(
+    const Tensor& out,
+    const Tensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    const Tensor& logits,
+    const Tensor& target,
+    const Tensor& lse,
+    const OptionalTensor& weight,
+    const LossOptions& loss_options) {
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  const int64_t stride = logits.stride(0), out_stride = out.stride(0);
+  TORCH_CHECK(vocab <= 1 || logits.stride(1) == 1, "cross_entropy_bwd: the classes of a row must be contiguous");
+  const Tensor y = target.contiguous();
+  check_targets(y, vocab, loss_options.ignore_index);
+  const auto acc = accumulator(logits.scalar_type());
+  const Tensor w = weight ? weight->to(acc).contiguous() : Tensor();
+  const Tensor g = grad_loss.to(acc).contiguous(), l = lse.to(acc).contiguous();
+  const Tensor gl = grad_lse ? grad_lse->to(acc).contiguous() : Tensor();
+  dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
+    using T = decltype(element);
+    using A = compute_t<T>;
+    const CrossEntropyRow<A> row(weight ? w.const_data_ptr<A>() : nullptr, vocab, loss_options);
+    const T* x = logits.const_data_ptr<T>();
+    T* dx = out.mutable_data_ptr<T>();
+    const int64_t* targets = y.const_data_ptr<int64_t>();
+    const A *grads = g.const_data_ptr<A>(), *lses = l.const_data_ptr<A>();
+    const A* lse_grads = grad_lse ? gl.const_data_ptr<A>() : nullptr;
+    at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        row.backward(
+            x + i * stride, dx + i * out_stride, targets[i], lses[i], grads[i], lse_grads ? lse_grads[i] : A(0));
+    });
+  });
+}
+
+Tensor cross_entropy_bwd(
+    const Tensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    const Tensor& logits,
+    const Tensor& target,
+    const Tensor& lse,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap) {
+  Tensor out = at::empty(logits.sizes(), logits.options());
+  backward_into(
+      out, grad_loss, grad_lse, logits, target, lse, weight, {ignore_index, label_smoothing, z_loss, softcap});
+  return out;
+}
+
+void cross_entropy_bwd_inplace(
+    const Tensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    Tensor& logits,
+    const Tensor& target,
+    const Tensor& lse,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap) {
+  backward_into(
+      logits, grad_loss, grad_lse, logits, target, lse, weight, {ignore_index, label_smoothing, z_loss, softcap});
+}
+
+TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("cross_entropy_fwd_cpp", &cross_entropy_fwd);
+  m.impl("cross_entropy_bwd_cpp", &cross_entropy_bwd);
+  m.impl("cross_entropy_bwd_inplace_cpp", &cross_entropy_bwd_inplace);
+}
+
+}  // namespace
+}  // namespace fastgpt

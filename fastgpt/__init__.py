@@ -1,0 +1,31 @@
+"""fastgpt: GPT training in PyTorch, faster.
+
+Hand-written fused kernels behind the interface people already use:
+
+    from fastgpt import functional as F    # was: import torch.nn.functional as F
+    from fastgpt import ops                # the ops, with everything the drop-in has no room for
+    from fastgpt.model import GPT          # a thin GPT standing on them
+"""
+
+from fastgpt import functional, ops
+from fastgpt.backends import (
+    Availability,
+    BackendUnavailable,
+    Explanation,
+    available_backends,
+    explain,
+    use_backend,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Availability",
+    "BackendUnavailable",
+    "Explanation",
+    "available_backends",
+    "explain",
+    "functional",
+    "ops",
+    "use_backend",
+]

@@ -1,0 +1,291 @@
+"""Which backend serves a call: one static preference table, `use_backend`, and the reasons.
+
+A backend is a set of implementations of the ops in `fastgpt.ops`:
+
+    reference   plain PyTorch, any device and dtype; the specification
+    cpp         C++ for the CPU, compiled ahead of time
+    triton      Triton for GPUs (and, for tests, Triton's interpreter on the CPU)
+    cuda        CUDA C++ for GPUs, compiled ahead of time
+
+The choice is made in Python, per call, and under `torch.compile` at trace time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastgpt import extension
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+
+# The first backend in the row that can run the case serves it under "auto".
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "reference"),
+}
+
+OPS = (
+    "attention",
+    "attention_varlen",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "gelu",
+    "bias_gelu",
+    "add_layer_norm",
+)
+
+# Ops that only some backends implement; every other op is implemented by reference, cpp and triton.
+IMPLEMENTED_BY: dict[str, tuple[str, ...]] = {"attention_varlen": ("reference",)}
+
+PYTORCH = "pytorch"  # what the drop-in falls back to; not a backend one can ask for
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run the case; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Availability:
+    """Whether a backend can be used on this machine; false comes with the reason."""
+
+    available: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The backend chosen for one call of one op, and why each other one was not."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend can run this'}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` saw: one `Decision` per op called, in order."""
+
+    decisions: tuple[Decision, ...]
+
+    @property
+    def backend(self) -> str | None:
+        """The backend of the first op called."""
+        return self.decisions[0].backend if self.decisions else None
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why the other backends would not serve the first op called."""
+        return self.decisions[0].reasons if self.decisions else {}
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.decisions)) or "no fastgpt op was called"
+
+
+class _ThreadState(threading.local):
+    backend: str = "auto"
+    recording: list[Decision] | None = None
+
+
+_thread = _ThreadState()
+
+# What `torch.compile` reads while tracing: Dynamo guards a module global, so that code compiled
+# under one backend is compiled again under another. It follows the last `use_backend` of any thread.
+_traced_backend = "auto"
+
+
+def current_backend() -> str:
+    """The name in force in this thread: "auto" or a backend."""
+    return _traced_backend if torch.compiler.is_compiling() else _thread.backend
+
+
+class use_backend(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb, like torch.no_grad)
+    """Context manager that runs the ops on one backend, or restores the choice with "auto".
+
+    Nestable, thread-safe (each thread starts at "auto") and usable as a decorator. A named backend
+    that cannot run a case raises `BackendUnavailable` with the reason; it never falls back.
+
+    Under `torch.compile` the choice is taken while tracing and guarded: entering another backend
+    compiles again. Threads that *compile* under different backends at the same time are not supported.
+
+    Args:
+        name: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Raises:
+        ValueError: the name is none of these.
+    """
+
+    def __init__(self, name: str) -> None:
+        if name != "auto" and name not in BACKENDS:
+            known = ", ".join(("auto", *BACKENDS))
+            raise ValueError(f"there is no backend {name!r}; choose one of {known}")
+        self.name = name
+        self._outer: list[tuple[str, str]] = []
+
+    def __enter__(self) -> use_backend:
+        global _traced_backend
+        self._outer.append((_thread.backend, _traced_backend))
+        _thread.backend = _traced_backend = self.name
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _traced_backend
+        _thread.backend, _traced_backend = self._outer.pop()
+
+    def _recreate_cm(self) -> use_backend:  # a decorated function may run in several threads
+        return use_backend(self.name)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _machine_availability(backend: str) -> Availability:
+    """Whether this machine has the backend at all, whatever the op."""
+    if backend == "reference":
+        return Availability(True)
+    if backend == "cpp":
+        return Availability(extension.loaded(), extension.problem())
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return Availability(False, "triton is not installed (pip install triton)")
+        if triton_interpreted() or torch.cuda.is_available():
+            return Availability(True)
+        return Availability(False, "no CUDA GPU is visible (TRITON_INTERPRET=1 interprets the kernels on a CPU)")
+    return Availability(False, "the CUDA C++ kernels are not part of this version")
+
+
+def available_backends(op: str) -> dict[str, Availability]:
+    """The backends of one op on this machine: `{"cpp": Availability, ...}`, true or false with `.reason`.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"there is no op {op!r}; the ops are {', '.join(OPS)}")
+    found = {}
+    for backend in BACKENDS:
+        found[backend] = _machine_availability(backend)
+        if found[backend] and backend not in IMPLEMENTED_BY.get(op, BACKENDS):
+            found[backend] = Availability(False, f"the {backend} backend has no {op} yet")
+    return found
+
+
+_cached_machine: dict[str, Availability] = {}
+
+
+def _refusal(op: str, backend: str, device: str, case: Callable[[str], str | None]) -> str | None:
+    """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
+    if backend not in IMPLEMENTED_BY.get(op, BACKENDS):
+        return f"the {backend} backend has no {op} yet"
+    if backend == "reference":
+        return case(backend)
+    if backend not in _cached_machine:
+        _cached_machine[backend] = _machine_availability(backend)
+    if not _cached_machine[backend]:
+        return _cached_machine[backend].reason
+    if backend == "cpp" and device != "cpu":
+        return f"the tensors are on {device} and cpp serves the CPU"
+    if backend == "triton" and device != "cuda" and not triton_interpreted():
+        return f"the tensors are on {device} and triton serves CUDA GPUs"
+    if backend == "cuda" and device != "cuda":
+        return f"the tensors are on {device} and cuda serves CUDA GPUs"
+    return case(backend)
+
+
+def select(op: str, device: torch.device, case: Callable[[str], str | None], *, drop_in: bool = False) -> str:
+    """The backend that serves this call.
+
+    Args:
+        op: the op's name.
+        device: where its tensors are.
+        case: maps a backend to the reason why it cannot run this case, or to None.
+        drop_in: the caller can fall back to `torch.nn.functional`: under "auto" the answer may then
+            be "pytorch", which is preferred to the (slow) reference.
+
+    Raises:
+        BackendUnavailable: a backend was asked for by name and cannot run the case.
+    """
+    asked = current_backend()
+    if not torch.compiler.is_compiling() and _thread.recording is not None:
+        return _select_recording(op, device, case, drop_in)
+    if asked != "auto":
+        reason = _refusal(op, asked, device.type, case)
+        if reason is not None:
+            raise BackendUnavailable(f"{op} cannot run on the {asked} backend: {reason}")
+        return asked
+    for backend in PREFERENCE.get(device.type, ("reference",)):
+        if backend == "reference" and drop_in:
+            break
+        if _refusal(op, backend, device.type, case) is None:
+            return backend
+    if drop_in:
+        return PYTORCH
+    # Only the reference itself can have refused here, and it says why.
+    raise BackendUnavailable(f"{op} cannot run: {_refusal(op, 'reference', device.type, case)}")
+
+
+def _select_recording(op: str, device: torch.device, case: Callable[[str], str | None], drop_in: bool) -> str:
+    """`select` for `explain`: the same answer, and a record of it with every reason."""
+    recording, _thread.recording = _thread.recording, None
+    assert recording is not None
+    reasons: dict[str, str] = {}
+    chosen: str | None = None
+    try:
+        chosen = select(op, device, case, drop_in=drop_in)
+        return chosen
+    finally:
+        order = PREFERENCE.get(device.type, ("reference",))
+        for backend in BACKENDS:
+            if backend == chosen:
+                continue
+            reason = _refusal(op, backend, device.type, case)
+            if reason is None and current_backend() != "auto":
+                reason = f"use_backend({current_backend()!r}) is in force"
+            elif reason is None and backend in order and chosen in order:
+                reason = f"{chosen} is preferred on {device.type}"
+            elif reason is None and backend == "reference":
+                reason = "torch.nn.functional computes the same and is faster"
+            reasons[backend] = reason or f"it is never chosen by itself on {device.type}"
+        recording.append(Decision(op, chosen, reasons))
+        _thread.recording = recording
+
+
+@contextlib.contextmanager
+def _record() -> Iterator[list[Decision]]:
+    outer, _thread.recording = _thread.recording, []
+    try:
+        yield _thread.recording
+    finally:
+        _thread.recording = outer
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Calls `fn(*args, **kwargs)` once and reports which backend served each fastgpt op, and why.
+
+    A `BackendUnavailable` raised on the way is part of the answer: the decision then names no backend.
+
+        >>> print(fastgpt.explain(fastgpt.ops.gelu, torch.randn(3)))
+        gelu: cpp
+          not reference: cpp is preferred on cpu
+          ...
+    """
+    with _record() as decisions, contextlib.suppress(BackendUnavailable):
+        fn(*args, **kwargs)
+    return Explanation(tuple(decisions))

@@ -1,0 +1,296 @@
+"""A drop-in for `torch.nn.functional`:  `from fastgpt import functional as F`.
+
+Five functions run on fastgpt's kernels, with PyTorch's results, dtypes, errors and autocast. Every
+other name is PyTorch's own. What the kernels do not cover, and every call that PyTorch would refuse,
+goes to PyTorch under "auto"; a backend asked for by name raises `BackendUnavailable` instead.
+`fastgpt.explain(F.gelu, x)` says which way a call goes and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as _torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.backends import PYTORCH, select
+from fastgpt.ops._checks import FLOATS, autocast_dtype
+from fastgpt.ops._checks import no_float64_on_gpu_backends as _no_float64
+from fastgpt.ops.attention import refusal as _attention_refusal
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_torch)})
+
+
+def _plain(*tensors: Any) -> str | None:
+    """Why these arguments are PyTorch's business alone: something other than dense floating tensors."""
+    first = tensors[0]
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            return f"an argument is a {type(tensor).__name__}, not a tensor"
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            return "an argument is sparse, nested or quantized"
+        if tensor.device != first.device:
+            return "the arguments are on different devices"
+    if first.dtype not in FLOATS:
+        return f"the dtype is {first.dtype}"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform is in force"
+    return None
+
+
+def _goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[str], str | None]) -> bool:
+    """Whether `torch.nn.functional` serves the call; `reason` is why no fastgpt backend can, if so."""
+    device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
+    return select(op, device, (lambda _: reason) if reason else case, drop_in=True) == PYTORCH
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """`torch.nn.functional.gelu` on fastgpt's kernels; see `fastgpt.ops.gelu`."""
+    reason = _plain(input)
+    if reason is None and approximate not in ("none", "tanh"):
+        reason = "approximate is neither 'none' nor 'tanh'"
+    if _goes_to_pytorch("gelu", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return _torch.gelu(input, approximate=approximate)
+    return ops.gelu(input, approximate)
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int] | tuple[int, ...],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.layer_norm` on fastgpt's kernels; see `fastgpt.ops.add_layer_norm`."""
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else ()
+    reason = _plain(input, weight, bias)
+    if reason is None:
+        parameters = [t for t in (weight, bias) if t is not None]
+        if not shape or tuple(input.shape[-len(shape) :]) != shape or any(t.shape != shape for t in parameters):
+            reason = "the shapes do not match"
+        elif any(t.dtype not in (input.dtype, torch.float32) for t in parameters) or (
+            input.dtype == torch.float64 and any(t.dtype != torch.float64 for t in parameters)
+        ):
+            reason = "the parameters' dtypes do not match the input's"
+        elif len({t.dtype for t in parameters}) > 1:
+            reason = "weight and bias have different dtypes"
+        elif input.numel() == 0:
+            reason = "the input is empty"
+    if _goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return _torch.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+    if input.is_cuda and autocast_dtype(input.device) is not None:  # in autocast's float32 list there, not on the CPU
+        input = input.float()
+    size = torch.Size(shape).numel()
+    flat = [None if t is None else t.reshape(size) for t in (weight, bias)]
+    normed, _ = ops.add_layer_norm(input.reshape(-1, size), None, flat[0], flat[1], eps)
+    return normed.view(input.shape)
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` on fastgpt's kernels; see `fastgpt.ops.attention`.
+
+    As there, `is_causal` with Lq ≠ Lk is aligned to the upper left. Inputs are (..., L, E) of two to
+    four dimensions. The dropout masks come from another generator than PyTorch's, so that they
+    differ from PyTorch's for the same seed.
+    """
+    reason = _plain(query, key, value, attn_mask) or _attention_reason(
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
+    )
+    case = lambda b: _attention_refusal(b, query, value, attn_mask)  # noqa: E731
+    if _goes_to_pytorch("attention", query, reason, case):
+        return _torch.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    shape = query.shape
+    while query.dim() < 4:
+        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    if attn_mask is not None and len(shape) == 3 and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unsqueeze(0)
+    out = ops.attention(
+        query,
+        key,
+        value,
+        scale=scale,
+        causal="upper_left" if is_causal else "none",
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+    )
+    assert isinstance(out, Tensor)
+    return out.reshape(*shape[:-1], value.shape[-1]) if len(shape) < 4 else out
+
+
+def _attention_reason(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, gqa: bool
+) -> str | None:
+    """Why no fastgpt backend can serve arguments of these shapes and dtypes, or None."""
+    if not 2 <= q.dim() <= 4 or k.dim() != q.dim() or v.dim() != q.dim():
+        return f"the inputs have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
+    heads = (q.dim() == 4 and gqa) and 1
+    batch = slice(0, -3) if heads else slice(0, -2)
+    if q.shape[batch] != k.shape[batch] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
+        return "the shapes of query, key and value do not match (PyTorch may broadcast them)"
+    if heads and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        return "the heads of key and value do not divide those of query"
+    cast = autocast_dtype(q.device)
+    if cast is None and not q.dtype == k.dtype == v.dtype:
+        return "the dtypes of query, key and value differ"
+    if k.dtype not in FLOATS or v.dtype not in FLOATS:
+        return f"the dtypes are {k.dtype} and {v.dtype}"
+    if mask is not None:
+        if is_causal:
+            return "attn_mask and is_causal are both given"
+        if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+            return f"attn_mask is {mask.dtype}"
+        wanted = (*q.shape[:-1], k.shape[-2])
+        if mask.dim() > q.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False)):
+            return f"attn_mask does not broadcast to {wanted}"
+    if not 0.0 <= dropout_p <= 1.0:
+        return "dropout_p is not between 0 and 1"
+    return None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`torch.nn.functional.cross_entropy` on fastgpt's kernels; see `fastgpt.ops.cross_entropy`.
+
+    Class indices with any number of dimensions run on the kernels, as (N, C), (C) or (N, C, d1, ...);
+    class probabilities go to PyTorch.
+    """
+    reason = _plain(input, target, weight) or _loss_reason(
+        target, weight, input.dtype, size_average, reduce, reduction, label_smoothing
+    )
+    if reason is None:
+        classes = 1 if input.dim() > 1 else 0
+        if input.dim() == 0 or (*input.shape[:classes], *input.shape[classes + 1 :]) != tuple(target.shape):
+            reason = "the shapes of input and target do not match"
+        elif weight is not None and tuple(weight.shape) != (input.shape[classes],):
+            reason = "weight does not have one entry a class"
+    if _goes_to_pytorch("cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return _torch.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if input.dim() > 2:
+        input = input.movedim(1, -1)
+    loss = ops.cross_entropy(
+        input,
+        target.long(),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+) -> Tensor:
+    """`torch.nn.functional.linear_cross_entropy` (PyTorch 2.13) on fastgpt's kernels.
+
+    See `fastgpt.ops.linear_cross_entropy`. Class probabilities, K-dimensional weights and explicit
+    `options` go to PyTorch, or, before 2.13, to `linear` followed by `cross_entropy`.
+    """
+    reason = _plain(input, linear_weight, target, linear_bias, weight) or _loss_reason(
+        target, weight, input.dtype, None, None, reduction, label_smoothing
+    )
+    if reason is None:
+        if linear_weight.dim() != 2 or input.dim() not in (1, 2) or input.shape[-1] != linear_weight.shape[1]:
+            reason = "the shapes are not (N, D) and (V, D)"
+        elif tuple(target.shape) != tuple(input.shape[:-1]):
+            reason = "the shapes of input and target do not match"
+        elif any(t is not None and tuple(t.shape) != linear_weight.shape[:1] for t in (linear_bias, weight)):
+            reason = "a bias or weight does not have one entry a class"
+        elif options is not None:
+            reason = "options ask for PyTorch's own chunking"
+        elif autocast_dtype(input.device) is None and any(
+            t is not None and t.dtype != input.dtype for t in (linear_weight, linear_bias)
+        ):
+            reason = "the dtypes differ"
+    if _goes_to_pytorch("linear_cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
+        keywords = dict(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
+        if hasattr(_torch, "linear_cross_entropy"):
+            return _torch.linear_cross_entropy(
+                input,
+                linear_weight,
+                target,
+                linear_bias=linear_bias,
+                ignore_index=ignore_index,
+                options=options,
+                **keywords,
+            )
+        ignore_index = -100 if ignore_index is None else ignore_index
+        logits = _torch.linear(input, linear_weight, linear_bias)
+        return _torch.cross_entropy(logits, target, ignore_index=ignore_index, **keywords)
+    return ops.linear_cross_entropy(
+        input,
+        linear_weight,
+        target.long(),
+        bias=linear_bias,
+        class_weight=weight,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def _loss_reason(
+    target: Tensor,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    size_average: Any,
+    reduce: Any,
+    reduction: str,
+    label_smoothing: float,
+) -> str | None:
+    """Why no fastgpt backend can serve these arguments of a cross-entropy, or None."""
+    if target.is_floating_point():
+        return "the targets are class probabilities"
+    if target.dtype not in (torch.int64, torch.uint8):
+        return f"the targets are {target.dtype}"
+    if size_average is not None or reduce is not None:
+        return "size_average and reduce are deprecated"
+    if reduction not in ("mean", "sum", "none"):
+        return f"reduction is {reduction!r}"
+    if not 0.0 <= label_smoothing <= 1.0:
+        return "label_smoothing is not between 0 and 1"
+    if weight is not None and (weight.dtype != dtype or weight.requires_grad):
+        return "weight has another dtype than the input, or requires a gradient"
+    return None

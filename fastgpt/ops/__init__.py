@@ -1,0 +1,22 @@
+"""The native ops: what `torch.nn.functional` offers and everything it has no room for.
+
+Each op's file holds its contract (checks, docstring), its registration for every backend and its
+autograd; the choice of backend is `fastgpt.backends.select`.
+"""
+
+from fastgpt.ops.add_layer_norm import add_layer_norm
+from fastgpt.ops.attention import attention
+from fastgpt.ops.attention_varlen import attention_varlen
+from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.gelu import bias_gelu, gelu
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "bias_gelu",
+    "cross_entropy",
+    "gelu",
+    "linear_cross_entropy",
+]

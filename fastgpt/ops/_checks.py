@@ -1,0 +1,91 @@
+"""The checks that the ops share: one sentence each, raised before any memory is touched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(op: str, **tensors: Any) -> None:
+    """Every argument is a dense tensor, and all are on one device. None is allowed and skipped.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: layouts or devices do not fit.
+    """
+    first: tuple[str, Tensor] | None = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise ValueError(f"{op}: {name} must be a dense tensor, got layout {tensor.layout}")
+        if first is None:
+            first = name, tensor
+        elif tensor.device != first[1].device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {first[0]} is on {first[1].device}; move them to one device"
+            )
+
+
+def check_floating(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor has one of the dtypes that the kernels compute in.
+
+    Raises:
+        TypeError: it has not.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
+    """All tensors have one dtype.
+
+    Raises:
+        TypeError: they have not.
+    """
+    given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
+        raise TypeError(f"{op}: the dtypes must be equal, got {listed}")
+
+
+def check_last_dim(op: str, size: int, **vectors: Tensor | None) -> None:
+    """Each vector has the shape (size,).
+
+    Raises:
+        ValueError: it has not.
+    """
+    for name, vector in vectors.items():
+        if vector is not None and (vector.dim() != 1 or vector.shape[0] != size):
+            raise ValueError(f"{op}: {name} must have shape ({size},), got {tuple(vector.shape)}")
+
+
+def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """The value is one of the choices.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the autocast in force on the device, or None."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def no_float64_on_gpu_backends(backend: str, dtype: torch.dtype) -> str | None:
+    """The reason why a GPU backend refuses float64, or None."""
+    if backend in ("triton", "cuda") and dtype == torch.float64:
+        return f"the {backend} kernels compute in float32; float64 is served by cpp and reference"
+    return None

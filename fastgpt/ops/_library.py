@@ -1,0 +1,111 @@
+"""Registers the ops: one schema an op, one fake, an implementation per backend.
+
+For an op X and each backend b the library `fastgpt` holds `X_fwd_b` and `X_bwd_b`, all with X's
+one schema. The reference and Triton are Python and registered here; compiled libraries supply
+theirs with TORCH_LIBRARY_IMPL. The implementations are opaque to `torch.compile`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastgpt.backends import BACKENDS
+
+_library = torch.library.Library("fastgpt", "DEF")
+
+Kernel = Callable[..., Any]
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Kernel,
+    reference: Kernel,
+    module: str | None,
+    check: Kernel | None = None,
+) -> dict[str, Kernel]:
+    """Defines `fastgpt::{name}_{backend}` for every backend and returns the overloads by backend.
+
+    Args:
+        name: the op and its direction, such as "gelu_fwd".
+        schema: arguments and results in PyTorch's schema language, without a name.
+        fake: computes the results' shapes, dtypes and strides from fake tensors.
+        reference: the implementation of the reference backend.
+        module: the file in `fastgpt.kernels` whose function `name` is Triton's launcher, or None.
+        check: called with the arguments before Triton's launcher, for what only the values can tell.
+    """
+    overloads = {}
+    for backend in BACKENDS:
+        op = f"{name}_{backend}"
+        _library.define(op + schema)
+        torch.library.register_fake(f"fastgpt::{op}", fake, lib=_library)
+        overloads[backend] = getattr(torch.ops.fastgpt, op).default
+    _library.impl(f"{name}_reference", _without_autocast(reference), "CompositeExplicitAutograd")
+    if module is not None:
+        _library.impl(f"{name}_triton", _without_autocast(_lazy(module, name, check)), "CompositeExplicitAutograd")
+    return overloads
+
+
+def _lazy(module: str, function: str, check: Kernel | None) -> Kernel:
+    """The launcher `fastgpt.kernels.{module}.{function}`, imported (and Triton with it) at the first call."""
+
+    @functools.cache
+    def launcher() -> Kernel:
+        return getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)  # type: ignore[no-any-return]
+
+    def run(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return launcher()(*args)
+
+    return run
+
+
+def _without_autocast(kernel: Kernel) -> Kernel:
+    """Autocast has been applied to the arguments in `ops`; inside a kernel it must not act again."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return kernel(*args)
+
+    return run
+
+
+def vjp(function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], grads: Any, *, create_graph: bool = False) -> Any:
+    """Gradients of `function(*inputs)` with respect to each input (None for a None input).
+
+    With `create_graph` the inputs must be part of a graph and the result is differentiable again;
+    without, they are detached first. This is the backward of every reference, and what every
+    backend uses for second derivatives.
+    """
+    with torch.enable_grad():
+        if not create_graph:
+            inputs = tuple(None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+        outputs = function(*inputs)
+        if isinstance(outputs, torch.Tensor):
+            outputs, grads = (outputs,), (grads,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        found: list[Any] = [None] * len(wanted)
+        if pairs and wanted:
+            outs, gs = zip(*pairs, strict=True)
+            found = list(torch.autograd.grad(outs, wanted, gs, allow_unused=True, create_graph=create_graph))
+        result = []
+        for x in inputs:
+            if x is None or not x.requires_grad:
+                result.append(None)
+                continue
+            g = found.pop(0)
+            result.append(torch.zeros_like(x) if g is None else g)
+        return tuple(result)
+
+
+def twice_differentiable() -> bool:
+    """Whether the running backward must itself be differentiable (`create_graph=True`)."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

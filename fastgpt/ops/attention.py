@@ -1,0 +1,285 @@
+"""Scaled dot-product attention: contract, registration, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import reference
+from fastgpt.backends import select
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_same_dtype,
+    check_tensors,
+    no_float64_on_gpu_backends,
+)
+from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.reference.precision import accumulator
+
+CAUSAL = ("none", "upper_left", "lower_right")
+MAX_HEAD_DIM = 256  # of the kernels; the reference has no limit
+
+_OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
+_EXTRAS = "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed"
+
+
+def _head_major(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An empty (B, heads, L, D) tensor laid out as (B, L, heads, D), as the layers around attention want it."""
+    batch, heads, length, size = shape
+    return like.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
+def _as_head_major(t: Tensor) -> Tensor:
+    return _head_major(t, tuple(t.shape)).copy_(t)
+
+
+def _keywords(options: tuple[Any, ...]) -> dict[str, Any]:
+    names = ("scale", "lower_right", "left", "right", "softcap", "dropout_p")
+    return dict(zip(names, options, strict=True))
+
+
+def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = _head_major(q, (*q.shape[:3], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+
+
+def _reference_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor]:
+    out, lse = reference.attention(q, k, v, mask, slopes, seed, **_keywords(options))
+    return _as_head_major(out), lse.contiguous()
+
+
+def _fake_bwd(
+    grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    dmask = mask.new_empty(mask.shape) if mask is not None and rest[-1] else q.new_empty(0)
+    return *(_head_major(t, tuple(t.shape)) for t in (q, k, v)), dmask
+
+
+def _reference_bwd(
+    grad: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *options, mask_grad = rest
+    function = _differentiable(mask if not mask_grad else None, slopes, seed, tuple(options))
+    inputs = (q, k, v, mask if mask_grad else None)
+    dq, dk, dv, dmask = vjp(function, inputs, (grad, grad_lse))
+    return *(_as_head_major(t) for t in (dq, dk, dv)), (q.new_empty(0) if dmask is None else dmask.contiguous())
+
+
+def _differentiable(fixed_mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, options: tuple[Any, ...]) -> Any:
+    """The reference as a function of (q, k, v, mask), where a mask that needs no gradient is fixed instead."""
+
+    def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        mask = fixed_mask if mask is None else mask
+        return reference.attention(q, k, v, mask, slopes, seed, **_keywords(options))
+
+    return function
+
+
+_FWD = define(
+    "attention_fwd",
+    f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+    reference=_reference_fwd,
+    module="attention",
+)
+_BWD = define(
+    "attention_bwd",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS},"
+    " bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    reference=_reference_bwd,
+    module="attention",
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        slopes: Tensor | None,
+        seed: Tensor | None,
+        options: tuple[Any, ...],
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _FWD[backend](q, k, v, mask, slopes, seed, *options)
+        ctx.save_for_backward(q, k, v, mask, slopes, seed, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.backend = options, backend
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, slopes, seed, out, lse = ctx.saved_tensors
+        mask_grad = ctx.needs_input_grad[3]
+        if twice_differentiable():
+            function = _differentiable(None if mask_grad else mask, slopes, seed, ctx.options)
+            inputs = (q, k, v, mask if mask_grad else None)
+            return *vjp(function, inputs, (grad_out, grad_lse), create_graph=True), *[None] * 4
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        found = _BWD[ctx.backend](
+            grad_out, grad_lse, q, k, v, out, lse, mask, slopes, seed, *ctx.options, mask_grad
+        )
+        return *found[:3], found[3] if mask_grad else None, *[None] * 4
+
+
+def band_bounds(op: str, causal: str, window: int | tuple[int, int] | None) -> tuple[bool, int, int]:
+    """(lower_right, left, right) of `reference.attention.band` for the public options."""
+    check_choice(op, "causal", causal, CAUSAL)
+    left, right = (window, window) if isinstance(window, int) else (window or (-1, -1))
+    if isinstance(left, bool) or isinstance(right, bool) or left < -1 or right < -1:
+        raise ValueError(f"{op}: window must be a count of columns or (left, right), -1 for no bound, got {window!r}")
+    return causal != "upper_left", left, right if causal == "none" else 0
+
+
+def dropout_seed(op: str, dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+    """The key of the dropout mask as a one-element int64 tensor; None without dropout."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"{op}: dropout_p must be between 0 and 1, got {dropout_p}")
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"{op}: a seed tensor must hold one int64, got {tuple(seed.shape)} of {seed.dtype}")
+        return seed.reshape(1).to(device)
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str | None:
+    """Why a kernel backend cannot run the case, or None."""
+    if backend == "reference":
+        return None
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return f"head_dim is {max(q.shape[-1], v.shape[-1])} and the {backend} kernel goes up to {MAX_HEAD_DIM}"
+    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+        return f"attn_mask requires a gradient, which the {backend} kernel does not compute"
+    return no_float64_on_gpu_backends(backend, q.dtype)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(
+            "attention: q, k and v must be (batch, heads, length, head_dim), "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
+        raise ValueError(
+            "attention: q, k and v must agree in batch, and k and v in heads and length, "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"attention: q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"attention: the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q (GQA)"
+        )
+
+
+def _check_extras(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> None:
+    batch, heads, rows, _ = q.shape
+    if attn_mask is not None:
+        if attn_mask.dtype != torch.bool:
+            check_floating("attention", attn_mask=attn_mask)
+        wanted = (batch, heads, rows, k.shape[2])
+        fits = attn_mask.dim() <= 4 and all(
+            m in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+        )
+        if not fits:
+            raise ValueError(f"attention: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}")
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(
+            f"attention: alibi_slopes must be ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
+        )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: str = "none",
+    window: int | tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention that never stores the scores (arXiv:1706.03762; tiled as in FlashAttention, arXiv:2205.14135).
+
+        out = dropout(softmax(mask(softcap(scale·q·kᵀ) - alibi)))·v
+
+    Args:
+        q: (B, H, Lq, D), any strides; float32, bfloat16, float16, float64.
+        k, v: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), q's dtype; Hk divides H (grouped queries).
+        scale: of the scores; None for 1/√D.
+        causal: "none"; "upper_left": row i sees columns j ≤ i; "lower_right": j ≤ i + Lk - Lq.
+        window: columns seen to each side of the diagonal, or (left, right), -1 for no bound. The
+            diagonal is j = i + Lk - Lq unless causal is "upper_left".
+        softcap: scores become c·tanh(scores/c); None or 0 for none.
+        alibi_slopes: (H,) or (B, H): -slope·|i + offset - j| is added (arXiv:2108.12409).
+        attn_mask: broadcastable to (B, H, Lq, Lk); bool (True takes part) or floating (added).
+        dropout_p: share of the probabilities dropped; the mask is a pure function of the seed and
+            the element's place (`fastgpt.reference.dropout_keep`), the same on every backend.
+        seed: an int, an int64 tensor of one element, or None to draw one from torch's generator.
+        return_lse: also return the log-sum-exp of the scores, differentiable.
+        deterministic: ask for the same bits in every run. Every backend keeps that promise at present.
+
+    Returns:
+        (B, H, Lq, Dv) in q's dtype, a view of a contiguous (B, Lq, H, Dv); with return_lse also
+        (B, H, Lq) float32 (float64 for float64). A row that sees nothing gives 0 (and -inf) and has
+        gradient 0. Under autocast q, k and v are cast to its dtype.
+
+    Raises:
+        TypeError: an argument is not a tensor, or the dtypes do not fit.
+        ValueError: shapes, devices or options do not fit.
+        BackendUnavailable: the backend asked for cannot run this case.
+    """
+    check_tensors("attention", q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes)
+    check_floating("attention", q=q, k=k, v=v)
+    _check_shapes(q, k, v)
+    _check_extras(q, k, attn_mask, alibi_slopes)
+    bounds = band_bounds("attention", causal, window)
+    if softcap is not None and softcap < 0:
+        raise ValueError(f"attention: softcap must be positive, or None for none, got {softcap}")
+    cast = autocast_dtype(q.device)
+    if cast is not None:
+        q, k, v = (t if t.dtype == torch.float64 else t.to(cast) for t in (q, k, v))
+    check_same_dtype("attention", q=q, k=k, v=v)
+    backend = select("attention", q.device, lambda b: refusal(b, q, v, attn_mask))
+
+    key = dropout_seed("attention", dropout_p, seed, q.device)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype)).contiguous()
+    scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
+    options = (scale, *bounds, float(softcap or 0.0), float(dropout_p))
+    out, lse = _Attention.apply(q, k, v, attn_mask, alibi_slopes, key, options, backend)
+    return (out, lse) if return_lse else out

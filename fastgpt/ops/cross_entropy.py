@@ -1,0 +1,200 @@
+"""Softmax cross-entropy: contract, registration, autograd, reduction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import reference
+from fastgpt.backends import select
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_choice,
+    check_floating,
+    check_last_dim,
+    check_tensors,
+    no_float64_on_gpu_backends,
+)
+from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.reference.cross_entropy import check_targets
+from fastgpt.reference.precision import accumulator
+
+REDUCTIONS = ("mean", "sum", "none")
+
+_OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
+_BWD_ARGUMENTS = f"Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}"
+
+
+def _fake_fwd(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
+    return loss, torch.empty_like(loss)
+
+
+def _reference_bwd(
+    grad_loss: Tensor, grad_lse: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, *options: Any
+) -> Tensor:
+    found = vjp(lambda x: reference.cross_entropy(x, target, *options), (logits,), (grad_loss, grad_lse))[0]
+    return found.contiguous()
+
+
+def _reference_bwd_inplace(
+    grad_loss: Tensor, grad_lse: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, *options: Any
+) -> None:
+    logits.copy_(_reference_bwd(grad_loss, grad_lse, logits, target, lse, *options))
+
+
+_FWD = define(
+    "cross_entropy_fwd",
+    f"(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+    reference=reference.cross_entropy,
+    module="cross_entropy",
+    check=lambda logits, target, weight, ignore, *_: check_targets(target, logits.shape[1], ignore),
+)
+_BWD = define(
+    "cross_entropy_bwd",
+    f"({_BWD_ARGUMENTS}) -> Tensor",
+    fake=lambda grad_loss, grad_lse, logits, *_: logits.new_empty(logits.shape),
+    reference=_reference_bwd,
+    module="cross_entropy",
+)
+_BWD_INPLACE = define(
+    "cross_entropy_bwd_inplace",
+    f"({_BWD_ARGUMENTS.replace('Tensor logits', 'Tensor(a!) logits')}) -> ()",
+    fake=lambda *_: None,
+    reference=_reference_bwd_inplace,
+    module="cross_entropy",
+)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        options: tuple[Any, ...],
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, lse = _FWD[backend](logits, target, weight, *options)
+        ctx.save_for_backward(logits, target, lse, weight)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.inplace, ctx.backend = options, inplace, backend
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, lse, weight = ctx.saved_tensors
+        if twice_differentiable():
+            function = lambda x: reference.cross_entropy(x, target, weight, *ctx.options)  # noqa: E731
+            return *vjp(function, (logits,), (grad_loss, grad_lse), create_graph=True), *[None] * 5
+        grad_loss = torch.zeros_like(lse) if grad_loss is None else grad_loss.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        arguments = (grad_loss, grad_lse, logits, target, lse, weight, *ctx.options)
+        if ctx.inplace:
+            _BWD_INPLACE[ctx.backend](*arguments)
+            return logits, *[None] * 5
+        return _BWD[ctx.backend](*arguments), *[None] * 5
+
+
+def reduce_rows(
+    loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor:
+    """The reduction of `torch.nn.functional.cross_entropy`: a mean is over the weights of the valid targets."""
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / mean_denominator(loss.dtype, target, weight, ignore_index)
+
+
+def mean_denominator(dtype: torch.dtype, target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """The sum of the class weights of the targets that are not ignored; a scalar."""
+    valid = target != ignore_index
+    if weight is None or weight.shape[0] == 0:
+        return valid.sum().to(dtype)
+    return torch.where(valid, weight.to(dtype)[torch.where(valid, target, 0)], 0).sum()
+
+
+def check_loss_options(op: str, target: Tensor, reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any) -> None:
+    """The checks that the two cross-entropy ops share."""
+    check_choice(op, "reduction", reduction, REDUCTIONS)
+    if target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must hold int64 class indices, got {target.dtype}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if z_loss < 0:
+        raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
+    if softcap is not None and softcap < 0:
+        raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax cross-entropy with class indices, in one read of the logits.
+
+    The formula is in `fastgpt.reference.cross_entropy`; without z_loss and softcap it is that of
+    `torch.nn.functional.cross_entropy`, in every reduction.
+
+    Args:
+        logits: (..., V); float32, bfloat16, float16, float64. The last dimension holds the classes.
+        target: (...), int64. A target outside [0, V) other than ignore_index raises IndexError on
+            the CPU; on a GPU its row's loss and gradient are NaN (TRITON_DEBUG=1 traps it).
+        weight: (V,) class weights; no gradient flows to them.
+        ignore_index: rows with this target count for nothing.
+        reduction: "mean" (over the weights of the targets), "sum" or "none".
+        label_smoothing: share of the uniform distribution in the target, 0 to 1 (arXiv:1512.00567).
+        z_loss: weight of lse² (arXiv:2204.02311).
+        softcap: the logits become c·tanh(logits/c); None or 0 for none.
+        return_lse: also return the log-sum-exp of each row, differentiable.
+        inplace_backward: the backward writes the gradient over the logits, saving their size in
+            memory. The logits must not be used afterwards, by you or by another op's backward.
+
+    Returns:
+        The loss, scalar or (...), in the logits' dtype (float32 under autocast); with return_lse
+        also the log-sum-exp (...), float32 (float64 for float64).
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype said above.
+        ValueError: shapes, devices or options do not fit.
+        IndexError: a target is out of range.
+        BackendUnavailable: the backend asked for cannot run this case.
+    """
+    check_tensors("cross_entropy", logits=logits, target=target, weight=weight)
+    check_floating("cross_entropy", logits=logits, weight=weight)
+    if logits.dim() == 0 or logits.shape[:-1] != target.shape:
+        raise ValueError(
+            f"cross_entropy: logits (..., V) and target (...) must match, got {tuple(logits.shape)} and {tuple(target.shape)}"
+        )
+    check_loss_options("cross_entropy", target, reduction, label_smoothing, z_loss, softcap)
+    vocab = logits.shape[-1]
+    check_last_dim("cross_entropy", vocab, weight=weight)
+    backend = select("cross_entropy", logits.device, lambda b: no_float64_on_gpu_backends(b, logits.dtype))
+
+    rows = logits.reshape(target.numel(), vocab)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if weight is not None:
+        weight = weight.detach().to(accumulator(logits.dtype)).contiguous()
+    flat = target.reshape(-1).contiguous()
+    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
+    loss, lse = _CrossEntropy.apply(rows, flat, weight, options, inplace_backward, backend)
+    loss = reduce_rows(loss.view(target.shape), target, weight, ignore_index, reduction)
+    if autocast_dtype(logits.device) is None:
+        loss = loss.to(logits.dtype)
+    return (loss, lse.view(target.shape)) if return_lse else loss

@@ -1,0 +1,229 @@
+"""Cross-entropy of a linear layer's output, without ever holding the logits: contract, registration, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import reference
+from fastgpt.backends import select
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_floating,
+    check_last_dim,
+    check_same_dtype,
+    check_tensors,
+    no_float64_on_gpu_backends,
+)
+from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops.cross_entropy import check_loss_options, mean_denominator, reduce_rows
+from fastgpt.reference.cross_entropy import check_targets
+from fastgpt.reference.precision import accumulator
+
+_OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk"
+
+
+def _reference_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+    with_grad: bool,
+) -> tuple[Tensor, ...]:
+    options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    loss, lse = reference.linear_cross_entropy(hidden, weight, bias, *options)
+    if not with_grad:
+        return loss, lse, *(loss.new_empty(0) for _ in range(3))
+    inputs = tuple(None if t is None else t.to(loss.dtype) for t in (hidden, weight, bias))
+    function = lambda h, w, b: reference.linear_cross_entropy(h, w, b, *options)[0]  # noqa: E731
+    grads = vjp(function, inputs, torch.ones_like(loss))
+    return loss, lse, *(loss.new_empty(0) if g is None else g for g in grads)
+
+
+def _reference_bwd(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    function = lambda h, w, b: reference.linear_cross_entropy(h, w, b, *options)[0]  # noqa: E731
+    grads = vjp(function, (hidden, weight, bias), grad_loss)
+    return tuple(hidden.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake_fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    with_grad = rest[-1]
+    acc = accumulator(hidden.dtype)
+    loss = hidden.new_empty(hidden.shape[0], dtype=acc)
+    shapes = (hidden.shape, weight.shape, (0,) if bias is None else bias.shape)
+    grads = (hidden.new_empty(shape if with_grad else (0,), dtype=acc) for shape in shapes)
+    return loss, torch.empty_like(loss), *grads
+
+
+def _fake_bwd(
+    grad_loss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    dbias = hidden.new_empty(0 if bias is None else bias.shape)
+    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dbias
+
+
+_FWD = define(
+    "linear_cross_entropy_fwd",
+    f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {_OPTIONS}, bool with_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_fwd,
+    reference=_reference_fwd,
+    module="linear_cross_entropy",
+    check=lambda h, weight, b, target, cw, ignore, *_: check_targets(target, weight.shape[0], ignore),
+)
+_BWD = define(
+    "linear_cross_entropy_bwd",
+    f"(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor lse, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    reference=_reference_bwd,
+    module="linear_cross_entropy",
+)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss, reduced.
+
+    For a sum or mean every row has the same upstream gradient up to a scalar, so the forward computes
+    the gradients of the sum while a chunk's logits are at hand (three products in all) and the backward
+    scales them. For "none" the backward computes each chunk's logits again (four products).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        class_weight: Tensor | None,
+        options: tuple[Any, ...],
+        reduction: str,
+        with_grad: bool,
+        backend: str,
+    ) -> Tensor:
+        with_grad = with_grad and reduction != "none"
+        loss, lse, *grads = _FWD[backend](hidden, weight, bias, target, class_weight, *options, with_grad)
+        denominator = None
+        if reduction == "mean":
+            denominator = mean_denominator(loss.dtype, target, class_weight, options[0])
+        ctx.save_for_backward(hidden, weight, bias, target, lse, class_weight, denominator, *grads)
+        ctx.options, ctx.reduction, ctx.backend = options, reduction, backend
+        if reduction == "none":
+            return loss
+        return loss.sum() if denominator is None else loss.sum() / denominator
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, lse, class_weight, denominator, *grads = ctx.saved_tensors
+        inputs = (hidden, weight, bias)
+        if twice_differentiable():
+
+            def function(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+                rows = reference.linear_cross_entropy(h, w, b, target, class_weight, *ctx.options[:-1])[0]
+                return reduce_rows(rows, target, class_weight, ctx.options[0], ctx.reduction)
+
+            return *vjp(function, inputs, grad, create_graph=True), *[None] * 6
+        if ctx.reduction == "none":
+            rows = grad.contiguous()
+            found = _BWD[ctx.backend](rows, hidden, weight, bias, target, lse, class_weight, *ctx.options)
+        else:
+            # Nothing valid makes the denominator 0: the loss is NaN and the gradients are 0, as PyTorch has it.
+            scale = grad if denominator is None else torch.where(denominator == 0, 0, grad / denominator)
+            found = tuple((g * scale).to(hidden.dtype) for g in grads)
+        needed = ctx.needs_input_grad
+        return *(g if n else None for g, n in zip(found, needed, strict=False)), *[None] * 6
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """`cross_entropy(hidden @ weight.T + bias, target)` that never holds more than a chunk of the logits.
+
+    Under autocast the inputs are cast to its dtype, as `linear` would, and the loss is float32, as
+    that of `cross_entropy`.
+
+    Args:
+        hidden: (..., D); float32, bfloat16, float16, float64.
+        weight: (V, D), hidden's dtype.
+        target: (...), int64 class indices; out of range as in `cross_entropy`.
+        bias: (V,), hidden's dtype, or None.
+        class_weight: (V,) weights of the classes in the loss; no gradient flows to them.
+        ignore_index, reduction, label_smoothing, z_loss, softcap: as `cross_entropy`.
+        chunk: rows of logits held at a time; None lets the backend choose.
+
+    Returns:
+        The loss, scalar or (...), in hidden's dtype (float32 under autocast).
+
+    Raises:
+        TypeError, ValueError, IndexError, BackendUnavailable: as `cross_entropy`.
+    """
+    op = "linear_cross_entropy"
+    check_tensors(op, hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight)
+    check_floating(op, hidden=hidden, weight=weight, bias=bias, class_weight=class_weight)
+    if hidden.dim() == 0 or hidden.shape[:-1] != target.shape:
+        raise ValueError(
+            f"{op}: hidden (..., D) and target (...) must match, got {tuple(hidden.shape)} and {tuple(target.shape)}"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"{op}: weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"{op}: chunk must be at least 1, or None, got {chunk}")
+    check_loss_options(op, target, reduction, label_smoothing, z_loss, softcap)
+    check_last_dim(op, weight.shape[0], bias=bias, class_weight=class_weight)
+
+    cast = autocast_dtype(hidden.device)
+    if cast is not None and hidden.dtype != torch.float64:
+        hidden, weight = hidden.to(cast), weight.to(cast)
+        bias = None if bias is None else bias.to(cast)
+    check_same_dtype(op, hidden=hidden, weight=weight, bias=bias)
+    backend = select(op, hidden.device, lambda b: no_float64_on_gpu_backends(b, hidden.dtype))
+
+    rows = hidden.reshape(target.numel(), hidden.shape[-1]).contiguous()
+    flat = target.reshape(-1).contiguous()
+    if class_weight is not None:
+        class_weight = class_weight.detach().to(accumulator(hidden.dtype)).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), chunk or 0)
+    with_grad = torch.is_grad_enabled() and (
+        hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    loss = _LinearCrossEntropy.apply(
+        rows, weight.contiguous(), bias, flat, class_weight, options, reduction, with_grad, backend
+    )
+    if reduction == "none":
+        loss = loss.view(target.shape)
+    return loss if cast is not None else loss.to(hidden.dtype)

@@ -1,0 +1,22 @@
+"""The specification of each op in plain PyTorch: any device, any floating dtype, meant to be read.
+
+Everything is computed in float32, or in float64 for float64 inputs, whatever the inputs' dtype.
+"""
+
+from fastgpt.reference.add_layer_norm import add_layer_norm
+from fastgpt.reference.attention import attention, attention_varlen
+from fastgpt.reference.cross_entropy import cross_entropy
+from fastgpt.reference.gelu import bias_gelu, gelu
+from fastgpt.reference.linear_cross_entropy import linear_cross_entropy
+from fastgpt.reference.philox import dropout_keep
+
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "bias_gelu",
+    "cross_entropy",
+    "dropout_keep",
+    "gelu",
+    "linear_cross_entropy",
+]

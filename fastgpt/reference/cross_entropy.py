@@ -1,0 +1,72 @@
+"""Softmax cross-entropy of each row, as `torch.nn.functional.cross_entropy` defines it, and more.
+
+For a row of logits l (V values), target y, class weights w (1 without), smoothing ε and z-loss ζ:
+
+    x = c·tanh(l/c)  with a softcap c, else l                  (softcap: Gemma 2, arXiv:2408.00118)
+    lse  = log Σ_j exp(x_j)
+    loss = (1-ε)·w_y·(lse - x_y) + ε/V·Σ_j w_j·(lse - x_j) + ζ·lse²
+
+Label smoothing: Szegedy et al., arXiv:1512.00567. z-loss: PaLM, arXiv:2204.02311.
+"""
+
+import torch
+from torch import Tensor
+
+from fastgpt.reference.precision import accumulator
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-sum-exp of each row.
+
+    Args:
+        logits: (N, V).
+        target: (N,) int64 class indices, or (N, V) class probabilities (then ignore_index has no
+            meaning, and smoothing mixes them with the uniform distribution).
+        weight: (V,) class weights, or None.
+        ignore_index: rows with this target have loss 0 and no gradient through it.
+        softcap: 0 for none.
+
+    Returns:
+        loss (N,) and lse (N,), float32 (float64 for float64 logits).
+
+    Raises:
+        IndexError: a target is outside [0, V) and is not ignore_index (checked on the CPU).
+    """
+    vocab = logits.shape[1]
+    x = logits.to(accumulator(logits.dtype))
+    if softcap:
+        x = softcap * torch.tanh(x / softcap)
+    w = x.new_ones(vocab) if weight is None else weight.to(x.dtype)
+    lse = torch.logsumexp(x, dim=1) if vocab else x.new_full((x.shape[0],), -torch.inf)
+    nll = lse[:, None] - x
+
+    if target.is_floating_point():
+        p = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / max(vocab, 1)
+        return (p * w * nll).sum(dim=1) + z_loss * lse**2, lse
+
+    valid = target != ignore_index
+    check_targets(target, vocab, ignore_index)
+    if vocab == 0:
+        return x.new_zeros(x.shape[0]), lse
+    y = torch.where(valid, target, 0)[:, None]
+    loss = (1 - label_smoothing) * w[y[:, 0]] * nll.gather(1, y)[:, 0] + z_loss * lse**2
+    if label_smoothing:
+        loss = loss + label_smoothing / vocab * (w * nll).sum(dim=1)
+    return torch.where(valid, loss, 0), lse
+
+
+def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raises the IndexError that PyTorch raises, on the CPU; reading targets back from a GPU would stall it."""
+    if target.device.type != "cpu":
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= vocab))
+    if bad.any():
+        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")

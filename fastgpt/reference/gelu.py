@@ -1,0 +1,29 @@
+"""GELU, the Gaussian error linear unit (Hendrycks & Gimpel, 2016, arXiv:1606.08415)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgpt.reference.precision import accumulator
+
+
+def gelu(x: Tensor, tanh: bool = False) -> Tensor:
+    """x·Φ(x), with Φ the normal distribution function, or its tanh approximation.
+
+        erf:   y = x/2 · (1 + erf(x/√2))
+        tanh:  y = x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))
+    """
+    z = x.to(accumulator(x.dtype))
+    if tanh:
+        phi = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    else:
+        # erfc keeps the relative accuracy of the left tail, where 1 + erf cancels.
+        phi = 0.5 * torch.erfc(-z * math.sqrt(0.5))
+    return (z * phi).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, tanh: bool = False) -> Tensor:
+    """gelu(x + bias), x (..., D), bias (D,); the sum is not rounded in between."""
+    acc = accumulator(x.dtype)
+    return gelu(x.to(acc) + bias.to(acc), tanh).to(x.dtype)
