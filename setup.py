@@ -23,7 +23,7 @@ if X86:
 
 # No -ffast-math: NaN and infinity keep their meaning. -fno-math-errno and -fno-trapping-math only
 # drop side effects that nobody reads and let the compiler vectorise.
-CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
 def compiled() -> dict:
