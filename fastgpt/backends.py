@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import os
 import threading
@@ -187,26 +188,28 @@ def available_backends(op: str) -> dict[str, Availability]:
     return found
 
 
-_cached_machine: dict[str, Availability] = {}
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _machine_refusal(op: str, backend: str, device: str) -> str | None:
+    """`_refusal` for what does not depend on the case. Dynamo calls it and takes the answer as a constant."""
+    return _cached_machine_refusal(op, backend, device)
 
 
-def _refusal(op: str, backend: str, device: str, case: Callable[[str], str | None]) -> str | None:
-    """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
-    if backend not in IMPLEMENTED_BY.get(op, BACKENDS):
-        return f"the {backend} backend has no {op} yet"
-    if backend == "reference":
-        return case(backend)
-    if backend not in _cached_machine:
-        _cached_machine[backend] = _machine_availability(backend)
-    if not _cached_machine[backend]:
-        return _cached_machine[backend].reason
+@functools.cache
+def _cached_machine_refusal(op: str, backend: str, device: str) -> str | None:
+    available = available_backends(op)[backend]
+    if not available:
+        return available.reason
     if backend == "cpp" and device != "cpu":
         return f"the tensors are on {device} and cpp serves the CPU"
     if backend == "triton" and device != "cuda" and not triton_interpreted():
         return f"the tensors are on {device} and triton serves CUDA GPUs"
-    if backend == "cuda" and device != "cuda":
-        return f"the tensors are on {device} and cuda serves CUDA GPUs"
-    return case(backend)
+    return None
+
+
+def _refusal(op: str, backend: str, device: str, case: Callable[[str], str | None]) -> str | None:
+    """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
+    reason = _machine_refusal(op, backend, device)
+    return case(backend) if reason is None else reason
 
 
 def select(op: str, device: torch.device, case: Callable[[str], str | None], *, drop_in: bool = False) -> str:

@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
   check_targets(y, vocab, ignore_index);
   const auto options = logits.options().dtype(accumulator(logits.scalar_type()));
   const Tensor w = weight ? weight->to(options.dtype()).contiguous() : Tensor();
-  Tensor loss = at::empty({rows}, options), lse = at::empty({rows}, options);
+  Tensor loss = at::empty({rows}, options), lse = at::empty({rows}, options.dtype(at::kDouble));
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -28,7 +28,8 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
         weight ? w.const_data_ptr<A>() : nullptr, vocab, {ignore_index, label_smoothing, z_loss, softcap});
     const T* x = logits.const_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
-    A *losses = loss.mutable_data_ptr<A>(), *lses = lse.mutable_data_ptr<A>();
+    A* losses = loss.mutable_data_ptr<A>();
+    double* lses = lse.mutable_data_ptr<double>();
     at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], lses[i]);
     });
@@ -53,7 +54,7 @@ void backward_into(
   check_targets(y, vocab, loss_options.ignore_index);
   const auto acc = accumulator(logits.scalar_type());
   const Tensor w = weight ? weight->to(acc).contiguous() : Tensor();
-  const Tensor g = grad_loss.to(acc).contiguous(), l = lse.to(acc).contiguous();
+  const Tensor g = grad_loss.to(acc).contiguous(), l = lse.to(at::kDouble).contiguous();
   const Tensor gl = grad_lse ? grad_lse->to(acc).contiguous() : Tensor();
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
@@ -62,7 +63,8 @@ void backward_into(
     const T* x = logits.const_data_ptr<T>();
     T* dx = out.mutable_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
-    const A *grads = g.const_data_ptr<A>(), *lses = l.const_data_ptr<A>();
+    const A* grads = g.const_data_ptr<A>();
+    const double* lses = l.const_data_ptr<double>();
     const A* lse_grads = grad_lse ? gl.const_data_ptr<A>() : nullptr;
     at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)

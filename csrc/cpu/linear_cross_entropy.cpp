@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
   check_targets(y, vocab, ignore_index);
   const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
   const Tensor w = class_weight ? class_weight->to(options.dtype()).contiguous() : Tensor();
-  Tensor loss = at::empty({rows}, options), lse = at::empty({rows}, options);
+  Tensor loss = at::empty({rows}, options), lse = at::empty({rows}, options.dtype(at::kDouble));
   Tensor dhidden = at::empty({0}, options), dweight = at::empty({0}, options), dbias = at::empty({0}, options);
   if (with_grad) std::tie(dhidden, dweight, dbias) = zero_gradients(hidden, weight, bias.has_value());
 
@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
           class_weight ? w.const_data_ptr<A>() : nullptr, vocab, {ignore_index, label_smoothing, z_loss, softcap});
       T* x = logits.mutable_data_ptr<T>();
       const int64_t* targets = y.const_data_ptr<int64_t>();
-      A *losses = loss.mutable_data_ptr<A>(), *lses = lse.mutable_data_ptr<A>();
+      A* losses = loss.mutable_data_ptr<A>();
+      double* lses = lse.mutable_data_ptr<double>();
       at::parallel_for(begin, end, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           T* at = x + (i - begin) * vocab;
@@ -132,7 +133,7 @@ Gradients linear_cross_entropy_bwd(
   check_targets(y, vocab, ignore_index);
   const auto acc = accumulator(hidden.scalar_type());
   const Tensor w = class_weight ? class_weight->to(acc).contiguous() : Tensor();
-  const Tensor g = grad_loss.to(acc).contiguous(), l = lse.to(acc).contiguous();
+  const Tensor g = grad_loss.to(acc).contiguous(), l = lse.to(at::kDouble).contiguous();
   auto [dhidden, dweight, dbias] = zero_gradients(hidden, weight, bias.has_value());
 
   const int64_t step = chunk_rows(chunk, rows, vocab, hidden.element_size());
@@ -146,7 +147,8 @@ Gradients linear_cross_entropy_bwd(
           class_weight ? w.const_data_ptr<A>() : nullptr, vocab, {ignore_index, label_smoothing, z_loss, softcap});
       T* x = logits.mutable_data_ptr<T>();
       const int64_t* targets = y.const_data_ptr<int64_t>();
-      const A *grads = g.const_data_ptr<A>(), *lses = l.const_data_ptr<A>();
+      const A* grads = g.const_data_ptr<A>();
+      const double* lses = l.const_data_ptr<double>();
       at::parallel_for(begin, end, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           T* at = x + (i - begin) * vocab;

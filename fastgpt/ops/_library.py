@@ -7,9 +7,10 @@ theirs with TORCH_LIBRARY_IMPL. The implementations are opaque to `torch.compile
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def vjp(function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], g
     without, they are detached first. This is the backward of every reference, and what every
     backend uses for second derivatives.
     """
-    with torch.enable_grad():
+    with _autograd_on():
         if not create_graph:
             inputs = tuple(None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
         outputs = function(*inputs)
@@ -104,6 +105,17 @@ def vjp(function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], g
             g = found.pop(0)
             result.append(torch.zeros_like(x) if g is None else g)
         return tuple(result)
+
+
+@contextlib.contextmanager
+def _autograd_on() -> Iterator[None]:
+    """Autograd inside an op's implementation, also where the caller runs below it (as compiled code does)."""
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradCPU, torch._C.DispatchKey.AutogradCUDA):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def twice_differentiable() -> bool:

@@ -24,12 +24,13 @@ from fastgpt.reference.precision import accumulator
 REDUCTIONS = ("mean", "sum", "none")
 
 _OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
+# lse is float64 in the ops: p = exp(x - lse) must keep its digits where the logits are large.
 _BWD_ARGUMENTS = f"Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}"
 
 
 def _fake_fwd(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
-    return loss, torch.empty_like(loss)
+    return loss, torch.empty_like(loss, dtype=torch.float64)
 
 
 def _reference_bwd(
@@ -37,6 +38,11 @@ def _reference_bwd(
 ) -> Tensor:
     found = vjp(lambda x: reference.cross_entropy(x, target, *options), (logits,), (grad_loss, grad_lse))[0]
     return found.contiguous()
+
+
+def _reference_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    loss, lse = reference.cross_entropy(*arguments)
+    return loss, lse.double()
 
 
 def _reference_bwd_inplace(
@@ -49,7 +55,7 @@ _FWD = define(
     "cross_entropy_fwd",
     f"(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
-    reference=reference.cross_entropy,
+    reference=_reference_fwd,
     module="cross_entropy",
     check=lambda logits, target, weight, ignore, *_: check_targets(target, logits.shape[1], ignore),
 )
@@ -83,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = _FWD[backend](logits, target, weight, *options)
         ctx.save_for_backward(logits, target, lse, weight)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.inplace, ctx.backend = options, inplace, backend
+        ctx.options, ctx.inplace, ctx.backend, ctx.acc = options, inplace, backend, loss.dtype
         return loss, lse
 
     @staticmethod
@@ -91,9 +97,10 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target, lse, weight = ctx.saved_tensors
         if twice_differentiable():
             function = lambda x: reference.cross_entropy(x, target, weight, *ctx.options)  # noqa: E731
+            grad_lse = None if grad_lse is None else grad_lse.to(ctx.acc)
             return *vjp(function, (logits,), (grad_loss, grad_lse), create_graph=True), *[None] * 5
-        grad_loss = torch.zeros_like(lse) if grad_loss is None else grad_loss.contiguous()
-        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        grad_loss = lse.new_zeros(lse.shape, dtype=ctx.acc) if grad_loss is None else grad_loss.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.to(grad_loss.dtype).contiguous()
         arguments = (grad_loss, grad_lse, logits, target, lse, weight, *ctx.options)
         if ctx.inplace:
             _BWD_INPLACE[ctx.backend](*arguments)
@@ -197,4 +204,4 @@ def cross_entropy(
     loss = reduce_rows(loss.view(target.shape), target, weight, ignore_index, reduction)
     if autocast_dtype(logits.device) is None:
         loss = loss.to(logits.dtype)
-    return (loss, lse.view(target.shape)) if return_lse else loss
+    return (loss, lse.view(target.shape).to(accumulator(logits.dtype))) if return_lse else loss

@@ -40,6 +40,7 @@ def _reference_fwd(
 ) -> tuple[Tensor, ...]:
     options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
     loss, lse = reference.linear_cross_entropy(hidden, weight, bias, *options)
+    lse = lse.double()
     if not with_grad:
         return loss, lse, *(loss.new_empty(0) for _ in range(3))
     inputs = tuple(None if t is None else t.to(loss.dtype) for t in (hidden, weight, bias))
@@ -74,7 +75,7 @@ def _fake_fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -
     loss = hidden.new_empty(hidden.shape[0], dtype=acc)
     shapes = (hidden.shape, weight.shape, (0,) if bias is None else bias.shape)
     grads = (hidden.new_empty(shape if with_grad else (0,), dtype=acc) for shape in shapes)
-    return loss, torch.empty_like(loss), *grads
+    return loss, torch.empty_like(loss, dtype=torch.float64), *grads
 
 
 def _fake_bwd(

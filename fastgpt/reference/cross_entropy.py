@@ -46,7 +46,7 @@ def cross_entropy(
         x = softcap * torch.tanh(x / softcap)
     w = x.new_ones(vocab) if weight is None else weight.to(x.dtype)
     lse = torch.logsumexp(x, dim=1) if vocab else x.new_full((x.shape[0],), -torch.inf)
-    nll = lse[:, None] - x
+    nll = -torch.log_softmax(x, dim=1)  # lse - x, without the cancellation that large logits bring
 
     if target.is_floating_point():
         p = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / max(vocab, 1)

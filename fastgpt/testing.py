@@ -1,0 +1,160 @@
+"""What fastgpt's own tests stand on, for users who test ops of their own.
+
+The error rule: a kernel may err at most twice as much as PyTorch does in the same dtype, plus one
+rounding of the result, both measured against float64. It is never loosened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference, in float64; NaN and infinities must stand in the same places.
+
+    Raises:
+        AssertionError: shapes differ, or NaN or infinity where the other has none.
+    """
+    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
+    a, e = actual.detach().double(), exact.detach().double()
+    finite = e.isfinite()
+    assert torch.equal(a.isfinite(), finite), "NaN or infinity where the exact result is finite, or the reverse"
+    assert torch.equal(a.isnan(), e.isnan()), "NaN where the exact result is infinite, or the reverse"
+    return float((a - e)[finite].abs().max()) if finite.any() else 0.0
+
+
+def assert_no_worse(actual: Tensor, pytorch: Tensor, exact: Tensor, what: str = "result") -> None:
+    """The error rule: err(actual) ≤ 2·err(pytorch) + one rounding of the largest exact value.
+
+    For float64 results, which have no finer measure, the error is bounded by 1e-13 of the largest value.
+
+    Raises:
+        AssertionError: the rule is broken; the message gives both errors.
+    """
+    assert actual.dtype == pytorch.dtype, f"{what}: dtype {actual.dtype} instead of {pytorch.dtype}"
+    finite = exact[exact.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 0.0
+    # One rounding of the result; and of the arithmetic behind it, whose terms are of order 1 at least.
+    working = 4 * torch.finfo(torch.float32).eps if actual.dtype != torch.float64 else 1e-13
+    atol = torch.finfo(actual.dtype).eps / 2 * largest + working * max(largest, 1.0)
+    ours, theirs = error(actual, exact), error(pytorch, exact)
+    assert ours <= 2 * theirs + atol, f"{what}: error {ours:.3g}, PyTorch's {theirs:.3g}, allowance {atol:.3g}"
+
+
+def run_with_gradients(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor] | None) -> Any:
+    """Outputs and the gradients of those inputs that require one.
+
+    Returns:
+        (outputs, gradients), two lists; the outputs are detached.
+    """
+    found = function(*inputs)
+    outputs = [found] if isinstance(found, Tensor) else list(found)
+    wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    if not wanted:
+        return [o.detach() for o in outputs], []
+    if grads is None:
+        grads = [torch.ones_like(o) for o in outputs]
+    gradients = torch.autograd.grad(
+        outputs, wanted, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)], allow_unused=True
+    )
+    zeros = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, wanted, strict=True)]
+    return [o.detach() for o in outputs], zeros
+
+
+def as_float64(inputs: Sequence[Any]) -> list[Any]:
+    """Copies in float64 of the floating tensors, requiring gradients where the originals do."""
+    copies: list[Any] = []
+    for x in inputs:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            copies.append(x.detach().double().requires_grad_(x.requires_grad))
+        else:
+            copies.append(x)
+    return copies
+
+
+def check_error_rule(ours: Function, pytorch: Function, inputs: Sequence[Any]) -> None:
+    """The error rule for every output and every gradient, with random upstream gradients.
+
+    Args:
+        ours: called with the inputs.
+        pytorch: the same function in plain PyTorch; called with the inputs, and with them in float64.
+        inputs: tensors (and anything else); gradients are compared for those that require one.
+
+    Raises:
+        AssertionError: a shape, a dtype or the rule is broken.
+    """
+    shapes = [o.shape for o in run_with_gradients(pytorch, as_float64(inputs), None)[0]]
+    # Upstream gradients that the dtype at hand can hold, so that all three see the same ones.
+    low = next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
+    grads = [torch.randn(shape).to(low).double() for shape in shapes]
+    exact_out, exact_grads = run_with_gradients(pytorch, as_float64(inputs), grads)
+    torch_out, torch_grads = run_with_gradients(pytorch, inputs, grads)
+    our_out, our_grads = run_with_gradients(ours, inputs, grads)
+    assert len(our_out) == len(torch_out)
+    for i, (a, p, e) in enumerate(zip(our_out, torch_out, exact_out, strict=True)):
+        assert_no_worse(a, p, e, f"output {i}")
+    for i, (a, p, e) in enumerate(zip(our_grads, torch_grads, exact_grads, strict=True)):
+        assert_no_worse(a, p, e, f"gradient {i}")
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN, so that a slot nobody writes shows.
+
+    Python's `torch.empty` and its relatives are patched; memory allocated in C++ is filled by
+    PyTorch itself, which does so under deterministic algorithms.
+    """
+
+    def poison(function: Function) -> Function:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            fresh = function(*args, **kwargs)
+            return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+        return filled
+
+    before = torch.are_deterministic_algorithms_enabled()
+    fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        with contextlib.ExitStack() as stack:
+            for name in ("empty", "empty_like", "empty_strided"):
+                stack.enter_context(mock.patch.object(torch, name, poison(getattr(torch, name))))
+            for name in ("new_empty", "new_empty_strided"):
+                stack.enter_context(mock.patch.object(Tensor, name, poison(getattr(Tensor, name))))
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
+
+
+def strided(shape: Sequence[int], dtype: torch.dtype, layout: str, scale: float = 1.0) -> Tensor:
+    """Random normal values of a shape, requiring a gradient, in a memory layout.
+
+    Args:
+        layout: "contiguous"; "transposed": the last two dimensions swapped in memory; "sliced":
+            every second element of a larger tensor in the first dimension, with an offset;
+            "gapped": a gap after each row.
+        scale: the standard deviation.
+    """
+    shape = tuple(shape)
+    if layout == "transposed" and len(shape) >= 2:
+        base = torch.randn(*shape[:-2], shape[-1], shape[-2]).mul_(scale).to(dtype).transpose(-1, -2)
+    elif layout == "sliced" and len(shape) >= 1:
+        base = torch.randn(2 * shape[0] + 1, *shape[1:]).mul_(scale).to(dtype)[1::2][: shape[0]]
+    elif layout == "gapped" and len(shape) >= 1:
+        base = torch.randn(*shape[:-1], shape[-1] + 3).mul_(scale).to(dtype)[..., : shape[-1]]
+    else:
+        base = torch.randn(shape).mul_(scale).to(dtype)
+    return base.detach().requires_grad_()
+
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "gapped")

@@ -1,0 +1,212 @@
+"""Scaled dot-product attention, tiled: the (Lq, Lk) scores never leave the chip.
+
+    s_ij = scale q_i.k_j;  softcap: s = c tanh(s / c);  + alibi: -slope |i + offset - j|;  + mask
+    lse_i = log sum_j exp s_ij,   p_ij = exp(s_ij - lse_i),   out_i = sum_j r_ij p_ij v_j
+
+over the columns i + offset - left <= j <= i + offset + right (-1: no bound), offset = Lk - Lq if lower_right
+else 0. r is 1, or dropout's mask / (1 - dropout_p) from philox.py. A row that sees no column has out 0, lse
+-inf.
+
+    delta_i = sum_d out_id dout_id - dlse_i      (= sum_j p_ij dp_ij - dlse_i)
+    dv_j = sum_i r_ij p_ij dout_i,   dp_ij = r_ij dout_i.v_j,   ds_ij = p_ij (dp_ij - delta_i)
+    dq_i = scale sum_j ds_ij k_j,    dk_j = scale sum_i ds_ij q_i   (a softcap: ds times 1 - (s / c)^2)
+
+Shapes: q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV); query head h reads kv head h // GROUP, GROUP = H
+/ Hk; the last stride is 1. out and lse are all that the backward keeps; the scores are recomputed from q and
+k.
+
+Forward: one program per BLOCK_M rows walks over the columns with a running maximum and sum (online softmax),
+in base 2, so that scale log2(e) is one multiply-add in front of exp2. Tiles wholly outside the band are never
+visited, those wholly inside do no mask arithmetic. Backward: one kernel makes dK and dV (a program per
+BLOCK_N columns), one makes dQ (per BLOCK_M rows). Two kernels recompute s and dp twice, 7 products instead of
+5, and need no atomics: the same bits every time, and no fp32 dQ in memory. A GQA group's query heads are
+summed within the dK/dV program.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.attention_bwd import attention_bwd
+from fastgpt.kernels.attention_tiles import (
+    SIZES,
+    band,
+    constants,
+    head_major,
+    load_rows,
+    scores,
+    slope_strides,
+    store_rows,
+    strides,
+    tile_sizes,
+    visited_tiles,
+)
+from fastgpt.kernels.common import LN2, LOG2E, cdiv, on_device_of
+from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
+
+__all__ = ["attention_bwd", "attention_fwd"]
+
+
+# fmt: off
+@triton.jit(do_not_specialize=SIZES)
+def _attention_fwd(
+    p_q, p_k, p_v, p_out, p_lse, p_mask, p_slopes, p_seed,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_mb, s_mh, s_mm, s_mn,
+    s_sb, s_sh,
+    Lq, Lk, offset, left, right, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    RAW: tl.constexpr,  # the scores are the products times a positive scale, and nothing else
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2)
+    o_b = i_b.to(tl.int64)
+    o_h = i_h.to(tl.int64)
+    o_hk = (i_h // GROUP).to(tl.int64)
+    o_start = start_m.to(tl.int64)
+    p_k += o_b * s_kb + o_hk * s_kh
+    p_v += o_b * s_vb + o_hk * s_vh
+    slope = None
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
+    if p_mask is not None:
+        p_mask += o_b * s_mb + o_h * s_mh
+    if p_seed is not None:
+        seed = tl.load(p_seed)
+
+    o_row = tl.arange(0, BLOCK_M)
+    o_col = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_m = start_m + o_row
+    p_q += o_b * s_qb + o_h * s_qh + o_start * s_qm
+    b_q = load_rows(p_q, o_row, o_d, s_qm, Lq - start_m, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    log2_scale = 1.0
+    if RAW:
+        log2_scale = scale * LOG2E
+
+    last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
+    full, full_count, before, before_count, behind, behind_count = visited_tiles(
+        start_m, last_m, Lk, offset - left, offset + right, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    for EDGE in tl.static_range(2):
+        count = full_count
+        if EDGE:
+            count = before_count + behind_count
+        for i in range(0, count):
+            start_n = full + i * BLOCK_N
+            if EDGE:
+                start_n = tl.where(
+                    i < before_count, before + i * BLOCK_N, behind + (i - before_count) * BLOCK_N
+                )
+            o_n = start_n + o_col
+            p_k_tile = p_k + tl.cast(start_n, tl.int64) * s_kn
+            b_k = load_rows(p_k_tile, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            b_s, _ = scores(
+                b_s,
+                o_m[:, None],
+                o_n[None, :],
+                p_mask,
+                s_mm,
+                s_mn,
+                slope,
+                Lq,
+                Lk,
+                offset,
+                left,
+                right,
+                scale,
+                softcap,
+                HAS_LEFT,
+                HAS_RIGHT,
+                SOFTCAP,
+                RAW,
+                EDGE,
+            )
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * log2_scale)  # [BLOCK_M]
+            b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf would be NaN
+            b_p = tl.exp2(b_s * log2_scale - b_safe[:, None])  # [BLOCK_M, BLOCK_N]
+            b_shrink = tl.exp2(b_max - b_safe)
+            b_max = b_new
+            b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
+            if p_seed is not None:
+                b_keep = keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N)
+                b_p = tl.where(b_keep, b_p, 0.0)
+            p_v_tile = p_v + tl.cast(start_n, tl.int64) * s_vn
+            b_v = load_rows(
+                p_v_tile, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, EDGE
+            )  # [BLOCK_N, BLOCK_DV]
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision="ieee")
+
+    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * LN2)
+    b_out = b_out * (keep_scale / b_divisor)[:, None]
+    p_out += o_b * s_ob + o_h * s_oh + o_start * s_om
+    store_rows(p_out, b_out, o_row, o_dv, s_om, Lq - start_m, DV)
+    p_lse += (o_b * tl.num_programs(1) + o_h) * Lq
+    tl.store(p_lse + o_m, b_lse, mask=o_m < Lq)
+
+
+def attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    B, H, Lq, _ = q.shape
+    Lk, DV = v.shape[2:]
+    out = head_major(q, H, Lq, DV)
+    lse = q.new_empty(B, H, Lq, dtype=torch.float32)
+    if not lse.numel():
+        return out, lse
+    plain = softcap == 0 and attn_mask is None and alibi_slopes is None
+    block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain and dropout_p == 0)
+    with on_device_of(q):
+        _attention_fwd[(cdiv(Lq, block_m), H, B)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            attn_mask,
+            alibi_slopes,
+            seed if dropout_p > 0 else None,
+            *strides(q, 3),
+            *strides(k, 3),
+            *strides(v, 3),
+            *strides(out, 3),
+            *strides(attn_mask, 4),
+            *slope_strides(alibi_slopes),
+            Lq,
+            Lk,
+            *band(Lq, Lk, lower_right, left, right),
+            scale,
+            softcap,
+            dropout_threshold(dropout_p),
+            dropout_scale(dropout_p),
+            **constants(q, k, v, left, right, softcap),
+            RAW=plain and scale > 0,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return out, lse

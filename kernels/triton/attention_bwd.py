@@ -1,0 +1,359 @@
+"""The backward of attention; the mathematics is in attention.py, whose names these are.
+
+delta is one pass over out and grad_out. The dK/dV kernel works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T
+and ds^T then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a
+way through shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.attention_tiles import (
+    SIZES,
+    band,
+    constants,
+    head_major,
+    load_rows,
+    scores,
+    slope_strides,
+    store_rows,
+    strides,
+    tile_sizes,
+    visited_tiles,
+)
+from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
+from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
+
+DELTA_ROWS = (
+    32  # rows a program of the delta kernel: it is bound by memory, and small tiles keep many in flight
+)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["Lq"])
+def _attention_delta(
+    p_out, p_grad, p_grad_lse, p_delta,
+    s_ob, s_oh, s_om, s_gb, s_gh, s_gm,
+    Lq,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    # fmt: on
+    o_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1).to(tl.int64)
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_row = o_m[:, None].to(tl.int64)
+    o_dv = tl.arange(0, BLOCK_DV)[None, :]
+    m_m = o_m < Lq
+    m = m_m[:, None] & (o_dv < DV)
+    p_out += o_b * s_ob + o_h * s_oh
+    p_grad += o_b * s_gb + o_h * s_gh
+    b_out = tl.load(p_out + o_row * s_om + o_dv, mask=m, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+    b_grad = tl.load(p_grad + o_row * s_gm + o_dv, mask=m, other=0.0).to(tl.float32)
+    b_delta = tl.sum(b_out * b_grad, 1)  # [BLOCK_M]
+    o_lse = (o_b * tl.num_programs(1) + o_h) * Lq + o_m
+    if p_grad_lse is not None:
+        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
+    tl.store(p_delta + o_lse, b_delta, mask=m_m)
+
+
+@triton.jit
+def _load_statistics(p_lse, p_delta, o_m, Lq):
+    """lse in base 2, and delta. Rows that see nothing, or are none, get lse = inf: exp2(s - lse) is 0."""
+    m = o_m < Lq
+    b_lse = tl.load(p_lse + o_m, mask=m, other=float("inf"))
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
+    return b_lse, tl.load(p_delta + o_m, mask=m, other=0.0)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=SIZES)
+def _attention_bwd_dkv(
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_mask, p_slopes, p_seed, p_dk, p_dv,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_mb, s_mh, s_mm, s_mn,
+    s_sb, s_sh, s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
+    Lq, Lk, offset, left, right, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    start_n = tl.program_id(0) * BLOCK_N  # causal: the columns that most rows see first
+    i_hk = tl.program_id(1)
+    i_b = tl.program_id(2)
+    heads = tl.num_programs(1) * GROUP
+    o_b = i_b.to(tl.int64)
+    o_hk = i_hk.to(tl.int64)
+    o_start = start_n.to(tl.int64)
+    o_row = tl.arange(0, BLOCK_M)
+    o_col = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_n = start_n + o_col
+    p_k += o_b * s_kb + o_hk * s_kh + o_start * s_kn
+    p_v += o_b * s_vb + o_hk * s_vh + o_start * s_vn
+    b_k = load_rows(p_k, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
+    b_v = load_rows(p_v, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+
+    # Column j is seen by the rows j - offset - right .. j - offset + left.
+    last_n = tl.minimum(start_n + BLOCK_N, Lk) - 1
+    full, full_count, before, before_count, behind, behind_count = visited_tiles(
+        start_n, last_n, Lq, -offset - right, left - offset, BLOCK_M, HAS_RIGHT, HAS_LEFT
+    )
+    for i_group in range(0, GROUP):
+        i_h = i_hk * GROUP + i_group
+        o_h = i_h.to(tl.int64)
+        p_q_head = p_q + o_b * s_qb + o_h * s_qh
+        p_grad_head = p_grad + o_b * s_gb + o_h * s_gh
+        o_lse = (o_b * heads + o_h) * Lq
+        slope = None
+        if p_slopes is not None:
+            slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
+        p_mask_head = p_mask
+        if p_mask is not None:
+            p_mask_head = p_mask + o_b * s_mb + o_h * s_mh
+        for EDGE in tl.static_range(2):
+            count = full_count
+            if EDGE:
+                count = before_count + behind_count
+            for i in range(0, count):
+                start_m = full + i * BLOCK_M
+                if EDGE:
+                    start_m = tl.where(
+                        i < before_count, before + i * BLOCK_M, behind + (i - before_count) * BLOCK_M
+                    )
+                o_m = start_m + o_row
+                o_tile = tl.cast(start_m, tl.int64)
+                rows = Lq - start_m
+                b_q = load_rows(p_q_head + o_tile * s_qm, o_row, o_d, s_qm, rows, D, BLOCK_D, EDGE)
+                b_lse, b_delta = _load_statistics(p_lse + o_lse, p_delta + o_lse, o_m, Lq)  # [BLOCK_M]
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                b_s, b_cap_slope = scores(
+                    b_s,
+                    o_m[None, :],
+                    o_n[:, None],
+                    p_mask_head,
+                    s_mm,
+                    s_mn,
+                    slope,
+                    Lq,
+                    Lk,
+                    offset,
+                    left,
+                    right,
+                    scale,
+                    softcap,
+                    HAS_LEFT,
+                    HAS_RIGHT,
+                    SOFTCAP,
+                    False,
+                    EDGE,
+                )
+                b_p = tl.exp2(b_s - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
+                b_grad = load_rows(p_grad_head + o_tile * s_gm, o_row, o_dv, s_gm, rows, DV, BLOCK_DV, EDGE)
+                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                b_r = b_p
+                if p_seed is not None:
+                    b_keep = tl.trans(keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N))
+                    b_r = tl.where(b_keep, b_p * keep_scale, 0.0)
+                    b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+                b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                if SOFTCAP:
+                    b_ds *= b_cap_slope
+                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+
+    p_dk += o_b * s_dkb + o_hk * s_dkh + o_start * s_dkn
+    p_dv += o_b * s_dvb + o_hk * s_dvh + o_start * s_dvn
+    store_rows(p_dk, b_dk * scale, o_col, o_d, s_dkn, Lk - start_n, D)
+    store_rows(p_dv, b_dv, o_col, o_dv, s_dvn, Lk - start_n, DV)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=SIZES)
+def _attention_bwd_dq(
+    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_mask, p_slopes, p_seed, p_dq,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_mb, s_mh, s_mm, s_mn,
+    s_sb, s_sh, s_dqb, s_dqh, s_dqm,
+    Lq, Lk, offset, left, right, scale, softcap, threshold, keep_scale,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # fmt: on
+    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
+    i_h = tl.program_id(1)
+    i_b = tl.program_id(2)
+    o_b = i_b.to(tl.int64)
+    o_h = i_h.to(tl.int64)
+    o_hk = (i_h // GROUP).to(tl.int64)
+    o_start = start_m.to(tl.int64)
+    o_row = tl.arange(0, BLOCK_M)
+    o_col = tl.arange(0, BLOCK_N)
+    o_d = tl.arange(0, BLOCK_D)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_m = start_m + o_row
+    p_q += o_b * s_qb + o_h * s_qh + o_start * s_qm
+    p_grad += o_b * s_gb + o_h * s_gh + o_start * s_gm
+    p_k += o_b * s_kb + o_hk * s_kh
+    p_v += o_b * s_vb + o_hk * s_vh
+    slope = None
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
+    if p_mask is not None:
+        p_mask += o_b * s_mb + o_h * s_mh
+    o_lse = (o_b * tl.num_programs(1) + o_h) * Lq
+    b_q = load_rows(p_q, o_row, o_d, s_qm, Lq - start_m, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    b_grad = load_rows(p_grad, o_row, o_dv, s_gm, Lq - start_m, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
+    b_lse, b_delta = _load_statistics(p_lse + o_lse, p_delta + o_lse, o_m, Lq)  # [BLOCK_M]
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+
+    last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
+    full, full_count, before, before_count, behind, behind_count = visited_tiles(
+        start_m, last_m, Lk, offset - left, offset + right, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    for EDGE in tl.static_range(2):
+        count = full_count
+        if EDGE:
+            count = before_count + behind_count
+        for i in range(0, count):
+            start_n = full + i * BLOCK_N
+            if EDGE:
+                start_n = tl.where(
+                    i < before_count, before + i * BLOCK_N, behind + (i - before_count) * BLOCK_N
+                )
+            o_n = start_n + o_col
+            o_tile = tl.cast(start_n, tl.int64)
+            b_k = load_rows(p_k + o_tile * s_kn, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, EDGE)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            b_s, b_cap_slope = scores(
+                b_s,
+                o_m[:, None],
+                o_n[None, :],
+                p_mask,
+                s_mm,
+                s_mn,
+                slope,
+                Lq,
+                Lk,
+                offset,
+                left,
+                right,
+                scale,
+                softcap,
+                HAS_LEFT,
+                HAS_RIGHT,
+                SOFTCAP,
+                False,
+                EDGE,
+            )
+            b_p = tl.exp2(b_s - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
+            b_v = load_rows(p_v + o_tile * s_vn, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, EDGE)
+            b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if p_seed is not None:
+                b_keep = keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
+                b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            if SOFTCAP:
+                b_ds *= b_cap_slope
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+
+    p_dq += o_b * s_dqb + o_h * s_dqh + o_start * s_dqm
+    store_rows(p_dq, b_dq * scale, o_row, o_d, s_dqm, Lq - start_m, D)
+
+
+def attention_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dmask); a mask that wants a gradient is refused before, so that dmask is empty."""
+    B, H, Lq, D = q.shape
+    Hk, Lk, DV = v.shape[1:]
+    dq = head_major(q, H, Lq, D)
+    dk = head_major(k, Hk, Lk, D)
+    dv = head_major(v, Hk, Lk, DV)
+    if grad_out.stride(3) != 1:  # an expanded scalar, as out.sum() makes: the tiles want whole lines
+        grad_out = grad_out.contiguous()
+    plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
+    const = constants(q, k, v, left, right, softcap)
+    delta = torch.empty_like(lse)
+    inputs = (q, k, v, grad_out, lse, delta, attn_mask, alibi_slopes, seed if dropout_p > 0 else None)
+    input_strides = (
+        *strides(q, 3),
+        *strides(k, 3),
+        *strides(v, 3),
+        *strides(grad_out, 3),
+        *strides(attn_mask, 4),
+        *slope_strides(alibi_slopes),
+    )
+    options = (
+        *(Lq, Lk),
+        *band(Lq, Lk, lower_right, left, right),
+        *(scale, softcap),
+        *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
+    )
+    with on_device_of(q):
+        if lse.numel():
+            _attention_delta[(cdiv(Lq, DELTA_ROWS), H, B)](
+                out,
+                grad_out,
+                grad_lse,
+                delta,
+                *strides(out, 3),
+                *strides(grad_out, 3),
+                Lq,
+                DV,
+                const["BLOCK_DV"],
+                DELTA_ROWS,
+                num_warps=4,
+            )
+        if B * Hk * Lk:
+            block_m, block_n, warps, stages = tile_sizes("dkv", q, v, plain)
+            _attention_bwd_dkv[(cdiv(Lk, block_n), Hk, B)](
+                *inputs,
+                *(dk, dv),
+                *input_strides,
+                *strides(dk, 3),
+                *strides(dv, 3),
+                *options,
+                **const,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=warps,
+                num_stages=stages,
+            )
+        if lse.numel():
+            block_m, block_n, warps, stages = tile_sizes("dq", q, v, plain)
+            _attention_bwd_dq[(cdiv(Lq, block_m), H, B)](
+                *inputs,
+                dq,
+                *input_strides,
+                *strides(dq, 3),
+                *options,
+                **const,
+                BLOCK_M=block_m,
+                BLOCK_N=block_n,
+                num_warps=warps,
+                num_stages=stages,
+            )
+    return dq, dk, dv, q.new_empty(0)

@@ -1,0 +1,213 @@
+"""What the attention kernels share: tile sizes, tile loads, which tiles are visited, and the scores of a
+tile."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.common import LOG2E, capability, tanh
+
+# (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
+# attention, then with a mask, dropout, a softcap or slopes, which take registers from the tile. The largest
+# tiles that compile without spills; a program of the forward at 64 fits twice into a Hopper SM, so that one's
+# exponentials run under the other's products.
+Tile = tuple[int, int, int, int]
+Table = dict[str, dict[int, tuple[Tile, Tile]]]
+HOPPER: Table = {  # and Blackwell's data-centre parts: 227 KiB of shared memory, products of 64 rows and more
+    "fwd": {
+        64: ((128, 64, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 64, 8, 3), (128, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (64, 32, 8, 1)),
+    },
+    "dkv": {
+        64: ((64, 128, 8, 3), (32, 64, 8, 1)),
+        128: ((32, 128, 8, 2), (32, 64, 8, 1)),
+        256: ((32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    "dq": {
+        64: ((128, 64, 8, 3), (128, 32, 8, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (32, 32, 8, 1)),
+    },
+}
+AMPERE: Table = {  # and every other part: at most 99 KiB
+    "fwd": {
+        64: ((128, 64, 8, 3), (128, 32, 8, 2)),
+        128: ((128, 32, 8, 3), (64, 32, 8, 2)),
+        256: ((64, 32, 8, 1), (64, 16, 8, 1)),
+    },
+    "dkv": {
+        64: ((32, 128, 8, 2), (32, 64, 8, 1)),
+        128: ((64, 64, 8, 1), (32, 32, 8, 1)),
+        256: ((16, 64, 8, 1), (16, 32, 8, 1)),
+    },
+    "dq": {
+        64: ((128, 32, 8, 2), (64, 32, 8, 1)),
+        128: ((64, 32, 8, 2), (64, 32, 8, 1)),
+        256: ((64, 16, 8, 1), (64, 16, 8, 1)),
+    },
+}
+FP32: Table = {  # no tensor core has IEEE fp32: multiply-adds, whose operands stand in registers
+    "fwd": {n: ((32, 32, 4, 1), (32, 16, 8, 1)) for n in (64, 128, 256)},
+    "dkv": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
+    "dq": {n: ((32, 16, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
+}
+# The interpreter's time goes by the number of tiles, its use is in testing their edges.
+INTERPRETED = {"fwd": (32, 16, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
+
+SIZES = ["Lq", "Lk", "offset", "left", "right", "threshold"]  # a new length or window compiles nothing again
+
+
+@triton.jit
+def load_rows(p_tile, o_row, o_d, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """Rows of a matrix from p_tile on, those below n_rows; zeros elsewhere.  # [ROWS, BLOCK_D]"""
+    p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
+    if EDGE and D < BLOCK_D:
+        return tl.load(p_block, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
+    elif EDGE:
+        return tl.load(p_block, mask=o_row[:, None] < n_rows, other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(p_block, mask=o_d[None, :] < D, other=0.0)
+    else:
+        return tl.load(p_block)
+
+
+@triton.jit
+def store_rows(p_tile, b, o_row, o_d, stride, n_rows, D: tl.constexpr):
+    p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
+    tl.store(p_block, b.to(p_tile.dtype.element_ty), mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D))
+
+
+@triton.jit
+def visited_tiles(
+    first, last, n, low, high, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr
+):
+    """The tiles along an axis of n that lines first..last of the other see; line i sees i + low .. i + high.
+
+    Returns (start, count) of the tiles that every line sees whole, then (start, count, start, count) of the
+    edges before and behind them.
+    """
+    begin = 0
+    full_begin = 0
+    end = n
+    full_end = n // BLOCK * BLOCK
+    if HAS_LOW:
+        begin = tl.maximum(first + low, 0) // BLOCK * BLOCK
+        full_begin = (tl.maximum(last + low, 0) + BLOCK - 1) // BLOCK * BLOCK
+    if HAS_HIGH:
+        end = tl.minimum(tl.maximum(last + high + 1, 0), n)
+        full_end = tl.minimum(tl.maximum(first + high + 1, 0), n) // BLOCK * BLOCK
+    behind = tl.maximum(full_begin, full_end)
+    full_count = (behind - full_begin) // BLOCK
+    before_count = (tl.maximum(tl.minimum(full_begin, end) - begin, 0) + BLOCK - 1) // BLOCK
+    behind_count = (tl.maximum(end - behind, 0) + BLOCK - 1) // BLOCK
+    return full_begin, full_count, begin, before_count, behind, behind_count
+
+
+@triton.jit
+def scores(
+    b_s,
+    o_m,
+    o_n,
+    p_mask,
+    stride_mm,
+    stride_mn,
+    slope,
+    Lq,
+    Lk,
+    offset,
+    left,
+    right,
+    scale,
+    softcap,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    RAW: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """From products q.k to scores in units of log 2 (unscaled if RAW), -inf where nothing is seen.
+
+    Also returns the softcap's derivative. o_m and o_n broadcast to b_s, whichever way round it is.
+    """
+    b_cap_slope = b_s
+    if SOFTCAP:
+        b_t = tanh(b_s * (scale / softcap))
+        b_cap_slope = 1.0 - b_t * b_t
+        b_s = b_t * (softcap * LOG2E)
+    elif not RAW:
+        b_s = b_s * (scale * LOG2E)
+    if slope is not None:
+        b_s -= slope * tl.abs(o_m + offset - o_n).to(tl.float32)
+    if p_mask is not None:
+        p_block = p_mask + o_m.to(tl.int64) * stride_mm + o_n.to(tl.int64) * stride_mn
+        m = (o_m < Lq) & (o_n < Lk)
+        if p_mask.dtype.element_ty.is_floating():
+            b_s += tl.load(p_block, mask=m, other=0.0).to(tl.float32) * LOG2E
+        else:
+            b_s = tl.where(tl.load(p_block, mask=m, other=0) != 0, b_s, float("-inf"))
+    if EDGE:
+        m = (o_m < Lq) & (o_n < Lk)
+        if HAS_LEFT:
+            m = m & (o_n >= o_m + (offset - left))
+        if HAS_RIGHT:
+            m = m & (o_n <= o_m + (offset + right))
+        b_s = tl.where(m, b_s, float("-inf"))
+    return b_s, b_cap_slope
+
+
+def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Tile:
+    """(BLOCK_M, BLOCK_N, warps, stages) of one of the kernels "fwd", "dkv", "dq".
+
+    A padded head dimension, or another one of v, takes registers too, for the masks of the loads.
+    """
+    device = capability(q)
+    if device is None:
+        return INTERPRETED[kernel]
+    D, DV = q.shape[-1], v.shape[-1]
+    size = max(64, triton.next_power_of_2(max(D, DV)))
+    plain = plain and D == DV and triton.next_power_of_2(D) == D
+    table = FP32 if q.dtype == torch.float32 else HOPPER if device[0] in (9, 10) else AMPERE
+    return table[kernel][size][0 if plain else 1]
+
+
+def constants(
+    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, softcap: float
+) -> dict[str, int | bool]:
+    """The compile-time arguments that every kernel takes."""
+    D, DV = q.shape[-1], v.shape[-1]
+    return {
+        "GROUP": q.shape[1] // max(k.shape[1], 1),
+        "D": D,
+        "DV": DV,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot's least
+        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+        "HAS_LEFT": left >= 0,
+        "HAS_RIGHT": right >= 0,
+        "SOFTCAP": softcap != 0.0,
+    }
+
+
+def band(Lq: int, Lk: int, lower_right: bool, left: int, right: int) -> tuple[int, int, int]:
+    """(offset, left, right); a bound beyond every column is cut to one, so that sums stay within int32."""
+    most = Lq + Lk
+    return Lk - Lq if lower_right else 0, min(left, most), min(right, most)
+
+
+def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if x is None else x.stride()[:dims]
+
+
+def slope_strides(slopes: Tensor | None) -> tuple[int, int]:
+    """Of (batch, head); slopes of shape (H,) serve every batch entry."""
+    if slopes is None:
+        return 0, 0
+    return (0, slopes.stride(0)) if slopes.dim() == 1 else (slopes.stride(0), slopes.stride(1))
+
+
+def head_major(like: Tensor, heads: int, length: int, size: int) -> Tensor:
+    """(B, heads, length, size), laid out as (B, length, heads, size): what the layers around it want."""
+    return like.new_empty(like.shape[0], length, heads, size).transpose(1, 2)

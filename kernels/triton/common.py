@@ -1,0 +1,46 @@
+"""What the kernels share: a tanh, and what a launcher asks of a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def tanh(x):
+    """tanh in fp32 to 2 ulp, from one exp, since Triton has none that its interpreter can run.
+
+    1 - 2 / (exp(2x) + 1) cancels near 0, so that a polynomial (odd, degree 11, fitted to the relative error)
+    takes over for |x| < 0.6. Saturates to ±1 without NaN: exp(2x) may be inf.
+    """
+    z = x * x
+    p = ((((-0.00590587 * z + 0.02080539) * z - 0.05378668) * z + 0.13331958) * z - 0.33333299) * z
+    return tl.where(tl.abs(x) < 0.6, x + x * p, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+def capability(x: Tensor) -> tuple[int, int] | None:
+    """The compute capability of the tensor's GPU; None for a CPU tensor, which only the interpreter takes."""
+    return _capability(x.device.index) if x.is_cuda else None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

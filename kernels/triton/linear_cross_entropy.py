@@ -1,0 +1,147 @@
+"""Cross-entropy of a linear layer's output, without the logits ever being whole in memory.
+
+    logits = hidden weight^T + bias,   loss and lse as in cross_entropy.py
+    dhidden = dlogits weight,   dweight = dlogits^T hidden,   dbias = sum_i dlogits_i
+
+Shapes: hidden (N, D), weight (V, D), bias (V,), target (N,). The rows go through in chunks of C: the logits
+of a chunk (C, V), in the inputs' dtype, are one matrix product; the cross-entropy kernels work on them and
+write their gradient over them; two more products make the chunk's part of the gradients. Since loss.sum() has
+the row gradient 1, which no caller has to be asked for, forward and backward take three products instead of
+four. Any other row gradient goes through `linear_cross_entropy_bwd`, which computes each chunk's logits
+again.
+
+The products are PyTorch's (cuBLAS). Statistics and sums over chunks are fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels.common import cdiv
+from fastgpt.kernels.cross_entropy import cross_entropy_bwd_inplace, cross_entropy_fwd
+
+# Rows of a chunk. dweight (V, D) is fp32 and read and written once a chunk: 8 V D bytes beside 6 C V D FLOPs
+# of the three products, which at 800 TFLOP/s and 4.8 TB/s is 220 / C of their time, 5 % at C = 4096; a
+# quarter of that many rows would still fill the GPU, but pay 20 %. The logits of 4096 rows are 412 MB at V =
+# 50304 in 16 bits. A larger vocabulary or fp32 meets the second bound, which is what the op is for: memory.
+CHUNK_ROWS = 4096
+CHUNK_BYTES = 2**29
+ROW_MULTIPLE = 128  # a tile of the products
+
+
+def chunk_rows(N: int, V: int, itemsize: int, chunk: int) -> int:
+    """Rows of a chunk: `chunk` if it is positive, else chunks of equal size within the two bounds above."""
+    if chunk > 0:
+        return min(chunk, max(N, 1))
+    most = max(min(CHUNK_ROWS, CHUNK_BYTES // (max(V, 1) * itemsize)), ROW_MULTIPLE)
+    even = cdiv(N, max(cdiv(N, most), 1))
+    return max(min(cdiv(even, ROW_MULTIPLE) * ROW_MULTIPLE, N), 1)
+
+
+def _logits_buffer(hidden: Tensor, V: int, rows: int) -> Tensor:
+    """(rows, V) with rows that start at multiples of 16 elements, which the products' fast loads need."""
+    return hidden.new_empty(rows, cdiv(V, 16) * 16)[:, :V]
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """hidden weight^T + bias, written to the first rows of the buffer."""
+    logits = buffer[: hidden.shape[0]]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=logits)
+    return torch.addmm(bias, hidden, weight.t(), out=logits)
+
+
+def _mm_fp32(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b with an fp32 result of 16-bit factors, which only the GPU's library has."""
+    if a.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def _add_mm_fp32(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a b, as above."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.addmm_(a.float(), b.float())
+
+
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss and lse and, `with_grad`, the fp32 gradients of loss.sum()."""
+    (N, D), V = hidden.shape, weight.shape[0]
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    fp32 = {"dtype": torch.float32, "device": hidden.device}
+    loss = torch.empty(N, **fp32)
+    lse = torch.empty(N, dtype=torch.float64, device=hidden.device)
+    dhidden = torch.empty((N, D) if with_grad else 0, **fp32)
+    dweight = torch.zeros((V, D) if with_grad else 0, **fp32)
+    dbias = torch.zeros(V if with_grad and bias is not None else 0, **fp32)
+
+    rows = chunk_rows(N, V, hidden.element_size(), chunk)
+    buffer = _logits_buffer(hidden, V, rows)
+    ones = torch.ones(rows if with_grad else 0, **fp32)
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        h, y = hidden[part], target[part]
+        logits = _logits(h, weight, bias, buffer)
+        loss[part], lse[part] = cross_entropy_fwd(logits, y, *options)
+        if with_grad:
+            cross_entropy_bwd_inplace(ones[: h.shape[0]], None, logits, y, lse[part], *options)
+            _mm_fp32(logits, weight, dhidden[part])
+            _add_mm_fp32(dweight, logits.t(), h)
+            if bias is not None:
+                dbias += logits.sum(0, dtype=torch.float32)
+    return loss, lse, dhidden, dweight, dbias
+
+
+def linear_cross_entropy_bwd(
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for any row gradient, in the inputs' dtypes; each chunk's logits are computed again."""
+    (N, D), V = hidden.shape, weight.shape[0]
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    dweight = hidden.new_zeros(V, D, dtype=torch.float32)
+    dbias = hidden.new_zeros(0 if bias is None else V, dtype=torch.float32)
+
+    rows = chunk_rows(N, V, hidden.element_size(), chunk)
+    buffer = _logits_buffer(hidden, V, rows)
+    for start in range(0, N, rows):
+        part = slice(start, min(start + rows, N))
+        h = hidden[part]
+        logits = _logits(h, weight, bias, buffer)
+        cross_entropy_bwd_inplace(grad_loss[part], None, logits, target[part], lse[part], *options)
+        torch.mm(logits, weight, out=dhidden[part])
+        _add_mm_fp32(dweight, logits.t(), h)
+        if bias is not None:
+            dbias += logits.sum(0, dtype=torch.float32)
+    return dhidden, dweight.to(weight.dtype), dbias.to(hidden.dtype if bias is None else bias.dtype)

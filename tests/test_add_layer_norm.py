@@ -1,0 +1,137 @@
+"""Residual + layer normalisation: every backend against PyTorch by the error rule, and the corners."""
+
+import pytest
+import torch
+import torch.nn.functional as T
+from contract import (
+    check_compiles_once,
+    check_every_slot_is_written,
+    check_opcheck,
+    check_same_bits_for_any_thread_count,
+    dtypes_of,
+    registered,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastgpt
+from fastgpt import ops
+from fastgpt.testing import LAYOUTS, check_error_rule, strided
+
+
+def pytorch(x, residual, weight=None, bias=None):
+    total = x + residual
+    return T.layer_norm(total, total.shape[-1:], weight, bias), total
+
+
+def inputs(shape, dtype, layout, affine=True):
+    vectors = [strided(shape[-1:], dtype, "gapped") for _ in range(2)] if affine else []
+    return [strided(shape, dtype, layout), strided(shape, dtype, layout), *vectors]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("affine", [True, False])
+def test_obeys_the_error_rule(backend, layout, affine):
+    for dtype in dtypes_of(backend):
+        for shape in [(5, 33), (2, 3, 64), (1, 7), (40, 9)]:
+            check_error_rule(ops.add_layer_norm, pytorch, inputs(shape, dtype, layout, affine))
+
+
+@given(
+    rows=st.integers(0, 9),
+    size=st.integers(2, 70),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    affine=st.booleans(),
+)
+def test_any_shape_and_stride(backend, rows, size, layout, dtype, affine):
+    check_error_rule(ops.add_layer_norm, pytorch, inputs((rows, size), dtype, layout, affine))
+
+
+def test_without_a_residual_it_is_layer_norm(backend):
+    def ours(x, w, b):
+        return ops.add_layer_norm(x, None, w, b)[0]
+
+    for dtype in dtypes_of(backend):
+        x, _, w, b = inputs((5, 33), dtype, "contiguous")
+        check_error_rule(ours, lambda x, w, b: T.layer_norm(x, (33,), w, b), [x, w, b])
+        assert ops.add_layer_norm(x, None, w, b)[1] is x
+
+
+def test_a_half_precision_branch_joins_a_float32_residual(backend):
+    """As under autocast: sum, norm and both gradients have the dtypes that PyTorch gives them."""
+    x = torch.randn(4, 16).bfloat16().requires_grad_()
+    residual, w, b = (strided(s, torch.float32, "contiguous") for s in ((4, 16), (16,), (16,)))
+    normed, total = ops.add_layer_norm(x, residual, w, b)
+    expected_normed, expected_total = pytorch(x, residual, w, b)
+    torch.testing.assert_close(normed, expected_normed)
+    torch.testing.assert_close(total, expected_total)
+    g = torch.randn(4, 16)
+    ours = torch.autograd.grad(normed, (x, residual, w, b), g)
+    theirs = torch.autograd.grad(expected_normed, (x, residual, w, b), g)
+    for a, e in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_large_mean_does_not_spoil_the_variance(backend):
+    """A mean of 1000 and a spread of 1: E[x²] - E[x]² would lose six digits."""
+    x = (torch.randn(3, 256) + 1000).requires_grad_()
+    normed, _ = ops.add_layer_norm(x, None)
+    torch.testing.assert_close(normed.double(), T.layer_norm(x.double(), (256,)), atol=2e-3, rtol=0)
+
+
+def test_gradient_of_the_sum_alone(backend):
+    x, residual, w, b = inputs((3, 8), torch.float32, "contiguous")
+    _, total = ops.add_layer_norm(x, residual, w, b)
+    dx, dr = torch.autograd.grad(total.sum(), (x, residual))
+    assert torch.equal(dx, torch.ones_like(dx))
+    assert torch.equal(dr, torch.ones_like(dr))
+
+
+def test_every_slot_is_written(backend):
+    check_every_slot_is_written(ops.add_layer_norm, inputs((5, 33), torch.float32, "contiguous"))
+
+
+def test_same_bits_for_any_thread_count():
+    with fastgpt.use_backend("cpp"):
+        check_same_bits_for_any_thread_count(ops.add_layer_norm, inputs((999, 130), torch.bfloat16, "contiguous"))
+
+
+def test_opcheck(backend):
+    x, r, w, b = (t.detach() for t in inputs((5, 33), torch.float32, "contiguous"))
+    check_opcheck(
+        registered("add_layer_norm_fwd", backend),
+        (x, r, w, b, 1e-5),
+        (x, None, None, None, 1e-5),
+        (x.bfloat16(), r, w, None, 1e-5),
+    )
+    mean, rstd = x.mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()
+    check_opcheck(registered("add_layer_norm_bwd", backend), (r, None, x, w, mean, rstd), (r, r, x, None, mean, rstd))
+
+
+def test_compiles_once_for_all_shapes(backend):
+    w, b = (strided((8,), torch.float32, "contiguous") for _ in range(2))
+    batches = [[*inputs((n, 2, 8), torch.float32, "contiguous", affine=False), w, b] for n in (3, 5, 12)]
+    check_compiles_once(ops.add_layer_norm, batches)
+
+
+def test_gradcheck_in_float64():
+    with fastgpt.use_backend("cpp"):
+        args = inputs((3, 5), torch.float64, "contiguous")
+        assert torch.autograd.gradcheck(ops.add_layer_norm, args)
+        assert torch.autograd.gradgradcheck(ops.add_layer_norm, args)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(2, 3), torch.ones(3, 2)), ValueError, r"residual must have x's shape \(2, 3\)"),
+        ((torch.ones(2, 3), None, torch.ones(2)), ValueError, "weight must have shape"),
+        ((torch.ones(2, 3).long(), None), TypeError, "x must be float32"),
+        ((torch.tensor(1.0), None), ValueError, "at least one dimension"),
+        (([1.0], None), TypeError, "x must be a torch.Tensor, got list"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.add_layer_norm(*arguments)

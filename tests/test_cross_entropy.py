@@ -1,0 +1,246 @@
+"""Cross-entropy: every backend against PyTorch by the error rule, and the contract's corners."""
+
+import pytest
+import torch
+import torch.nn.functional as T
+from contract import (
+    check_compiles_once,
+    check_every_slot_is_written,
+    check_opcheck,
+    check_same_bits_for_any_thread_count,
+    dtypes_of,
+    registered,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastgpt
+from fastgpt import ops
+from fastgpt.testing import check_error_rule, strided
+
+
+def targets(rows, vocab, ignored=0.2, ignore_index=-100):
+    y = torch.randint(0, max(vocab, 1), (rows,))
+    return torch.where(torch.rand(rows) < ignored, ignore_index, y)
+
+
+def pytorch(logits, target, *, softcap=None, z_loss=0.0, reduction="mean", weight=None, **options):
+    """The same loss out of torch.nn.functional.cross_entropy and the few operations it lacks."""
+    weight = None if weight is None else weight.to(logits.dtype)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = T.cross_entropy(logits, target, weight, reduction=reduction, **options)
+    if z_loss:
+        ignore = options.get("ignore_index", -100)
+        valid = target != ignore
+        penalty = z_loss * torch.where(valid, torch.logsumexp(logits, dim=-1) ** 2, 0)
+        if reduction == "mean":
+            count = valid.sum() if weight is None else weight[torch.where(valid, target, 0)][valid].sum()
+            penalty = penalty.sum() / count
+        loss = loss + (penalty.sum() if reduction == "sum" else penalty)
+    return loss
+
+
+CASES = {
+    "plain": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "smoothed": {"label_smoothing": 0.1},
+    "weighted": {"weight": True},
+    "weighted and smoothed": {"weight": True, "label_smoothing": 0.3, "reduction": "none"},
+    "z-loss": {"z_loss": 0.01},
+    "softcap": {"softcap": 3.0},
+    "everything": {"weight": True, "label_smoothing": 0.1, "z_loss": 0.02, "softcap": 5.0, "ignore_index": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_obeys_the_error_rule(backend, case):
+    for dtype in dtypes_of(backend):
+        for rows, vocab, layout in [(5, 7, "contiguous"), (3, 1100, "gapped"), (4, 33, "transposed"), (1, 1, "sliced")]:
+            options = dict(CASES[case])
+            if options.get("weight"):
+                options["weight"] = (torch.rand(vocab) + 0.1).to(dtype)
+            y = targets(rows, vocab, ignore_index=options.get("ignore_index", -100))
+            y[0] = 0  # one valid target at least, or the mean is NaN everywhere
+            logits = strided((rows, vocab), dtype, layout, scale=2)
+            check_error_rule(
+                lambda x, y=y, o=options: ops.cross_entropy(x, y, **o),
+                lambda x, y=y, o=options: pytorch(x, y, **o),
+                [logits],
+            )
+
+
+@given(
+    rows=st.integers(0, 6),
+    vocab=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "gapped"]),
+    scale=st.sampled_from([0.1, 1.0, 20.0]),
+    label_smoothing=st.sampled_from([0.0, 0.2, 1.0]),
+    weighted=st.booleans(),
+    reduction=st.sampled_from(["sum", "none"]),
+)
+def test_any_shape_and_option(backend, rows, vocab, dtype, layout, scale, label_smoothing, weighted, reduction):
+    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    if weighted:
+        options["weight"] = (torch.rand(vocab) + 0.1).to(dtype)
+    y = targets(rows, vocab)
+    check_error_rule(
+        lambda x: ops.cross_entropy(x, y, **options),
+        lambda x: pytorch(x, y, **options),
+        [strided((rows, vocab), dtype, layout, scale)],
+    )
+
+
+def test_log_sum_exp_is_returned_and_differentiable(backend):
+    y = targets(6, 40)
+    y[0] = 3
+
+    def both(logits):
+        loss, lse = ops.cross_entropy(logits, y, return_lse=True, softcap=4.0)
+        return loss, lse.to(logits.dtype)
+
+    def expected(logits):
+        capped = 4.0 * torch.tanh(logits / 4.0)
+        return pytorch(logits, y, softcap=4.0), torch.logsumexp(capped, dim=-1)
+
+    for dtype in dtypes_of(backend):
+        check_error_rule(both, expected, [strided((6, 40), dtype, "contiguous", 3)])
+
+
+def test_leading_dimensions_are_kept(backend):
+    logits, y = strided((2, 3, 9), torch.float32, "contiguous"), targets(6, 9).view(2, 3)
+    loss = ops.cross_entropy(logits, y, reduction="none")
+    expected = T.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(2, 3)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_all_ignored_targets(backend):
+    """The mean is NaN, the sum 0, and the gradient 0 either way, as in PyTorch."""
+    logits, y = strided((3, 5), torch.float32, "contiguous"), torch.full((3,), -100)
+    for reduction in ("mean", "sum"):
+        ours, theirs = (f(logits, y, reduction=reduction) for f in (ops.cross_entropy, T.cross_entropy))
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        (grad,) = torch.autograd.grad(ours, logits)
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_no_rows(backend):
+    logits, y = torch.randn(0, 5, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    assert ops.cross_entropy(logits, y).isnan()
+    assert ops.cross_entropy(logits, y, reduction="sum") == 0
+    assert ops.cross_entropy(logits, y, reduction="none").shape == (0,)
+
+
+def test_impossible_classes_and_infinite_logits(backend):
+    """-inf logits have probability 0; the loss of a possible class stays finite, with a finite gradient."""
+    logits = torch.tensor([[0.0, -torch.inf, 2.0], [-torch.inf, 1.0, -torch.inf]], requires_grad=True)
+    y = torch.tensor([2, 1])
+    ours, theirs = (f(logits, y, reduction="none") for f in (ops.cross_entropy, T.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads)
+    impossible = ops.cross_entropy(logits.detach(), torch.tensor([1, 1]), reduction="none")
+    assert impossible[0] == torch.inf
+
+
+@pytest.mark.parametrize("bad", [5, -1, -101, 2**40])
+def test_target_out_of_range_raises_pytorchs_error(backend, bad):
+    logits, y = torch.randn(3, 5), torch.tensor([1, bad, 2])
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+        ops.cross_entropy(logits, y)
+
+
+def test_large_logits_do_not_overflow(backend):
+    logits = torch.tensor([[6e4, -6e4, 0.0], [-6e4, -6e4, -6e4]], requires_grad=True)
+    y = torch.tensor([0, 1])
+    torch.testing.assert_close(
+        ops.cross_entropy(logits, y, reduction="none"), T.cross_entropy(logits, y, reduction="none")
+    )
+
+
+def test_inplace_backward_gives_the_same_gradient_in_the_logits_memory(backend):
+    y = targets(6, 40)
+    y[0] = 3
+    for dtype in dtypes_of(backend):
+        hidden = strided((6, 40), dtype, "contiguous")
+        (expected,) = torch.autograd.grad(ops.cross_entropy(hidden * 1, y), hidden)
+        logits = hidden * 1
+        logits.retain_grad()
+        ops.cross_entropy(logits, y, inplace_backward=True).backward()
+        assert torch.equal(hidden.grad, expected)
+        assert torch.equal(logits.detach(), expected), "the gradient stands where the logits stood"
+
+
+def test_callers_tensors_are_not_written(backend):
+    logits, y, w = torch.randn(4, 6, requires_grad=True), targets(4, 6, 0), torch.rand(6)
+    before = [t.detach().clone() for t in (logits, y, w)]
+    ops.cross_entropy(logits, y, weight=w, label_smoothing=0.1).backward()
+    for t, b in zip((logits, y, w), before, strict=True):
+        assert torch.equal(t.detach(), b)
+
+
+def test_every_slot_is_written(backend):
+    y = targets(5, 40)
+    y[0] = 1
+    check_every_slot_is_written(
+        lambda x: ops.cross_entropy(x, y, return_lse=True), [strided((5, 40), torch.float32, "contiguous")]
+    )
+
+
+def test_same_bits_for_any_thread_count():
+    y = targets(300, 500)
+    with fastgpt.use_backend("cpp"):
+        check_same_bits_for_any_thread_count(
+            lambda x: ops.cross_entropy(x, y), [strided((300, 500), torch.bfloat16, "contiguous")]
+        )
+
+
+def test_opcheck(backend):
+    x, y, w, g = torch.randn(3, 5), torch.tensor([1, -100, 4]), torch.rand(5), torch.rand(3)
+    lse = torch.logsumexp(x.double(), 1)
+    check_opcheck(
+        registered("cross_entropy_fwd", backend), (x, y, w, -100, 0.1, 0.0, 0.0), (x, y, None, -100, 0.0, 0.1, 2.0)
+    )
+    check_opcheck(registered("cross_entropy_bwd", backend), (g, None, x, y, lse, w, -100, 0.1, 0.0, 0.0))
+    check_opcheck(
+        registered("cross_entropy_bwd_inplace", backend), (g, g, x.clone(), y, lse, None, -100, 0.0, 0.0, 0.0)
+    )
+
+
+def test_compiles_once_for_all_shapes(backend):
+    def function(x):
+        return ops.cross_entropy(x, torch.arange(x.shape[0]) % x.shape[1], label_smoothing=0.1)
+
+    check_compiles_once(function, [[strided((n, 9), torch.float32, "contiguous")] for n in (3, 5, 12)])
+
+
+def test_gradcheck_in_float64():
+    y = torch.tensor([0, -100, 3])
+    w = torch.rand(5, dtype=torch.float64)
+    options = {"weight": w, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0, "return_lse": True}
+    with fastgpt.use_backend("cpp"):
+        x = strided((3, 5), torch.float64, "contiguous")
+        assert torch.autograd.gradcheck(lambda x: ops.cross_entropy(x, y, **options), (x,))
+        assert torch.autograd.gradgradcheck(lambda x: ops.cross_entropy(x, y, **options), (x,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((torch.ones(2, 3), [0, 1]), {}, TypeError, "target must be a torch.Tensor, got list"),
+        ((torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)), {}, ValueError, r"must match, got \(2, 3\) and \(3,\)"),
+        ((torch.ones(2, 3), torch.zeros(2)), {}, TypeError, "int64 class indices, got torch.float32"),
+        ((torch.ones(2, 3).int(), torch.zeros(2, dtype=torch.int64)), {}, TypeError, "logits must be float32"),
+        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"reduction": "avg"}, ValueError, "reduction must be"),
+        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"label_smoothing": 2}, ValueError, "between 0 and 1"),
+        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"weight": torch.ones(2)}, ValueError, "weight must"),
+        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"z_loss": -1}, ValueError, "not be negative"),
+        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"softcap": -1}, ValueError, "softcap must be"),
+        ((torch.ones(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64)), {}, ValueError, "target is on cpu"),
+    ],
+)
+def test_bad_input_gets_one_sentence(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        ops.cross_entropy(*arguments, **options)

@@ -1,0 +1,131 @@
+"""GELU and bias_gelu: every backend against PyTorch by the error rule, and the contract's corners."""
+
+import pytest
+import torch
+import torch.nn.functional as T
+from contract import (
+    check_compiles_once,
+    check_every_slot_is_written,
+    check_opcheck,
+    check_same_bits_for_any_thread_count,
+    dtypes_of,
+    registered,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastgpt
+from fastgpt import ops
+from fastgpt.testing import LAYOUTS, check_error_rule, strided
+
+SHAPES = [(), (1,), (0,), (7,), (3, 1), (2, 0, 5), (5, 33), (3, 4, 100)]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gelu_obeys_the_error_rule(backend, approximate, layout):
+    for dtype in dtypes_of(backend):
+        for shape in SHAPES:
+            x = strided(shape, dtype, layout, scale=3)
+            check_error_rule(
+                lambda x: ops.gelu(x, approximate), lambda x: T.gelu(x, approximate=approximate), [x]
+            )
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_bias_gelu_obeys_the_error_rule(backend, approximate):
+    def pytorch(x, bias):
+        return T.gelu(x + bias, approximate=approximate)
+
+    for dtype in dtypes_of(backend):
+        for shape, layout in [((5, 33), "transposed"), ((2, 3, 64), "sliced"), ((1, 1), "gapped"), ((40, 9), "gapped")]:
+            x, bias = strided(shape, dtype, layout), strided(shape[-1:], dtype, "gapped")
+            check_error_rule(lambda x, b: ops.bias_gelu(x, b, approximate), pytorch, [x, bias])
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), max_size=3),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    approximate=st.sampled_from(["none", "tanh"]),
+)
+def test_gelu_of_any_shape_and_stride(backend, shape, layout, dtype, scale, approximate):
+    x = strided(shape, dtype, layout, scale)
+    check_error_rule(lambda x: ops.gelu(x, approximate), lambda x: T.gelu(x, approximate=approximate), [x])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_extreme_values_behave_as_in_pytorch(backend, approximate):
+    """Tails, zeros, infinities and NaN, forward and backward, in every dtype that holds them."""
+    values = [0.0, -0.0, 1e-30, -1e-30, 5.0, -5.0, 9.0, -9.0, 60.0, -60.0, 6e4, -6e4, torch.inf, torch.nan]
+    for dtype in dtypes_of(backend):
+        x = torch.tensor(values, dtype=dtype, requires_grad=True)
+        exact = T.gelu(x.double(), approximate=approximate)  # its float32 turns inf into NaN
+        torch.testing.assert_close(ops.gelu(x, approximate), exact.to(dtype), equal_nan=True)
+        finite = torch.tensor(values[:-2], dtype=dtype, requires_grad=True)
+        (ours,) = torch.autograd.grad(ops.gelu(finite, approximate).sum(), finite)
+        (theirs,) = torch.autograd.grad(T.gelu(finite.double(), approximate=approximate).sum(), finite)
+        torch.testing.assert_close(ours, theirs)
+        (at_infinity,) = torch.autograd.grad(ops.gelu(x, approximate).sum(), x)
+        assert at_infinity[-1].isnan(), "a NaN must not turn into a number"
+
+
+def test_every_slot_is_written(backend):
+    x, bias = strided((5, 33), torch.float32, "contiguous"), strided((33,), torch.float32, "contiguous")
+    check_every_slot_is_written(ops.gelu, [x])
+    check_every_slot_is_written(ops.bias_gelu, [x, bias])
+
+
+def test_same_bits_for_any_thread_count():
+    with fastgpt.use_backend("cpp"):
+        x, bias = strided((999, 130), torch.bfloat16, "contiguous"), strided((130,), torch.bfloat16, "contiguous")
+        check_same_bits_for_any_thread_count(ops.bias_gelu, [x, bias])
+
+
+def test_opcheck(backend):
+    x, bias = torch.randn(3, 5), torch.randn(5)
+    check_opcheck(registered("gelu_fwd", backend), (x, True), (x.bfloat16(), False))
+    check_opcheck(registered("gelu_bwd", backend), (torch.randn(3, 5), x, True))
+    check_opcheck(registered("bias_gelu_fwd", backend), (x, bias, False))
+    check_opcheck(registered("bias_gelu_bwd", backend), (torch.randn(3, 5), x, bias, True))
+
+
+def test_compiles_once_for_all_shapes(backend):
+    bias = strided((8,), torch.float32, "contiguous")
+    batches = [[strided((n, 8), torch.float32, "contiguous"), bias] for n in (3, 5, 12)]
+    check_compiles_once(lambda x, b: ops.bias_gelu(ops.gelu(x, "tanh"), b), batches)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gradcheck_in_float64(approximate):
+    x, bias = (strided(s, torch.float64, "contiguous") for s in ((3, 4), (4,)))
+    with fastgpt.use_backend("cpp"):
+        assert torch.autograd.gradcheck(lambda x: ops.gelu(x, approximate), (x,))
+        assert torch.autograd.gradcheck(lambda x, b: ops.bias_gelu(x, b, approximate), (x, bias))
+
+
+def test_second_derivatives(backend):
+    if backend == "triton":
+        pytest.skip("gradgradcheck needs float64, which the GPU backends refuse")
+    x, bias = (strided(s, torch.float64, "contiguous") for s in ((2, 3), (3,)))
+    assert torch.autograd.gradgradcheck(ops.gelu, (x,))
+    assert torch.autograd.gradgradcheck(ops.bias_gelu, (x, bias))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.gelu(3.0), TypeError, "x must be a torch.Tensor, got float"),
+        (lambda: ops.gelu(torch.ones(3, dtype=torch.int64)), TypeError, "got torch.int64"),
+        (lambda: ops.gelu(torch.ones(3), "fast"), ValueError, "approximate must be one of 'none', 'tanh'"),
+        (lambda: ops.gelu(torch.eye(3).to_sparse()), ValueError, "must be a dense tensor"),
+        (lambda: ops.bias_gelu(torch.ones(3, 4), torch.ones(3)), ValueError, r"bias must have shape \(4,\)"),
+        (lambda: ops.bias_gelu(torch.ones(4), torch.ones(4).half()), TypeError, "dtypes must be equal"),
+        (lambda: ops.bias_gelu(torch.ones(4), torch.ones(4, device="meta")), ValueError, "bias is on meta"),
+        (lambda: ops.bias_gelu(torch.tensor(1.0), torch.ones(1)), ValueError, "at least one dimension"),
+    ],
+)
+def test_bad_input_gets_one_sentence(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
