@@ -84,6 +84,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def distinct(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, aliased where one stands twice: Dynamo wants the inputs of an autograd function distinct."""
+    if not torch.compiler.is_compiling():
+        return first, *others
+    found = [first]
+    for t in others:
+        found.append(t.view_as(t) if any(t is f for f in found) else t)
+    return tuple(found)
+
+
 def no_float64_on_gpu_backends(backend: str, dtype: torch.dtype) -> str | None:
     """The reason why a GPU backend refuses float64, or None."""
     if backend in ("triton", "cuda") and dtype == torch.float64:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from fastgpt.ops._checks import (
     check_floating,
     check_same_dtype,
     check_tensors,
+    distinct,
     no_float64_on_gpu_backends,
 )
 from fastgpt.ops._library import define, twice_differentiable, vjp
@@ -214,6 +215,10 @@ def _check_extras(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slopes: 
         )
 
 
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any) -> Any: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -281,5 +286,6 @@ def attention(
         alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype)).contiguous()
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     options = (scale, *bounds, float(softcap or 0.0), float(dropout_p))
+    q, k, v = distinct(q, k, v)
     out, lse = _Attention.apply(q, k, v, attn_mask, alibi_slopes, key, options, backend)
     return (out, lse) if return_lse else out

@@ -50,4 +50,4 @@ def dropout_keep(seed: Tensor, p: float, shape: tuple[int, int, int, int], first
     counter = [torch.arange(n, device=seed.device).view(v) for n, v in zip(ranges, views, strict=True)]
     counter[3] += first_batch
     words = torch.stack(philox((counter[0], counter[1], counter[2], counter[3]), seed), dim=-1)
-    return words.reshape(batch, heads, rows, -1)[..., :columns] >= dropout_threshold(p)
+    return words.flatten(-2)[..., :columns] >= dropout_threshold(p)

@@ -1,0 +1,130 @@
+"""The command `fastgpt`: train, generate, eval, info."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import fastgpt
+from fastgpt import config as train_config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        command(arguments)
+    except (ValueError, OSError, ImportError, FloatingPointError, fastgpt.BackendUnavailable) as error:
+        print(f"fastgpt: error: {_sentence(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _train(arguments: dict[str, Any]) -> None:
+    from fastgpt.train import config_from, train
+
+    file = arguments.pop("config", None)
+    options = train_config.read_toml(file) if file is not None else {}
+    train(config_from(options | arguments))
+
+
+def _generate(arguments: dict[str, Any]) -> None:
+    from fastgpt.generate import generate
+
+    print(generate(**arguments))
+
+
+def _evaluate(arguments: dict[str, Any]) -> None:
+    from fastgpt.evaluate import evaluate
+    from fastgpt.plot import loss_by_position
+
+    as_json, picture = arguments.pop("json"), arguments.pop("plot")
+    result = evaluate(**arguments)
+    print(json.dumps(result.as_dict()) if as_json else result.table())
+    if picture is not None:
+        loss_by_position(picture, [(b.first, b.last, b.loss) for b in result.positions], result.loss)
+
+
+def _info(arguments: dict[str, Any]) -> None:
+    from fastgpt import info
+
+    info.main()
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastgpt", description="Train small GPTs fast.")
+    parser.add_argument("--version", action="version", version=f"fastgpt {fastgpt.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model on a text",
+        description="Train a model on a text; every option is a TOML key too.",
+    )
+    train.add_argument(
+        "--config", metavar="FILE", default=None, help="a TOML file of options; the command line wins"
+    )
+    train_config.add_arguments(train)
+    train.set_defaults(command=_train)
+
+    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    _checkpoint_options(generate)
+    generate.add_argument(
+        "--prompt", default="\n", metavar="TEXT", help="what to continue (default: a line break)"
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P"
+    )
+    generate.add_argument("--seed", type=int, metavar="S", help="makes the sample repeatable")
+    generate.set_defaults(command=_generate)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model on a text",
+        description="Loss and perplexity, also by position in the context.",
+    )
+    _checkpoint_options(evaluate)
+    evaluate.add_argument(
+        "--data",
+        dest="source",
+        required=True,
+        metavar="FILE",
+        help="a text file, a directory of them, or stdlib",
+    )
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")
+    evaluate.set_defaults(command=_evaluate)
+
+    info = commands.add_parser(
+        "info", help="say what this machine has", description="Say what this machine has."
+    )
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what train --out was given")
+    parser.add_argument("--device", default="auto", help="where the model runs (default: auto)")
+    parser.add_argument(
+        "--backend", default="auto", choices=train_config.BACKEND_CHOICES, help="which kernels run"
+    )

@@ -1,0 +1,214 @@
+"""What a training run is told: one typed dataclass, read from the command line, a TOML file or a checkpoint.
+
+The field `n_layer` is the option `--n-layer` and the TOML key `n_layer`; a later source overrides an earlier
+one: defaults, the checkpoint being resumed, the TOML file, the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+
+from fastgpt.backends import BACKENDS
+from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
+
+BACKEND_CHOICES = ("auto", *BACKENDS)
+DTYPES = ("auto", "float32", "bfloat16")
+
+# The fields that say which model it is: resuming cannot change them.
+MODEL_FIELDS = (
+    *("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size"),
+    *("position", "activation", "bias", "tie_head"),
+)
+
+_AT_LEAST_1 = (
+    *("vocab_size", "batch_size", "grad_accum", "max_steps"),
+    *("eval_every", "eval_batches", "save_every", "log_every"),
+)
+_NOT_NEGATIVE = ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "sample_tokens", "seed")
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its help text, and the values it may take where those are few."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All options of `fastgpt train`. Raises ValueError for values that make no run."""
+
+    data: str = _option("stdlib", "a text file, a directory of them, or stdlib: Python's own source")
+    out: str = _option("out", "directory for checkpoints, log.jsonl and loss.png")
+    resume: bool = _option(
+        False, "go on from the newest checkpoint in --out, with its options where none are given"
+    )
+    tokenizer: str = _option("bytes", "bytes, bpe (learned from the data), or the path of a tokenizer.json")
+    vocab_size: int = _option(4096, "tokens that bpe learns; the other tokenizers bring their own number")
+
+    n_layer: int = _option(6, "Transformer blocks")
+    n_head: int = _option(6, "attention heads a block")
+    n_embd: int = _option(384, "channels")
+    block_size: int = _option(256, "tokens a sequence")
+    position: str = _option("learned", "how positions enter the model", POSITIONS)
+    activation: str = _option("gelu_tanh", "activation of the MLP", ACTIVATIONS)
+    dropout: float = _option(0.0, "dropout rate in training")
+    bias: bool = _option(True, "biases in linear layers and LayerNorms")
+    tie_head: bool = _option(True, "use the token embedding as output projection")
+
+    batch_size: int = _option(16, "sequences a forward pass")
+    grad_accum: int = _option(1, "forward passes a step")
+    max_steps: int = _option(2000, "optimizer steps, and the length of the learning-rate schedule")
+    max_minutes: float | None = _option(None, "stop after so many minutes, wherever the schedule stands")
+    lr: float = _option(1e-3, "highest learning rate")
+    min_lr: float = _option(1e-4, "learning rate at the end of the cosine")
+    warmup_steps: int = _option(100, "steps of linear warm-up")
+    weight_decay: float = _option(0.1, "AdamW's decay of matrices")
+    beta1: float = _option(0.9, "AdamW's first-moment decay")
+    beta2: float = _option(0.99, "AdamW's second-moment decay")
+    grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
+
+    eval_every: int = _option(250, "steps between validation losses")
+    eval_batches: int = _option(20, "batches, spread evenly over the held-out text, for a validation loss")
+    save_every: int = _option(250, "steps between checkpoints")
+    log_every: int = _option(10, "steps between lines about the training loss")
+    sample_tokens: int = _option(400, "tokens of sampled text at the end; 0 samples none")
+    tensorboard: bool = _option(False, "also write the losses for TensorBoard, to OUT/tensorboard")
+
+    seed: int = _option(1337, "of the weights, the batches, dropout and the sample")
+    device: str = _option(
+        "auto", "auto (a GPU where there is one) or any name torch knows, such as cpu or cuda:0"
+    )
+    dtype: str = _option("auto", "of the products; auto is bfloat16 where the hardware has it", DTYPES)
+    backend: str = _option("auto", "which kernels run", BACKEND_CHOICES)
+    compile: bool = _option(False, "run the model through torch.compile")
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            choices = item.metadata["choices"]
+            value = getattr(self, item.name)
+            if choices and value not in choices:
+                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
+        for name in _AT_LEAST_1:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        for name in ("data", "out", "tokenizer"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must not be empty")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must not be above lr={self.lr}")
+        if self.max_minutes is not None and not self.max_minutes > 0:
+            raise ValueError(f"max_minutes must be positive, not {self.max_minutes}")
+        self.model(self.vocab_size)
+
+    def model(self, vocab_size: int) -> GPTConfig:
+        """The model's configuration, for a tokenizer's vocabulary. Raises ValueError as GPTConfig does."""
+        return GPTConfig(
+            vocab_size=vocab_size,
+            block_size=self.block_size,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            n_embd=self.n_embd,
+            dropout=self.dropout,
+            bias=self.bias,
+            position=self.position,
+            activation=self.activation,
+            tie_head=self.tie_head,
+        )
+
+    def override(self, values: dict[str, Any]) -> TrainConfig:
+        """A copy with other values of the fields' types. Raises ValueError for anything else."""
+        hints = get_type_hints(TrainConfig)
+        for name, value in values.items():
+            if name not in hints:
+                raise ValueError(f"there is no option {name!r}; did you mean {_nearest(name, hints)!r}?")
+            values = values | {name: _typed(name, value, hints[name])}
+        return replace(self, **values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them; `TrainConfig().override(d)` is the way back."""
+        return asdict(self)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The options in a TOML file. Raises OSError if it cannot be read and ValueError if it is not TOML."""
+    try:
+        return tomllib.loads(Path(path).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option for each field; the parsed namespace holds those that were given and no others."""
+    for item in fields(TrainConfig):
+        kind = _kind(get_type_hints(TrainConfig)[item.name])
+        default = "none" if item.default is None else item.default
+        options: dict[str, Any] = {
+            "dest": item.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{item.metadata['help']} (default: {default})",
+        }
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
+            options["choices"] = item.metadata["choices"] or None
+            options["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
+        parser.add_argument("--" + item.name.replace("_", "-"), **options)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for `device`; "auto" is a GPU where there is one. Raises ValueError for one that is
+    not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for `dtype`; "auto" is bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _kind(hint: Any) -> type:
+    """The type of a field's value, None aside: of X and of X | None it is X."""
+    kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
+    return kind
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    kind = _kind(hint)
+    if value is None and kind is not hint:
+        return None
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+    return value
+
+
+def _nearest(name: str, known: dict[str, Any]) -> str:
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -1,0 +1,126 @@
+"""How well a checkpoint predicts a text: `fastgpt eval`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import data
+from fastgpt.backends import use_backend
+from fastgpt.checkpoint import open_checkpoint
+from fastgpt.config import resolve_device
+from fastgpt.model import GPT
+
+_TOKENS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The mean loss of the targets at positions first..last (from 1) of their window; `tokens` of them."""
+
+    first: int
+    last: int
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses in nats a token; `bits_per_byte` compares models with different tokenizers."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    unigram_entropy: float
+    tokens: int
+    positions: list[Bucket]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The same for people."""
+        lines = [
+            f"loss        {self.loss:.4f} nats/token",
+            f"perplexity  {self.perplexity:.3f}",
+            f"bits/byte   {self.bits_per_byte:.4f}",
+            f"tokens      {self.tokens:,} (unigram entropy {self.unigram_entropy:.4f} nats/token)",
+            "",
+            "position     loss      tokens",
+        ]
+        for bucket in self.positions:
+            span = f"{bucket.first}" if bucket.first == bucket.last else f"{bucket.first}-{bucket.last}"
+            lines.append(f"{span:<11}  {bucket.loss:.4f}  {bucket.tokens:>8,}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    checkpoint: str | Path, source: str, *, device: str = "auto", backend: str = "auto"
+) -> Evaluation:
+    """Evaluate the model that `fastgpt train` saved in the directory `checkpoint` on a text, in float32.
+
+    source: a file or a directory, evaluated whole, or "stdlib", of which the held-out part is evaluated.
+
+    Raises CheckpointError for the checkpoint, OSError and ValueError for the text.
+    """
+    opened = open_checkpoint(checkpoint)
+    where = resolve_device(device)
+    corpus = data.load_corpus(source)
+    text = "".join(corpus.val if source == "stdlib" else corpus.train + corpus.val)
+    tokens = opened.load_tokenizer().encode(text)
+    if len(tokens) < 2:
+        raise ValueError(f"{source} has {len(tokens)} token; predicting one from another takes at least two")
+    with use_backend(backend):
+        sums, counts = losses_by_position(opened.load_model().to(where).eval(), tokens)
+    loss = float(sums.sum() / counts.sum())
+    return Evaluation(
+        loss=loss,
+        perplexity=math.exp(loss),
+        bits_per_byte=float(sums.sum()) / math.log(2) / len(text.encode("utf-8")),
+        unigram_entropy=data.unigram_entropy(tokens),
+        tokens=int(counts.sum()),
+        positions=_buckets(sums, counts),
+    )
+
+
+@torch.no_grad()
+def losses_by_position(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """For each position in the context the sum of the losses and their number, both (block_size,) float64.
+
+    The tokens (N,) are cut into windows of block_size, the last of them shorter; every token but the first is
+    predicted once, from those before it in its window.
+    """
+    block = model.config.block_size
+    device = model.wte.weight.device
+    sums, counts = torch.zeros(2, block, dtype=torch.float64)
+    whole, rest = divmod(len(tokens) - 1, block)
+    starts = [block * i for i in range(whole)]
+    at_once = max(1, _TOKENS_AT_ONCE // block)
+    groups = [(starts[i : i + at_once], block) for i in range(0, whole, at_once)]
+    if rest:
+        groups.append(([block * whole], rest))
+    for group, length in groups:
+        x, y = data.windows(tokens, group, length)
+        loss = model(x.to(device), y.to(device), reduction="none")[1]
+        sums[:length] += loss.double().sum(dim=0).cpu()
+        counts[:length] += len(group)
+    return sums, counts
+
+
+def _buckets(sums: Tensor, counts: Tensor) -> list[Bucket]:
+    """Positions 1, 2, 3-4, 5-8, …: each range as long as all before it."""
+    buckets, first, last = [], 1, 1
+    while first <= len(sums) and counts[first - 1]:
+        part = slice(first - 1, last)
+        number = int(counts[part].sum())
+        buckets.append(
+            Bucket(first, min(last, int((counts > 0).sum())), float(sums[part].sum()) / number, number)
+        )
+        first, last = last + 1, 2 * last
+    return buckets

@@ -1,0 +1,60 @@
+"""The record of a training run: OUT/log.jsonl, one JSON object a line, in memory too."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """Records with a "step", and "train_loss" or "val_loss" among their values; append-only but for a
+    resumption.
+
+    A run that resumes at a step keeps the records up to it, so that the file reads as if it had never
+    stopped.
+    """
+
+    def __init__(self, path: Path, *, resume_at: int | None = None) -> None:
+        """Start an empty log at `path`, or keep the records of the existing one up to step `resume_at`."""
+        self.records: list[dict[str, Any]] = []
+        if resume_at is not None and path.exists():
+            self.records = [record for record in _read(path) if record["step"] <= resume_at]
+        temporary = path.with_suffix(".writing")
+        temporary.write_text("".join(map(_line, self.records)), "utf-8")
+        temporary.rename(path)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def add(self, step: int, **values: float) -> None:
+        """Append a record, and hand it to the operating system at once."""
+        self.records.append({"step": step, **values})
+        self._stream.write(_line(self.records[-1]))
+        self._stream.flush()
+
+    def curve(self, name: str) -> list[tuple[int, float]]:
+        """The (step, value) of all records that have the value `name`."""
+        return [(record["step"], record[name]) for record in self.records if name in record]
+
+    def sync(self) -> None:
+        """Have the records on the disk: before the checkpoint that they lead up to."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """All whole records; the last line of a killed process may be half a one."""
+    records = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
