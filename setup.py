@@ -23,7 +23,15 @@ if X86:
 
 # No -ffast-math: NaN and infinity keep their meaning. -fno-math-errno and -fno-trapping-math only
 # drop side effects that nobody reads and let the compiler vectorise.
-CXX_FLAGS = ["-O3", "-std=c++20", "-g0", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+CXX_FLAGS = [
+    "-O3",
+    "-std=c++20",
+    "-g0",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 
 
 def compiled() -> dict:
@@ -52,7 +60,10 @@ def compiled() -> dict:
             "fastgpt._C",
             ["csrc/bindings.cpp"],
             include_dirs=[pybind11.get_include()],
-            define_macros=[("FASTGPT_TORCH", f'"{torch.__version__}"'), ("FASTGPT_VARIANTS", f'"{variants}"')],
+            define_macros=[
+                ("FASTGPT_TORCH", f'"{torch.__version__}"'),
+                ("FASTGPT_VARIANTS", f'"{variants}"'),
+            ],
             extra_compile_args=CXX_FLAGS,
         )
     ]

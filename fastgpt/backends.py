@@ -49,7 +49,7 @@ IMPLEMENTED_BY: dict[str, tuple[str, ...]] = {"attention_varlen": ("reference",)
 PYTORCH = "pytorch"  # what the drop-in falls back to; not a backend one can ask for
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is public)
     """A backend was asked for by name and cannot run the case; the message says why."""
 
 
@@ -139,7 +139,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb,
         self._outer: list[tuple[str, str]] = []
 
     def __enter__(self) -> use_backend:
-        global _traced_backend
+        global _traced_backend  # noqa: PLW0603
         self._outer.append((_thread.backend, _traced_backend))
         _thread.backend = _traced_backend = self.name
         return self
@@ -168,7 +168,9 @@ def _machine_availability(backend: str) -> Availability:
             return Availability(False, "triton is not installed (pip install triton)")
         if triton_interpreted() or torch.cuda.is_available():
             return Availability(True)
-        return Availability(False, "no CUDA GPU is visible (TRITON_INTERPRET=1 interprets the kernels on a CPU)")
+        return Availability(
+            False, "no CUDA GPU is visible (TRITON_INTERPRET=1 interprets the kernels on a CPU)"
+        )
     return Availability(False, "the CUDA C++ kernels are not part of this version")
 
 

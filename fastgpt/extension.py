@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-MEND = "pip install --no-build-isolation -e . (in the checkout), or reinstall fastgpt with --no-build-isolation"
+MEND = (
+    "pip install --no-build-isolation -e . (in the checkout), or reinstall fastgpt with --no-build-isolation"
+)
 
 # From the most to the least demanding; csrc/bindings.cpp knows what each one needs.
 VARIANTS = ("avx512_bf16", "avx512", "avx2", "plain")
@@ -27,7 +29,7 @@ _CAPS = {"default": ("plain",), "avx2": ("avx2", "plain")}
 def _load() -> tuple[str | None, str]:
     """(variant, "") once a library is loaded, else (None, the reason and what mends it)."""
     try:
-        from fastgpt import _C
+        import fastgpt._C as _C
     except ImportError as error:
         return None, f"the compiled extension is missing ({error}); build it with: {MEND}"
     built = str(_C.build_info()["torch"])
@@ -70,7 +72,7 @@ def problem() -> str:
 def build_info() -> dict[str, Any]:
     """How the extension was built (torch, compiler, variants); empty if it is missing."""
     try:
-        from fastgpt import _C
+        import fastgpt._C as _C
     except ImportError:
         return {}
     return dict(_C.build_info())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as _torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastgpt import ops
 from fastgpt.backends import PYTORCH, select
@@ -30,23 +31,36 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(_torch)})
 
 
-def _plain(*tensors: Any) -> str | None:
-    """Why these arguments are PyTorch's business alone: something other than dense floating tensors."""
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            return f"an argument is a {type(tensor).__name__}, not a tensor"
+def _plain(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
+    """Why these arguments are PyTorch's business alone: something other than dense floating tensors, or None."""
+    for tensor in (*required, *(t for t in optional if t is not None)):
+        if type(tensor) not in (
+            Tensor,
+            torch.nn.Parameter,
+        ):  # a subclass has its own say in what a function does
+            return f"an argument is a {type(tensor).__name__}, not a plain tensor"
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
             return "an argument is sparse, nested or quantized"
-        if tensor.device != first.device:
+        if tensor.device != required[0].device:
             return "the arguments are on different devices"
-    if first.dtype not in FLOATS:
-        return f"the dtype is {first.dtype}"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform is in force"
+    if required[0].dtype not in FLOATS:
+        return f"the dtype is {required[0].dtype}"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a torch.func transform is in force"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is in force"
     return None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _autocast_to(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast's lower-precision functions see the tensor."""
+    cast = autocast_dtype(tensor.device)
+    return tensor.dtype if cast is None or tensor.dtype == torch.float64 else cast
 
 
 def _goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[str], str | None]) -> bool:
@@ -62,7 +76,11 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         reason = "approximate is neither 'none' nor 'tanh'"
     if _goes_to_pytorch("gelu", input, reason, lambda b: _no_float64(b, input.dtype)):
         return _torch.gelu(input, approximate=approximate)
-    return ops.gelu(input, approximate)
+    if input.is_contiguous():
+        return ops.gelu(input, approximate)
+    # PyTorch keeps the order of the dimensions in memory (channels last, transposed): so does the drop-in.
+    order = input.dim_order(ambiguity_check=False)
+    return ops.gelu(input.permute(order), approximate).permute([order.index(d) for d in range(input.dim())])
 
 
 def layer_norm(
@@ -74,10 +92,14 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` on fastgpt's kernels; see `fastgpt.ops.add_layer_norm`."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else ()
-    reason = _plain(input, weight, bias)
+    reason = _plain(input, optional=(weight, bias))
     if reason is None:
         parameters = [t for t in (weight, bias) if t is not None]
-        if not shape or tuple(input.shape[-len(shape) :]) != shape or any(t.shape != shape for t in parameters):
+        if (
+            not shape
+            or tuple(input.shape[-len(shape) :]) != shape
+            or any(t.shape != shape for t in parameters)
+        ):
             reason = "the shapes do not match"
         elif any(t.dtype not in (input.dtype, torch.float32) for t in parameters) or (
             input.dtype == torch.float64 and any(t.dtype != torch.float64 for t in parameters)
@@ -85,11 +107,17 @@ def layer_norm(
             reason = "the parameters' dtypes do not match the input's"
         elif len({t.dtype for t in parameters}) > 1:
             reason = "weight and bias have different dtypes"
+        elif weight is None and bias is not None and bias.dtype != input.dtype:
+            reason = "there is a bias of another dtype and no weight"
+        elif not _number(eps):
+            reason = f"eps is a {type(eps).__name__}"
         elif input.numel() == 0:
             reason = "the input is empty"
     if _goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
         return _torch.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
-    if input.is_cuda and autocast_dtype(input.device) is not None:  # in autocast's float32 list there, not on the CPU
+    if (
+        input.is_cuda and autocast_dtype(input.device) is not None
+    ):  # in autocast's float32 list there, not on the CPU
         input = input.float()
     size = torch.Size(shape).numel()
     flat = [None if t is None else t.reshape(size) for t in (weight, bias)]
@@ -113,8 +141,8 @@ def scaled_dot_product_attention(
     four dimensions. The dropout masks come from another generator than PyTorch's, so that they
     differ from PyTorch's for the same seed.
     """
-    reason = _plain(query, key, value, attn_mask) or _attention_reason(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa
+    reason = _plain(query, key, value, optional=(attn_mask,)) or _attention_reason(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     case = lambda b: _attention_refusal(b, query, value, attn_mask)  # noqa: E731
     if _goes_to_pytorch("attention", query, reason, case):
@@ -122,10 +150,10 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     shape = query.shape
-    while query.dim() < 4:
-        query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+    while query.dim() < 4:  # one head of a batch
+        query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
     if attn_mask is not None and len(shape) == 3 and attn_mask.dim() == 3:
-        attn_mask = attn_mask.unsqueeze(0)
+        attn_mask = attn_mask.unsqueeze(1)
     out = ops.attention(
         query,
         key,
@@ -140,29 +168,37 @@ def scaled_dot_product_attention(
 
 
 def _attention_reason(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool, gqa: bool
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: Any, is_causal: Any, scale: Any, gqa: Any
 ) -> str | None:
-    """Why no fastgpt backend can serve arguments of these shapes and dtypes, or None."""
-    if not 2 <= q.dim() <= 4 or k.dim() != q.dim() or v.dim() != q.dim():
+    """Why no fastgpt backend can serve arguments of these shapes, dtypes and options, or None."""
+    if not (isinstance(is_causal, bool) and isinstance(gqa, bool) and (scale is None or _number(scale))):
+        return "is_causal, enable_gqa or scale is of the wrong type"
+    if not 2 + gqa <= q.dim() <= 4 or k.dim() != q.dim() or v.dim() != q.dim():
         return f"the inputs have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
-    heads = (q.dim() == 4 and gqa) and 1
-    batch = slice(0, -3) if heads else slice(0, -2)
+    groups = q.dim() == 4 and gqa
+    batch = slice(0, -3) if groups else slice(0, -2)
     if q.shape[batch] != k.shape[batch] or k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1]:
         return "the shapes of query, key and value do not match (PyTorch may broadcast them)"
-    if heads and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+    if q.dim() == 4 and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
         return "the heads of key and value do not divide those of query"
-    cast = autocast_dtype(q.device)
-    if cast is None and not q.dtype == k.dtype == v.dtype:
+    dtype = _autocast_to(q)
+    if not dtype == _autocast_to(k) == _autocast_to(v):
         return "the dtypes of query, key and value differ"
     if k.dtype not in FLOATS or v.dtype not in FLOATS:
         return f"the dtypes are {k.dtype} and {v.dtype}"
     if mask is not None:
         if is_causal:
             return "attn_mask and is_causal are both given"
-        if mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        if (
+            mask.dtype not in (torch.bool, torch.float32, q.dtype)
+            or _autocast_to(mask) == torch.float64 != dtype
+        ):
             return f"attn_mask is {mask.dtype}"
+        if dtype == torch.float64 and mask.dtype == torch.float32 and autocast_dtype(q.device) is not None:
+            return "autocast casts attn_mask to another dtype than the query's"
         wanted = (*q.shape[:-1], k.shape[-2])
-        if mask.dim() > q.dim() or any(m not in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False)):
+        fits = all(m in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False))
+        if not 1 <= mask.dim() <= q.dim() or not fits:
             return f"attn_mask does not broadcast to {wanted}"
     if not 0.0 <= dropout_p <= 1.0:
         return "dropout_p is not between 0 and 1"
@@ -184,15 +220,19 @@ def cross_entropy(
     Class indices with any number of dimensions run on the kernels, as (N, C), (C) or (N, C, d1, ...);
     class probabilities go to PyTorch.
     """
-    reason = _plain(input, target, weight) or _loss_reason(
-        target, weight, input.dtype, size_average, reduce, reduction, label_smoothing
+    reason = _plain(input, target, optional=(weight,)) or _loss_reason(
+        target, weight, input.dtype, size_average, ignore_index, reduce, reduction, label_smoothing
     )
     if reason is None:
         classes = 1 if input.dim() > 1 else 0
-        if input.dim() == 0 or (*input.shape[:classes], *input.shape[classes + 1 :]) != tuple(target.shape):
+        if input.dim() > 2 and target.dtype != torch.int64:
+            reason = f"the targets of a K-dimensional loss are {target.dtype}"
+        elif input.dim() == 0 or (*input.shape[:classes], *input.shape[classes + 1 :]) != tuple(target.shape):
             reason = "the shapes of input and target do not match"
         elif weight is not None and tuple(weight.shape) != (input.shape[classes],):
             reason = "weight does not have one entry a class"
+        elif input.shape[classes] == 0:
+            reason = "there are no classes"
     if _goes_to_pytorch("cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
         return _torch.cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -228,8 +268,15 @@ def linear_cross_entropy(
     See `fastgpt.ops.linear_cross_entropy`. Class probabilities, K-dimensional weights and explicit
     `options` go to PyTorch, or, before 2.13, to `linear` followed by `cross_entropy`.
     """
-    reason = _plain(input, linear_weight, target, linear_bias, weight) or _loss_reason(
-        target, weight, input.dtype, None, None, reduction, label_smoothing
+    reason = _plain(input, linear_weight, target, optional=(linear_bias, weight)) or _loss_reason(
+        target,
+        weight,
+        input.dtype,
+        None,
+        -100 if ignore_index is None else ignore_index,
+        None,
+        reduction,
+        label_smoothing,
     )
     if reason is None:
         if linear_weight.dim() != 2 or input.dim() not in (1, 2) or input.shape[-1] != linear_weight.shape[1]:
@@ -240,10 +287,12 @@ def linear_cross_entropy(
             reason = "a bias or weight does not have one entry a class"
         elif options is not None:
             reason = "options ask for PyTorch's own chunking"
-        elif autocast_dtype(input.device) is None and any(
-            t is not None and t.dtype != input.dtype for t in (linear_weight, linear_bias)
+        elif any(
+            t is not None and _autocast_to(t) != _autocast_to(input) for t in (linear_weight, linear_bias)
         ):
             reason = "the dtypes differ"
+        elif linear_weight.shape[0] == 0:
+            reason = "there are no classes"
     if _goes_to_pytorch("linear_cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
         keywords = dict(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
         if hasattr(_torch, "linear_cross_entropy"):
@@ -276,9 +325,10 @@ def _loss_reason(
     weight: Tensor | None,
     dtype: torch.dtype,
     size_average: Any,
+    ignore_index: Any,
     reduce: Any,
-    reduction: str,
-    label_smoothing: float,
+    reduction: Any,
+    label_smoothing: Any,
 ) -> str | None:
     """Why no fastgpt backend can serve these arguments of a cross-entropy, or None."""
     if target.is_floating_point():
@@ -291,6 +341,10 @@ def _loss_reason(
         return f"reduction is {reduction!r}"
     if not 0.0 <= label_smoothing <= 1.0:
         return "label_smoothing is not between 0 and 1"
+    if target.dtype != torch.int64 and label_smoothing:
+        return f"the targets of a smoothed loss are {target.dtype}"
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        return f"ignore_index is a {type(ignore_index).__name__}"
     if weight is not None and (weight.dtype != dtype or weight.requires_grad):
         return "weight has another dtype than the input, or requires a gradient"
     return None

@@ -26,7 +26,9 @@ def error(actual: Tensor, exact: Tensor) -> float:
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     a, e = actual.detach().double(), exact.detach().double()
     finite = e.isfinite()
-    assert torch.equal(a.isfinite(), finite), "NaN or infinity where the exact result is finite, or the reverse"
+    assert torch.equal(a.isfinite(), finite), (
+        "NaN or infinity where the exact result is finite, or the reverse"
+    )
     assert torch.equal(a.isnan(), e.isnan()), "NaN where the exact result is infinite, or the reverse"
     return float((a - e)[finite].abs().max()) if finite.any() else 0.0
 
@@ -51,7 +53,9 @@ def assert_no_worse(
     working = 4 * torch.finfo(torch.float32).eps if actual.dtype != torch.float64 else 1e-13
     atol = torch.finfo(actual.dtype).eps / 2 * largest + working * max(largest, terms)
     ours, theirs = error(actual, exact), error(pytorch, exact)
-    assert ours <= 2 * theirs + atol, f"{what}: error {ours:.3g}, PyTorch's {theirs:.3g}, allowance {atol:.3g}"
+    assert ours <= 2 * theirs + atol, (
+        f"{what}: error {ours:.3g}, PyTorch's {theirs:.3g}, allowance {atol:.3g}"
+    )
 
 
 def run_with_gradients(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor] | None) -> Any:

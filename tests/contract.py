@@ -55,5 +55,3 @@ def check_same_bits_for_any_thread_count(function, inputs):
 
 def registered(name, backend):
     return getattr(torch.ops.fastgpt, f"{name}_{backend}").default
-
-

@@ -94,7 +94,9 @@ def test_every_slot_is_written(backend):
 
 def test_same_bits_for_any_thread_count():
     with fastgpt.use_backend("cpp"):
-        check_same_bits_for_any_thread_count(ops.add_layer_norm, inputs((999, 130), torch.bfloat16, "contiguous"))
+        check_same_bits_for_any_thread_count(
+            ops.add_layer_norm, inputs((999, 130), torch.bfloat16, "contiguous")
+        )
 
 
 def test_opcheck(backend):
@@ -106,7 +108,9 @@ def test_opcheck(backend):
         (x.bfloat16(), r, w, None, 1e-5),
     )
     mean, rstd = x.mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()
-    check_opcheck(registered("add_layer_norm_bwd", backend), (r, None, x, w, mean, rstd), (r, r, x, None, mean, rstd))
+    check_opcheck(
+        registered("add_layer_norm_bwd", backend), (r, None, x, w, mean, rstd), (r, r, x, None, mean, rstd)
+    )
 
 
 def test_compiles_once_for_all_shapes(backend):

@@ -52,7 +52,9 @@ def composed(q, k, v, *, scale=None, causal="none", window=None, softcap=None, a
     return p @ v
 
 
-def inputs(dtype, batch=2, heads=4, kv_heads=4, rows=20, columns=20, size=16, value_size=None, layout="contiguous"):
+def inputs(
+    dtype, batch=2, heads=4, kv_heads=4, rows=20, columns=20, size=16, value_size=None, layout="contiguous"
+):
     shapes = (
         (batch, heads, rows, size),
         (batch, kv_heads, columns, size),
@@ -118,7 +120,9 @@ def test_packed_qkv_in_and_contiguous_rows_out(backend):
         assert ours(packed).transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 20, 20), (1, 1, 20, 20), (2, 1, 1, 20), (20, 20), (1, 20), (20, 1), ()])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 20, 20), (1, 1, 20, 20), (2, 1, 1, 20), (20, 20), (1, 20), (20, 1), ()]
+)
 @pytest.mark.parametrize("kind", ["bool", "additive", "additive float32"])
 def test_masks_of_every_broadcastable_shape(backend, shape, kind):
     for dtype in dtypes_of(backend):
@@ -149,7 +153,20 @@ def test_masks_of_every_broadcastable_shape(backend, shape, kind):
     seed=st.integers(-(2**63), 2**63 - 1),
 )
 def test_any_shape_and_combination_of_options(
-    backend, rows, columns, size, group, kv_heads, layout, causal, window, softcap, alibi, masked, dropout_p, seed
+    backend,
+    rows,
+    columns,
+    size,
+    group,
+    kv_heads,
+    layout,
+    causal,
+    window,
+    softcap,
+    alibi,
+    masked,
+    dropout_p,
+    seed,
 ):
     assume(backend != "triton" or rows * columns < 2500)
     heads = group * kv_heads
@@ -157,7 +174,9 @@ def test_any_shape_and_combination_of_options(
     if alibi:
         options["alibi_slopes"] = torch.rand(heads)
     if masked:
-        options["attn_mask"] = torch.rand(rows, columns) > 0.2 if masked == "bool" else torch.randn(rows, columns)
+        options["attn_mask"] = (
+            torch.rand(rows, columns) > 0.2 if masked == "bool" else torch.randn(rows, columns)
+        )
     if dropout_p:
         options |= {"dropout_p": dropout_p, "seed": seed}
     check_error_rule(
@@ -283,7 +302,10 @@ def test_gradient_of_a_mask_is_served_by_the_reference():
     ours = torch.autograd.grad(ops.attention(q, k, v, attn_mask=mask).sin().sum(), (q, mask))
     theirs = torch.autograd.grad(composed(q, k, v, attn_mask=mask).sin().sum(), (q, mask))
     torch.testing.assert_close(ours, theirs)
-    with fastgpt.use_backend("cpp"), pytest.raises(fastgpt.BackendUnavailable, match="attn_mask requires a gradient"):
+    with (
+        fastgpt.use_backend("cpp"),
+        pytest.raises(fastgpt.BackendUnavailable, match="attn_mask requires a gradient"),
+    ):
         ops.attention(q, k, v, attn_mask=mask)
 
 
@@ -316,7 +338,9 @@ def test_one_tensor_as_query_key_and_value_compiles(backend):
     check_compiles_once(lambda x: ops.attention(x, x, x), [[x]])
 
 
-@pytest.mark.parametrize("case", ["upper-left causal", "window", "alibi", "softcap", "dropout, causal, grouped"])
+@pytest.mark.parametrize(
+    "case", ["upper-left causal", "window", "alibi", "softcap", "dropout, causal, grouped"]
+)
 def test_gradcheck_in_float64(case):
     options, shape = CASES[case]
     shape = {**shape, "batch": 1, "rows": 4, "columns": 5, "size": 3}
@@ -338,11 +362,36 @@ def shape(*dims, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((shape(2, 4, 8), shape(2, 4, 8), shape(2, 4, 8)), {}, ValueError, r"\(batch, heads, length, head_dim\)"),
-        ((shape(1, 3, 4, 8), shape(1, 2, 4, 8), shape(1, 2, 4, 8)), {}, ValueError, "must divide the 3 heads of q"),
-        ((shape(1, 2, 4, 8), shape(1, 2, 4, 7), shape(1, 2, 4, 8)), {}, ValueError, "one head_dim, got 8 and 7"),
-        ((shape(1, 2, 4, 8), shape(1, 2, 4, 8), shape(1, 2, 5, 8)), {}, ValueError, "k and v in heads and length"),
-        ((shape(1, 2, 4, 8), shape(1, 2, 4, 8), shape(1, 2, 4, 8).half()), {}, TypeError, "dtypes must be equal"),
+        (
+            (shape(2, 4, 8), shape(2, 4, 8), shape(2, 4, 8)),
+            {},
+            ValueError,
+            r"\(batch, heads, length, head_dim\)",
+        ),
+        (
+            (shape(1, 3, 4, 8), shape(1, 2, 4, 8), shape(1, 2, 4, 8)),
+            {},
+            ValueError,
+            "must divide the 3 heads of q",
+        ),
+        (
+            (shape(1, 2, 4, 8), shape(1, 2, 4, 7), shape(1, 2, 4, 8)),
+            {},
+            ValueError,
+            "one head_dim, got 8 and 7",
+        ),
+        (
+            (shape(1, 2, 4, 8), shape(1, 2, 4, 8), shape(1, 2, 5, 8)),
+            {},
+            ValueError,
+            "k and v in heads and length",
+        ),
+        (
+            (shape(1, 2, 4, 8), shape(1, 2, 4, 8), shape(1, 2, 4, 8).half()),
+            {},
+            TypeError,
+            "dtypes must be equal",
+        ),
         ((shape(1, 2, 4, 8), shape(1, 2, 4, 8), 3), {}, TypeError, "v must be a torch.Tensor, got int"),
         ((shape(1, 2, 4, 8),) * 3, {"causal": True}, ValueError, "causal must be one of"),
         ((shape(1, 2, 4, 8),) * 3, {"window": -2}, ValueError, "window must be"),

@@ -24,13 +24,17 @@ def packed(q, k, v, **options):
     return ops.attention_varlen(q, k, v, bounds(LENGTHS_Q), bounds(LENGTHS_K), 7, 7, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"causal": "upper_left"}, {"causal": "lower_right", "window": 2, "softcap": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": "upper_left"}, {"causal": "lower_right", "window": 2, "softcap": 2.0}]
+)
 def test_packed_documents_give_what_separate_calls_give(options):
     q, k, v = inputs()
     out, lse = packed(q, k, v, return_lse=True, **options)
     g = torch.randn_like(out)
     grads = torch.autograd.grad(out, (q, k, v), g)
-    qs, ks, vs, gs = (torch.split(t, n) for t, n in ((q, LENGTHS_Q), (k, LENGTHS_K), (v, LENGTHS_K), (g, LENGTHS_Q)))
+    qs, ks, vs, gs = (
+        torch.split(t, n) for t, n in ((q, LENGTHS_Q), (k, LENGTHS_K), (v, LENGTHS_K), (g, LENGTHS_Q))
+    )
     with fastgpt.use_backend("reference"):
         alone = [
             ops.attention(*(t.transpose(0, 1).unsqueeze(0) for t in parts), return_lse=True, **options)
@@ -67,12 +71,17 @@ def test_gradcheck_and_opcheck():
     q, k, v = (t.detach() for t in inputs())
     rest = (bounds(LENGTHS_Q), bounds(LENGTHS_K), None, None, 0.3, True, -1, 0, 0.0, 0.0)
     check_opcheck(registered("attention_varlen_fwd", "reference"), (q, k, v, *rest))
-    check_opcheck(registered("attention_varlen_bwd", "reference"), (torch.randn_like(q), None, q, k, v, *rest))
+    check_opcheck(
+        registered("attention_varlen_bwd", "reference"), (torch.randn_like(q), None, q, k, v, *rest)
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_backends_without_it_say_so(backend):
-    with fastgpt.use_backend(backend), pytest.raises(fastgpt.BackendUnavailable, match="no attention_varlen yet"):
+    with (
+        fastgpt.use_backend(backend),
+        pytest.raises(fastgpt.BackendUnavailable, match="no attention_varlen yet"),
+    ):
         packed(*inputs())
 
 

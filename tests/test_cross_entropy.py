@@ -57,7 +57,12 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_obeys_the_error_rule(backend, case):
     for dtype in dtypes_of(backend):
-        for rows, vocab, layout in [(5, 7, "contiguous"), (3, 1100, "gapped"), (4, 33, "transposed"), (1, 1, "sliced")]:
+        for rows, vocab, layout in [
+            (5, 7, "contiguous"),
+            (3, 1100, "gapped"),
+            (4, 33, "transposed"),
+            (1, 1, "sliced"),
+        ]:
             options = dict(CASES[case])
             if options.get("weight"):
                 options["weight"] = (torch.rand(vocab) + 0.1).to(dtype)
@@ -81,7 +86,9 @@ def test_obeys_the_error_rule(backend, case):
     weighted=st.booleans(),
     reduction=st.sampled_from(["sum", "none"]),
 )
-def test_any_shape_and_option(backend, rows, vocab, dtype, layout, scale, label_smoothing, weighted, reduction):
+def test_any_shape_and_option(
+    backend, rows, vocab, dtype, layout, scale, label_smoothing, weighted, reduction
+):
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     if weighted:
         options["weight"] = (torch.rand(vocab) + 0.1).to(dtype)
@@ -201,7 +208,9 @@ def test_opcheck(backend):
     x, y, w, g = torch.randn(3, 5), torch.tensor([1, -100, 4]), torch.rand(5), torch.rand(3)
     lse = torch.logsumexp(x.double(), 1)
     check_opcheck(
-        registered("cross_entropy_fwd", backend), (x, y, w, -100, 0.1, 0.0, 0.0), (x, y, None, -100, 0.0, 0.1, 2.0)
+        registered("cross_entropy_fwd", backend),
+        (x, y, w, -100, 0.1, 0.0, 0.0),
+        (x, y, None, -100, 0.0, 0.1, 2.0),
     )
     check_opcheck(registered("cross_entropy_bwd", backend), (g, None, x, y, lse, w, -100, 0.1, 0.0, 0.0))
     check_opcheck(
@@ -230,15 +239,55 @@ def test_gradcheck_in_float64():
     ("arguments", "options", "error", "message"),
     [
         ((torch.ones(2, 3), [0, 1]), {}, TypeError, "target must be a torch.Tensor, got list"),
-        ((torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)), {}, ValueError, r"must match, got \(2, 3\) and \(3,\)"),
+        (
+            (torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)),
+            {},
+            ValueError,
+            r"must match, got \(2, 3\) and \(3,\)",
+        ),
         ((torch.ones(2, 3), torch.zeros(2)), {}, TypeError, "int64 class indices, got torch.float32"),
-        ((torch.ones(2, 3).int(), torch.zeros(2, dtype=torch.int64)), {}, TypeError, "logits must be float32"),
-        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"reduction": "avg"}, ValueError, "reduction must be"),
-        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"label_smoothing": 2}, ValueError, "between 0 and 1"),
-        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"weight": torch.ones(2)}, ValueError, "weight must"),
-        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"z_loss": -1}, ValueError, "not be negative"),
-        ((torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)), {"softcap": -1}, ValueError, "softcap must be"),
-        ((torch.ones(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64)), {}, ValueError, "target is on cpu"),
+        (
+            (torch.ones(2, 3).int(), torch.zeros(2, dtype=torch.int64)),
+            {},
+            TypeError,
+            "logits must be float32",
+        ),
+        (
+            (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)),
+            {"reduction": "avg"},
+            ValueError,
+            "reduction must be",
+        ),
+        (
+            (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)),
+            {"label_smoothing": 2},
+            ValueError,
+            "between 0 and 1",
+        ),
+        (
+            (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)),
+            {"weight": torch.ones(2)},
+            ValueError,
+            "weight must",
+        ),
+        (
+            (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)),
+            {"z_loss": -1},
+            ValueError,
+            "not be negative",
+        ),
+        (
+            (torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)),
+            {"softcap": -1},
+            ValueError,
+            "softcap must be",
+        ),
+        (
+            (torch.ones(2, 3, device="meta"), torch.zeros(2, dtype=torch.int64)),
+            {},
+            ValueError,
+            "target is on cpu",
+        ),
     ],
 )
 def test_bad_input_gets_one_sentence(arguments, options, error, message):

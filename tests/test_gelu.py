@@ -38,7 +38,12 @@ def test_bias_gelu_obeys_the_error_rule(backend, approximate):
         return T.gelu(x + bias, approximate=approximate)
 
     for dtype in dtypes_of(backend):
-        for shape, layout in [((5, 33), "transposed"), ((2, 3, 64), "sliced"), ((1, 1), "gapped"), ((40, 9), "gapped")]:
+        for shape, layout in [
+            ((5, 33), "transposed"),
+            ((2, 3, 64), "sliced"),
+            ((1, 1), "gapped"),
+            ((40, 9), "gapped"),
+        ]:
             x, bias = strided(shape, dtype, layout), strided(shape[-1:], dtype, "gapped")
             check_error_rule(lambda x, b: ops.bias_gelu(x, b, approximate), pytorch, [x, bias])
 
@@ -79,7 +84,10 @@ def test_every_slot_is_written(backend):
 
 def test_same_bits_for_any_thread_count():
     with fastgpt.use_backend("cpp"):
-        x, bias = strided((999, 130), torch.bfloat16, "contiguous"), strided((130,), torch.bfloat16, "contiguous")
+        x, bias = (
+            strided((999, 130), torch.bfloat16, "contiguous"),
+            strided((130,), torch.bfloat16, "contiguous"),
+        )
         check_same_bits_for_any_thread_count(ops.bias_gelu, [x, bias])
 
 

@@ -47,7 +47,10 @@ def ours_and_pytorch(y, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_obeys_the_error_rule(backend, reduction, bias):
     for dtype in dtypes_of(backend):
-        for rows, size, vocab, chunk, layout in [(9, 8, 30, 4, "contiguous"), (5, 17, 65, None, "transposed")]:
+        for rows, size, vocab, chunk, layout in [
+            (9, 8, 30, 4, "contiguous"),
+            (5, 17, 65, None, "transposed"),
+        ]:
             functions = ours_and_pytorch(
                 targets(rows, vocab),
                 reduction=reduction,
@@ -191,9 +194,13 @@ def test_opcheck(backend):
     lse = torch.logsumexp(T.linear(h, w, b).double(), 1)
     rest = (-100, 0.1, 0.0, 0.0, 2)
     check_opcheck(
-        registered("linear_cross_entropy_fwd", backend), (h, w, b, y, cw, *rest, True), (h, w, None, y, None, *rest, False)
+        registered("linear_cross_entropy_fwd", backend),
+        (h, w, b, y, cw, *rest, True),
+        (h, w, None, y, None, *rest, False),
     )
-    check_opcheck(registered("linear_cross_entropy_bwd", backend), (torch.rand(5), h, w, b, y, lse, cw, *rest))
+    check_opcheck(
+        registered("linear_cross_entropy_bwd", backend), (torch.rand(5), h, w, b, y, lse, cw, *rest)
+    )
 
 
 def test_compiles_once_for_all_shapes(backend):
@@ -202,7 +209,9 @@ def test_compiles_once_for_all_shapes(backend):
     def function(h, w):
         return ops.linear_cross_entropy(h, w, torch.arange(h.shape[0]) % w.shape[0])
 
-    check_compiles_once(function, [[strided((n, 8), torch.float32, "contiguous"), weight] for n in (3, 5, 12)])
+    check_compiles_once(
+        function, [[strided((n, 8), torch.float32, "contiguous"), weight] for n in (3, 5, 12)]
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -211,7 +220,9 @@ def test_gradcheck_in_float64(reduction):
     args = inputs(3, 4, 5, torch.float64, bias=True)
 
     def function(h, w, b):
-        return ops.linear_cross_entropy(h, w, y, bias=b, reduction=reduction, z_loss=0.1, softcap=3.0, chunk=2)
+        return ops.linear_cross_entropy(
+            h, w, y, bias=b, reduction=reduction, z_loss=0.1, softcap=3.0, chunk=2
+        )
 
     with fastgpt.use_backend("cpp"):
         assert torch.autograd.gradcheck(function, args)
@@ -231,7 +242,11 @@ def test_gradcheck_in_float64(reduction):
     ],
 )
 def test_bad_input_gets_one_sentence(change, error, message):
-    arguments = {"hidden": torch.ones(2, 4), "weight": torch.ones(5, 4), "target": torch.zeros(2, dtype=torch.int64)}
+    arguments = {
+        "hidden": torch.ones(2, 4),
+        "weight": torch.ones(5, 4),
+        "target": torch.zeros(2, dtype=torch.int64),
+    }
     arguments |= change
     if arguments["hidden"] is None:
         arguments["hidden"] = "text"

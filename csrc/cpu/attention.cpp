@@ -73,8 +73,7 @@ struct Mask {
   void apply(A* s, int64_t b, int64_t h, int64_t i, int64_t j, int64_t n) const {
     const int64_t at = b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
     if (seen)
-      for (int64_t c = 0; c < n; ++c)
-        s[c] = seen[at + c * stride[3]] ? s[c] : -std::numeric_limits<A>::infinity();
+      for (int64_t c = 0; c < n; ++c) s[c] = seen[at + c * stride[3]] ? s[c] : -std::numeric_limits<A>::infinity();
     if (added)
       for (int64_t c = 0; c < n; ++c) s[c] += added[at + c * stride[3]];
   }

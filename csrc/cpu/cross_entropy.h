@@ -25,8 +25,7 @@ struct LossOptions {
 inline void check_targets(const Tensor& target, int64_t vocab, int64_t ignore_index) {
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i)
-    TORCH_CHECK_INDEX(
-        y[i] == ignore_index || (y[i] >= 0 && y[i] < vocab), "Target ", y[i], " is out of bounds.");
+    TORCH_CHECK_INDEX(y[i] == ignore_index || (y[i] >= 0 && y[i] < vocab), "Target ", y[i], " is out of bounds.");
 }
 
 template <typename A>
@@ -86,8 +85,7 @@ class CrossEntropyRow {
     if (ignored) grad = 0;
     const A hard = ignored ? A(0) : A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1));
     const A smooth = A(options_.label_smoothing) / A(vocab_);
-    const A on_p =
-        (ignored ? A(0) : grad * (hard + smooth * total_ + A(2 * options_.z_loss * lse))) + grad_lse;
+    const A on_p = (ignored ? A(0) : grad * (hard + smooth * total_ + A(2 * options_.z_loss * lse))) + grad_lse;
     if (on_p == A(0) && (ignored || grad == A(0))) {
       std::fill(out, out + vocab_, T(0));
       return;

@@ -198,11 +198,16 @@ inline int64_t row_parts(int64_t rows) { return std::clamp<int64_t>(rows / 16, 1
 template <typename F>
 inline void dispatch(at::ScalarType type, const char* name, F&& f) {
   switch (type) {
-    case at::kFloat: return f(float{});
-    case at::kDouble: return f(double{});
-    case at::kBFloat16: return f(at::BFloat16{});
-    case at::kHalf: return f(at::Half{});
-    default: TORCH_CHECK_NOT_IMPLEMENTED(false, name, ": the C++ kernels do not compute in ", type);
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    case at::kBFloat16:
+      return f(at::BFloat16{});
+    case at::kHalf:
+      return f(at::Half{});
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, name, ": the C++ kernels do not compute in ", type);
   }
 }
 

@@ -24,8 +24,7 @@ int64_t chunk_rows(int64_t asked, int64_t rows, int64_t vocab, int64_t element_s
 }
 
 // logits of the rows [begin, end)
-Tensor project(
-    const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, int64_t begin, int64_t end) {
+Tensor project(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, int64_t begin, int64_t end) {
   const Tensor h = hidden.slice(0, begin, end);
   return bias ? at::addmm(*bias, h, weight.t()) : at::mm(h, weight.t());
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt.backends import BACKENDS
 
@@ -49,7 +50,9 @@ def define(
         overloads[backend] = getattr(torch.ops.fastgpt, op).default
     _library.impl(f"{name}_reference", _without_autocast(reference), "CompositeExplicitAutograd")
     if module is not None:
-        _library.impl(f"{name}_triton", _without_autocast(_lazy(module, name, check)), "CompositeExplicitAutograd")
+        _library.impl(
+            f"{name}_triton", _without_autocast(_lazy(module, name, check)), "CompositeExplicitAutograd"
+        )
     return overloads
 
 
@@ -58,7 +61,7 @@ def _lazy(module: str, function: str, check: Kernel | None) -> Kernel:
 
     @functools.cache
     def launcher() -> Kernel:
-        return getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)
 
     def run(*args: Any) -> Any:
         if check is not None:
@@ -78,7 +81,13 @@ def _without_autocast(kernel: Kernel) -> Kernel:
     return run
 
 
-def vjp(function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], grads: Any, *, create_graph: bool = False) -> Any:
+def vjp(
+    function: Callable[..., Any],
+    inputs: tuple[Tensor | None, ...],
+    grads: Any,
+    *,
+    create_graph: bool = False,
+) -> Any:
     """Gradients of `function(*inputs)` with respect to each input (None for a None input).
 
     With `create_graph` the inputs must be part of a graph and the result is differentiable again;
@@ -87,9 +96,11 @@ def vjp(function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], g
     """
     with _autograd_on():
         if not create_graph:
-            inputs = tuple(None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+            inputs = tuple(
+                None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in inputs
+            )
         outputs = function(*inputs)
-        if isinstance(outputs, torch.Tensor):
+        if isinstance(outputs, Tensor):
             outputs, grads = (outputs,), (grads,)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
         wanted = [x for x in inputs if x is not None and x.requires_grad]
@@ -97,7 +108,7 @@ def vjp(function: Callable[..., Any], inputs: tuple[torch.Tensor | None, ...], g
         if pairs and wanted:
             outs, gs = zip(*pairs, strict=True)
             found = list(torch.autograd.grad(outs, wanted, gs, allow_unused=True, create_graph=create_graph))
-        result = []
+        result: list[Tensor | None] = []
         for x in inputs:
             if x is None or not x.requires_grad:
                 result.append(None)

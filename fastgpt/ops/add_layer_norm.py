@@ -39,7 +39,12 @@ def _fake_bwd(
 
 
 def _reference_bwd(
-    grad_normed: Tensor, grad_sum: Tensor | None, total: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> tuple[Tensor, ...]:
     """With n = (sum - mean)·rstd and g = grad·weight:  dsum = rstd·(g - mean(g) - n·mean(g·n)) + grad_sum."""
     acc = mean.dtype
@@ -90,7 +95,9 @@ class _AddLayerNorm(torch.autograd.Function):
         return normed if residual is None else (normed, total)
 
     @staticmethod
-    def backward(ctx: Any, grad_normed: Tensor | None, grad_sum: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_normed: Tensor | None, grad_sum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         total, weight, bias, mean, rstd = ctx.saved_tensors
         dsum, dweight, dbias = grad_sum, None, None
         if grad_normed is not None and twice_differentiable():
@@ -99,7 +106,9 @@ class _AddLayerNorm(torch.autograd.Function):
             dsum = dsum if grad_sum is None or dsum is None else dsum + grad_sum
         elif grad_normed is not None:
             grad_sum = None if grad_sum is None else grad_sum.contiguous()
-            dsum, dweight, dbias = _BWD[ctx.backend](grad_normed.contiguous(), grad_sum, total, weight, mean, rstd)
+            dsum, dweight, dbias = _BWD[ctx.backend](
+                grad_normed.contiguous(), grad_sum, total, weight, mean, rstd
+            )
         return (
             None if dsum is None else dsum.to(ctx.x_dtype),
             None if dsum is None or ctx.residual_dtype is None else dsum.to(ctx.residual_dtype),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +49,28 @@ def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 
 def _reference_fwd(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    slopes: Tensor | None,
+    seed: Tensor | None,
+    *options: Any,
 ) -> tuple[Tensor, Tensor]:
     out, lse = reference.attention(q, k, v, mask, slopes, seed, **_keywords(options))
     return _as_head_major(out), lse.contiguous()
 
 
 def _fake_bwd(
-    grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, mask: Tensor | None, *rest: Any
+    grad: Tensor,
+    grad_lse: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Any,
+    lse: Any,
+    mask: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     dmask = mask.new_empty(mask.shape) if mask is not None and rest[-1] else q.new_empty(0)
     return *(_head_major(t, tuple(t.shape)) for t in (q, k, v)), dmask
@@ -79,10 +93,14 @@ def _reference_bwd(
     function = _differentiable(mask if not mask_grad else None, slopes, seed, tuple(options))
     inputs = (q, k, v, mask if mask_grad else None)
     dq, dk, dv, dmask = vjp(function, inputs, (grad, grad_lse))
-    return *(_as_head_major(t) for t in (dq, dk, dv)), (q.new_empty(0) if dmask is None else dmask.contiguous())
+    return *(_as_head_major(t) for t in (dq, dk, dv)), (
+        q.new_empty(0) if dmask is None else dmask.contiguous()
+    )
 
 
-def _differentiable(fixed_mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, options: tuple[Any, ...]) -> Any:
+def _differentiable(
+    fixed_mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, options: tuple[Any, ...]
+) -> Any:
     """The reference as a function of (q, k, v, mask), where a mask that needs no gradient is fixed instead."""
 
     def function(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -149,7 +167,9 @@ def band_bounds(op: str, causal: str, window: int | tuple[int, int] | None) -> t
     check_choice(op, "causal", causal, CAUSAL)
     left, right = (window, window) if isinstance(window, int) else (window or (-1, -1))
     if isinstance(left, bool) or isinstance(right, bool) or left < -1 or right < -1:
-        raise ValueError(f"{op}: window must be a count of columns or (left, right), -1 for no bound, got {window!r}")
+        raise ValueError(
+            f"{op}: window must be a count of columns or (left, right), -1 for no bound, got {window!r}"
+        )
     return causal != "upper_left", left, right if causal == "none" else 0
 
 
@@ -163,7 +183,9 @@ def dropout_seed(op: str, dropout_p: float, seed: int | Tensor | None, device: t
         return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise ValueError(f"{op}: a seed tensor must hold one int64, got {tuple(seed.shape)} of {seed.dtype}")
+            raise ValueError(
+                f"{op}: a seed tensor must hold one int64, got {tuple(seed.shape)} of {seed.dtype}"
+            )
         return seed.reshape(1).to(device)
     return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
@@ -173,7 +195,9 @@ def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str
     if backend == "reference":
         return None
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        return f"head_dim is {max(q.shape[-1], v.shape[-1])} and the {backend} kernel goes up to {MAX_HEAD_DIM}"
+        return (
+            f"head_dim is {max(q.shape[-1], v.shape[-1])} and the {backend} kernel goes up to {MAX_HEAD_DIM}"
+        )
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return f"attn_mask requires a gradient, which the {backend} kernel does not compute"
     return no_float64_on_gpu_backends(backend, q.dtype)
@@ -215,10 +239,9 @@ def _check_extras(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slopes: 
         )
 
 
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any) -> Tensor: ...
-@overload
-def attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any) -> Any: ...
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -234,7 +257,7 @@ def attention(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention that never stores the scores (arXiv:1706.03762; tiled as in FlashAttention, arXiv:2205.14135).
 
         out = dropout(softmax(mask(softcap(scale·q·kᵀ) - alibi)))·v

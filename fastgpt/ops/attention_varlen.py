@@ -20,7 +20,9 @@ _ARGUMENTS = (
 )
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Any, seed: Any, *options: Any) -> Any:
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Any, seed: Any, *options: Any
+) -> Any:
     names = ("scale", "lower_right", "left", "right", "softcap", "dropout_p")
     keywords = dict(zip(names, options, strict=True))
     return reference.attention_varlen(q, k, v, cu_q, cu_k, slopes, seed, **keywords)
@@ -88,7 +90,7 @@ def attention_varlen(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`attention` over documents packed one after another, none of which sees another.
 
     Args:
@@ -117,10 +119,14 @@ def attention_varlen(
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q (GQA)")
+        raise ValueError(
+            f"{op}: the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q (GQA)"
+        )
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{op}: {name} must be (documents + 1,) of int32 or int64, got {tuple(cu.shape)} {cu.dtype}")
+            raise ValueError(
+                f"{op}: {name} must be (documents + 1,) of int32 or int64, got {tuple(cu.shape)} {cu.dtype}"
+            )
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must name the same number of documents")
     bounds = band_bounds(op, causal, window)
@@ -133,6 +139,15 @@ def attention_varlen(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype))
     scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)
-    fixed = (cu_seqlens_q, cu_seqlens_k, alibi_slopes, key, scale, *bounds, float(softcap or 0.0), float(dropout_p))
+    fixed = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        alibi_slopes,
+        key,
+        scale,
+        *bounds,
+        float(softcap or 0.0),
+        float(dropout_p),
+    )
     out, lse = _AttentionVarlen.apply(q, k, v, fixed, backend)
     return (out, lse) if return_lse else out

@@ -127,7 +127,9 @@ def mean_denominator(dtype: torch.dtype, target: Tensor, weight: Tensor | None, 
     return torch.where(valid, weight.to(dtype)[torch.where(valid, target, 0)], 0).sum()
 
 
-def check_loss_options(op: str, target: Tensor, reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any) -> None:
+def check_loss_options(
+    op: str, target: Tensor, reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any
+) -> None:
     """The checks that the two cross-entropy ops share."""
     check_choice(op, "reduction", reduction, REDUCTIONS)
     if target.dtype != torch.int64:
@@ -152,7 +154,7 @@ def cross_entropy(
     softcap: float | None = None,
     return_lse: bool = False,
     inplace_backward: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Softmax cross-entropy with class indices, in one read of the logits.
 
     The formula is in `fastgpt.reference.cross_entropy`; without z_loss and softcap it is that of
@@ -186,7 +188,8 @@ def cross_entropy(
     check_floating("cross_entropy", logits=logits, weight=weight)
     if logits.dim() == 0 or logits.shape[:-1] != target.shape:
         raise ValueError(
-            f"cross_entropy: logits (..., V) and target (...) must match, got {tuple(logits.shape)} and {tuple(target.shape)}"
+            "cross_entropy: logits (..., V) and target (...) must match, "
+            f"got {tuple(logits.shape)} and {tuple(target.shape)}"
         )
     check_loss_options("cross_entropy", target, reduction, label_smoothing, z_loss, softcap)
     vocab = logits.shape[-1]

@@ -22,7 +22,9 @@ from fastgpt.ops.cross_entropy import check_loss_options, mean_denominator, redu
 from fastgpt.reference.cross_entropy import check_targets
 from fastgpt.reference.precision import accumulator
 
-_OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk"
+_OPTIONS = (
+    "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk"
+)
 
 
 def _reference_fwd(

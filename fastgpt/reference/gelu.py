@@ -11,8 +11,8 @@ from fastgpt.reference.precision import accumulator
 def gelu(x: Tensor, tanh: bool = False) -> Tensor:
     """x·Φ(x), with Φ the normal distribution function, or its tanh approximation.
 
-        erf:   y = x/2 · (1 + erf(x/√2))
-        tanh:  y = x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))
+    erf:   y = x/2 · (1 + erf(x/√2))
+    tanh:  y = x/2 · (1 + tanh(√(2/π)·(x + 0.044715·x³)))
     """
     z = x.to(accumulator(x.dtype))
     if tanh:

@@ -1,0 +1,63 @@
+"""`fastgpt info`: versions, devices, and for each op which backends there are and, where not, why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from fastgpt import extension
+from fastgpt.backends import BACKENDS, OPS, available_backends
+
+PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "tensorboard")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """The text that `fastgpt info` prints."""
+    lines = [f"fastgpt {_version('fastgpt')} on Python {platform.python_version()}, {platform.system()}"]
+    lines += [f"  {package:<14}{_version(package)}" for package in PACKAGES]
+
+    lines += [
+        "",
+        "devices",
+        f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    ]
+    for i in range(torch.cuda.device_count()):
+        name, capability = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)
+        lines.append(f"  cuda:{i}        {name}, sm_{capability[0]}{capability[1]}")
+
+    built = extension.build_info()
+    lines += ["", "compiled kernels"]
+    if built:
+        architectures = ", ".join(built["cuda_architectures"]) or "none"
+        lines.append(f"  built for     torch {built['torch']} with {built['compiler']}")
+        lines.append(f"  cpu variants  {built['variants']} (in use: {extension.variant() or 'none'})")
+        lines.append(f"  cuda          {architectures}")
+    if extension.problem():
+        lines.append(f"  {extension.problem()}")
+
+    lines += ["", f"{'ops':<24}" + "".join(f"{backend:<12}" for backend in BACKENDS)]
+    reasons: dict[str, str] = {}
+    for op in OPS:
+        found = available_backends(op)
+        lines.append(f"  {op:<22}" + "".join(f"{'yes' if found[b] else '-':<12}" for b in BACKENDS))
+        reasons |= {b: a.reason for b, a in found.items() if not a and not a.reason.endswith("yet")}
+    lines += [f"  no {backend}: {reason}" for backend, reason in reasons.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the report."""
+    print(report())
+
+
+if __name__ == "__main__":
+    main()
