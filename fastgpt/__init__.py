@@ -7,7 +7,7 @@ Hand-written fused kernels behind the interface people already use:
     from fastgpt.model import GPT          # a thin GPT standing on them
 """
 
-from fastgpt import functional, ops
+from fastgpt import extension, functional, ops
 from fastgpt.backends import (
     Availability,
     BackendUnavailable,
@@ -18,6 +18,8 @@ from fastgpt.backends import (
 )
 
 __version__ = "0.1.0"
+
+extension.loaded()  # registers the C++ ops; what is missing shows when they are asked for
 
 __all__ = [
     "Availability",

@@ -87,7 +87,7 @@ inline void store(T* __restrict out, const A* __restrict in, int64_t n) {
 
 // exp. float: 2^k·p(r) with r in ±ln2/2 and p of degree 6; relative error below 1.5e-7. Flushes to 0
 // below -87.3 (where the result would be subnormal), inf above 88.7, NaN for NaN.
-inline float vexp(float x) {
+[[gnu::always_inline]] inline float vexp(float x) {
   const float clamped = std::min(std::max(x, -87.33654f), 88.72283f);
   const float shifted = clamped * 1.442695041f + 12582912.0f;  // 1.5·2^23: rounds to an integer in the low bits
   const float k = shifted - 12582912.0f;
@@ -112,7 +112,7 @@ inline float vexp(float x) {
 inline double vexp(double x) { return std::exp(x); }
 
 // tanh. float: odd polynomial below 0.625, else 1 - 2/(exp(2|x|) + 1); relative error below 3e-7.
-inline float vtanh(float x) {
+[[gnu::always_inline]] inline float vtanh(float x) {
   const float a = std::fabs(x);
   const float large = 1.0f - 2.0f / (vexp(2.0f * a) + 1.0f);
   const float s = x * x;
@@ -131,7 +131,7 @@ inline double vtanh(double x) { return std::tanh(x); }
 // float, with z = |x|/√2: erf(z) = z·P(z²) below 1, erfc(z) = t·exp(Q(t) - z²) with t = 1/(1 + z/2)
 // above (the form of Numerical Recipes, its polynomial fitted anew); absolute error below 1.2e-7, and
 // the left tail keeps its relative accuracy.
-inline float vphi(float x) {
+[[gnu::always_inline]] inline float vphi(float x) {
   const float z = std::fabs(x) * 0.707106781f;
   const float s = z * z;
   float p = -9.673590048e-06f;

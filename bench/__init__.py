@@ -1,0 +1,1 @@
+"""Benchmarks: run from a checkout, `pytest bench --benchmark-only` or `python -m bench.overhead`."""
