@@ -32,12 +32,9 @@ def __dir__() -> list[str]:
 
 
 def _plain(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
-    """Why these arguments are PyTorch's business alone: something other than dense floating tensors, or None."""
+    """Why these arguments are PyTorch's business alone (not dense floating tensors, say), or None."""
     for tensor in (*required, *(t for t in optional if t is not None)):
-        if type(tensor) not in (
-            Tensor,
-            torch.nn.Parameter,
-        ):  # a subclass has its own say in what a function does
+        if type(tensor) not in (Tensor, torch.nn.Parameter):  # a subclass may define what a function does
             return f"an argument is a {type(tensor).__name__}, not a plain tensor"
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
             return "an argument is sparse, nested or quantized"
@@ -107,8 +104,6 @@ def layer_norm(
             reason = "the parameters' dtypes do not match the input's"
         elif len({t.dtype for t in parameters}) > 1:
             reason = "weight and bias have different dtypes"
-        elif weight is None and bias is not None and bias.dtype != input.dtype:
-            reason = "there is a bias of another dtype and no weight"
         elif not _number(eps):
             reason = f"eps is a {type(eps).__name__}"
         elif input.numel() == 0:
@@ -189,16 +184,13 @@ def _attention_reason(
     if mask is not None:
         if is_causal:
             return "attn_mask and is_causal are both given"
-        if (
-            mask.dtype not in (torch.bool, torch.float32, q.dtype)
-            or _autocast_to(mask) == torch.float64 != dtype
-        ):
+        # A mask to be added must be float32 or have the query's dtype, before and after autocast.
+        added = mask.dtype in (torch.float32, q.dtype) and _autocast_to(mask) in (torch.float32, dtype)
+        if mask.dtype != torch.bool and not added:
             return f"attn_mask is {mask.dtype}"
-        if dtype == torch.float64 and mask.dtype == torch.float32 and autocast_dtype(q.device) is not None:
-            return "autocast casts attn_mask to another dtype than the query's"
         wanted = (*q.shape[:-1], k.shape[-2])
         fits = all(m in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False))
-        if not 1 <= mask.dim() <= q.dim() or not fits:
+        if not 2 <= mask.dim() <= q.dim() or not fits:
             return f"attn_mask does not broadcast to {wanted}"
     if not 0.0 <= dropout_p <= 1.0:
         return "dropout_p is not between 0 and 1"
@@ -268,15 +260,9 @@ def linear_cross_entropy(
     See `fastgpt.ops.linear_cross_entropy`. Class probabilities, K-dimensional weights and explicit
     `options` go to PyTorch, or, before 2.13, to `linear` followed by `cross_entropy`.
     """
+    ignored = -100 if ignore_index is None else ignore_index
     reason = _plain(input, linear_weight, target, optional=(linear_bias, weight)) or _loss_reason(
-        target,
-        weight,
-        input.dtype,
-        None,
-        -100 if ignore_index is None else ignore_index,
-        None,
-        reduction,
-        label_smoothing,
+        target, weight, input.dtype, None, ignored, None, reduction, label_smoothing
     )
     if reason is None:
         if linear_weight.dim() != 2 or input.dim() not in (1, 2) or input.shape[-1] != linear_weight.shape[1]:
@@ -305,16 +291,15 @@ def linear_cross_entropy(
                 options=options,
                 **keywords,
             )
-        ignore_index = -100 if ignore_index is None else ignore_index
         logits = _torch.linear(input, linear_weight, linear_bias)
-        return _torch.cross_entropy(logits, target, ignore_index=ignore_index, **keywords)
+        return _torch.cross_entropy(logits, target, ignore_index=ignored, **keywords)
     return ops.linear_cross_entropy(
         input,
         linear_weight,
         target.long(),
         bias=linear_bias,
         class_weight=weight,
-        ignore_index=-100 if ignore_index is None else ignore_index,
+        ignore_index=ignored,
         reduction=reduction,
         label_smoothing=label_smoothing,
     )

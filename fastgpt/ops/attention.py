@@ -240,9 +240,6 @@ def _check_extras(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slopes: 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Any
-) -> Tensor: ...
-def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
