@@ -73,6 +73,16 @@ def test_a_half_precision_branch_joins_a_float32_residual(backend):
         torch.testing.assert_close(a, e)
 
 
+def test_the_sum_is_rounded_as_pytorch_rounds_it(backend):
+    """To nearest, ties to even: bit for bit the sum that PyTorch gives."""
+    for dtype in dtypes_of(backend):
+        x, residual = (torch.randn(40, 100).to(dtype) for _ in range(2))
+        normed, total = ops.add_layer_norm(x, residual)
+        assert torch.equal(total, x + residual)
+        # The statistics are those of the rounded sum, which is what the backward will see.
+        assert torch.equal(normed, ops.add_layer_norm(total, None)[0])
+
+
 def test_large_mean_does_not_spoil_the_variance(backend):
     """A mean of 1000 and a spread of 1: E[x²] - E[x]² would lose six digits."""
     x = (torch.randn(3, 256) + 1000).requires_grad_()

@@ -148,8 +148,33 @@ def test_impossible_classes_and_infinite_logits(backend):
     torch.testing.assert_close(ours, theirs)
     grads = [torch.autograd.grad(loss.sum(), logits)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*grads)
+    assert torch.equal(grads[0][logits == -torch.inf], torch.zeros(3)), "exactly 0, not just small"
     impossible = ops.cross_entropy(logits.detach(), torch.tensor([1, 1]), reduction="none")
     assert impossible[0] == torch.inf
+
+
+def test_a_smoothed_loss_with_an_impossible_class_is_infinite(backend):
+    """Wherever it stands; the first logit has a part of its own in the sum."""
+    for column in range(3):
+        logits = torch.zeros(1, 3)
+        logits[0, column] = -torch.inf
+        y = torch.tensor([(column + 1) % 3])
+        assert ops.cross_entropy(logits, y, label_smoothing=0.1) == torch.inf
+        assert T.cross_entropy(logits, y, label_smoothing=0.1) == torch.inf
+
+
+def test_an_offset_common_to_a_row_changes_nothing(backend):
+    """Logits around 4096: a log-sum-exp in float32 alone would cost the gradient three digits."""
+    logits = (torch.randn(4, 50) * 256).round() / 256  # exact beside 4096 too
+    y = targets(4, 50, ignored=0)
+    found = []
+    for offset in (0.0, 4096.0, -4096.0):
+        x = (logits + offset).requires_grad_()
+        loss = ops.cross_entropy(x, y, label_smoothing=0.1)
+        found.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    for loss, grad in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad, found[0][1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [5, -1, -101, 2**40])

@@ -159,6 +159,18 @@ def test_autocast_acts_as_on_linear_then_cross_entropy(backend):
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-3)
 
 
+def test_autocast_does_not_act_within_the_op(backend):
+    """Autocast was applied to the arguments; the products inside must keep the dtype they were given."""
+    h, w = (t.detach() for t in inputs(6, 8, 12, torch.float32, bias=False))
+    y = targets(6, 12)
+    arguments = (h, w, None, y, None, -100, 0.0, 0.0, 0.0, 0)
+    plain = registered("linear_cross_entropy_fwd", backend)(*arguments, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = registered("linear_cross_entropy_fwd", backend)(*arguments, True)
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)
+
+
 MEMORY = """
 import resource, torch
 from fastgpt import ops

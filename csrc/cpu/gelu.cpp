@@ -22,7 +22,8 @@ inline A value(A x) {
     const A u = A(SQRT_2_OVER_PI) * (x + A(CUBIC) * x * x * x);
     return A(0.5) * x * (A(1) + vtanh(u));
   } else {
-    return x * vphi(x);
+    A gaussian;
+    return x * vphi(x, gaussian);
   }
 }
 
@@ -33,12 +34,12 @@ inline A slope(A x) {
     const A c = std::min(std::max(x, A(-20)), A(20));
     const A t = vtanh(A(SQRT_2_OVER_PI) * (c + A(CUBIC) * c * c * c));
     const A inner = A(SQRT_2_OVER_PI) * (A(1) + A(3) * A(CUBIC) * c * c);
-    const A y = A(0.5) * (A(1) + t) + A(0.5) * c * (A(1) - t * t) * inner;
-    return x != x ? x : y;
+    return A(0.5) * (A(1) + t) + A(0.5) * c * (A(1) - t * t) * inner;
   } else {
-    const A density = A(INV_SQRT_2PI) * vexp(A(-0.5) * x * x);
-    const A y = vphi(x) + (density > A(0) ? x : A(0)) * density;
-    return x != x ? x : y;
+    A gaussian;
+    const A phi = vphi(x, gaussian);
+    // Where the density vanishes x may be infinite, and inf·0 is no part of the derivative.
+    return phi + (gaussian > A(0) ? x : A(0)) * (A(INV_SQRT_2PI) * gaussian);
   }
 }
 

@@ -86,7 +86,8 @@ inline void store(T* __restrict out, const A* __restrict in, int64_t n) {
 }
 
 // exp. float: 2^k·p(r) with r in ±ln2/2 and p of degree 6; relative error below 1.5e-7. Flushes to 0
-// below -87.3 (where the result would be subnormal), inf above 88.7, NaN for NaN.
+// below -87.3 (where the result would be subnormal), inf above 88.7. A NaN passes through std::max and std::min
+// as their first argument does when the comparison is false.
 [[gnu::always_inline]] inline float vexp(float x) {
   const float clamped = std::min(std::max(x, -87.33654f), 88.72283f);
   const float shifted = clamped * 1.442695041f + 12582912.0f;  // 1.5·2^23: rounds to an integer in the low bits
@@ -106,8 +107,7 @@ inline void store(T* __restrict out, const A* __restrict in, int64_t n) {
   const float rest = std::bit_cast<float>((n - (n >> 1) + 127) << 23);
   float y = p * half * rest;
   y = x < -87.33654f ? 0.0f : y;
-  y = x > 88.72283f ? std::numeric_limits<float>::infinity() : y;
-  return x != x ? x : y;
+  return x > 88.72283f ? std::numeric_limits<float>::infinity() : y;
 }
 inline double vexp(double x) { return std::exp(x); }
 
@@ -127,42 +127,30 @@ inline double vexp(double x) { return std::exp(x); }
 }
 inline double vtanh(double x) { return std::tanh(x); }
 
-// Φ(x), the normal distribution function: erfc(-x/√2)/2.
-// float, with z = |x|/√2: erf(z) = z·P(z²) below 1, erfc(z) = t·exp(Q(t) - z²) with t = 1/(1 + z/2)
-// above (the form of Numerical Recipes, its polynomial fitted anew); absolute error below 1.2e-7, and
-// the left tail keeps its relative accuracy.
-[[gnu::always_inline]] inline float vphi(float x) {
-  const float z = std::fabs(x) * 0.707106781f;
-  const float s = z * z;
-  float p = -9.673590048e-06f;
-  p = p * s + 1.126825363e-04f;
-  p = p * s - 8.484396514e-04f;
-  p = p * s + 5.221053410e-03f;
-  p = p * s - 2.686543831e-02f;
-  p = p * s + 1.128378262e-01f;
-  p = p * s - 3.761263848e-01f;
-  p = p * s + 1.128379167e+00f;
-  const float small = z * p;
-  const float t = 1.0f / (1.0f + 0.5f * z);
-  const float u = 2.3076923f * t - 1.3076923f;
-  float q = -1.08059416e-5f;
-  q = q * u - 2.82571808e-5f;
-  q = q * u + 1.17053504e-4f;
-  q = q * u + 1.36933057e-4f;
-  q = q * u - 7.76170171e-4f;
-  q = q * u - 1.44655816e-4f;
-  q = q * u + 4.57765348e-3f;
-  q = q * u - 2.09929072e-3f;
-  q = q * u - 3.28962542e-2f;
-  q = q * u + 2.08416879e-2f;
-  q = q * u + 5.91662645e-1f;
-  q = q * u - 5.81380546e-1f;
-  const float tail = 0.5f * t * vexp(q - s);  // erfc(z)/2
-  const float near = 0.5f * (1.0f + std::copysign(small, x));
-  const float far = x > 0.0f ? 1.0f - tail : tail;
-  return z < 1.0f ? near : far;
+// Φ(x), the normal distribution function, and exp(-x²/2), which its derivative needs too.
+// float: 1 - Φ(|x|) = t·P(t)·exp(-x²/2) with t = 1/(1 + |x|/√8), P of degree 9 fitted at Chebyshev points;
+// absolute error below 1.8e-7, relative error below 1.3e-6 down to |x| = 7.
+[[gnu::always_inline]] inline float vphi(float x, float& gaussian) {
+  gaussian = vexp(-0.5f * x * x);
+  const float t = 1.0f / (1.0f + 0.35355339f * std::fabs(x));
+  const float u = 2.5714285f * t - 1.5714285f;
+  float p = 2.744565336e-06f;
+  p = p * u - 1.429322856e-05f;
+  p = p * u - 9.069803127e-06f;
+  p = p * u + 1.922827505e-04f;
+  p = p * u - 1.351787796e-04f;
+  p = p * u - 2.397302538e-03f;
+  p = p * u + 1.747083617e-03f;
+  p = p * u + 4.488674551e-02f;
+  p = p * u + 1.586193591e-01f;
+  p = p * u + 2.971076369e-01f;
+  const float tail = t * p * gaussian;
+  return x > 0.0f ? 1.0f - tail : tail;
 }
-inline double vphi(double x) { return 0.5 * std::erfc(-x * 0.70710678118654752440); }
+inline double vphi(double x, double& gaussian) {
+  gaussian = std::exp(-0.5 * x * x);
+  return 0.5 * std::erfc(-x * 0.70710678118654752440);
+}
 
 // Sum of n values in sixteen interleaved parts: vectorises without reassociating behind the compiler's
 // back, is the same for every call, and errs less than one running sum.
