@@ -78,6 +78,15 @@ CASES = {
     "scale": ({"scale": 0.7}, {}),
     "window": ({"window": (9, 4)}, {"rows": 80, "columns": 80, "batch": 1}),
     "causal window": ({"window": 9, "causal": "lower_right"}, {"rows": 40, "columns": 80, "batch": 1}),
+    # Bands that begin or end with the one column of a tile that they touch.
+    "one column of the last tile": (
+        {"causal": "lower_right"},
+        {"rows": 64, "columns": 65, "batch": 1, "heads": 4},
+    ),
+    "one column of the first tile": (
+        {"window": 1},
+        {"rows": 130, "columns": 130, "batch": 1, "kv_heads": 1, "size": 8},
+    ),
     "softcap": ({"softcap": 1.5, "causal": "upper_left"}, {}),
     "alibi": ({"alibi_slopes": torch.tensor([0.5, 0.25, 0.1, 0.0]), "causal": "lower_right"}, {}),
     "alibi per batch entry": ({"alibi_slopes": torch.tensor([[0.5], [0.1]])}, {"heads": 1, "kv_heads": 1}),
