@@ -26,7 +26,11 @@ def measure(benchmark):
                 t.grad = None
             function(*inputs).backward(upstream)
 
-        benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "heap": "kept"}
+        benchmark.extra_info |= {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "heap": "kept",
+        }
         benchmark.pedantic(once, rounds=11, warmup_rounds=2)
 
     return run

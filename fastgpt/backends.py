@@ -157,6 +157,13 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # an import hook forbids it, or it is half imported
+        return False
+
+
 def _machine_availability(backend: str) -> Availability:
     """Whether this machine has the backend at all, whatever the op."""
     if backend == "reference":
@@ -164,7 +171,7 @@ def _machine_availability(backend: str) -> Availability:
     if backend == "cpp":
         return Availability(extension.loaded(), extension.problem())
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _installed("triton"):
             return Availability(False, "triton is not installed (pip install triton)")
         if triton_interpreted() or torch.cuda.is_available():
             return Availability(True)
@@ -190,10 +197,13 @@ def available_backends(op: str) -> dict[str, Availability]:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _machine_refusal(op: str, backend: str, device: str) -> str | None:
     """`_refusal` for what does not depend on the case. Dynamo calls it and takes the answer as a constant."""
     return _cached_machine_refusal(op, backend, device)
+
+
+# What `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo, and Triton with it.
+_machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

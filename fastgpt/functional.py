@@ -109,7 +109,7 @@ def layer_norm(
         elif input.numel() == 0:
             reason = "the input is empty"
     if _goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
-        return _torch.layer_norm(input, normalized_shape, weight, bias, eps)  # type: ignore[arg-type]
+        return _torch.layer_norm(input, normalized_shape, weight, bias, eps)
     if (
         input.is_cuda and autocast_dtype(input.device) is not None
     ):  # in autocast's float32 list there, not on the CPU
@@ -144,7 +144,7 @@ def scaled_dot_product_attention(
         return _torch.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    shape = query.shape
+    shape, contiguous = query.shape, query.is_contiguous()
     while query.dim() < 4:  # one head of a batch
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
     if attn_mask is not None and len(shape) == 3 and attn_mask.dim() == 3:
@@ -158,7 +158,8 @@ def scaled_dot_product_attention(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
     )
-    assert isinstance(out, Tensor)
+    # PyTorch's result is laid out as the query is: callers may view it without a copy.
+    out = out.contiguous() if contiguous else out
     return out.reshape(*shape[:-1], value.shape[-1]) if len(shape) < 4 else out
 
 
@@ -239,7 +240,6 @@ def cross_entropy(
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
-    assert isinstance(loss, Tensor)
     return loss
 
 
@@ -280,7 +280,7 @@ def linear_cross_entropy(
         elif linear_weight.shape[0] == 0:
             reason = "there are no classes"
     if _goes_to_pytorch("linear_cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
-        keywords = dict(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
+        keywords: dict[str, Any] = dict(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
         if hasattr(_torch, "linear_cross_entropy"):
             return _torch.linear_cross_entropy(
                 input,

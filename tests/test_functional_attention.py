@@ -257,3 +257,13 @@ def test_any_shape_and_option(batch, rows, columns, size, size_v, dtype, mask, s
         mask
     )
     check_same(ATTENTION, q, k, v, attn_mask=given_mask, is_causal=mask == "causal", scale=scale)
+
+
+def test_the_result_is_laid_out_as_the_query_is():
+    """Contiguous, or as (B, L, H, D): the views that PyTorch's callers take need no copy."""
+    q = torch.randn(2, 3, 5, 8)
+    assert F.scaled_dot_product_attention(q, q, q).is_contiguous()
+    heads_last = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    assert F.scaled_dot_product_attention(heads_last, heads_last, heads_last).transpose(1, 2).is_contiguous()
+    assert T.scaled_dot_product_attention(q, q, q).is_contiguous()
+    assert T.scaled_dot_product_attention(heads_last, heads_last, heads_last).transpose(1, 2).is_contiguous()

@@ -79,7 +79,8 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> No
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of the autocast in force on the device, or None."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # which refuses to answer for meta
+    # is_autocast_enabled raises for meta.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 

@@ -1,0 +1,154 @@
+"""What a user installs: the wheel, the sdist, and importing without the optional packages."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from fastgpt import extension
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = shutil.ignore_patterns(
+    ".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__", "shared", "results", "node_modules"
+)
+
+
+def run(command, **options):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(wheel, sdist) of a copy of the checkout; without PyTorch in sight, so that nothing is compiled."""
+    if find_spec("build") is None:
+        pytest.skip("the package `build` is not installed")
+    folder = tmp_path_factory.mktemp("packaging")
+    shutil.copytree(ROOT, folder / "copy", ignore=LEFT_OUT)
+    (folder / "stub").mkdir()
+    (folder / "stub" / "torch.py").write_text("raise ImportError('hidden')\n")
+    env = os.environ | {"PYTHONPATH": str(folder / "stub")}
+    run(
+        [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "-o", "dist"],
+        cwd=folder / "copy",
+        env=env,
+    )
+    (wheel,) = (folder / "copy" / "dist").glob("*.whl")
+    (sdist,) = (folder / "copy" / "dist").glob("*.tar.gz")
+    return wheel, sdist
+
+
+def test_wheel_holds_the_package_and_nothing_else(built):
+    wheel = zipfile.ZipFile(built[0])
+    names = set(wheel.namelist())
+    wanted = {"fastgpt/py.typed"}
+    for folder, package in (("fastgpt", "fastgpt"), ("kernels/triton", "fastgpt/kernels")):
+        base = ROOT / folder
+        wanted |= {f"{package}/{path.relative_to(base).as_posix()}" for path in base.rglob("*.py")}
+    assert {"fastgpt/ops/gelu.py", "fastgpt/reference/gelu.py", "fastgpt/kernels/gelu.py"} <= wanted
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_top_level_of_the_wheel_is_fastgpt_alone(built):
+    """A top-level `kernels` would shadow the Hugging Face package of that name."""
+    wheel = zipfile.ZipFile(built[0])
+    (top_level,) = (name for name in wheel.namelist() if name.endswith("top_level.txt"))
+    assert wheel.read(top_level).split() == [b"fastgpt"]
+
+
+def test_sdist_holds_all_that_a_build_needs(built):
+    with tarfile.open(built[1]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "fastgpt/py.typed"}
+    for folder in ("csrc", "kernels", "fastgpt"):
+        paths = (p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+        needed |= {path.relative_to(ROOT).as_posix() for path in paths}
+    assert not needed - names
+
+
+def test_wheel_installs_and_runs_on_the_reference(built, tmp_path):
+    """Elsewhere, without the checkout on the path and without compiled kernels."""
+    target = tmp_path / "site"
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            target,
+            built[0],
+        ]
+    )
+    script = (
+        "import torch, fastgpt\n"
+        "x = torch.randn(3, 5)\n"
+        "torch.testing.assert_close(fastgpt.functional.gelu(x), torch.nn.functional.gelu(x))\n"
+        "assert fastgpt.explain(fastgpt.ops.gelu, x).backend == 'reference'\n"
+        "print(fastgpt.__file__)\n"
+        "print(fastgpt.available_backends('gelu')['cpp'].reason)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(target)}
+    where, reason = run([sys.executable, "-c", script], cwd=tmp_path, env=env).splitlines()
+    assert Path(where).is_relative_to(target)
+    assert "no-build-isolation" in reason
+
+
+@pytest.mark.skipif(not extension.loaded(), reason="the C++ kernels are not built")
+def test_compiled_libraries_lie_where_the_loader_looks():
+    folder = Path(extension.__file__).parent
+    assert (folder / f"_cpu_{extension.variant()}.so").exists()
+    assert list(folder.glob("_C*.so"))
+
+
+def test_transformers_imports_from_the_root_of_the_checkout():
+    """It looks for a package `kernels` at import, and must not take the folder here for it."""
+    if find_spec("transformers") is None:
+        pytest.skip("transformers is not installed")
+    run([sys.executable, "-c", "import transformers; transformers.GPT2Config"], cwd=ROOT)
+
+
+WITHOUT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "transformers"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+import torch, fastgpt
+from fastgpt.model import GPT, GPTConfig
+model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=2, n_embd=16))
+_, loss = model(torch.randint(0, 11, (2, 8)), torch.randint(0, 11, (2, 8)))
+loss.backward()
+assert all(p.grad.isfinite().all() for p in model.parameters())
+"""
+
+
+def test_a_model_trains_without_triton_and_transformers():
+    run([sys.executable, "-c", WITHOUT])
+
+
+def test_importing_fastgpt_imports_nothing_optional_and_not_dynamo():
+    """Dynamo takes longer to import than all of fastgpt, and imports Triton."""
+    script = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import fastgpt\n"
+        "new = set(sys.modules) - before\n"
+        "lazy = {'triton', 'transformers', 'matplotlib', 'tokenizers', 'tqdm', 'safetensors', 'torch._dynamo'}\n"
+        "print(*sorted(new & lazy))"
+    )
+    assert run([sys.executable, "-c", script]).split() == []
