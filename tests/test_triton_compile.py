@@ -87,6 +87,7 @@ Case = tuple[str, Callable[[], None]]
 
 def _cases(sweep: bool) -> list[Case]:
     import torch
+
     from fastgpt.kernels import add_layer_norm, attention, cross_entropy, gelu
 
     def run_attention(
@@ -231,9 +232,10 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def _main(sweep: bool) -> list[dict[str, Any]]:
     import triton
-    from fastgpt.kernels import attention_tiles
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
+
+    from fastgpt.kernels import attention_tiles
 
     launches: list[tuple[Any, ...]] = []
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))

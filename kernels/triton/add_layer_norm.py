@@ -18,11 +18,11 @@ strided rows, PyTorch sums the partial sums.
 from __future__ import annotations
 
 import torch
-from fastgpt.kernels.common import cdiv, on_device_of
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.common import cdiv, on_device_of
 
 PARTIALS = (
     256  # programs of the backward: about two a multiprocessor, and at N = 8192 partial sums of 1/16 of x

@@ -26,6 +26,10 @@ summed within the dK/dV program.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_tiles import (
     SIZES,
@@ -42,10 +46,6 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.common import LN2, LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 __all__ = ["attention_bwd", "attention_fwd"]
 

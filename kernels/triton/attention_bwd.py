@@ -8,6 +8,10 @@ way through shared memory.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.attention_tiles import (
     SIZES,
     band,
@@ -23,10 +27,6 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
-from torch import Tensor
-
-import triton
-import triton.language as tl
 
 DELTA_ROWS = (
     32  # rows a program of the delta kernel: it is bound by memory, and small tiles keep many in flight

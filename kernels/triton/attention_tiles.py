@@ -4,11 +4,11 @@ tile."""
 from __future__ import annotations
 
 import torch
-from fastgpt.kernels.common import LOG2E, capability, tanh
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.common import LOG2E, capability, tanh
 
 # (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
 # attention, then with a mask, dropout, a softcap or slopes, which take registers from the tile. The largest

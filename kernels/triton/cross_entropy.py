@@ -24,11 +24,11 @@ row NaN, and stops the kernel under TRITON_DEBUG=1.
 from __future__ import annotations
 
 import torch
-from fastgpt.kernels.common import LOG2E, on_device_of, tanh
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.common import LOG2E, on_device_of, tanh
 
 ALIGN = tl.constexpr(16)  # elements: 16 bytes at least, in every dtype
 LOWEST = tl.constexpr(

@@ -14,11 +14,11 @@ race: each program sums ROWS_PER_PARTIAL rows, PyTorch sums the partial sums.
 from __future__ import annotations
 
 import torch
-from fastgpt.kernels.common import cdiv, on_device_of
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastgpt.kernels.common import cdiv, on_device_of
 
 BLOCK = 2048  # elements a program: 16 a thread at 4 warps, two 16-byte loads in 16-bit dtypes
 BLOCK_D = 256  # columns and

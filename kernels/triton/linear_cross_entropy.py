@@ -16,9 +16,10 @@ The products are PyTorch's (cuBLAS). Statistics and sums over chunks are fp32.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from fastgpt.kernels.common import cdiv
 from fastgpt.kernels.cross_entropy import cross_entropy_bwd_inplace, cross_entropy_fwd
-from torch import Tensor
 
 # Rows of a chunk. dweight (V, D) is fp32 and read and written once a chunk: 8 V D bytes beside 6 C V D FLOPs
 # of the three products, which at 800 TFLOP/s and 4.8 TB/s is 220 / C of their time, 5 % at C = 4096; a
