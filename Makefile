@@ -26,7 +26,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu
 	touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --group dev
 	touch $@
 
 demo: .venv/.installed
