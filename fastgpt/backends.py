@@ -136,17 +136,17 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb,
             known = ", ".join(("auto", *BACKENDS))
             raise ValueError(f"there is no backend {name!r}; choose one of {known}")
         self.name = name
-        self._outer: list[tuple[str, str]] = []
+        self._outer: list[str] = []
 
     def __enter__(self) -> use_backend:
         global _traced_backend  # noqa: PLW0603
-        self._outer.append((_thread.backend, _traced_backend))
+        self._outer.append(_thread.backend)
         _thread.backend = _traced_backend = self.name
         return self
 
     def __exit__(self, *exc: object) -> None:
         global _traced_backend
-        _thread.backend, _traced_backend = self._outer.pop()
+        _thread.backend = _traced_backend = self._outer.pop()
 
     def _recreate_cm(self) -> use_backend:  # a decorated function may run in several threads
         return use_backend(self.name)

@@ -334,3 +334,25 @@ def test_without_triton_the_reason_says_how_to_install_it():
         "print(fastgpt.available_backends('gelu')['triton'].reason)"
     )
     assert "pip install triton" in printed
+
+
+def test_threads_that_overlap_leave_no_choice_behind_for_compiled_code():
+    """First in, first out: the mirror that Dynamo guards must come back to "auto", not to the other's choice."""
+    second_is_in, first_is_out = threading.Event(), threading.Event()
+
+    def first():
+        with fastgpt.use_backend("cpp"):
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    def second():
+        with fastgpt.use_backend("reference"):
+            second_is_in.set()
+            first_is_out.wait(10)
+
+    threads = [threading.Thread(target=f) for f in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fastgpt.backends._traced_backend == "auto"
