@@ -145,7 +145,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb,
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _traced_backend
+        global _traced_backend  # noqa: PLW0603
         _thread.backend = _traced_backend = self._outer.pop()
 
     def _recreate_cm(self) -> use_backend:  # a decorated function may run in several threads

@@ -53,7 +53,8 @@ def check_same(name, *arguments, autocast=False, **options):
         return call
 
     tensors = [bound[key] for key in places]
-    check_error_rule(of_tensors(getattr(F, name)), of_tensors(getattr(T, name)), tensors)
+    functions = of_tensors(getattr(F, name)), of_tensors(getattr(T, name))
+    check_error_rule(*functions, tensors, rounding=torch.bfloat16 if autocast else None)
 
 
 def check_same_error(error, name, *arguments, **options):

@@ -107,7 +107,7 @@ def test_grouped_queries_that_do_not_fit_are_pytorchs_error():
     check_same_error(IndexError, ATTENTION, *qkv(), enable_gqa=True)
 
 
-@pytest.mark.parametrize("scale", [None, 0.3, 2, 10.0])
+@pytest.mark.parametrize("scale", [None, 0.3, 2])
 def test_scale(backend, scale):
     check_same(ATTENTION, *qkv(2, 3), scale=scale)
 
