@@ -41,7 +41,7 @@ def assert_no_worse(
     *,
     terms: float = 1.0,
     rounding: torch.dtype | None = None,
-) -> None:
+) -> float:
     """The error rule: err(actual) ≤ 2·err(pytorch) + one rounding of the largest exact value.
 
     For float64 results, which have no finer measure, the error is bounded by 1e-13 of the largest value.
@@ -52,6 +52,9 @@ def assert_no_worse(
             softmax over one element is exactly 0), a few roundings of them remain: 8 of float32.
         rounding: the dtype in which the result was rounded, if it is not the result's own (autocast).
 
+    Returns:
+        The error as a share of what the rule allows: at most 1.
+
     Raises:
         AssertionError: the rule is broken; the message gives both errors.
     """
@@ -60,9 +63,9 @@ def assert_no_worse(
     working = 8 * torch.finfo(torch.float32).eps if actual.dtype != torch.float64 else 1e-13
     atol = torch.finfo(rounding or actual.dtype).eps / 2 * largest + working * max(largest, terms)
     ours = error(actual, exact)
-    assert ours <= 2 * pytorch_error + atol, (
-        f"{what}: error {ours:.3g}, PyTorch's {pytorch_error:.3g}, allowance {atol:.3g}"
-    )
+    bound = 2 * pytorch_error + atol
+    assert ours <= bound, f"{what}: error {ours:.3g}, PyTorch's {pytorch_error:.3g}, allowance {atol:.3g}"
+    return ours / bound if bound else 0.0
 
 
 def run_with_gradients(function: Function, inputs: Sequence[Tensor], grads: Sequence[Tensor] | None) -> Any:
@@ -125,34 +128,96 @@ def check_error_rule(
     Raises:
         AssertionError: a shape, a dtype or the rule is broken.
     """
-    shapes = [o.shape for o in run_with_gradients(pytorch, as_float64(inputs), None)[0]]
-    # Upstream gradients that the dtype at hand can hold, so that all see the same ones.
-    low = next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
-    grads = [torch.randn(shape).to(low).double() for shape in shapes]
+    ErrorRule(pytorch, inputs, rounding=rounding).check(ours)
 
-    def outputs_and_gradients(function: Function, at: Sequence[Any]) -> list[Tensor]:
-        outputs, gradients = run_with_gradients(function, at, grads)
-        return [*outputs, *gradients]
 
-    exact = outputs_and_gradients(pytorch, as_float64(inputs))
-    theirs = outputs_and_gradients(pytorch, inputs)
-    errors = [error(t, e) for t, e in zip(theirs, exact, strict=True)]
-    for place in (nearby(inputs), nearby(inputs)) if low != torch.float64 else ():
-        pairs = zip(
-            outputs_and_gradients(pytorch, place),
-            outputs_and_gradients(pytorch, as_float64(place)),
-            strict=True,
+class ErrorRule:
+    """The error rule at given inputs, ready to judge several functions: float64 is computed once.
+
+    Args:
+        pytorch: the function in plain PyTorch; its error is the measure.
+        inputs: as for `check_error_rule`.
+        exact: the function to run in float64; default `pytorch`.
+        part: where float64 of everything would not fit into memory: maps the list of inputs, of outputs, of
+            upstream gradients and of gradients each to the part that is compared. The judged function still
+            runs whole.
+        places: how many places beside the inputs PyTorch's error is taken at.
+        rounding: see `assert_no_worse`.
+    """
+
+    def __init__(
+        self,
+        pytorch: Function,
+        inputs: Sequence[Any],
+        *,
+        exact: Function | None = None,
+        part: Callable[[list[Any]], list[Any]] = list,
+        places: int = 2,
+        rounding: torch.dtype | None = None,
+    ) -> None:
+        exact = exact or pytorch
+        self.inputs, self.part, self.rounding = inputs, part, rounding
+        # Upstream gradients that the dtype at hand can hold, so that all see the same ones.
+        low = next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
+        outputs = run_with_gradients(pytorch, [_detached(x) for x in inputs], None)[0]
+        self.grads = [torch.randn_like(o, dtype=torch.float32).to(low).double() for o in outputs]
+        del outputs
+
+        small = [_leaf(p, x) for p, x in zip(part(list(inputs)), inputs, strict=True)]
+        grads = part(self.grads)
+        truth = run_with_gradients(exact, as_float64(small), grads)
+        self.n_outputs = len(truth[0])
+        self.exact = [*truth[0], *truth[1]]
+        theirs = run_with_gradients(pytorch, small, grads)
+        self.dtypes = [t.dtype for t in (*theirs[0], *theirs[1])]
+        self.errors = [error(t, e) for t, e in zip((*theirs[0], *theirs[1]), self.exact, strict=True)]
+        for _ in range(places if low != torch.float64 else 0):
+            place = nearby(small)
+            pairs = zip(
+                sum(run_with_gradients(pytorch, place, grads), []),
+                sum(run_with_gradients(exact, as_float64(place), grads), []),
+                strict=True,
+            )
+            self.errors = [max(known, error(t, e)) for known, (t, e) in zip(self.errors, pairs, strict=True)]
+        everything = [t.nan_to_num(0, 0, 0).abs().max() for t in (*self.exact, *grads) if t.numel()]
+        self.terms = max([1.0, *map(float, everything)])
+
+    def check(self, function: Function, factor: float = 2.0) -> float:
+        """Hold a function to the rule; returns its largest error as a share of what the rule allows.
+
+        Args:
+            factor: how many times PyTorch's error is allowed; 2 is the rule.
+
+        Raises:
+            AssertionError: a shape, a dtype or the rule is broken.
+        """
+        outputs, gradients = run_with_gradients(function, self.inputs, self.grads)
+        found = [*self.part(outputs), *self.part(gradients)]
+        assert len(found) == len(self.exact), (
+            f"{len(found)} outputs and gradients instead of {len(self.exact)}"
         )
-        errors = [max(known, error(t, e)) for known, (t, e) in zip(errors, pairs, strict=True)]
+        worst = 0.0
+        for i, (a, e, dtype, theirs) in enumerate(
+            zip(found, self.exact, self.dtypes, self.errors, strict=True)
+        ):
+            what = f"output {i}" if i < self.n_outputs else f"gradient {i - self.n_outputs}"
+            assert a.dtype == dtype, f"{what}: dtype {a.dtype} instead of {dtype}"
+            share = assert_no_worse(
+                a, e, factor / 2 * theirs, what, terms=self.terms, rounding=self.rounding
+            )
+            worst = max(worst, share)
+        return worst
 
-    everything = torch.cat([t.flatten() for t in (*exact, *grads)])
-    terms = float(everything.nan_to_num(0, 0, 0).abs().max().clamp(min=1)) if everything.numel() else 1.0
-    found = outputs_and_gradients(ours, inputs)
-    assert len(found) == len(exact), f"{len(found)} outputs and gradients instead of {len(exact)}"
-    for i, (a, t, e, pytorch_error) in enumerate(zip(found, theirs, exact, errors, strict=True)):
-        what = f"output {i}" if i < len(shapes) else f"gradient {i - len(shapes)}"
-        assert a.dtype == t.dtype, f"{what}: dtype {a.dtype} instead of {t.dtype}"
-        assert_no_worse(a, e, pytorch_error, what, terms=terms, rounding=rounding)
+
+def _detached(x: Any) -> Any:
+    return x.detach() if isinstance(x, Tensor) else x
+
+
+def _leaf(part: Any, whole: Any) -> Any:
+    """A part of an input as a leaf of its own that requires a gradient where the whole does."""
+    if not isinstance(part, Tensor):
+        return part
+    return part.detach().requires_grad_(whole.requires_grad)
 
 
 @contextlib.contextmanager

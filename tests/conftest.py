@@ -1,8 +1,10 @@
-"""The fixtures of all tests. Triton runs in its interpreter here: set before anything imports Triton."""
+"""The fixtures of all tests.
+
+On the CPU, Triton runs in its interpreter. `--device cuda` runs the tests that take a backend, and only those,
+on a GPU: its kernels compiled, every tensor that a test makes on the GPU.
+"""
 
 import os
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
@@ -17,8 +19,28 @@ settings.register_profile(
 settings.load_profile("fastgpt")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the kernels run")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cuda":
+        elsewhere = [item for item in items if "backend" not in item.fixturenames]
+        config.hook.pytest_deselected(items=elsewhere)
+        items[:] = [item for item in items if item not in elsewhere]
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _bf16_in_the_interpreter():
+def _device(pytestconfig):
+    """Tensors on the GPU, or else bf16 arithmetic as a GPU does it in Triton's interpreter."""
+    if pytestconfig.getoption("--device") == "cuda":
+        torch.set_default_device("cuda")
+        return
     from interpreter_bf16 import mend_bf16
 
     mend_bf16()
@@ -36,6 +58,8 @@ def _fresh_randomness_and_threads():
 @pytest.fixture(params=[b for b in BACKENDS if b != "cuda"])
 def backend(request):
     """Each backend in turn, in force for the test."""
+    if request.param == "cpp" and request.config.getoption("--device") == "cuda":
+        pytest.skip("the C++ kernels are the CPU's")
     available = fastgpt.available_backends("gelu")[request.param]
     if not available:
         pytest.skip(available.reason)
