@@ -1,1 +1,1 @@
-"""Benchmarks: run from a checkout, `pytest bench --benchmark-only` or `python -m bench.overhead`."""
+"""Benchmarks against the best peers, from a checkout:  python -m bench --help"""

@@ -1,22 +1,111 @@
-"""Linear + cross-entropy, forward + backward, beside PyTorch's two ops."""
+"""The output projection with cross-entropy behind it, forward and backward."""
 
-import pytest
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.nn.functional as T
+from torch import Tensor
 
+from bench.cases import Case, Op, Sweep
+from bench.peers import Function, Peer, compiled, eager, require
 from fastgpt import ops
 
-SHAPES = [(2048, 768, 50304)]  # rows, width, vocabulary
+
+def inputs(case: Case, device: torch.device) -> list[Tensor]:
+    target = torch.randint(0, case.dims["V"], (case.dims["N"],), device=device)
+    weight = case.randn("V", "C", scale=case.dims["C"] ** -0.5, device=device)
+    return [case.randn("N", "C", device=device), weight, target]
 
 
-@pytest.mark.parametrize("implementation", ["fastgpt", "pytorch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def bench_linear_cross_entropy(measure, shape, dtype, implementation):
-    rows, width, vocab = shape
-    y = torch.randint(0, vocab, (rows,))
-    pytorch = lambda h, w: T.cross_entropy(T.linear(h, w), y)  # noqa: E731
-    ours = lambda h, w: ops.linear_cross_entropy(h, w, y)  # noqa: E731
-    hidden = torch.randn(rows, width).to(dtype).requires_grad_()
-    weight = (width**-0.5 * torch.randn(vocab, width)).to(dtype).requires_grad_()
-    measure(ours if implementation == "fastgpt" else pytorch, pytorch, [hidden, weight])
+def ours(case: Case) -> Function:
+    return ops.linear_cross_entropy
+
+
+def pytorch(case: Case) -> Function:
+    return lambda h, w, y: T.cross_entropy(T.linear(h, w), y)
+
+
+def chunked(case: Case) -> Function:
+    """PyTorch's own, which computes the gradients chunk by chunk in the forward."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return lambda h, w, y: T.linear_cross_entropy(h, w, y, options=options)
+
+
+def liger(case: Case) -> Function:
+    functional = require("liger_kernel.transformers.functional", "liger-kernel", triton=True)
+    return functional.liger_fused_linear_cross_entropy
+
+
+def cce(implementation: str) -> Any:
+    def make(case: Case) -> Function:
+        module = require("cut_cross_entropy", "cut-cross-entropy", gpu=implementation == "cce")
+        return lambda h, w, y: module.linear_cross_entropy(h, w, y, impl=implementation).to(h.dtype)
+
+    return make
+
+
+def quack(case: Case) -> Function:
+    module = require("quack.linear_cross_entropy", "quack-kernels", gpu=True)
+    return lambda h, w, y: module.chunked_linear_cross_entropy(h, w, y, reduction="mean").to(h.dtype)
+
+
+def flops(case: Case) -> tuple[float, float]:
+    """One product forward, two more backward."""
+    product = 2 * case.dims["N"] * case.dims["C"] * case.dims["V"]
+    return product, 3 * product
+
+
+def moved(case: Case) -> tuple[float, float]:
+    """Hidden states and weight are read; backward writes a gradient for each."""
+    size = (case.dims["N"] + case.dims["V"]) * case.dims["C"] * case.itemsize
+    return size, 3 * size
+
+
+def held(case: Case) -> float:
+    """The gradients of hidden states and weight."""
+    return (case.dims["N"] + case.dims["V"]) * case.dims["C"] * case.itemsize
+
+
+OP = Op(
+    name="linear_cross_entropy",
+    shapes={
+        "tiny": [{"N": 8, "C": 32, "V": 64}],
+        "quick": [{"N": 512, "C": 384, "V": 50304}],
+        "cpu": [{"N": 2048, "C": 768, "V": 50304}],
+        "gpu": [{"N": 16384, "C": 768, "V": 50304}, {"N": 8192, "C": 4096, "V": 128256}],
+    },
+    inputs=inputs,
+    ours=ours,
+    pytorch=pytorch,
+    peers=[
+        eager(pytorch),
+        compiled(pytorch),
+        Peer("PyTorch chunked", "torch", chunked),
+        Peer("Liger-Kernel", "liger-kernel", liger),
+        Peer("cut-cross-entropy", "cut-cross-entropy", cce("cce")),
+        Peer("cut-cross-entropy (torch.compile)", "cut-cross-entropy", cce("torch_compile")),
+        Peer("QuACK", "quack-kernels", quack),
+    ],
+    flops=flops,
+    bytes=moved,
+    held=held,
+    sweeps=[
+        Sweep(
+            "N",
+            {"N": 0, "C": 256, "V": 32768},
+            {"tiny": [2, 4, 8], "cpu": [256, 512, 1024, 2048], "gpu": [2048, 4096, 8192, 16384, 32768]},
+        ),
+        Sweep(
+            "V",
+            {"N": 512, "C": 256, "V": 0},
+            {"tiny": [64, 128, 256], "cpu": [8192, 16384, 32768, 65536],
+             "gpu": [8192, 16384, 32768, 65536, 131072, 262144]},
+        ),
+    ],
+)  # fmt: skip
+
+
+def bench_linear_cross_entropy(case: Case, run: Any) -> None:
+    run(OP, case)

@@ -1,36 +1,57 @@
-"""The fixture of the benchmarks: verify, then time forward and backward."""
+"""The same cases under pytest-benchmark, for developers:  pytest bench --benchmark-only
+
+Each case is checked against the reference and then timed, ours and PyTorch in turn, as separate benchmarks;
+`make bench` saves the run and compares it with the one before.
+"""
 
 import pytest
 import torch
 
-from fastgpt.heap import keep_heap
-from fastgpt.testing import check_error_rule
+import fastgpt
+from bench.harness import Plan, contenders_of
+from bench.machine import Machine
+from bench.ops import OPS
+
+PRESET = "quick"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _heap_kept():
-    """Both sides get the heap that `fastgpt train` gives itself: freed memory is not handed back at once."""
-    keep_heap()
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        op = OPS[metafunc.function.__name__.removeprefix("bench_")]
+        cases = list(op.cases(PRESET, ("fp32", "bf16")))
+        metafunc.parametrize("case", cases, ids=lambda case: f"{case.name}-{case.dtype}")
+        metafunc.parametrize("implementation", ["fastgpt", "PyTorch"])
+
+
+@pytest.fixture(scope="session")
+def machine():
+    """The machine, with the heap that `fastgpt train` gives itself."""
+    return Machine("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
-def measure(benchmark):
-    """measure(function, pytorch, inputs): the first is checked against the second, then timed."""
+def run(benchmark, machine, implementation):
+    """run(op, case): one contender is verified, then its forward and backward timed."""
 
-    def run(function, pytorch, inputs):
-        check_error_rule(function, pytorch, inputs)
-        upstream = torch.randn_like(pytorch(*inputs))
+    def run(op, case):
+        ours = [b for b, there in fastgpt.available_backends(op.name).items() if there and b != "reference"]
+        backends = (ours[-1],) if implementation == "fastgpt" and ours else ()
+        peers = () if implementation == "fastgpt" else (op.peers[0].name,)
+        (contender,), one = contenders_of(op, case, machine, Plan(backends=backends, peers=peers))
+        assert contender.status == "ok", contender.reason
+
+        def setup():
+            one.clear()
 
         def once():
-            for t in inputs:
-                t.grad = None
-            function(*inputs).backward(upstream)
+            contender.function(*one.inputs).backward(one.upstream)
+            machine.synchronize()
 
         benchmark.extra_info |= {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "heap": "kept",
         }
-        benchmark.pedantic(once, rounds=11, warmup_rounds=2)
+        benchmark.pedantic(once, setup=setup, rounds=11, warmup_rounds=2)
 
     return run

@@ -157,6 +157,7 @@ def test_op_is_found_by_its_name(op):
     backends = IMPLEMENTED_BY.get(op, ("reference", "cpp", "triton"))
     home = "attention" if op == "attention_varlen" and len(backends) == 1 else stem(op)
     files = [f"fastgpt/ops/{stem(op)}.py", f"fastgpt/reference/{home}.py", f"tests/test_{stem(op)}.py"]
+    files += [f"bench/bench_{stem(op)}.py"] if "cpp" in backends else []
     files += [f"kernels/triton/{stem(op)}.py"] if "triton" in backends else []
     files += [f"csrc/cpu/{stem(op)}.cpp"] if "cpp" in backends else []
     missing = [file for file in files if not (ROOT / file).exists()]

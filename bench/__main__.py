@@ -1,0 +1,304 @@
+"""The benchmarks' command line:  python -m bench --help  (from a checkout)"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OP_NAMES = ("attention", "cross_entropy", "linear_cross_entropy", "gelu", "bias_gelu", "add_layer_norm")
+MEASURING = {
+    **{name: f"{name}: forward and backward beside every peer" for name in OP_NAMES},
+    "ops": "all ops",
+    "train": "whole training steps of a GPT-2",
+    "scaling": "seconds and memory of each op while one size grows",
+    "all": "ops, train and scaling",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 0 if all is well, 1 if a result of ours was wrong, 2 for a wrong option."""
+    options = _parser().parse_args(arguments)
+    if getattr(options, "tiny", False) or getattr(options, "rehearse", False):
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, so before anything else
+    try:
+        return int(options.run(options))
+    except ValueError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("python -m bench: interrupted; what was measured is in the output file", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="fastgpt's benchmarks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, text in MEASURING.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=_measure, command=name)
+        command.add_argument(
+            "--quick", action="store_true", help="the first sizes only, forward + backward, short"
+        )
+        command.add_argument(
+            "--tiny", action="store_true", help="toy sizes, on the CPU Triton's interpreter too"
+        )
+        command.add_argument(
+            "--shape", action="append", metavar="AxB…", help="only this size (may be repeated)"
+        )
+        command.add_argument(
+            "--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this dtype"
+        )
+        command.add_argument(
+            "--peer", action="append", metavar="NAME", help="only this peer; none for no peer"
+        )
+        command.add_argument("--backend", action="append", metavar="NAME", help="only this backend of ours")
+        command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+        command.add_argument(
+            "--seconds", type=float, help="time for the rounds of one case and direction, about"
+        )
+        command.add_argument("--out", type=Path, metavar="DIR", help="write DIR/results.json as results come")
+        command.add_argument("--json", action="store_true", help="print the records instead of the table")
+        command.add_argument("--plot", action="store_true", help="also draw DIR/plots and DIR/report.html")
+        command.add_argument("--commit", help="what commit this is, where there is no .git to ask")
+
+    gpu = commands.add_parser("gpu", help="everything a GPU can tell, in a budget of minutes")
+    gpu.set_defaults(run=_gpu)
+    gpu.add_argument("--budget-minutes", type=float, default=25.0, metavar="N", help="default: 25")
+    gpu.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
+    gpu.add_argument(
+        "--rehearse", action="store_true", help="the same on the CPU, toy sizes, Triton interpreted"
+    )
+    gpu.add_argument("--commit", help="what commit this is, where there is no .git to ask")
+
+    report = commands.add_parser(
+        "report", help="tables and plots of bench/results, and the README's from them"
+    )
+    report.set_defaults(run=_report)
+
+    compared = commands.add_parser("compare", help="whether two result files agree")
+    compared.set_defaults(run=_compare)
+    compared.add_argument("a", type=Path)
+    compared.add_argument("b", type=Path)
+    return parser
+
+
+def _measure(options: argparse.Namespace) -> int:
+    import torch
+
+    from bench.machine import Machine
+    from bench.records import Results
+
+    device = "cpu" if options.tiny else options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.tiny and torch.cuda.is_available() and options.device != "cpu":
+        device = "cuda"
+    preset = "tiny" if options.tiny else device if device == "cuda" else "cpu"
+    preset = {"cuda": "gpu"}.get(preset, preset)
+    preset = "quick" if options.quick and preset == "cpu" else preset
+    jobs = list(_jobs(options, preset))
+
+    machine = Machine(device)
+    out = options.out or (Path("out/bench") if options.plot else None)
+    command = "python -m bench " + " ".join(sys.argv[1:])
+    facts = machine.facts(command=command, rehearsal=options.tiny, commit=options.commit)
+    results = Results(out / "results.json" if out else None, facts)
+    _introduce(facts, sys.stderr)
+    return _run(jobs, machine, results, options, out)
+
+
+def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, Any]]:
+    """(kind, op or None, case or size) of everything the options ask for.
+
+    Raises ValueError, with the list of what is known, for a shape, peer or backend that is not.
+    """
+    from bench.ops import OPS
+    from bench.train import PEERS, SIZES, name
+    from fastgpt.backends import BACKENDS
+
+    command = options.command
+    ops = (
+        list(OPS.values())
+        if command in ("ops", "all", "scaling")
+        else [OPS[command]]
+        if command in OPS
+        else []
+    )
+    known_peers = sorted(
+        {p.name for op in ops for p in op.peers} | (set(PEERS) if command in ("train", "all") else set())
+    )
+    _check("peer", options.peer, [*known_peers, "none"])
+    _check("backend", options.backend, [b for b in BACKENDS if b != "reference"])
+    dtypes = options.dtype or (
+        ["fp32"] if preset == "tiny" else ["bf16", "fp32"] if preset == "gpu" else ["fp32", "bf16"]
+    )
+    found: list[tuple[str, Any, Any, str]] = []
+    if command not in ("train", "scaling"):
+        # The most important shape of every op comes first, so that an interrupted run has all of them.
+        cases = [(op, case) for op in ops for case in op.cases(preset, dtypes)]
+        first = [(op, case) for op, case in cases if case.dims == op.shapes[preset][0]]
+        found += [("op", op, case, case.shape) for op, case in first]
+        rest = [("op", op, case, case.shape) for op, case in cases if case.dims != op.shapes[preset][0]]
+    else:
+        rest = []
+    if command in ("train", "all"):
+        train_dtypes = options.dtype or (["fp32"] if preset == "tiny" else ["bf16"])
+        found += [("train", dtype, size, name(size)) for size in SIZES[preset] for dtype in train_dtypes]
+    found += rest
+    if command == "scaling" or (command == "all" and not options.quick):
+        swept = "cpu" if preset == "quick" else preset
+        found += [("op", op, case, case.shape) for op in ops for case in op.swept(swept)]
+    _check("shape", options.shape, list(dict.fromkeys(shape for *_, shape in found)))
+    return ((kind, a, b) for kind, a, b, shape in found if not options.shape or shape in options.shape)
+
+
+def _check(what: str, given: list[str] | None, known: list[str]) -> None:
+    for value in given or []:
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; known here: {', '.join(known)}")
+
+
+def _run(
+    jobs: list[tuple[str, Any, Any]],
+    machine: Any,
+    results: Any,
+    options: argparse.Namespace,
+    out: Path | None,
+) -> int:
+    from tqdm import tqdm
+
+    from bench.harness import Plan, roof_records, run_case
+    from bench.scaling import fits, table
+    from bench.train import run_train
+
+    short = options.quick or options.tiny
+    seconds = (
+        options.seconds
+        if options.seconds is not None
+        else 0.3
+        if options.tiny
+        else 2.0
+        if options.quick
+        else 6.0
+    )
+    peers = None if options.peer is None else tuple(options.peer)
+    plan = Plan(
+        seconds=seconds,
+        directions=("fwd+bwd",) if short else ("fwd", "fwd+bwd"),
+        backends=None if options.backend is None else tuple(options.backend),
+        peers=peers,
+    )
+    started = time.perf_counter()
+    dtypes = list(dict.fromkeys(a if kind == "train" else b.dtype for kind, a, b in jobs))
+    results.add(*roof_records(machine, dtypes))
+    _show(results.records, options)
+    with tqdm(jobs, unit="case", disable=None, file=sys.stderr) as bar:
+        for kind, a, b in bar:
+            bar.set_description(f"train {b}" if kind == "train" else f"{a.name} {b.name} {b.dtype}")
+            if kind == "train":
+                records = run_train(b, a, machine, Plan(10 * seconds, 5, 41, ("step",), plan.backends, peers))
+            else:
+                swept = Plan(seconds / 3, 3, 21, ("fwd+bwd",), plan.backends, peers)
+                records = run_case(a, b, machine, swept if b.sweep else plan)
+            results.add(*records)
+            _show(records, options)
+    rows = fits(results.records)
+    if options.json:
+        print(json.dumps(results.records, ensure_ascii=False, indent=1))
+    else:
+        if options.tiny:
+            print("\ntoy sizes: a rehearsal, whose times say nothing")
+        elif rows:
+            print("\n" + table(rows))
+        print(
+            f"\n{len(results.records)} records in {time.perf_counter() - started:.0f} s"
+            + (f", in {results.path}" if out else "")
+        )
+    if options.plot:
+        from bench.report import write_report
+
+        assert out is not None
+        for path in write_report(results.path, out):
+            print(f"wrote {path}", file=sys.stderr)
+    wrong = results.wrong()
+    for record in wrong:
+        case = f"{record['op']} {record['case']} {record['dtype']}"
+        print(f"WRONG: fastgpt {record['backend']}, {case}: {record['reason']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _introduce(facts: dict[str, Any], file: Any) -> None:
+    state = {True: " with changes", False: "", None: ""}[facts["dirty"]]
+    print(
+        f"{facts['device']}; torch {facts['torch']}, triton {facts['triton']}; {facts['threads']} threads",
+        file=file,
+    )
+    print(f"heap: {facts['heap']}; clocks: {facts['clocks']}; commit {facts['commit']}{state}", file=file)
+
+
+def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """A line for each record; what has no time says why."""
+    from tqdm import tqdm
+
+    if options.json:
+        return
+    lines = []
+    for r in records:
+        who = r["peer"] or f"fastgpt {r['backend']}"
+        start = f"{r['op']:<21}{r['case']:<21}{r['dtype']:<5}{r['direction']:<8}{who:<34}"
+        if r["group"] == "roof":
+            rate = f"{r['bytes'] / r['seconds'] / 1e9:,.0f} GB/s" if r["direction"] == "copy" else ""
+            lines.append(start + (rate or f"{r['flops'] / r['seconds'] / 1e9:,.0f} GFLOP/s"))
+        elif r["status"] != "ok":
+            lines.append(f"{start}{r['status']}: {r['reason']}")
+        else:
+            peak = "" if r["peak_bytes"] is None else f"  peak {r['peak_bytes'] / 2**20:,.0f} MiB"
+            speed = f"  {r['tokens_per_second']:,.0f} tokens/s" if r["group"] == "train" else ""
+            sheet = f", {r['mfu_datasheet']:.0%} of the datasheet's" if r.get("mfu_datasheet") else ""
+            ratio = (
+                ""
+                if r["ratio"] is None
+                else f"  takes {r['ratio']:.2f}× our time ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+            )
+            share = f"{r['share_of_roof']:4.0%} of the {r['bound']} roof{sheet}"
+            lines.append(
+                f"{start}{r['seconds'] * 1e3:10.3f} ms ±{r['spread']:<5.0%}{share}{speed}{peak}{ratio}"
+            )
+    with tqdm.external_write_mode():
+        print("\n".join(lines), flush=True)
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    from bench.gpu import run_gpu
+
+    return run_gpu(options.out, options.budget_minutes, rehearse=options.rehearse, commit=options.commit)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from bench.machine import ROOT
+    from bench.report import update_readme, write_report
+
+    results = ROOT / "bench" / "results"
+    for path in sorted(results.glob("*/results.json")):
+        for written in write_report(path, path.parent):
+            print(f"wrote {written}")
+    changed = update_readme(ROOT / "README.md", results)
+    print("README.md " + ("updated" if changed else "was up to date"))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from bench.compare import compare
+    from bench.records import load
+
+    table, share = compare(load(options.a), load(options.b))
+    print(table)
+    return 0 if share >= 0.9 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

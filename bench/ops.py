@@ -1,0 +1,22 @@
+"""Every benchmarked op by name, in the order of what matters most to a training step."""
+
+from bench import (
+    bench_add_layer_norm,
+    bench_attention,
+    bench_cross_entropy,
+    bench_gelu,
+    bench_linear_cross_entropy,
+)
+from bench.cases import Op
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        bench_attention.OP,
+        bench_cross_entropy.OP,
+        bench_linear_cross_entropy.OP,
+        bench_gelu.OP,
+        bench_gelu.BIAS_GELU,
+        bench_add_layer_norm.OP,
+    )
+}
