@@ -57,7 +57,7 @@ def stages(rehearse: bool, built: str | None) -> list[Stage]:
     """
     from bench.ops import OPS
 
-    preset, tiny = ("tiny", ["--tiny"]) if rehearse else ("gpu", ["--device", "cuda"])
+    preset, tiny = ("tiny", ["--tiny", "--device", "cpu"]) if rehearse else ("gpu", ["--device", "cuda"])
 
     def bench(name: str, *arguments: str) -> Stage:
         return Stage(name, ["-m", "bench", *arguments, *tiny])
@@ -68,7 +68,7 @@ def stages(rehearse: bool, built: str | None) -> list[Stage]:
 
     device = "cpu" if rehearse else "cuda"
     tests = _GPU_TESTS[:2] if rehearse else _GPU_TESTS
-    small = ["-m", "bench", "ops", "--tiny", "--peer", "none"]
+    small = ["-m", "bench", "ops", "--tiny", "--device", device, "--peer", "none"]
     found = [
         Stage("tests", ["-m", "pytest", "--maxfail=20", "--device", device, *tests], share=0.35),
         Stage(

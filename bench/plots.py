@@ -1,33 +1,50 @@
-"""Pictures of benchmark results: each as SVG and PNG, for a light page and for a dark one.
-
-Everything is laid out in points on sheets of one width. Shown at half the width of a README, where a sheet
-is about 430 pixels wide, a point is a little more than a pixel.
-"""
+"""Pictures of benchmark results: each as SVG and PNG, for a light page and for a dark one."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.headlines import Headline, contender, digits, headlines, right, si, size, times, unique
 from bench.records import Record
-from bench.report import THEMES, Headline, Theme, contender, digits, headlines, right, si, size, times, unique
+from bench.sheet import (
+    BODY,
+    EDGE,
+    MARGIN,
+    SMALL,
+    THEMES,
+    WIDTH,
+    Sheet,
+    Spot,
+    Theme,
+    cut,
+    logarithmic,
+    powers,
+    stacked,
+    wide,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Draw = Callable[[list[Record], Theme], "Figure | None"]
 
-WIDTH, MARGIN = 390.0, 12.0
-EDGE = WIDTH - MARGIN
-TITLE, BODY, SMALL = 12.5, 10.0, 9.0
-FONT = "DejaVu Sans"  # comes with matplotlib: the same picture everywhere
 LONGEST = 8  # bars are cut at so many times the shortest, so that one contender does not flatten the others
 DIMENSIONS = {"N": "rows N", "T": "length T", "V": "vocabulary V", "B": "batch B"}
+
+PLOTS = {
+    "speedup": "Our speed against the fastest verified peer, by op and dtype",
+    "roofline": "Operations a second over operations a byte, under the measured roofs",
+    "memory": "Peak memory of forward and backward as one size grows, by contender",
+    "scaling": "Time of forward and backward as one size grows, by contender",
+    "bars": "Milliseconds of forward and backward by op, dtype and contender, with the roof",
+    "train": "Tokens a second of training by contender, and the losses of the same steps",
+}
 
 _drawings: dict[str, Draw] = {}
 
@@ -50,111 +67,28 @@ def _plot(draw: Draw) -> Callable[[list[Record], Path], list[Path]]:
             for kind in ("svg", "png") if figure else ():
                 out.mkdir(parents=True, exist_ok=True)
                 written.append(out / f"{name}-{mode}.{kind}")
-                written[-1].write_bytes(_file(figure, name, kind))
+                written[-1].write_bytes(_file(figure, name, kind, digest(records)))
         return written
 
     write.__name__, write.__doc__ = name, draw.__doc__
     return write
 
 
-def _file(figure: Figure | None, name: str, kind: str) -> bytes:
+def digest(records: list[Record]) -> str:
+    """What an SVG file says of the records it shows, so that a stale one can be told."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def _file(figure: Figure | None, name: str, kind: str, source: str | None = None) -> bytes:
     """The file's bytes: the same for the same records, whatever the day."""
     import matplotlib
 
     assert figure is not None
     unsaid = ("Creator", "Date", "Format", "Type") if kind == "svg" else ("Software",)
+    metadata = dict.fromkeys(unsaid) | ({"Source": source} if source and kind == "svg" else {})
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        figure.savefig(file := BytesIO(), format=kind, dpi=160, metadata=dict.fromkeys(unsaid))
+        figure.savefig(file := BytesIO(), format=kind, dpi=160, metadata=metadata)
     return file.getvalue()
-
-
-class Sheet:
-    """A page of text and shapes in points from its top left; `y` is where the next panel starts."""
-
-    def __init__(self, theme: Theme, title: str, notes: Sequence[str], height: float) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        self.theme, self.y = theme, 28 + 13.0 * len(notes)
-        self.figure = Figure(figsize=(WIDTH / 72, (self.y + height) / 72), facecolor=theme["paper"])
-        FigureCanvasAgg(self.figure)
-        self.axes: Axes = self.figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(self.y + height, 0))
-        self.axes.set_axis_off()
-        self.text(MARGIN, 17, title, "ink", TITLE, weight="bold")
-        for i, note in enumerate(notes):
-            self.text(MARGIN, 34 + 13 * i, note, "muted")
-
-    def text(self, x: float, y: float, words: str, colour: str, points: float = SMALL, **more: Any) -> None:
-        more.setdefault("va", "center_baseline")
-        more |= {"family": FONT, "parse_math": False, "fontsize": points}
-        self.axes.text(x, y, words, color=self.theme[colour], **more)
-
-    def line(self, places: Iterable[Spot], colour: str, width: float = 1, **more: Any) -> None:
-        more.setdefault("zorder", 2)
-        xs, ys = zip(*places, strict=True)
-        self.axes.plot(xs, ys, color=self.theme[colour], linewidth=width, solid_capstyle="butt", **more)
-
-    def bar(self, x: float, y: float, width: float, colour: str) -> None:
-        self.axes.barh(y, width, 9, left=x, color=self.theme[colour], linewidth=0)
-
-    def head(self, op: str, detail: str) -> None:
-        """The line above a panel: the op, and what is shown of it."""
-        self.text(MARGIN, self.y + 10, op, "ink", BODY + 0.5, weight="bold")
-        start = MARGIN + wide(op, BODY + 0.5, "bold") + 7
-        self.text(start, self.y + 10, cut(detail, EDGE - start), "muted")
-
-    def grid(self, ticks: Iterable[tuple[float, str]], box: Box, *, across: bool) -> None:
-        """Lines through a box with their words below it or, for lines across, left of it."""
-        left, top, end, bottom = box
-        for place, words in ticks:
-            ends = [(left, place), (end, place)] if across else [(place, top), (place, bottom)]
-            self.line(ends, "grid", 0.6, zorder=0)
-            where = (left - 5, place) if across else (place, bottom + 9)
-            self.text(*where, words, "muted", ha="right" if across else "center")
-
-
-Spot = tuple[float, float]
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
-
-@lru_cache(maxsize=4096)
-def wide(text: str, points: float = SMALL, weight: str = "normal") -> float:
-    """The width of a text in points."""
-    from matplotlib.font_manager import FontProperties
-    from matplotlib.textpath import TextToPath
-
-    font = FontProperties(family=FONT, weight=weight, size=points)
-    return float(TextToPath().get_text_width_height_descent(text, font, ismath=False)[0])
-
-
-def cut(text: str, room: float, points: float = SMALL) -> str:
-    """A text, shortened to the room there is."""
-    while len(text) > 1 and wide(text, points) > room:
-        text = text.rstrip("…")[:-1].rstrip() + "…"
-    return text
-
-
-def stacked(heights: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
-    """Ascending heights moved as little as puts a gap between them, within bounds."""
-    rows = list(heights)
-    for i in range(len(rows)):
-        rows[i] = max(rows[i], rows[i - 1] + gap if i else top)
-    for i in reversed(range(len(rows))):
-        rows[i] = min(rows[i], rows[i + 1] - gap if i + 1 < len(rows) else bottom)
-    return rows
-
-
-def logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    """The map from values between low and high to points between start and end."""
-    return lambda value: start + math.log(value / low) / math.log(high / low) * (end - start)
-
-
-def powers(low: float, high: float, base: int, most: int) -> list[float]:
-    """Powers of a base between two values, at most so many; where there is one of ten, twos and fives too."""
-    first, last = math.ceil(math.log(low, base) - 1e-9), math.floor(math.log(high, base) + 1e-9)
-    if base == 10 and last - first < 1:
-        return [v for e in (first - 1, first, last) for m in (1, 2, 5) if low <= (v := m * 10.0**e) <= high]
-    return [float(base) ** e for e in range(first, last + 1, max(1, math.ceil((last - first + 1) / most)))]
 
 
 @_plot

@@ -415,3 +415,16 @@ def shape(*dims, dtype=torch.float32):
 def test_bad_input_gets_one_sentence(arguments, options, error, message):
     with pytest.raises(error, match=message):
         ops.attention(*arguments, **options)
+
+
+def test_gradients_of_long_rows_do_not_drift():
+    """The gradient of the first keys is a sum over all rows: added up one by one in float32 it drifts off.
+
+    Only the C++ kernels are fast enough for the length at which it shows.
+    """
+    with fastgpt.use_backend("cpp"):
+        check_error_rule(
+            lambda q, k, v: ops.attention(q, k, v, causal="upper_left"),
+            lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True),
+            inputs(torch.float32, 1, 1, 1, 4096, 4096, 64),
+        )

@@ -228,7 +228,7 @@ def test_round_gives_every_contender_a_turn(machine):
     rounds = order[2:-2]  # verified before, weighed after
     assert len(rounds) == 2 * 7  # one to warm up
     assert all(set(pair) == {"a", "b"} for pair in zip(rounds[::2], rounds[1::2], strict=True))
-    assert rounds[:2] != rounds[2:4]  # alternating
+    assert rounds[2:4] != rounds[4:6] != rounds[6:8]  # alternating
 
 
 def test_peak_bytes_are_what_was_taken(machine):
@@ -298,6 +298,7 @@ def test_compare_asks_whether_intervals_meet():
         (["gelu", "--peer", "nobody"], "torch.compile"),
         (["gelu", "--backend", "fpga"], "triton"),
         (["train", "--peer", "nobody"], "transformers + Liger-Kernel"),
+        (["gelu", "--device", "cuda"], "no CUDA GPU here"),
         (["gpu", "--rehearse", "--budget-minutes", "0"], "positive"),
     ],
 )

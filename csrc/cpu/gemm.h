@@ -2,7 +2,8 @@
 //
 // A may be transposed (any two strides); the rows of B and C are contiguous and padded to a multiple
 // of `GEMM_N` elements, so that there is no tail to treat. A register tile of GEMM_M × GEMM_N stays in
-// vector registers over the whole of k.
+// vector registers over the whole of k. It starts from zero and C is added last: a caller that adds up many
+// products then makes one rounding a product at the size of the sum, instead of k.
 #pragma once
 
 #include <cstdint>
@@ -36,12 +37,7 @@ inline void gemm_tile(
     int64_t k, const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row, A* c, int64_t c_row) {
   using Vector = typename VectorOf<A>::type;
   constexpr int64_t W = VECTOR_BYTES / static_cast<int64_t>(sizeof(A));
-  Vector c0[M], c1[M];
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < M; ++i) {
-    c0[i] = *reinterpret_cast<const Vector*>(c + i * c_row);
-    c1[i] = *reinterpret_cast<const Vector*>(c + i * c_row + W);
-  }
+  Vector c0[M] = {}, c1[M] = {};
   for (int64_t p = 0; p < k; ++p) {
     const Vector b0 = *reinterpret_cast<const Vector*>(b + p * b_row);
     const Vector b1 = *reinterpret_cast<const Vector*>(b + p * b_row + W);
@@ -54,8 +50,8 @@ inline void gemm_tile(
   }
 #pragma GCC unroll 8
   for (int64_t i = 0; i < M; ++i) {
-    *reinterpret_cast<Vector*>(c + i * c_row) = c0[i];
-    *reinterpret_cast<Vector*>(c + i * c_row + W) = c1[i];
+    *reinterpret_cast<Vector*>(c + i * c_row) += c0[i];
+    *reinterpret_cast<Vector*>(c + i * c_row + W) += c1[i];
   }
 }
 
