@@ -190,7 +190,7 @@ def _run(
         if options.tiny
         else 2.0
         if options.quick
-        else 6.0
+        else 3.0
     )
     peers = None if options.peer is None else tuple(options.peer)
     plan = Plan(
