@@ -10,8 +10,8 @@ import torch.nn.functional as T
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.cases import VERIFIED_BYTES, Case, Op, Sweep
-from bench.peers import Function, MissingError, Peer, require
+from bench.cases import VERIFIED_BYTES, Case, Function, Op, Peer, Sweep
+from bench.peers import MissingError, require
 from fastgpt import ops
 
 

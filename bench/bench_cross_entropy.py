@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as T
 from torch import Tensor
 
-from bench.cases import Case, Op, Sweep
-from bench.peers import Function, Peer, compiled, eager, require
+from bench.cases import Case, Function, Op, Peer, Sweep
+from bench.peers import compiled, eager, require
 from fastgpt import ops
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bench.machine import DTYPES
-from bench.peers import Maker, Peer
+
+Function = Callable[..., Any]
+Maker = Callable[["Case"], Function]
 
 VERIFIED_BYTES = 8 << 30  # what float64 intermediates of the reference may take
 
@@ -49,6 +51,23 @@ class Case:
     def itemsize(self) -> int:
         """Bytes a number."""
         return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation of an op.
+
+    Attributes:
+        name: as it stands in tables and after `--peer`.
+        package: where it comes from.
+        make: for a case, the function of the op's inputs; raises `MissingError` where it cannot run.
+        mutates: it overwrites its inputs, which are restored before each call, untimed.
+    """
+
+    name: str
+    package: str
+    make: Maker
+    mutates: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 import fastgpt
-from bench.cases import Case, Op
+from bench.cases import Case, Function, Op
 from bench.machine import DTYPES, Machine, percentile
-from bench.peers import Function, MissingError
+from bench.peers import MissingError
 from bench.records import EMPTY, Record
 from fastgpt.testing import ErrorRule
 

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from bench.cases import Case
-
-Function = Callable[..., Any]
-Maker = Callable[["Case"], Function]
+from bench.cases import Case, Function, Maker, Peer
 
 
 class MissingError(Exception):
     """A peer cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Another implementation of an op.
-
-    Attributes:
-        name: as it stands in tables and after `--peer`.
-        package: where it comes from.
-        make: for a case, the function of the op's inputs; raises `MissingError` where it cannot run.
-        mutates: it overwrites its inputs, which are restored before each call, untimed.
-    """
-
-    name: str
-    package: str
-    make: Maker
-    mutates: bool = False
 
 
 def require(package: str, install: str, *, gpu: bool = False, triton: bool = False) -> Any:

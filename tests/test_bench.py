@@ -12,12 +12,12 @@ import torch
 from benching import ROOT, bench, validate
 
 from bench import __main__ as cli
-from bench.cases import Case
+from bench.cases import Case, Peer
 from bench.compare import compare
 from bench.harness import Contender, Plan, run_case, summary
 from bench.machine import Machine, percentile
 from bench.ops import OPS
-from bench.peers import MissingError, Peer
+from bench.peers import MissingError
 from bench.records import EMPTY, load, save
 from bench.scaling import exponent, fits
 from bench.train import SIZES, run_train
