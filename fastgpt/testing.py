@@ -173,11 +173,9 @@ class ErrorRule:
         self.errors = [error(t, e) for t, e in zip((*theirs[0], *theirs[1]), self.exact, strict=True)]
         for _ in range(places if low != torch.float64 else 0):
             place = nearby(small)
-            pairs = zip(
-                sum(run_with_gradients(pytorch, place, grads), []),
-                sum(run_with_gradients(exact, as_float64(place), grads), []),
-                strict=True,
-            )
+            outputs, gradients = run_with_gradients(pytorch, place, grads)
+            truth = run_with_gradients(exact, as_float64(place), grads)
+            pairs = zip((*outputs, *gradients), (*truth[0], *truth[1]), strict=True)
             self.errors = [max(known, error(t, e)) for known, (t, e) in zip(self.errors, pairs, strict=True)]
         everything = [t.nan_to_num(0, 0, 0).abs().max() for t in (*self.exact, *grads) if t.numel()]
         self.terms = max([1.0, *map(float, everything)])
@@ -202,9 +200,7 @@ class ErrorRule:
         ):
             what = f"output {i}" if i < self.n_outputs else f"gradient {i - self.n_outputs}"
             assert a.dtype == dtype, f"{what}: dtype {a.dtype} instead of {dtype}"
-            share = assert_no_worse(
-                a, e, factor / 2 * theirs, what, terms=self.terms, rounding=self.rounding
-            )
+            share = assert_no_worse(a, e, factor / 2 * theirs, what, terms=self.terms, rounding=self.rounding)
             worst = max(worst, share)
         return worst
 
