@@ -156,7 +156,8 @@ class ErrorRule:
         rounding: torch.dtype | None = None,
     ) -> None:
         exact = exact or pytorch
-        self.inputs, self.part, self.rounding = inputs, part, rounding
+        # Leaves of their own: a tensor given twice has two gradients here as it has in float64.
+        self.inputs, self.part, self.rounding = [_leaf(x, x) for x in inputs], part, rounding
         # Upstream gradients that the dtype at hand can hold, so that all see the same ones.
         low = next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
         outputs = run_with_gradients(pytorch, [_detached(x) for x in inputs], None)[0]
