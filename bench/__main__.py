@@ -21,6 +21,12 @@ MEASURING = {
 }
 
 
+# The dtypes of each preset; the last one is training's.
+DTYPES_OF = {"tiny": ("fp32",), "quick": ("fp32", "bf16"), "cpu": ("fp32", "bf16"), "gpu": ("fp32", "bf16")}
+# Seconds of rounds a case and direction, about.
+SECONDS = {"tiny": 0.3, "quick": 2.0, "full": 3.0}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0 if all is well, 1 if a result of ours was wrong, 2 for a wrong option."""
     options = _parser().parse_args(arguments)
@@ -124,38 +130,24 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
     from fastgpt.backends import BACKENDS
 
     command = options.command
-    ops = (
-        list(OPS.values())
-        if command in ("ops", "all", "scaling")
-        else [OPS[command]]
-        if command in OPS
-        else []
-    )
-    known_peers = sorted(
-        {p.name for op in ops for p in op.peers} | (set(PEERS) if command in ("train", "all") else set())
-    )
-    _check("peer", options.peer, [*known_peers, "none"])
+    several = command in ("ops", "all", "scaling")
+    ops = [op for op in OPS.values() if several or op.name == command]
+    trains = command in ("train", "all")
+    _check("peer", options.peer, [*sorted({p.name for op in ops for p in op.peers}), *PEERS * trains, "none"])
     _check("backend", options.backend, [b for b in BACKENDS if b != "reference"])
-    dtypes = options.dtype or (
-        ["fp32"] if preset == "tiny" else ["bf16", "fp32"] if preset == "gpu" else ["fp32", "bf16"]
-    )
-    found: list[tuple[str, Any, Any, str]] = []
-    if command not in ("train", "scaling"):
-        # The most important shape of every op comes first, so that an interrupted run has all of them.
-        cases = [(op, case) for op in ops for case in op.cases(preset, dtypes)]
-        first = [(op, case) for op, case in cases if case.dims == op.shapes[preset][0]]
-        found += [("op", op, case, case.shape) for op, case in first]
-        rest = (
-            []
-            if options.quick
-            else [("op", op, case, case.shape) for op, case in cases if case.dims != op.shapes[preset][0]]
-        )
-    else:
-        rest = []
-    if command in ("train", "all"):
-        train_dtypes = options.dtype or (["fp32"] if preset == "tiny" else ["bf16"])
-        found += [("train", dtype, size, name(size)) for size in SIZES[preset] for dtype in train_dtypes]
-    found += rest
+
+    cases = [(op, case) for op in ops for case in op.cases(preset, options.dtype or DTYPES_OF[preset])]
+    if command == "scaling":
+        cases = []
+    # The most important shape of every op comes first, so that an interrupted run has all of them.
+    first = [("op", op, case, case.shape) for op, case in cases if case.dims == op.shapes[preset][0]]
+    rest = [("op", op, case, case.shape) for op, case in cases if case.dims != op.shapes[preset][0]]
+    found: list[tuple[str, Any, Any, str]] = [*first]
+    if trains:
+        dtypes = options.dtype or DTYPES_OF[preset][-1:]
+        found += [("train", dtype, size, name(size)) for size in SIZES[preset] for dtype in dtypes]
+    if not options.quick:
+        found += rest
     if command == "scaling" or (command == "all" and not options.quick):
         swept = "cpu" if preset == "quick" else preset
         found += [("op", op, case, case.shape) for op in ops for case in op.swept(swept)]
@@ -183,15 +175,8 @@ def _run(
     from bench.train import run_train
 
     short = options.quick or options.tiny
-    seconds = (
-        options.seconds
-        if options.seconds is not None
-        else 0.3
-        if options.tiny
-        else 2.0
-        if options.quick
-        else 3.0
-    )
+    length = "tiny" if options.tiny else "quick" if options.quick else "full"
+    seconds = SECONDS[length] if options.seconds is None else options.seconds
     peers = None if options.peer is None else tuple(options.peer)
     plan = Plan(
         seconds=seconds,
@@ -251,12 +236,13 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """A line for each record; what has no time says why."""
     from tqdm import tqdm
 
+    from bench.headlines import contender
+
     if options.json:
         return
     lines = []
     for r in records:
-        who = r["peer"] or f"fastgpt {r['backend']}"
-        start = f"{r['op']:<21}{r['case']:<21}{r['dtype']:<5}{r['direction']:<8}{who:<34}"
+        start = f"{r['op']:<21}{r['case']:<21}{r['dtype']:<5}{r['direction']:<8}{contender(r):<34}"
         if r["group"] == "roof":
             rate = f"{r['bytes'] / r['seconds'] / 1e9:,.0f} GB/s" if r["direction"] == "copy" else ""
             lines.append(start + (rate or f"{r['flops'] / r['seconds'] / 1e9:,.0f} GFLOP/s"))

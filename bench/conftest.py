@@ -1,13 +1,12 @@
 """The same cases under pytest-benchmark, for developers:  pytest bench --benchmark-only
 
 Each case is checked against the reference and then timed, ours and PyTorch in turn, as separate benchmarks;
-`make bench` saves the run and compares it with the one before.
+`make compare` saves the run and compares it with the one before.
 """
 
 import pytest
 import torch
 
-import fastgpt
 from bench.harness import Plan, contenders_of
 from bench.machine import Machine
 from bench.ops import OPS
@@ -34,10 +33,9 @@ def run(benchmark, machine, implementation):
     """run(op, case): one contender is verified, then its forward and backward timed."""
 
     def run(op, case):
-        ours = [b for b, there in fastgpt.available_backends(op.name).items() if there and b != "reference"]
-        backends = (ours[-1],) if implementation == "fastgpt" and ours else ()
-        peers = () if implementation == "fastgpt" else (op.peers[0].name,)
-        (contender,), one = contenders_of(op, case, machine, Plan(backends=backends, peers=peers))
+        fastgpt = implementation == "fastgpt"
+        plan = Plan(backends=None if fastgpt else (), peers=() if fastgpt else (op.peers[0].name,))
+        (*_, contender), one = contenders_of(op, case, machine, plan)
         assert contender.status == "ok", contender.reason
 
         def setup():

@@ -9,7 +9,6 @@ over rounds of the two times of a round. Inputs rotate through more memory than 
 
 from __future__ import annotations
 
-import copy
 import gc
 import statistics
 import warnings
@@ -23,7 +22,7 @@ from torch import Tensor
 
 import fastgpt
 from bench.cases import Case, Function, Op
-from bench.machine import DTYPES, Machine, percentile
+from bench.machine import DTYPES, ROOF_ROUNDS, Machine, percentile
 from bench.peers import MissingError
 from bench.records import EMPTY, Record
 from fastgpt.testing import ErrorRule
@@ -51,6 +50,21 @@ class Plan:
     backends: tuple[str, ...] | None = None
     peers: tuple[str, ...] | None = None
 
+    def rounds(self, seconds: float) -> int:
+        """How many, where one takes so many seconds."""
+        return max(self.min_rounds, min(self.max_rounds, int(self.seconds / max(seconds, 1e-9))))
+
+    def ours(self, op: str) -> list[str]:
+        """Those of our backends that can run an op here and are wanted."""
+        found = [
+            b for b, available in fastgpt.available_backends(op).items() if available and b != "reference"
+        ]
+        return [b for b in found if self.backends is None or b in self.backends]
+
+    def wants(self, peer: str) -> bool:
+        """Whether a peer takes part."""
+        return self.peers is None or peer in self.peers
+
 
 @dataclass
 class Contender:
@@ -75,6 +89,17 @@ class Contender:
         self.status, self.function = status, None
         self.reason = " ".join(text.split())[:300]
 
+    def record(self) -> Record:
+        """What a record says of it, whatever was measured."""
+        return EMPTY | {
+            "backend": self.backend,
+            "peer": self.peer,
+            "status": self.status,
+            "reason": self.reason,
+            "verified": self.status == "ok",
+            "error": self.error,
+        }
+
 
 def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
     """Verify and time every contender of a case; one record a contender and direction, ours first."""
@@ -85,9 +110,14 @@ def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
         _verify(op, case, machine, contenders)
         sets = _input_sets(op, case, machine, contenders)
         for direction in plan.directions:
-            _time(direction, contenders, sets, machine, plan)
+            turn = partial(_turn, direction, sets)
+            race(direction, contenders, turn, machine, plan)
+        for one in sets:
+            one.clear()
         for contender in contenders:
-            _weigh(contender, sets[0], machine)
+            if contender.status == "ok":
+                weigh(contender, _turn("fwd+bwd", sets, contender, 0), machine)
+                sets[0].clear()
     gc.collect()
     return [
         _record(op, case, contender, direction, contenders, machine)
@@ -105,12 +135,10 @@ def contenders_of(op: Op, case: Case, machine: Machine, plan: Plan) -> tuple[lis
 
 def _contenders(op: Op, case: Case, plan: Plan) -> list[Contender]:
     found = []
-    for backend, available in fastgpt.available_backends(op.name).items():
-        wanted = plan.backends is None or backend in plan.backends
-        if backend != "reference" and available and wanted:
-            found.append(Contender(backend, None, partial(_on, backend, op.ours(case))))
+    for backend in plan.ours(op.name):
+        found.append(Contender(backend, None, partial(_on, backend, op.ours(case))))
     for peer in op.peers:
-        if plan.peers is None or peer.name in plan.peers:
+        if plan.wants(peer.name):
             found.append(Contender(peer.package, peer.name, partial(peer.make, case), peer.mutates))
     return found
 
@@ -197,38 +225,54 @@ def _input_sets(op: Op, case: Case, machine: Machine, contenders: list[Contender
     return sets
 
 
-def _call(contender: Contender, one: InputSet, direction: str) -> Callable[[], None]:
-    """What is timed; what goes wrong stands in the contender's row and does not stop the others.
+Call = Callable[[], Any]
+Turn = tuple[Call, Call]  # what is done before, untimed, and what is timed
 
-    Inputs require gradients in both directions, as in training.
-    """
-    function = contender.function
+
+def _turn(direction: str, sets: list[InputSet], contender: Contender, number: int) -> Turn:
+    """A contender's turn in a round. Inputs require gradients in both directions, as in training."""
+    function, one = contender.function, sets[number % len(sets)]
     assert function is not None
 
     def call() -> None:
+        output = function(*one.inputs)
+        if direction == "fwd+bwd":
+            output.backward(one.upstream)
+
+    return one.restore if contender.mutates else one.clear, call
+
+
+def guarded(contender: Contender, call: Call) -> Call:
+    """The call, but what goes wrong stands in the contender's row and does not stop the others."""
+
+    def guarded_call() -> None:
         try:
-            output = function(*one.inputs)
-            if direction == "fwd+bwd":
-                output.backward(one.upstream)
+            call()
         except Exception as error:
             contender.fail("failed", error)
 
-    return call
+    return guarded_call
 
 
-def _prepare(contender: Contender, one: InputSet) -> Callable[[], None]:
-    return one.restore if contender.mutates else one.clear
-
-
-def _time(
-    direction: str, contenders: list[Contender], sets: list[InputSet], machine: Machine, plan: Plan
+def race(
+    direction: str,
+    contenders: list[Contender],
+    turn: Callable[[Contender, int], Turn],
+    machine: Machine,
+    plan: Plan,
 ) -> None:
+    """Rounds in which all contenders that are right take their turns; the times are in `Contender.times`.
+
+    Args:
+        turn: for a contender and the number of the round, what is to be done.
+    """
+
     def one_round(number: int) -> float:
-        one = sets[number % len(sets)]
         racing = [c for c in contenders if c.status == "ok"]
         # Alternating order, so that none always finds the same neighbour's leavings in the cache.
         racing = racing if number % 2 else racing[::-1]
-        times = machine.time_round([(_prepare(c, one), _call(c, one, direction)) for c in racing])
+        turns = [(c, *turn(c, number)) for c in racing]
+        times = machine.time_round([(before, guarded(c, call)) for c, before, call in turns])
         for contender, seconds in zip(racing, times, strict=True):
             contender.times.setdefault(direction, []).append(seconds)
         return sum(times)
@@ -238,18 +282,15 @@ def _time(
         taken = one_round(1)
     for contender in contenders:
         contender.times.pop(direction, None)
-    for number in range(max(plan.min_rounds, min(plan.max_rounds, int(plan.seconds / max(taken, 1e-9))))):
+    for number in range(plan.rounds(taken)):
         one_round(number)
-    for one in sets:
-        one.clear()
 
 
-def _weigh(contender: Contender, one: InputSet, machine: Machine) -> None:
-    """Peak memory of forward and backward."""
-    if contender.status == "ok":
-        _prepare(contender, one)()
-        contender.peak_bytes = machine.peak_bytes(_call(contender, one, "fwd+bwd"))
-        one.clear()
+def weigh(contender: Contender, turn: Turn, machine: Machine) -> None:
+    """Peak memory of a turn."""
+    before, call = turn
+    before()
+    contender.peak_bytes = machine.peak_bytes(guarded(contender, call))
 
 
 def _record(
@@ -257,19 +298,13 @@ def _record(
 ) -> Record:
     both = direction == "fwd+bwd"
     flops, moved = op.flops(case)[both], op.bytes(case)[both]
-    record = EMPTY | {
+    record = contender.record() | {
         "op": op.name,
         "group": "scaling" if case.sweep else "ops",
         "case": case.name,
-        "dims": copy.copy(case.dims),
+        "dims": case.dims,
         "dtype": case.dtype,
         "direction": direction,
-        "backend": contender.backend,
-        "peer": contender.peer,
-        "status": contender.status,
-        "reason": contender.reason,
-        "verified": contender.status == "ok",
-        "error": contender.error,
         "flops": flops,
         "bytes": moved,
     }
@@ -283,15 +318,8 @@ def _record(
         record["share_of_roof"] = record["roof"] / record["seconds"]
         if both:
             record |= {"peak_bytes": contender.peak_bytes, "least_peak_bytes": op.held(case)}
-        if contender.peer is not None:
-            record |= ratio(
-                contender.times[direction], [c.times[direction] for c in contenders if _is_ours(c)]
-            )
+        record |= ratio(contender, direction, contenders)
     return record
-
-
-def _is_ours(contender: Contender) -> bool:
-    return contender.peer is None and contender.status == "ok"
 
 
 def summary(times: list[float]) -> Record:
@@ -301,12 +329,13 @@ def summary(times: list[float]) -> Record:
     return {"seconds": median, "spread": spread, "rounds": len(times)}
 
 
-def ratio(theirs: list[float], ours: list[list[float]]) -> Record:
-    """A peer's time over ours, round by round, for the fastest of ours."""
-    if not ours:
+def ratio(contender: Contender, direction: str, contenders: list[Contender]) -> Record:
+    """A peer's time over ours, round by round, for the fastest of ours; nothing for ours."""
+    ours = [c.times[direction] for c in contenders if c.peer is None and c.status == "ok"]
+    if contender.peer is None or not ours:
         return {}
     best = min(ours, key=statistics.median)
-    ratios = [t / o for t, o in zip(theirs, best, strict=True)]
+    ratios = [t / o for t, o in zip(contender.times[direction], best, strict=True)]
     return {
         "ratio": statistics.median(ratios),
         "ratio_low": percentile(ratios, 0.1),
@@ -318,7 +347,7 @@ def roof_records(machine: Machine, dtypes: Sequence[str]) -> Iterator[Record]:
     """The roofs of each dtype: copy bandwidth and rate of a matrix product."""
     for dtype in dtypes:
         bandwidth, gemm = machine.roofs(dtype)
-        n, size = (8192, 1 << 30) if machine.is_gpu else (2048, 1 << 28)
+        n, size = machine.roof_sizes
         for direction, name, flops, moved, seconds in (
             ("copy", f"copy of {size >> 20} MiB", 0, 2 * size, 2 * size / bandwidth),
             ("gemm", f"matrix product {n}³", 2 * n**3, 3 * n * n * DTYPES[dtype].itemsize, 2 * n**3 / gemm),
@@ -336,7 +365,7 @@ def roof_records(machine: Machine, dtypes: Sequence[str]) -> Iterator[Record]:
                 "verified": True,
                 "seconds": seconds,
                 "spread": 0.0,
-                "rounds": 9,
+                "rounds": ROOF_ROUNDS,
                 "flops": flops,
                 "bytes": moved,
                 "roof": seconds,

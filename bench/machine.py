@@ -35,9 +35,9 @@ PACKAGES = (
     "fastgpt", "torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
 )  # fmt: skip
 
-_FLUSH_BYTES = (
-    1 << 30
-)  # larger than any L2, and long enough to write that the next launches are queued by then
+# Larger than any L2, and so long to write that the next launches are queued by then.
+_FLUSH_BYTES = 1 << 30
+ROOF_ROUNDS = 9
 _MMAP_THRESHOLD = 1 << 20
 
 
@@ -52,6 +52,8 @@ class Machine:
         self.device = torch.device(device)
         self.is_gpu = self.device.type == "cuda"
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device) if self.is_gpu else None
+        # Rows of the square product and bytes of the copy that are the roofs.
+        self.roof_sizes = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
         self._roofs: dict[str, tuple[float, float]] = {}
         if not self.is_gpu:
             keep_heap()
@@ -129,14 +131,14 @@ class Machine:
 
     @torch.no_grad()
     def _measure_roofs(self, dtype: str) -> tuple[float, float]:
-        n, size = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
+        n, size = self.roof_sizes
         a, b = (torch.randn(n, n, device=self.device).to(DTYPES[dtype]) for _ in range(2))
         product = torch.empty_like(a)
         source = torch.ones(size, dtype=torch.int8, device=self.device)
         target = torch.zeros_like(source)
         calls = [(_nothing, lambda: torch.mm(a, b, out=product)), (_nothing, lambda: target.copy_(source))]
         self.time_round(calls)
-        rounds = [self.time_round(calls) for _ in range(9)]
+        rounds = [self.time_round(calls) for _ in range(ROOF_ROUNDS)]
         gemm, copy = (min(times) for times in zip(*rounds, strict=True))
         return 2 * size / copy, 2 * n**3 / gemm
 
@@ -186,11 +188,6 @@ class Machine:
         return f"{statistics.mean(map(float, mhz)):.0f} MHz" if mhz else None
 
 
-def slug(device: str) -> str:
-    """A device's name as the name of a folder: "NVIDIA H200" is nvidia-h200."""
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
 def percentile(values: list[float], share: float) -> float:
     """The value below which a share of the values lies, with linear interpolation."""
     ranked = sorted(values)
@@ -211,11 +208,8 @@ def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> float:
 
 
 def _heap() -> str:
-    return (
-        "kept (glibc gives no freed memory back), for all contenders"
-        if keep_heap()
-        else "as the C library has it"
-    )
+    kept = "kept (glibc gives no freed memory back), for all contenders"
+    return kept if keep_heap() else "as the C library has it"
 
 
 def _status_bytes(field: str) -> int:

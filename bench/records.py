@@ -62,8 +62,3 @@ def load(path: Path) -> list[Record]:
     if not isinstance(records, list) or not records or "device" not in records[0]:
         raise ValueError(f"{path} holds no benchmark records: it must be a file that `python -m bench` wrote")
     return records
-
-
-def ours(record: Record) -> bool:
-    """Whether a record is of a backend of ours that ran and was right."""
-    return record["peer"] is None and record["status"] == "ok"

@@ -39,7 +39,8 @@ def readme_block(results_dir: Path) -> str:
         gpu |= facts["cuda"] is not None and not facts["rehearsal"]
         about = f"torch {facts['torch']}, commit {commit(facts)}, {facts['threads']} threads, heap: {facts['heap']}."
         trial = " A rehearsal: its numbers say nothing." if facts["rehearsal"] else ""
-        about = f"**{_markdown(facts['device'])}**: {_markdown(about)}{trial} Forward + backward, medians:"
+        how = f"`{facts['command']}`, forward + backward, medians:"
+        about = f"**{_markdown(facts['device'])}**: {_markdown(about)}{trial} {how}"
         parts.append(about)
         parts.append(tables(records))
         shown = [name for name in PLOTS if (path.parent / "plots" / f"{name}-light.svg").exists()]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from bench.headlines import contender
 from bench.records import Record
 
 TOLERANCE = 0.25
@@ -32,10 +33,10 @@ def fits(records: list[Record]) -> list[dict[str, Any]]:
     series: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in records:
         if record["group"] == "scaling" and record["status"] == "ok" and record["direction"] == "fwd+bwd":
-            contender = record["peer"] or f"fastgpt {record['backend']}"
-            series.setdefault((record["op"], record["dtype"], contender, record["sweep"]), []).append(record)
+            key = (record["op"], record["dtype"], contender(record), record["sweep"])
+            series.setdefault(key, []).append(record)
     rows = []
-    for (op, dtype, contender, letter), found in series.items():
+    for (op, dtype, name, letter), found in series.items():
         for quantity, least in (("seconds", "roof"), ("peak_bytes", "least_peak_bytes")):
             points = [(r["dims"][letter], r[quantity], r[least]) for r in found if r[quantity]]
             if len({x for x, *_ in points}) < 3:
@@ -44,7 +45,7 @@ def fits(records: list[Record]) -> list[dict[str, Any]]:
             p, theory = exponent(x, measured), exponent(x, needed)
             rows.append(
                 {
-                    "op": op, "dtype": dtype, "contender": contender, "sweep": letter, "quantity": quantity,
+                    "op": op, "dtype": dtype, "contender": name, "sweep": letter, "quantity": quantity,
                     "exponent": p, "theory": theory, "departs": abs(p - theory) > TOLERANCE,
                 }
             )  # fmt: skip

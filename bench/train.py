@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import fastgpt
-from bench.harness import OUR_FACTOR, PEER_FACTOR, Contender, Plan, ratio, summary
+from bench.harness import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, summary, weigh
 from bench.machine import DTYPES, Machine
 from bench.peers import MissingError, require
 from bench.plain_gpt import PlainGPT
-from bench.records import EMPTY, Record
+from bench.records import Record
 from fastgpt import data
 from fastgpt.model import GPT, GPTConfig
 
@@ -69,11 +69,11 @@ def run_train(size: dict[str, int], dtype: str, machine: Machine, plan: Plan, st
         measure = _losses(_trainer(_plain(config, weights), machine, dtype), batches)
         off = max(abs(a - e) for a, e in zip(measure, exact, strict=True))
         losses = [_check(contender, batches, exact, off) for contender in contenders]
-        _time(contenders, batches, machine, plan)
+        turn = partial(_turn, batches)
+        race("step", contenders, turn, machine, plan)
         for contender in contenders:
             if contender.status == "ok":
-                assert contender.function is not None
-                contender.peak_bytes = machine.peak_bytes(partial(contender.function, *batches[0]))
+                weigh(contender, turn(contender, 0), machine)
     flops = GPT(config).flops_per_token() * size["B"] * size["T"]
     records = [
         _record(size, dtype, c, contenders, curve, flops, machine)
@@ -169,9 +169,8 @@ def _contenders(
     def trainer(make: Callable[[], nn.Module], compiled: bool = False) -> Callable[[], Callable[..., Tensor]]:
         return lambda: _trainer(make(), machine, dtype, compiled)
 
-    for backend, available in fastgpt.available_backends("attention").items():
-        if backend != "reference" and available and (plan.backends is None or backend in plan.backends):
-            yield Contender(backend, None, trainer(partial(_Ours, config, weights, backend)))
+    for backend in plan.ours("attention"):
+        yield Contender(backend, None, trainer(partial(_Ours, config, weights, backend)))
     found: list[tuple[str, str, Callable[[], nn.Module], bool]] = [
         (PEERS[0], "torch", lambda: _plain(config, weights), False),
         (PEERS[1], "torch", lambda: _plain(config, weights), True),
@@ -179,7 +178,7 @@ def _contenders(
         (PEERS[3], "liger-kernel", lambda: _LigerLoss(_transformers(config, weights)), False),
     ]
     for peer, package, make_peer, compiled in found:
-        if plan.peers is None or peer in plan.peers:
+        if plan.wants(peer):
             yield Contender(package, peer, trainer(make_peer, compiled))
 
 
@@ -224,21 +223,10 @@ def _check(contender: Contender, batches: Sequence[Any], exact: list[float], off
     return losses
 
 
-def _time(contenders: list[Contender], batches: Sequence[Any], machine: Machine, plan: Plan) -> None:
-    racing = [c for c in contenders if c.status == "ok"]
-
-    def call(contender: Contender, number: int) -> Callable[[], Any]:
-        step = contender.function
-        assert step is not None
-        return lambda: step(*batches[number % len(batches)])
-
-    def one_round(number: int) -> list[float]:
-        return machine.time_round([(lambda: None, call(c, number)) for c in racing])
-
-    taken = sum(one_round(0))
-    for number in range(max(plan.min_rounds, min(plan.max_rounds, int(plan.seconds / max(taken, 1e-9))))):
-        for contender, seconds in zip(racing, one_round(number), strict=True):
-            contender.times.setdefault("step", []).append(seconds)
+def _turn(batches: Sequence[Any], contender: Contender, number: int) -> Turn:
+    """A step on the batch of the round; nothing has to be done before it."""
+    assert contender.function is not None
+    return lambda: None, partial(contender.function, *batches[number % len(batches)])
 
 
 def _record(
@@ -251,19 +239,13 @@ def _record(
     machine: Machine,
 ) -> Record:
     gemm = machine.roofs(dtype)[1]
-    record = EMPTY | {
+    record = contender.record() | {
         "op": "train",
         "group": "train",
         "case": name(size),
         "dims": size,
         "dtype": dtype,
         "direction": "step",
-        "backend": contender.backend,
-        "peer": contender.peer,
-        "status": contender.status,
-        "reason": contender.reason,
-        "verified": contender.status == "ok",
-        "error": contender.error,
         "flops": flops,
         "roof": flops / gemm,
         "bound": "compute",
@@ -277,7 +259,5 @@ def _record(
         record["tokens_per_second"] = size["B"] * size["T"] / record["seconds"]
         record["share_of_roof"] = record["mfu_measured"] = rate / gemm
         record["mfu_datasheet"] = rate / sheet[dtype] if sheet else None
-        if contender.peer is not None:
-            mine = [c.times["step"] for c in contenders if c.peer is None and c.status == "ok"]
-            record |= ratio(contender.times["step"], mine)
+        record |= ratio(contender, "step", contenders)
     return record
