@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-OP_NAMES = ("attention", "cross_entropy", "linear_cross_entropy", "gelu", "bias_gelu", "add_layer_norm")
+OP_NAMES = (
+    "attention", "cross_entropy", "linear_cross_entropy", "gelu", "bias_gelu", "linear_gelu",
+    "add_layer_norm",
+)  # fmt: skip
 MEASURING = {
     **{name: f"{name}: forward and backward beside every peer" for name in OP_NAMES},
     "ops": "all ops",

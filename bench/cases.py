@@ -22,7 +22,8 @@ class Case:
     """A shape, a dtype and options.
 
     Attributes:
-        dims: sizes by letter: B batch, H heads, T length, D head size, N rows, C width, V vocabulary.
+        dims: sizes by letter: B batch, H heads, T length, D head size, N rows, C width, F width
+            of the hidden layer, V vocabulary.
         options: what else distinguishes it: {"approximate": "tanh"}.
         sweep: the letter that a scaling series varies.
     """

@@ -6,6 +6,7 @@ from bench import (
     bench_cross_entropy,
     bench_gelu,
     bench_linear_cross_entropy,
+    bench_linear_gelu,
 )
 from bench.cases import Op
 
@@ -17,6 +18,7 @@ OPS: dict[str, Op] = {
         bench_linear_cross_entropy.OP,
         bench_gelu.OP,
         bench_gelu.BIAS_GELU,
+        bench_linear_gelu.OP,
         bench_add_layer_norm.OP,
     )
 }

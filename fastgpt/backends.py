@@ -40,6 +40,7 @@ OPS = (
     "linear_cross_entropy",
     "gelu",
     "bias_gelu",
+    "linear_gelu",
     "add_layer_norm",
 )
 

@@ -148,18 +148,23 @@ def test_arrows_of_the_design_are_allowed(module, source):
 
 
 def stem(op):
-    """bias_gelu lives with gelu; so do the other variants of an op whose name ends in its own."""
+    """bias_gelu lives with gelu."""
     return "gelu" if op == "bias_gelu" else op
+
+
+def kernel_stem(op):
+    """The formulas of all GELUs stand in one file."""
+    return "gelu" if op in ("bias_gelu", "linear_gelu") else op
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_found_by_its_name(op):
     backends = IMPLEMENTED_BY.get(op, ("reference", "cpp", "triton"))
-    home = "attention" if op == "attention_varlen" and len(backends) == 1 else stem(op)
+    home = "attention" if op == "attention_varlen" and len(backends) == 1 else kernel_stem(op)
     files = [f"fastgpt/ops/{stem(op)}.py", f"fastgpt/reference/{home}.py", f"tests/test_{stem(op)}.py"]
     files += [f"bench/bench_{stem(op)}.py"] if "cpp" in backends else []
-    files += [f"kernels/triton/{stem(op)}.py"] if "triton" in backends else []
-    files += [f"csrc/cpu/{stem(op)}.cpp"] if "cpp" in backends else []
+    files += [f"kernels/triton/{home}.py"] if "triton" in backends else []
+    files += [f"csrc/cpu/{home}.cpp"] if "cpp" in backends else []
     missing = [file for file in files if not (ROOT / file).exists()]
     assert not missing
 

@@ -10,6 +10,7 @@ from fastgpt.ops.attention_varlen import attention_varlen
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt.ops.linear_gelu import linear_gelu
 
 __all__ = [
     "add_layer_norm",
@@ -19,4 +20,5 @@ __all__ = [
     "cross_entropy",
     "gelu",
     "linear_cross_entropy",
+    "linear_gelu",
 ]

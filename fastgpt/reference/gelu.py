@@ -1,4 +1,4 @@
-"""GELU, the Gaussian error linear unit (Hendrycks & Gimpel, 2016, arXiv:1606.08415)."""
+"""GELU, the Gaussian error linear unit (Hendrycks & Gimpel, 2016, arXiv:1606.08415), and what it is fused with."""
 
 import math
 
@@ -27,3 +27,15 @@ def bias_gelu(x: Tensor, bias: Tensor, tanh: bool = False) -> Tensor:
     """gelu(x + bias), x (..., D), bias (D,); the sum is not rounded in between."""
     acc = accumulator(x.dtype)
     return gelu(x.to(acc) + bias.to(acc), tanh).to(x.dtype)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool = False) -> Tensor:
+    """gelu(x @ weight.T + bias), the pre-activation not rounded in between.
+
+    x (..., K), weight (N, K), bias (N,) or None; the result (..., N).
+    """
+    acc = accumulator(x.dtype)
+    z = x.to(acc) @ weight.to(acc).T
+    if bias is not None:
+        z = z + bias.to(acc)
+    return gelu(z, tanh).to(x.dtype)
