@@ -153,11 +153,11 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
         if self.activation == "relu":
-            x = F.relu(x)
+            x = F.relu(self.c_fc(x))
         else:
-            x = ops.gelu(x, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            x = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate)
         return self.c_proj(x)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt import explain
 from fastgpt.model import ACTIVATIONS, GPT, POSITIONS, GPTConfig, sampling_distribution
 
 TINY = {"vocab_size": 61, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -163,6 +164,13 @@ def test_every_variant_starts_at_log_v_and_learns(options: dict):
     model.eval()
     before, after = loss.item(), model(idx, targets)[1].item()
     assert after < before
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_mlp_runs_on_linear_gelu(activation: str):
+    mlp = tiny(activation=activation).h[0].mlp
+    decisions = explain(mlp, torch.randn(2, 3, 32)).decisions
+    assert [d.op for d in decisions] == ([] if activation == "relu" else ["linear_gelu"])
 
 
 def test_gpt2_small_has_gpt2s_size_and_initialisation():
