@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 OP_NAMES = (
-    "attention", "cross_entropy", "linear_cross_entropy", "gelu", "bias_gelu", "linear_gelu",
+    "attention", "cross_entropy", "linear_cross_entropy", "gelu", "bias_gelu", "linear_gelu", "geglu",
     "add_layer_norm",
 )  # fmt: skip
 MEASURING = {

@@ -4,6 +4,7 @@ from bench import (
     bench_add_layer_norm,
     bench_attention,
     bench_cross_entropy,
+    bench_geglu,
     bench_gelu,
     bench_linear_cross_entropy,
     bench_linear_gelu,
@@ -19,6 +20,7 @@ OPS: dict[str, Op] = {
         bench_gelu.OP,
         bench_gelu.BIAS_GELU,
         bench_linear_gelu.OP,
+        bench_geglu.OP,
         bench_add_layer_norm.OP,
     )
 }

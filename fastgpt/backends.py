@@ -41,6 +41,7 @@ OPS = (
     "gelu",
     "bias_gelu",
     "linear_gelu",
+    "geglu",
     "add_layer_norm",
 )
 

@@ -154,7 +154,7 @@ def stem(op):
 
 def kernel_stem(op):
     """The formulas of all GELUs stand in one file."""
-    return "gelu" if op in ("bias_gelu", "linear_gelu") else op
+    return "gelu" if op in ("bias_gelu", "linear_gelu", "geglu") else op
 
 
 @pytest.mark.parametrize("op", OPS)

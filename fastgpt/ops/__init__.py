@@ -8,6 +8,7 @@ from fastgpt.ops.add_layer_norm import add_layer_norm
 from fastgpt.ops.attention import attention
 from fastgpt.ops.attention_varlen import attention_varlen
 from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.geglu import geglu
 from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.linear_gelu import linear_gelu
@@ -18,6 +19,7 @@ __all__ = [
     "attention_varlen",
     "bias_gelu",
     "cross_entropy",
+    "geglu",
     "gelu",
     "linear_cross_entropy",
     "linear_gelu",

@@ -6,7 +6,7 @@ Everything is computed in float32, or in float64 for float64 inputs, whatever th
 from fastgpt.reference.add_layer_norm import add_layer_norm
 from fastgpt.reference.attention import attention, attention_varlen
 from fastgpt.reference.cross_entropy import cross_entropy
-from fastgpt.reference.gelu import bias_gelu, gelu, linear_gelu
+from fastgpt.reference.gelu import bias_gelu, geglu, gelu, linear_gelu
 from fastgpt.reference.linear_cross_entropy import linear_cross_entropy
 from fastgpt.reference.philox import dropout_keep
 
@@ -17,6 +17,7 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "dropout_keep",
+    "geglu",
     "gelu",
     "linear_cross_entropy",
     "linear_gelu",

@@ -39,3 +39,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool = Fal
     if bias is not None:
         z = z + bias.to(acc)
     return gelu(z, tanh).to(x.dtype)
+
+
+def geglu(a: Tensor, b: Tensor, tanh: bool = False) -> Tensor:
+    """gelu(a)·b, elementwise (Shazeer, 2020, arXiv:2002.05202); gelu(a) is not rounded in between."""
+    acc = accumulator(a.dtype)
+    return (gelu(a.to(acc), tanh) * b.to(acc)).to(a.dtype)

@@ -1,14 +1,17 @@
-"""GELU, alone and behind a bias, forward and backward.
+"""GELU, alone, behind a bias and as a gate, forward and backward.
 
     exact:  gelu(x) = x Phi(x),        Phi(x) = (1 + erf(x / sqrt 2)) / 2
             gelu'(x) = Phi(x) + x phi(x),   phi(x) = exp(-x^2 / 2) / sqrt(2 pi)
     tanh:   gelu(x) = x (1 + tanh u) / 2 = x s,   u = sqrt(2 / pi) (x + 0.044715 x^3),   s = sigmoid(2u)
             gelu'(x) = s + 2 x s (1 - s) du/dx
+    gate:   y = gelu(a) b,   da = dy b gelu'(a),   db = dy gelu(a)
 
-Shapes: x (..., D) contiguous, bias (D,). The arithmetic is fp32. Bytes moved per element: forward one read
-and one write, backward two reads and one write; nothing but x is kept, the derivative is recomputed from it,
-since these kernels are bound by memory. dbias is summed in two stages, so that its bits do not depend on a
-race: each program sums ROWS_PER_PARTIAL rows, PyTorch sums the partial sums.
+Shapes: x (..., D) contiguous, bias (D,); a and b contiguous, of one shape. The arithmetic is fp32. Bytes moved
+per element: forward one read and one write, backward two reads and one write (the gate: two and one, three and
+two). Nothing but the inputs is kept, the derivative is recomputed from them, since these kernels are bound by
+memory; what gelu and gelu' of the gate's backward have in common, the compiler evaluates once. dbias is summed
+in two stages, so that its bits do not depend on a race: each program sums ROWS_PER_PARTIAL rows, PyTorch sums
+the partial sums.
 """
 
 from __future__ import annotations
@@ -79,6 +82,15 @@ def _bias_gelu_fwd(p_x, p_bias, p_y, N, D, TANH: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def _geglu_fwd(p_a, p_b, p_y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    b_a = tl.load(p_a + o, mask=m).to(tl.float32)  # [BLOCK]
+    b_b = tl.load(p_b + o, mask=m).to(tl.float32)  # [BLOCK]
+    tl.store(p_y + o, (_gelu(b_a, TANH) * b_b).to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
 def _gelu_bwd(p_grad, p_x, p_dx, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = o < n
@@ -116,6 +128,17 @@ def _bias_gelu_bwd(
         tl.store(p_dx + o, b_dx.to(p_dx.dtype.element_ty), mask=m)
         b_sum += b_dx
     tl.store(p_partial + i_partial * D + o_d, tl.sum(b_sum, 0), mask=m_d)
+
+
+@triton.jit
+def _geglu_bwd(p_grad, p_a, p_b, p_da, p_db, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n
+    b_a = tl.load(p_a + o, mask=m).to(tl.float32)  # [BLOCK]
+    b_b = tl.load(p_b + o, mask=m).to(tl.float32)  # [BLOCK]
+    b_grad = tl.load(p_grad + o, mask=m).to(tl.float32)  # [BLOCK]
+    tl.store(p_da + o, (b_grad * b_b * _gelu_grad(b_a, TANH)).to(p_da.dtype.element_ty), mask=m)
+    tl.store(p_db + o, (b_grad * _gelu(b_a, TANH)).to(p_db.dtype.element_ty), mask=m)
 
 
 def gelu_fwd(x: Tensor, tanh: bool) -> Tensor:
@@ -158,3 +181,19 @@ def bias_gelu_bwd(grad: Tensor, x: Tensor, bias: Tensor, tanh: bool) -> tuple[Te
             grad, x, bias, dx, partial, N, D, tanh, ROWS_PER_PARTIAL, BLOCK_N, BLOCK_D, num_warps=4
         )
     return dx, partial.sum(0).to(bias.dtype)
+
+
+def geglu_fwd(a: Tensor, b: Tensor, tanh: bool) -> Tensor:
+    y = torch.empty_like(a)
+    if a.numel():
+        with on_device_of(a):
+            _geglu_fwd[(cdiv(a.numel(), BLOCK),)](a, b, y, a.numel(), tanh, BLOCK, num_warps=4)
+    return y
+
+
+def geglu_bwd(grad: Tensor, a: Tensor, b: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    if a.numel():
+        with on_device_of(a):
+            _geglu_bwd[(cdiv(a.numel(), BLOCK),)](grad, a, b, da, db, a.numel(), tanh, BLOCK, num_warps=4)
+    return da, db
