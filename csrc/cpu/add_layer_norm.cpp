@@ -7,6 +7,7 @@
 // Bytes: the forward reads x and residual and writes sum and normed; the backward reads grad_normed,
 // grad_sum and sum and writes dsum. mean and rstd are kept, n is recomputed.
 #include "kernel.h"
+#include "vector.h"
 
 namespace fastgpt {
 namespace {
@@ -28,26 +29,38 @@ void forward(
     double eps) {
   using A = compute_t<T>;
   at::parallel_for(0, rows, GRAIN / std::max<int64_t>(size, 1) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> z(size), r(residual ? size : 0);
+    std::vector<A> z(size);
     for (int64_t row = begin; row < end; ++row) {
-      load(z.data(), x + row * size, size);
-      if (residual) {
-        load(r.data(), residual + row * size, size);
-        for (int64_t j = 0; j < size; ++j) z[j] += r[j];
-        store(total + row * size, z.data(), size);
-        load(z.data(), total + row * size, size);  // the statistics are those of the rounded sum
-      }
-      const A mu = sum_over<A>(size, [&](int64_t j) { return z[j]; }) / A(size);
-      const A variance = sum_over<A>(size, [&](int64_t j) { return (z[j] - mu) * (z[j] - mu); }) / A(size);
+      const int64_t at = row * size;
+      const A mu = sum_of<A>(
+                       size,
+                       [&](int64_t j, auto... n) {
+                         Vector<A> v = load<A>(x + at + j, n...);
+                         if (residual) {
+                           v += load<A>(residual + at + j, n...);
+                           store<T, A>(total + at + j, v, n...);
+                           v = load<A>(total + at + j, n...);  // the statistics are those of the rounded sum
+                         }
+                         store<A, A>(&z[j], v, n...);
+                         return v;
+                       }) /
+                   A(size);
+      const A variance = sum_of<A>(
+                             size,
+                             [&](int64_t j, auto... n) {
+                               const Vector<A> d = first<A>(load<A>(&z[j], n...) - mu, A(0), n...);
+                               return d * d;
+                             }) /
+                         A(size);
       const A scale = A(1) / std::sqrt(variance + A(eps));
       mean[row] = mu;
       rstd[row] = scale;
-      for (int64_t j = 0; j < size; ++j) z[j] = (z[j] - mu) * scale;
-      if (weight)
-        for (int64_t j = 0; j < size; ++j) z[j] *= weight[j];
-      if (bias)
-        for (int64_t j = 0; j < size; ++j) z[j] += bias[j];
-      store(normed + row * size, z.data(), size);
+      over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+        Vector<A> v = (load<A>(&z[j], n...) - mu) * scale;
+        if (weight) v *= load<A>(weight + j, n...);
+        if (bias) v += load<A>(bias + j, n...);
+        store<T, A>(normed + at + j, v, n...);
+      });
     }
   });
 }
@@ -71,26 +84,29 @@ void backward(
   using A = compute_t<T>;
   const int64_t span = (rows + parts - 1) / parts;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> n(size), g(size), s(grad_sum ? size : 0);
+    std::vector<A> normed(size), g(size);
     for (int64_t part = begin; part < end; ++part) {
       A *dweight = partial + 2 * part * size, *dbias = dweight + size;
       for (int64_t row = part * span; row < std::min(rows, (part + 1) * span); ++row) {
-        load(n.data(), total + row * size, size);
-        load(g.data(), grad_normed + row * size, size);
+        const int64_t at = row * size;
         const A mu = mean[row], scale = rstd[row];
-        for (int64_t j = 0; j < size; ++j) n[j] = (n[j] - mu) * scale;
-        for (int64_t j = 0; j < size; ++j) dweight[j] += g[j] * n[j];
-        for (int64_t j = 0; j < size; ++j) dbias[j] += g[j];
-        if (weight)
-          for (int64_t j = 0; j < size; ++j) g[j] *= weight[j];
-        const A mean_g = sum_over<A>(size, [&](int64_t j) { return g[j]; }) / A(size);
-        const A mean_gn = sum_over<A>(size, [&](int64_t j) { return g[j] * n[j]; }) / A(size);
-        for (int64_t j = 0; j < size; ++j) g[j] = scale * (g[j] - mean_g - n[j] * mean_gn);
-        if (grad_sum) {
-          load(s.data(), grad_sum + row * size, size);
-          for (int64_t j = 0; j < size; ++j) g[j] += s[j];
-        }
-        store(dsum + row * size, g.data(), size);
+        Vector<A> sum_g = {}, sum_gn = {};
+        over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+          const Vector<A> z = (load<A>(total + at + j, n...) - mu) * scale, d = load<A>(grad_normed + at + j, n...);
+          store<A, A>(dweight + j, load<A>(dweight + j, n...) + d * z, n...);
+          store<A, A>(dbias + j, load<A>(dbias + j, n...) + d, n...);
+          const Vector<A> dw = weight ? d * load<A>(weight + j, n...) : d;
+          sum_g += dw;
+          sum_gn += dw * z;
+          store<A, A>(&normed[j], z, n...);
+          store<A, A>(&g[j], dw, n...);
+        });
+        const A mean_g = lane_sum<A>(sum_g) / A(size), mean_gn = lane_sum<A>(sum_gn) / A(size);
+        over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+          Vector<A> d = scale * (load<A>(&g[j], n...) - mean_g - load<A>(&normed[j], n...) * mean_gn);
+          if (grad_sum) d += load<A>(grad_sum + at + j, n...);
+          store<T, A>(dsum + at + j, d, n...);
+        });
       }
     }
   });

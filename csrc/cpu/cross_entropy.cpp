@@ -1,6 +1,7 @@
 // Softmax cross-entropy of each row on the CPU; the mathematics is in cross_entropy.h.
 //
-// Bytes: the forward reads the logits once, the backward reads them once and writes them once.
+// Bytes: the forward reads the logits once, the backward reads them once and writes them once, past the
+// caches where they are large.
 #include "cross_entropy.h"
 
 namespace fastgpt {
@@ -66,11 +67,17 @@ void backward_into(
     const A* grads = g.const_data_ptr<A>();
     const double* lses = l.const_data_ptr<double>();
     const A* lse_grads = grad_lse ? gl.const_data_ptr<A>() : nullptr;
-    at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        row.backward(
-            x + i * stride, dx + i * out_stride, targets[i], lses[i], grads[i], lse_grads ? lse_grads[i] : A(0));
-    });
+    const auto all = [&](auto past) {
+      at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          row.template backward<past.value>(
+              x + i * stride, dx + i * out_stride, targets[i], lses[i], grads[i], lse_grads ? lse_grads[i] : A(0));
+        if (past.value) end_stream();
+      });
+    };
+    // In place, the lines are in the cache already.
+    const bool past = dx != x && streams(rows * vocab * static_cast<int64_t>(sizeof(T)));
+    past ? all(std::true_type{}) : all(std::false_type{});
   });
 }
 

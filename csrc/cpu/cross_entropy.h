@@ -8,11 +8,13 @@
 // lse is kept in double and x - lse taken in two steps, so that p keeps its digits where the logits are
 // large; the loss takes log Σ exp(x_j - max) and x_y - max apart for the same reason.
 //
-// Forward: one read of the row (maximum and sum of exponentials together, rescaled from block to
-// block). Backward: one read and one write.
+// Forward: one read of the row (maximum and sum of exponentials together, a few vectors at a time, the sum
+// rescaled when the maximum grows). Backward: one read and one write. All statistics stay in registers.
+// About 17 instructions a vector of either pass, what a core does while one vector of float32 travels.
 #pragma once
 
 #include "kernel.h"
+#include "vector.h"
 
 namespace fastgpt {
 
@@ -34,7 +36,7 @@ class CrossEntropyRow {
   // weight: (V,) or null.
   CrossEntropyRow(const A* weight, int64_t vocab, const LossOptions& options)
       : weight_(weight), vocab_(vocab), options_(options) {
-    total_ = weight ? sum_over<A>(vocab, [&](int64_t j) { return weight[j]; }) : A(vocab);
+    total_ = weight ? sum_of<A>(vocab, [&](int64_t j, auto... n) { return load<A>(weight + j, n...); }) : A(vocab);
   }
 
   // ---- forward ----
@@ -42,47 +44,31 @@ class CrossEntropyRow {
   // The loss of one row; its log-sum-exp into lse.
   template <typename T>
   A forward(const T* logits, int64_t y, double& lse) const {
-    A x[BLOCK];
-    A top = -std::numeric_limits<A>::infinity(), sum = 0, weighted = 0;
-    A origin = 0;  // of the smoothing sum, so that a large common offset does not drown it
-    if (vocab_ > 0) read(&origin, logits, 1);
-    if (!std::isfinite(origin)) origin = 0;
-    for (int64_t i = 0; i < vocab_; i += BLOCK) {
-      const int64_t n = std::min(BLOCK, vocab_ - i);
-      read(x, logits + i, n);
-      if (options_.label_smoothing > 0)
-        weighted += weight_ ? sum_over<A>(n, [&](int64_t j) { return weight_[i + j] * (x[j] - origin); })
-                            : sum_over<A>(n, [&](int64_t j) { return x[j] - origin; });
-      const A block_top = max_of(x, n);
-      const A new_top = block_top > top ? block_top : top;
-      if (new_top == -std::numeric_limits<A>::infinity() && block_top == new_top) {
-        // Nothing but -inf so far, unless a NaN hides among them.
-        sum += sum_over<A>(n, [&](int64_t j) { return x[j] != x[j] ? x[j] : A(0); });
-        continue;
-      }
-      sum = sum * vexp(top - new_top) + sum_over<A>(n, [&](int64_t j) { return vexp(x[j] - new_top); });
-      top = new_top;
-    }
-    const A log_sum = std::log(sum);
-    lse = double(top) + double(log_sum);
+    Statistics s;
+    if (vocab_ > 0) s.origin = read<T>(logits, 1)[0];
+    if (!std::isfinite(s.origin)) s.origin = 0;
+    int64_t i = 0;
+    for (; i + GROUP * LANES<A> <= vocab_; i += GROUP * LANES<A>) gather<T, GROUP>(s, logits, i);
+    over_vectors<A>(i, vocab_, [&](int64_t j, auto... n) { gather<T, 1>(s, logits, j, n...); });
+    const A log_sum = std::log(lane_sum<A>(s.sum));
+    lse = double(s.top) + double(log_sum);
     if (y == options_.ignore_index) return A(0);
-    A target;
-    read(&target, logits + y, 1);
+    const A target = read<T>(logits + y, 1)[0];
     const A hard = A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1));
-    A loss = hard * (log_sum - (target - top));
+    A loss = hard * (log_sum - (target - s.top));
     if (options_.label_smoothing > 0)
-      loss += A(options_.label_smoothing) / A(vocab_) * (total_ * A(lse - double(origin)) - weighted);
+      loss += A(options_.label_smoothing) / A(vocab_) * (total_ * A(lse - double(s.origin)) - lane_sum<A>(s.weighted));
     if (options_.z_loss > 0) loss += A(options_.z_loss * lse * lse);
     return loss;
   }
 
   // ---- backward ----
 
-  // The gradient of one row into out, which may be the row itself.
-  template <typename T>
+  // The gradient of one row into out, which may be the row itself. STREAM: past the caches.
+  template <bool STREAM, typename T>
   void backward(const T* logits, T* out, int64_t y, double lse, A grad, A grad_lse) const {
     const bool ignored = y == options_.ignore_index;
-    if (ignored) grad = 0;
+    if (ignored) grad = 0, y = -1;
     const A hard = ignored ? A(0) : A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1));
     const A smooth = A(options_.label_smoothing) / A(vocab_);
     const A on_p = (ignored ? A(0) : grad * (hard + smooth * total_ + A(2 * options_.z_loss * lse))) + grad_lse;
@@ -90,30 +76,68 @@ class CrossEntropyRow {
       std::fill(out, out + vocab_, T(0));
       return;
     }
-    const A spread = grad * smooth;
-    const A cap = A(options_.softcap);
+    const A spread = grad * smooth, on_target = grad * hard, cap = A(options_.softcap);
     const A high = A(lse), low = A(lse - double(high));
-    A x[BLOCK], d[BLOCK];
-    for (int64_t i = 0; i < vocab_; i += BLOCK) {
-      const int64_t n = std::min(BLOCK, vocab_ - i);
-      read(x, logits + i, n);
-      for (int64_t j = 0; j < n; ++j) d[j] = on_p * vexp((x[j] - high) - low);
-      if (spread != A(0))
-        for (int64_t j = 0; j < n; ++j) d[j] -= spread * (weight_ ? weight_[i + j] : A(1));
-      if (!ignored && y >= i && y < i + n) d[y - i] -= grad * hard;
-      if (cap > A(0))
-        for (int64_t j = 0; j < n; ++j) d[j] *= A(1) - (x[j] / cap) * (x[j] / cap);
-      store(out + i, d, n);
-    }
+    const auto piece = [&](int64_t i, auto... n) {
+      const Vector<A> x = read<T>(logits + i, n...);
+      Vector<A> d = on_p * exp<IS_FINE<T>>((x - high) - low);
+      if (spread != A(0)) d -= spread * (weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1)));
+      if (i <= y && y < i + LANES<A>) d = lane_numbers<A>() == A(y - i) ? d - on_target : d;
+      if (cap > A(0)) d *= A(1) - (x / cap) * (x / cap);
+      return d;
+    };
+    // Up to the first whole vector of the result's memory, where streaming begins.
+    const int64_t head = STREAM ? std::min(vocab_, to_whole_vector<A>(out)) : 0;
+    if (head > 0) store<T, A>(out, piece(0, head), head);
+    over_vectors<A>(head, vocab_, [&](int64_t i, auto... n) { put<STREAM, T, A>(out + i, piece(i, n...), n...); });
   }
 
  private:
+  static constexpr int64_t GROUP = 8;  // vectors between two looks at the maximum
+
+  // 16 bits need no finer exponential than they can hold.
   template <typename T>
-  void read(A* x, const T* logits, int64_t n) const {
-    load(x, logits, n);
+  static constexpr bool IS_FINE = sizeof(T) > 2;
+
+  struct Statistics {
+    A top = std::numeric_limits<A>::lowest();  // finite, so that a first -inf adds exp(-inf) = 0
+    A origin = 0;                              // of the smoothing sum, so that a large common offset does not drown it
+    Vector<A> sum = {}, weighted = {};
+  };
+
+  template <typename T, typename... N>
+  [[gnu::always_inline]] Vector<A> read(const T* logits, N... n) const {
+    const Vector<A> x = load<A>(logits, n...);
     const A cap = A(options_.softcap);
-    if (cap > A(0))
-      for (int64_t j = 0; j < n; ++j) x[j] = cap * vtanh(x[j] / cap);
+    return cap > A(0) ? cap * tanh(x / cap) : x;
+  }
+
+  // Adds `COUNT` vectors from element i to the statistics; of the last one the first n elements.
+  template <typename T, int64_t COUNT, typename... N>
+  [[gnu::always_inline]] void gather(Statistics& s, const T* logits, int64_t i, N... n) const {
+    Vector<A> x[COUNT];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < COUNT; ++v) x[v] = read<T>(logits + i + v * LANES<A>, n...);
+    if (options_.label_smoothing > 0)
+      for (int64_t v = 0; v < COUNT; ++v) {
+        const Vector<A> shifted = first<A>(x[v] - s.origin, A(0), n...);
+        s.weighted += weight_ ? load<A>(weight_ + i + v * LANES<A>, n...) * shifted : shifted;
+      }
+    x[COUNT - 1] = first<A>(x[COUNT - 1], -std::numeric_limits<A>::infinity(), n...);
+    Vector<A> largest = x[0];
+#pragma GCC unroll 8
+    for (int64_t v = 1; v < COUNT; ++v) largest = max(largest, x[v]);
+    if (any_above<A>(largest, broadcast(s.top))) {
+      const A old = s.top;
+      for (int64_t lane = 0; lane < LANES<A>; ++lane) s.top = largest[lane] > s.top ? largest[lane] : s.top;
+      s.sum *= exp(broadcast(old - s.top));
+    }
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < COUNT; ++v) x[v] = exp<IS_FINE<T>>(x[v] - s.top);
+#pragma GCC unroll 4
+    for (int64_t width = COUNT / 2; width > 0; width /= 2)
+      for (int64_t v = 0; v < width; ++v) x[v] += x[v + width];
+    s.sum += x[0];
   }
 
   const A* weight_;

@@ -1,79 +1,230 @@
-// Small matrix products on buffers in the cache: C (m, n) += A (m, k) · B (k, n).
+// Small matrix products on buffers in the cache: C (m, n) (+)= A (m, k) · B (k, n), C in the compute type.
 //
-// A may be transposed (any two strides); the rows of B and C are contiguous and padded to a multiple
-// of `GEMM_N` elements, so that there is no tail to treat. A register tile of GEMM_M × GEMM_N stays in
-// vector registers over the whole of k. It starts from zero and C is added last: a caller that adds up many
-// products then makes one rounding a product at the size of the sum, instead of k.
+// A and B are made of units: one float or double, or with AVX512_BF16 a pair of bfloat16 that are neighbours
+// along k and are multiplied and added at once (vdpbf16ps). A may be transposed (any two strides, in
+// units); the rows of B and C are contiguous and padded to a multiple of GEMM_N units, so that there is no
+// tail to treat. A register tile of GEMM_M × GEMM_N stays in vector registers over the whole of k: per
+// step 16 multiply-adds, 8 broadcasts and 2 loads. It starts from zero and C is added last: a caller that adds up
+// many products then makes one rounding a product at the size of the sum, instead of k.
+//
+// `pack_rows`, `pack_pairs` and `transpose` bring rows of a tensor into these forms.
 #pragma once
 
-#include <cstdint>
+#include "kernel.h"
+#include "vector.h"
 
 namespace fastgpt {
 
 #if defined(__AVX512F__)
-constexpr int64_t VECTOR_BYTES = 64, GEMM_M = 8;
+constexpr int64_t GEMM_M = 8;
 #elif defined(__AVX__)
-constexpr int64_t VECTOR_BYTES = 32, GEMM_M = 6;
+constexpr int64_t GEMM_M = 6;
 #else
-constexpr int64_t VECTOR_BYTES = 16, GEMM_M = 4;
+constexpr int64_t GEMM_M = 4;
 #endif
 
-template <typename A>
-constexpr int64_t GEMM_N = 2 * VECTOR_BYTES / static_cast<int64_t>(sizeof(A));
+// The element in which tensors of T are multiplied.
+template <typename T>
+struct FactorOf {
+#if defined(__AVX512BF16__)
+  using type = std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, compute_t<T>>;
+#else
+  using type = compute_t<T>;
+#endif
+};
+template <typename T>
+using factor_t = typename FactorOf<T>::type;
 
-template <typename A>
+// Elements in a unit, and the type that holds one.
+template <typename E>
+constexpr int64_t FOLD = std::is_same_v<E, at::BFloat16> ? 2 : 1;
+template <typename E>
+using Unit = std::conditional_t<std::is_same_v<E, at::BFloat16>, uint32_t, E>;
+
+template <typename U>
+constexpr int64_t GEMM_N = 2 * LANES<U>;
+template <typename U>
 constexpr int64_t padded(int64_t n) {
-  return (n + GEMM_N<A> - 1) / GEMM_N<A> * GEMM_N<A>;
+  return (n + GEMM_N<U> - 1) / GEMM_N<U> * GEMM_N<U>;
+}
+template <typename E>
+constexpr int64_t units(int64_t n) {
+  return (n + FOLD<E> - 1) / FOLD<E>;
+}
+
+// Rows of units, `row` apart; a bfloat16 pair may lie at any even address.
+template <typename U>
+struct Operand {
+  const U* data;
+  int64_t row, column = 1;
+};
+
+template <typename U>
+[[gnu::always_inline]] inline U unit_at(const U* p) {
+  U u;
+  std::memcpy(&u, p, sizeof(U));
+  return u;
 }
 
 template <typename A>
-struct VectorOf {
-  typedef A type __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(A)), may_alias));
-};
+[[gnu::always_inline]] inline Vector<A> multiply_add(Vector<A> c, A a, Vector<A> b) {
+  return c + a * b;
+}
+#if defined(__AVX512BF16__)
+[[gnu::always_inline]] inline Floats multiply_add(Floats c, uint32_t a, Bits b) {
+  return _mm512_dpbf16_ps(
+      c, std::bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), std::bit_cast<__m512bh>(b));
+}
+#endif
 
 // One register tile of M rows.
-template <int64_t M, typename A>
+template <int64_t M, bool ADD, typename U, typename A>
 inline void gemm_tile(
-    int64_t k, const A* a, int64_t a_row, int64_t a_column, const A* b, int64_t b_row, A* c, int64_t c_row) {
-  using Vector = typename VectorOf<A>::type;
-  constexpr int64_t W = VECTOR_BYTES / static_cast<int64_t>(sizeof(A));
-  Vector c0[M] = {}, c1[M] = {};
+    int64_t k, const U* a, int64_t a_row, int64_t a_column, const U* b, int64_t b_row, A* c, int64_t c_row) {
+  constexpr int64_t W = LANES<A>;
+  Vector<A> c0[M] = {}, c1[M] = {};
+  if (ADD)
+    for (int64_t i = 0; i < M; ++i) {  // C may have to come from far
+      __builtin_prefetch(c + i * c_row, 1);
+      __builtin_prefetch(c + i * c_row + W, 1);
+    }
   for (int64_t p = 0; p < k; ++p) {
-    const Vector b0 = *reinterpret_cast<const Vector*>(b + p * b_row);
-    const Vector b1 = *reinterpret_cast<const Vector*>(b + p * b_row + W);
+    const Vector<U> b0 = *reinterpret_cast<const Vector<U>*>(b + p * b_row);
+    const Vector<U> b1 = *reinterpret_cast<const Vector<U>*>(b + p * b_row + W);
 #pragma GCC unroll 8
     for (int64_t i = 0; i < M; ++i) {
-      const A scalar = a[i * a_row + p * a_column];
-      c0[i] += scalar * b0;
-      c1[i] += scalar * b1;
+      const U unit = unit_at(a + i * a_row + p * a_column);
+      c0[i] = multiply_add(c0[i], unit, b0);
+      c1[i] = multiply_add(c1[i], unit, b1);
     }
   }
 #pragma GCC unroll 8
   for (int64_t i = 0; i < M; ++i) {
-    *reinterpret_cast<Vector*>(c + i * c_row) += c0[i];
-    *reinterpret_cast<Vector*>(c + i * c_row + W) += c1[i];
+    A* row = c + i * c_row;
+    store<A, A>(row, ADD ? load<A>(row) + c0[i] : c0[i]);
+    store<A, A>(row + W, ADD ? load<A>(row + W) + c1[i] : c1[i]);
   }
 }
 
-// a_row and a_column are A's strides: (k, 1) for A as it lies, (1, m) for a transposed one.
-template <typename A>
-inline void gemm(
-    int64_t m,
-    int64_t n,
-    int64_t k,
-    const A* a,
-    int64_t a_row,
-    int64_t a_column,
-    const A* b,
-    int64_t b_row,
-    A* c,
-    int64_t c_row) {
-  for (int64_t j = 0; j < n; j += GEMM_N<A>) {
-    int64_t i = 0;
-    for (; i + GEMM_M <= m; i += GEMM_M)
-      gemm_tile<GEMM_M>(k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row);
-    for (; i < m; ++i) gemm_tile<1>(k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row);
+// M rows of C. FAR: on the way the rows of A that come after these are called for, a few a tile.
+template <int64_t M, bool ADD, bool FAR, typename U, typename A>
+inline void gemm_rows(int64_t n, int64_t k, Operand<U> a, Operand<U> b, A* c, int64_t c_row) {
+  constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(U));
+  for (int64_t j = 0; j < n; j += GEMM_N<U>) {
+    if (FAR)
+      for (int64_t p = 0; p < k; p += LINE) __builtin_prefetch(a.data + (M + j / GEMM_N<U> % M) * a.row + p);
+    gemm_tile<M, ADD>(k, a.data, a.row, a.column, b.data + j, b.row, c + j, c_row);
   }
+}
+
+// C += A·B, or C = A·B without ADD. n is rounded up to whole register tiles.
+template <bool ADD, typename U, typename A>
+inline void gemm(int64_t m, int64_t n, int64_t k, Operand<U> a, Operand<U> b, A* c, int64_t c_row) {
+  const auto from = [&](int64_t i) { return Operand<U>{a.data + i * a.row, a.row, a.column}; };
+  const bool far = a.column == 1 && k > 64;
+  int64_t i = 0;
+  for (; i + GEMM_M <= m; i += GEMM_M)
+    far ? gemm_rows<GEMM_M, ADD, true>(n, k, from(i), b, c + i * c_row, c_row)
+        : gemm_rows<GEMM_M, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
+  for (; i + 2 <= m; i += 2) gemm_rows<2, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
+  for (; i < m; ++i) gemm_rows<1, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
+}
+
+// ---- operands ----
+
+// n rows of `size` elements as rows of E, zero beyond `size`: out (n, width units).
+template <typename E, typename T>
+inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, int64_t n, int64_t size) {
+  for (int64_t i = 0; i < n; ++i) {
+    E* row = reinterpret_cast<E*>(out + i * width);
+    if constexpr (std::is_same_v<E, T>)
+      std::memcpy(static_cast<void*>(row), in + i * stride, size * sizeof(E));
+    else
+      over_vectors<E>(0, size, [&](int64_t j, auto... left) {
+        store<E, E>(row + j, load<E>(in + i * stride + j, left...), left...);
+      });
+    std::memset(static_cast<void*>(row + size), 0, (width * FOLD<E> - size) * sizeof(E));
+  }
+}
+
+// n rows that follow each other along k: out (units(n), width), neighbouring rows folded into units.
+inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int64_t stride, int64_t n, int64_t size) {
+  const auto* rows = reinterpret_cast<const uint16_t*>(in);
+  for (int64_t i = 0; i < n; i += 2) {
+    const uint16_t *first = rows + i * stride, *second = first + stride;
+    uint32_t* to = out + i / 2 * width;
+    int64_t j = 0;
+    const auto pair = [](const uint16_t* p, int64_t at) {
+      return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p + at), Bits);
+    };
+    for (; i + 1 < n && j + LANES<float> <= size; j += LANES<float>)
+      *reinterpret_cast<Bits*>(to + j) = pair(first, j) | pair(second, j) << 16;
+    for (; j < size; ++j) to[j] = first[j] | (i + 1 < n ? static_cast<uint32_t>(second[j]) << 16 : 0);
+    std::memset(to + size, 0, (width - size) * sizeof(uint32_t));
+  }
+}
+
+// n rows as the first factor of a product over `size`: where they lie if they are in the element of the
+// products and made of whole units, else packed into `space`.
+template <typename E, typename T>
+inline Operand<Unit<E>> first_factor(
+    std::vector<Unit<E>>& space, const T* rows, int64_t stride, int64_t n, int64_t size) {
+  if constexpr (std::is_same_v<E, T>)
+    if (size % FOLD<E> == 0 && stride % FOLD<E> == 0) return {reinterpret_cast<const Unit<E>*>(rows), stride / FOLD<E>};
+  const int64_t width = units<E>(size);
+  space.resize(n * width);
+  pack_rows<E>(space.data(), width, rows, stride, n, size);
+  return {space.data(), width};
+}
+
+// n rows as the second factor of a product over n.
+template <typename E, typename T>
+inline Operand<Unit<E>> second_factor(
+    std::vector<Unit<E>>& space, const T* rows, int64_t stride, int64_t n, int64_t size) {
+  const int64_t width = padded<Unit<E>>(size);
+  if constexpr (std::is_same_v<E, T> && FOLD<E> == 1)
+    if (size == width) return {rows, stride};
+  space.resize(units<E>(n) * width);
+  if constexpr (FOLD<E> > 1)
+    pack_pairs(space.data(), width, rows, stride, n, size);
+  else
+    pack_rows<E>(space.data(), width, rows, stride, n, size);
+  return {space.data(), width};
+}
+
+// One square of LANES × LANES units, in registers: at step s the blocks of s × s trade places.
+template <typename U>
+inline void transpose_square(U* out, int64_t to, const U* in, int64_t from) {
+  constexpr int64_t W = LANES<U>;
+  using Index = typename VectorOf<std::conditional_t<sizeof(U) == 4, int32_t, int64_t>, W>::type;
+  Vector<U> r[W];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; ++i) r[i] = *reinterpret_cast<const Vector<U>*>(in + i * from);
+#pragma GCC unroll 4
+  for (int64_t s = 1; s < W; s *= 2) {
+    Index upper, lower;
+#pragma GCC unroll 16
+    for (int64_t l = 0; l < W; ++l) {
+      upper[l] = l & s ? W + l - s : l;
+      lower[l] = l & s ? W + l : l + s;
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i)
+      if (!(i & s)) {
+        const Vector<U> a = r[i], b = r[i + s];
+        r[i] = __builtin_shuffle(a, b, upper);
+        r[i + s] = __builtin_shuffle(a, b, lower);
+      }
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; ++i) *reinterpret_cast<Vector<U>*>(out + i * to) = r[i];
+}
+
+// The transpose of packed rows: (rows, columns) units into (columns, rows), both rounded up to whole squares.
+template <typename U>
+inline void transpose(U* out, int64_t to, const U* in, int64_t from, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i += LANES<U>)
+    for (int64_t j = 0; j < columns; j += LANES<U>) transpose_square(out + j * to + i, to, in + i * from + j, from);
 }
 
 }  // namespace fastgpt

@@ -1,0 +1,350 @@
+// Cross-entropy of a linear layer's output on the CPU, a chunk of rows at a time; cross_entropy.h has the
+// mathematics of the loss.
+//
+//   logits = hidden·weightᵀ + bias        2·N·D·V FLOP, each of three products
+//   dhidden = dlogits·weight,  dweight = dlogitsᵀ·hidden,  dbias = Σ dlogits
+//
+// The logits of a chunk lie transposed, a class a row, so that a vector holds LANES rows of hidden and their
+// statistics are vectors. Forward: SLICE classes at a time are multiplied, brought into the running maximum and sum,
+// and kept as e = exp(x - running maximum), the one exponential of each; no more than one chunk of them exists.
+// Gradients: e becomes dlogits in place (one factor a row and slice), and a BLOCK_V of classes at a time goes
+// into dweight, which is float32 and added up over the chunks, and into dhidden. Backward from a given lse: the same,
+// but the logits are computed again and never kept (four products).
+//
+// The classes are divided into PARTS whatever the number of threads, each with its own statistics and its own
+// dhidden, so that no bit depends on it. The gradients of the forward are those of the sum of the losses, in
+// float32, so that scaling them later neither under- nor overflows in half precision.
+//
+// Bytes beside the products, which are at the rate of the matrix product: weight is read twice a chunk and
+// dweight read and written once; the chunk's logits are written, read and written by those who need them next.
+#pragma once
+
+#include "cross_entropy.h"
+#include "gemm.h"
+
+namespace fastgpt {
+
+constexpr int64_t SLICE = 64, BLOCK_V = 256, PARTS = 16;
+
+// Rows of a chunk: an eighth of all, so that the logits kept are an eighth of what they would take. More than
+// 256 rows no longer fit into a second-level cache; fewer than 64 add passes over dweight (V·D, once a chunk).
+inline int64_t chunk_rows(int64_t asked, int64_t rows) {
+  const int64_t automatic = std::clamp<int64_t>((rows + 7) / 8, 64, 256);
+  return std::clamp<int64_t>(asked > 0 ? asked : automatic, 1, std::max<int64_t>(rows, 1));
+}
+
+// What the loss and its gradient need to know of the rows of a chunk, one value a lane.
+template <typename A>
+struct Lanes {
+  std::vector<A> high, low;                // lse in two parts
+  std::vector<A> on_p, spread, on_target;  // the factors of p, of the class weight and of [class = target]
+  explicit Lanes(int64_t n) : high(n), low(n), on_p(n), spread(n), on_target(n) {}
+};
+
+template <typename T>
+class Chunks {
+  using A = compute_t<T>;
+  using E = factor_t<T>;
+  using U = Unit<E>;
+
+ public:
+  Chunks(
+      const Tensor& hidden,
+      const Tensor& weight,
+      const A* bias,
+      const int64_t* target,
+      const A* class_weight,
+      const LossOptions& options,
+      int64_t chunk)
+      : hidden_(hidden.const_data_ptr<T>()),
+        weight_(weight.const_data_ptr<T>()),
+        bias_(bias),
+        class_weight_(class_weight),
+        target_(target),
+        options_(options),
+        rows_(hidden.size(0)),
+        size_(hidden.size(1)),
+        vocab_(weight.size(0)),
+        step_(chunk_rows(chunk, rows_)),
+        lanes_(padded<U>(step_)),
+        depth_(padded<U>(units<E>(size_))),
+        width_(padded<U>(size_)),
+        parts_(std::clamp<int64_t>((vocab_ + BLOCK_V - 1) / BLOCK_V, 1, PARTS)) {
+    total_ = class_weight ? sum_of<A>(vocab_, [&](int64_t j, auto... n) { return load<A>(class_weight + j, n...); })
+                          : A(vocab_);
+  }
+
+  // ---- forward, with the gradients of the sum of the losses where dhidden is given ----
+
+  void forward(A* loss, double* lse, bool with_grad, A* dhidden, A* dweight, A* dbias) {
+    const int64_t slices = (vocab_ + SLICE - 1) / SLICE;
+    std::vector<Statistics> statistics(parts_, Statistics(lanes_));
+    kept_.reset(with_grad ? new E[vocab_ * lanes_] : nullptr);
+    tops_.reset(with_grad ? new A[slices * lanes_] : nullptr);
+    x_target_.resize(lanes_);
+    for (begin_ = 0; begin_ < rows_; begin_ += step_) {
+      start_chunk(with_grad);
+      Lanes<A> lanes(lanes_);
+      at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+        Space space(*this);
+        for (int64_t part = first; part < last; ++part) gather(statistics[part], span(part), space);
+      });
+      for (int64_t r = 0; r < n_; ++r) {
+        loss[begin_ + r] = loss_of(r, statistics, lse[begin_ + r]);
+        set_lane(lanes, r, lse[begin_ + r], A(1));
+      }
+      if (with_grad) gradients(lanes, dhidden, dweight, dbias);
+    }
+  }
+
+  // ---- backward, for upstream gradients that differ from row to row: the logits are computed again ----
+
+  void backward(const A* grad, const double* lse, A* dhidden, A* dweight, A* dbias) {
+    x_target_.resize(lanes_);
+    for (begin_ = 0; begin_ < rows_; begin_ += step_) {
+      start_chunk(true);
+      Lanes<A> lanes(lanes_);
+      for (int64_t r = 0; r < n_; ++r) set_lane(lanes, r, lse[begin_ + r], grad[begin_ + r]);
+      gradients(lanes, dhidden, dweight, dbias);
+    }
+  }
+
+ private:
+  // A running softmax over the classes of a part.
+  struct Statistics {
+    std::vector<A> top, sum, weighted, origin;
+    A total = 0;  // of the class weights
+    explicit Statistics(int64_t n) : top(n), sum(n), weighted(n), origin(n) {}
+  };
+
+  // What a thread works in.
+  struct Space {
+    std::vector<U> rows, pairs, keys;
+    std::vector<A> logits, product;
+    std::vector<E> block;
+    explicit Space(const Chunks& c) : logits(SLICE * c.lanes_) {}
+  };
+
+  struct Classes {
+    int64_t begin, end;
+  };
+  Classes span(int64_t part) const {
+    const int64_t blocks = (vocab_ + BLOCK_V - 1) / BLOCK_V;
+    return {blocks * part / parts_ * BLOCK_V, std::min(vocab_, blocks * (part + 1) / parts_ * BLOCK_V)};
+  }
+
+  bool ignored(int64_t r) const { return target_[begin_ + r] == options_.ignore_index; }
+  A weight_of(int64_t v) const { return class_weight_ ? class_weight_[v] : A(1); }
+  A smooth() const { return A(options_.label_smoothing) / A(vocab_); }
+
+  void start_chunk(bool with_grad) {
+    n_ = std::min(step_, rows_ - begin_);
+    const T* h = hidden_ + begin_ * size_;
+    packed_.assign(lanes_ * depth_, U(0));
+    turned_.resize(depth_ * lanes_);
+    pack_rows<E>(packed_.data(), depth_, h, size_, n_, size_);
+    transpose(turned_.data(), lanes_, packed_.data(), depth_, lanes_, units<E>(size_));
+    if (!with_grad) return;
+    second_.assign(units<E>(lanes_) * width_, U(0));
+    if constexpr (FOLD<E> > 1)
+      pack_pairs(second_.data(), width_, h, size_, n_, size_);
+    else
+      pack_rows<E>(second_.data(), width_, h, size_, n_, size_);
+  }
+
+  // logits (classes, lanes) of [v, v + n), with bias and softcap.
+  void project(int64_t v, int64_t n, Space& space) const {
+    const Operand<U> w = first_factor<E>(space.rows, weight_ + v * size_, size_, n, size_);
+    gemm<false>(n, lanes_, units<E>(size_), w, Operand<U>{turned_.data(), lanes_}, space.logits.data(), lanes_);
+    const A cap = A(options_.softcap);
+    if (!bias_ && cap <= A(0)) return;
+    for (int64_t c = 0; c < n; ++c)
+      over_vectors<A>(0, lanes_, [&](int64_t r, auto...) {
+        A* at = &space.logits[c * lanes_ + r];
+        const Vector<A> x = load<A>(at) + (bias_ ? bias_[v + c] : A(0));
+        store<A, A>(at, cap > A(0) ? cap * tanh(x / cap) : x);
+      });
+  }
+
+  // Calls f(r, class - v) for the rows whose target is among the classes [v, v + n).
+  template <typename F>
+  void for_targets(int64_t v, int64_t n, F&& f) const {
+    for (int64_t r = 0; r < n_; ++r) {
+      const int64_t y = target_[begin_ + r] - v;
+      if (y >= 0 && y < n && !ignored(r)) f(r, y);
+    }
+  }
+
+  // The statistics of the classes of a part; their exponentials are kept if there is room for them.
+  void gather(Statistics& s, Classes classes, Space& space) {
+    std::fill(s.top.begin(), s.top.end(), std::numeric_limits<A>::lowest());
+    std::fill(s.sum.begin(), s.sum.end(), A(0));
+    std::fill(s.weighted.begin(), s.weighted.end(), A(0));
+    s.total = 0;
+    const bool smooths = options_.label_smoothing > 0;
+    for (int64_t v = classes.begin; v < classes.end; v += SLICE) {
+      const int64_t n = std::min(SLICE, classes.end - v);
+      project(v, n, space);
+      for_targets(v, n, [&](int64_t r, int64_t y) { x_target_[r] = space.logits[y * lanes_ + r]; });
+      if (smooths && v == classes.begin)
+        // Of the smoothing sum, so that a large common offset does not drown it.
+        for (int64_t r = 0; r < lanes_; ++r) s.origin[r] = std::isfinite(space.logits[r]) ? space.logits[r] : A(0);
+      if (smooths)
+        for (int64_t c = 0; c < n; ++c) s.total += weight_of(v + c);
+      for (int64_t r = 0; r < lanes_; r += LANES<A>) gather_lanes(s, v, n, r, &space.logits[r]);
+    }
+  }
+
+  // LANES rows from r of the logits of n classes.
+  void gather_lanes(Statistics& s, int64_t v, int64_t n, int64_t r, const A* x) {
+    const Vector<A> old = load<A>(&s.top[r]);
+    Vector<A> top = old, sum = {};
+    for (int64_t c = 0; c < n; ++c) top = max(load<A>(x + c * lanes_), top);
+    for (int64_t c = 0; c < n; ++c) {
+      const Vector<A> e = exp<FOLD<E> == 1>(load<A>(x + c * lanes_) - top);
+      sum += e;
+      // With a softcap the gradient needs the logit itself.
+      if (kept_) store<E, A>(&kept_[(v + c) * lanes_ + r], options_.softcap > 0 ? load<A>(x + c * lanes_) : e);
+    }
+    if (options_.label_smoothing > 0) {
+      Vector<A> weighted = {};
+      for (int64_t c = 0; c < n; ++c) weighted += weight_of(v + c) * (load<A>(x + c * lanes_) - load<A>(&s.origin[r]));
+      store<A, A>(&s.weighted[r], load<A>(&s.weighted[r]) + weighted);
+    }
+    store<A, A>(&s.sum[r], load<A>(&s.sum[r]) * exp(old - top) + sum);
+    store<A, A>(&s.top[r], top);
+    if (tops_) store<A, A>(&tops_[v / SLICE * lanes_ + r], top);
+  }
+
+  // The loss of row r from the statistics of all parts, and its lse.
+  A loss_of(int64_t r, const std::vector<Statistics>& parts, double& lse) const {
+    A top = std::numeric_limits<A>::lowest(), sum = 0;
+    for (const Statistics& s : parts) top = s.top[r] > top ? s.top[r] : top;
+    for (const Statistics& s : parts) sum += s.sum[r] * std::exp(s.top[r] - top);
+    const A log_sum = std::log(sum);
+    lse = double(top) + double(log_sum);
+    if (ignored(r)) return A(0);
+    const A hard = A(1 - options_.label_smoothing) * weight_of(target_[begin_ + r]);
+    A loss = hard * (log_sum - (x_target_[r] - top));
+    if (options_.label_smoothing > 0)
+      for (const Statistics& s : parts) loss += smooth() * (s.total * A(lse - double(s.origin[r])) - s.weighted[r]);
+    if (options_.z_loss > 0) loss += A(options_.z_loss * lse * lse);
+    return loss;
+  }
+
+  void set_lane(Lanes<A>& lanes, int64_t r, double lse, A grad) const {
+    if (ignored(r)) grad = 0;
+    const A hard = ignored(r) ? A(0) : A(1 - options_.label_smoothing) * weight_of(target_[begin_ + r]);
+    lanes.high[r] = A(lse), lanes.low[r] = A(lse - double(lanes.high[r]));
+    lanes.spread[r] = grad * smooth(), lanes.on_target[r] = grad * hard;
+    lanes.on_p[r] = grad == A(0) ? A(0) : grad * (hard + smooth() * total_ + A(2 * options_.z_loss * lse));
+  }
+
+  // ---- gradients of a chunk ----
+
+  void gradients(const Lanes<A>& lanes, A* dhidden, A* dweight, A* dbias) {
+    sums_.assign(parts_ * step_ * width_, A(0));
+    at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+      Space space(*this);
+      space.block.resize(kept_ ? 0 : BLOCK_V * lanes_);
+      space.keys.resize(FOLD<E> > 1 ? BLOCK_V / FOLD<E> * lanes_ : 0);
+      for (int64_t part = first; part < last; ++part) {
+        const Classes classes = span(part);
+        for (int64_t v = classes.begin; v < classes.end; v += BLOCK_V) {
+          const int64_t n = std::min(BLOCK_V, classes.end - v);
+          E* const d = kept_ ? &kept_[v * lanes_] : space.block.data();
+          for (int64_t c = 0; c < n; c += SLICE)
+            slice_gradient(lanes, v + c, std::min(SLICE, n - c), d + c * lanes_, space);
+          if (dbias)
+            for (int64_t c = 0; c < n; ++c)
+              dbias[v + c] +=
+                  sum_of<A>(lanes_, [&](int64_t r, auto... some) { return load<A>(d + c * lanes_ + r, some...); });
+          add_to_weight(dweight + v * size_, n, reinterpret_cast<const U*>(d), space);
+          const Operand<U> w = second_factor<E>(space.pairs, weight_ + v * size_, size_, n, size_);
+          gemm<true>(n_, width_, units<E>(n), as_rows(d, n, space), w, &sums_[part * step_ * width_], width_);
+        }
+      }
+    });
+    at::parallel_for(0, n_, 16, [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r)
+        over_vectors<A>(0, size_, [&](int64_t j, auto... n) {
+          Vector<A> x = {};
+          for (int64_t part = 0; part < parts_; ++part) x += load<A>(&sums_[(part * step_ + r) * width_ + j], n...);
+          store<A, A>(dhidden + (begin_ + r) * size_ + j, x, n...);
+        });
+    });
+  }
+
+  // dlogits of n classes from v into d (classes, lanes): over what was kept of them, or from the logits again.
+  void slice_gradient(const Lanes<A>& lanes, int64_t v, int64_t n, E* d, Space& space) {
+    const A cap = A(options_.softcap);
+    const bool again = !kept_, exponents = kept_ && cap <= A(0);
+    if (again) {
+      project(v, n, space);
+      for_targets(v, n, [&](int64_t r, int64_t y) { x_target_[r] = space.logits[y * lanes_ + r]; });
+    }
+    for (int64_t r = 0; r < lanes_; r += LANES<A>) {
+      const Vector<A> high = load<A>(&lanes.high[r]), low = load<A>(&lanes.low[r]);
+      const Vector<A> on_p = load<A>(&lanes.on_p[r]), spread = load<A>(&lanes.spread[r]);
+      // Rows without a gradient have none even if their logits are NaN.
+      const auto dead = on_p == A(0) && spread == A(0);
+      const Vector<A> factor = exponents ? on_p * exp((load<A>(&tops_[v / SLICE * lanes_ + r]) - high) - low) : on_p;
+      for (int64_t c = 0; c < n; ++c) {
+        const Vector<A> x = again ? load<A>(&space.logits[c * lanes_ + r]) : load<A>(d + c * lanes_ + r);
+        Vector<A> g = factor * (exponents ? x : exp<FOLD<E> == 1>((x - high) - low));
+        g -= spread * weight_of(v + c);
+        if (cap > A(0)) g *= A(1) - (x / cap) * (x / cap);
+        store<E, A>(d + c * lanes_ + r, dead ? Vector<A>{} : g);
+      }
+    }
+    for_targets(v, n, [&](int64_t r, int64_t y) {
+      const A x = x_target_[r];
+      A g = lanes.on_p[r] * std::exp((x - lanes.high[r]) - lanes.low[r]) - lanes.spread[r] * weight_of(v + y) -
+            lanes.on_target[r];
+      if (cap > A(0)) g *= A(1) - (x / cap) * (x / cap);
+      d[y * lanes_ + r] = static_cast<E>(g);
+    });
+  }
+
+  // dlogits (n, lanes) as the first factor of a product over classes: rows of hidden, their classes along k.
+  Operand<U> as_rows(const E* d, int64_t n, Space& space) const {
+    if constexpr (FOLD<E> == 1) {
+      return {d, 1, lanes_};
+    } else {
+      pack_pairs(space.keys.data(), lanes_, d, lanes_, n, lanes_);
+      return {space.keys.data(), 1, lanes_};
+    }
+  }
+
+  // dweight (n, size) += dlogits·hidden; the first chunk finds no sum yet.
+  void add_to_weight(A* dweight, int64_t n, const U* d, Space& space) const {
+    const int64_t k = lanes_ / FOLD<E>;
+    const Operand<U> a{d, k}, b{second_.data(), width_};
+    if (size_ == width_) {
+      begin_ > 0 ? gemm<true>(n, width_, k, a, b, dweight, width_) : gemm<false>(n, width_, k, a, b, dweight, width_);
+      return;
+    }
+    space.product.resize(n * width_);
+    gemm<false>(n, width_, k, a, b, space.product.data(), width_);
+    for (int64_t c = 0; c < n; ++c)
+      for (int64_t j = 0; j < size_; ++j)
+        dweight[c * size_ + j] = (begin_ > 0 ? dweight[c * size_ + j] : A(0)) + space.product[c * width_ + j];
+  }
+
+  const T *hidden_, *weight_;
+  const A *bias_, *class_weight_;
+  const int64_t* target_;
+  LossOptions options_;
+  int64_t rows_, size_, vocab_, step_, lanes_, depth_, width_,
+      parts_;  // depth_, width_: units of a row, columns; both padded
+  A total_;
+
+  // The chunk at hand: n_ rows from begin_.
+  int64_t begin_ = 0, n_ = 0;
+  std::vector<U> packed_, turned_, second_;  // hidden in rows, over its size, over its rows
+  std::vector<A> x_target_, sums_;           // the target's logit; dhidden of each part
+  std::unique_ptr<E[]> kept_;                // (classes, lanes): exponentials, then dlogits
+  std::unique_ptr<A[]> tops_;                // (slices, lanes): the maxima they were taken at
+};
+
+}  // namespace fastgpt

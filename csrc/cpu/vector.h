@@ -1,0 +1,312 @@
+// Vectors as wide as the instruction set has them, and the elementary functions on them.
+//
+// `Vector<A>` is GCC's vector type: + - * / < and ?: act on each of its LANES<A> elements. Loads widen the
+// storage type T to the compute type A, stores round back to nearest even. Functions keep the meaning of NaN
+// and infinity. Where AVX-512 has an instruction that the compiler does not find by itself, it is named here.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastgpt {
+
+#if defined(__AVX512F__)
+constexpr int64_t VECTOR_BYTES = 64;
+#elif defined(__AVX__)
+constexpr int64_t VECTOR_BYTES = 32;
+#else
+constexpr int64_t VECTOR_BYTES = 16;
+#endif
+
+template <typename A>
+constexpr int64_t LANES = VECTOR_BYTES / static_cast<int64_t>(sizeof(A));
+
+// Aligned like one element: a vector may be read from anywhere in a row. N elements, whatever the width.
+template <typename A, int64_t N>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(N * sizeof(A)), aligned(sizeof(A)), may_alias));
+};
+template <typename A>
+using Vector = typename VectorOf<A, LANES<A>>::type;
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+using Integers = typename VectorOf<int32_t, LANES<float>>::type;
+using Bits = typename VectorOf<uint32_t, LANES<float>>::type;
+using Shorts = typename VectorOf<uint16_t, LANES<float>>::type;
+
+template <typename A>
+[[gnu::always_inline]] inline Vector<A> broadcast(A x) {
+  return Vector<A>{} + x;
+}
+
+// ---- loads and stores ----
+
+template <typename A, typename T>
+[[gnu::always_inline]] inline Vector<A> load(const T* p) {
+  if constexpr (std::is_same_v<A, T>) {
+    return *reinterpret_cast<const Vector<A>*>(p);
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    return std::bit_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Bits) << 16);
+  } else {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    Vector<A> x;
+    for (int64_t i = 0; i < LANES<A>; ++i) x[i] = static_cast<A>(p[i]);
+    return x;
+#endif
+  }
+}
+
+// bfloat16 of each element, to nearest even; a NaN stays a NaN.
+[[gnu::always_inline]] inline Shorts to_bfloat16(Floats x) {
+  const Bits u = std::bit_cast<Bits>(x);
+  const Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7FC0u, Shorts);
+}
+
+template <typename T, typename A>
+[[gnu::always_inline]] inline void store(T* p, Vector<A> x) {
+  if constexpr (std::is_same_v<A, T>) {
+    *reinterpret_cast<Vector<A>*>(p) = x;
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    *reinterpret_cast<Shorts*>(p) = to_bfloat16(x);
+  } else {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, 0));
+#else
+    for (int64_t i = 0; i < LANES<A>; ++i) p[i] = static_cast<T>(x[i]);
+#endif
+  }
+}
+
+// The first n < LANES elements; what lies beyond them in memory is not touched. `load` gives 0 there.
+template <typename A, typename T>
+inline Vector<A> load(const T* p, int64_t n) {
+  T some[LANES<A>] = {};
+  std::memcpy(static_cast<void*>(some), p, n * sizeof(T));
+  return load<A>(some);
+}
+
+template <typename T, typename A>
+inline void store(T* p, Vector<A> x, int64_t n) {
+  T some[LANES<A>];
+  store<T, A>(some, x);
+  std::memcpy(static_cast<void*>(p), some, n * sizeof(T));
+}
+
+// Whether a result of so many bytes is written past the caches: it would not be found there again, and a
+// line that is written whole need not be read first.
+inline bool streams(int64_t bytes) {
+#if defined(__AVX512F__)
+  return bytes >= int64_t{16} << 20;
+#else
+  return bytes < 0;
+#endif
+}
+
+// Elements from p to the next address where a vector may be streamed.
+template <typename A, typename T>
+inline int64_t to_whole_vector(const T* p) {
+  constexpr auto bytes = static_cast<uintptr_t>(LANES<A>) * sizeof(T);
+  return static_cast<int64_t>((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
+}
+
+// A store past the caches to an address aligned like the vector. `end_stream` follows before others read.
+template <typename T, typename A>
+[[gnu::always_inline]] inline void stream(T* p, Vector<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(A)) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), std::bit_cast<__m512i>(x));
+  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(to_bfloat16(x)));
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+  }
+#else
+  store<T, A>(p, x);
+#endif
+}
+
+inline void end_stream() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
+// A store, past the caches if STREAM.
+template <bool STREAM, typename T, typename A>
+[[gnu::always_inline]] inline void put(T* p, Vector<A> x) {
+  if constexpr (STREAM)
+    stream<T, A>(p, x);
+  else
+    store<T, A>(p, x);
+}
+template <bool STREAM, typename T, typename A>
+inline void put(T* p, Vector<A> x, int64_t n) {
+  store<T, A>(p, x, n);
+}
+
+// Calls f(i) for the whole vectors of [begin, end), and f(i, n) for the n elements that may be left.
+template <typename A, typename F>
+[[gnu::always_inline]] inline void over_vectors(int64_t begin, int64_t end, F&& f) {
+  int64_t i = begin;
+  for (; i + LANES<A> <= end; i += LANES<A>) f(i);
+  if (i < end) f(i, end - i);
+}
+
+// ---- reductions and comparisons ----
+
+// The larger of each pair; the second where one is NaN.
+[[gnu::always_inline]] inline Floats max(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+[[gnu::always_inline]] inline Doubles max(Doubles a, Doubles b) { return a > b ? a : b; }
+
+template <typename A>
+[[gnu::always_inline]] inline A lane_max(Vector<A> x) {
+  A top = x[0];
+  for (int64_t i = 1; i < LANES<A>; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+
+// Pairwise, in an order that is always the same.
+template <typename A>
+[[gnu::always_inline]] inline A lane_sum(Vector<A> x) {
+  for (int64_t width = LANES<A> / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+// Whether a > b in any lane.
+template <typename A>
+[[gnu::always_inline]] inline bool any_above(Vector<A> a, Vector<A> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
+#endif
+  const auto above = a > b;
+  bool found = false;
+  for (int64_t i = 0; i < LANES<A>; ++i) found |= above[i] != 0;
+  return found;
+}
+
+// 0, 1, 2, …
+template <typename A>
+[[gnu::always_inline]] inline Vector<A> lane_numbers() {
+  Vector<A> x;
+  for (int64_t i = 0; i < LANES<A>; ++i) x[i] = static_cast<A>(i);
+  return x;
+}
+
+// x in the first n lanes, `fill` beyond; without n, x.
+template <typename A>
+[[gnu::always_inline]] inline Vector<A> first(Vector<A> x, A fill, int64_t n) {
+  return lane_numbers<A>() < static_cast<A>(n) ? x : broadcast(fill);
+}
+template <typename A>
+[[gnu::always_inline]] inline Vector<A> first(Vector<A> x, A) {
+  return x;
+}
+
+// The sum of f(i), or f(i, n) for the last, over the vectors of a row; in an order that is always the same.
+template <typename A, typename F>
+[[gnu::always_inline]] inline A sum_of(int64_t size, F&& f) {
+  constexpr int64_t W = LANES<A>;
+  Vector<A> a = {}, b = {}, c = {}, d = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= size; i += 4 * W) a += f(i), b += f(i + W), c += f(i + 2 * W), d += f(i + 3 * W);
+  over_vectors<A>(i, size, [&](int64_t j, auto... n) { a += f(j, n...); });
+  return lane_sum<A>((a + b) + (c + d));
+}
+
+// ---- elementary functions ----
+
+// c[0]·uⁿ + … + c[n]
+template <int64_t N>
+[[gnu::always_inline]] inline Floats polynomial(Floats u, const float (&c)[N]) {
+  Floats p = broadcast(c[0]);
+#pragma GCC unroll 32
+  for (int64_t i = 1; i < N; ++i) p = p * u + c[i];
+  return p;
+}
+
+template <typename F>
+[[gnu::always_inline]] inline Doubles each(Doubles x, F&& f) {
+  for (int64_t i = 0; i < LANES<double>; ++i) x[i] = f(x[i]);
+  return x;
+}
+
+// exp(x) = 2^k·exp(r) with k = round(x/ln 2), |r| ≤ ln 2 / 2. FINE: a polynomial of degree 6, relative error
+// below 1.5e-7; else of degree 4, below 4e-6, for results that are rounded to 16 bits. Flushes to 0 where
+// the result would be subnormal; inf above 88.73.
+template <bool FINE = true>
+[[gnu::always_inline]] inline Floats exp(Floats x) {
+  constexpr float FINE_TERMS[] = {1.39485808e-3f, 8.37512889e-3f, 4.16662183e-2f, 1.66664155e-1f, 0.5f, 1.0f, 1.0f};
+  constexpr float TERMS[] = {4.19175297e-2f, 1.67921610e-1f, 4.99988691e-1f, 9.99962279e-1f, 1.0f};
+  constexpr float LOWEST = -87.33654f, HIGHEST = 88.72284f, LOG2_E = 1.442695041f;
+#if defined(__AVX512F__)
+  const Floats clamped = _mm512_min_ps(_mm512_set1_ps(HIGHEST + 1), _mm512_max_ps(_mm512_set1_ps(LOWEST - 20), x));
+  const Floats k = _mm512_roundscale_ps(clamped * LOG2_E, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Floats low = broadcast(LOWEST), high = broadcast(HIGHEST);
+  const Floats above = x < low ? low : x, clamped = above > high ? high : above;
+  const Floats shifted = clamped * LOG2_E + 12582912.0f;  // 1.5·2^23: rounds to an integer in the low bits
+  const Floats k = shifted - 12582912.0f;
+#endif
+  // ln 2 in two parts, the first exact in few bits.
+  const Floats r = clamped - k * 0.693359375f + k * 2.12194440e-4f;
+  Floats p;
+  if constexpr (FINE)
+    p = polynomial(r, FINE_TERMS);
+  else
+    p = polynomial(r, TERMS);
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, k);
+#else
+  // 2^k in two factors, since k can be 128.
+  const Integers n = std::bit_cast<Integers>(shifted) - 0x4B400000;
+  const Floats half = std::bit_cast<Floats>(((n >> 1) + 127) << 23);
+  const Floats rest = std::bit_cast<Floats>((n - (n >> 1) + 127) << 23);
+  const Floats y = x < low ? Floats{} : p * half * rest;
+  return x > high ? Floats{} + std::numeric_limits<float>::infinity() : y;
+#endif
+}
+template <bool FINE = true>
+[[gnu::always_inline]] inline Doubles exp(Doubles x) {
+  return each(x, [](double y) { return std::exp(y); });
+}
+
+// tanh: an odd polynomial below 0.625, else 1 - 2/(exp(2|x|) + 1); relative error below 3e-7.
+[[gnu::always_inline]] inline Floats tanh(Floats x) {
+  constexpr float TERMS[] = {-5.66477535e-3f, 2.05956800e-2f, -5.37226793e-2f, 1.33311502e-1f, -3.33332616e-1f};
+  const Bits sign = std::bit_cast<Bits>(x) & 0x80000000u;
+  const Floats a = std::bit_cast<Floats>(std::bit_cast<Bits>(x) ^ sign), s = a * a;
+  const Floats small = polynomial(s, TERMS) * s * a + a;
+  const Floats large = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
+  const Floats y = a >= 0.625f ? large : small;
+  return std::bit_cast<Floats>(std::bit_cast<Bits>(y) | sign);
+}
+[[gnu::always_inline]] inline Doubles tanh(Doubles x) {
+  return each(x, [](double y) { return std::tanh(y); });
+}
+
+}  // namespace fastgpt
