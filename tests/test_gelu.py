@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastgpt
-from fastgpt import ops
+from fastgpt import extension, ops
 from fastgpt.testing import LAYOUTS, check_error_rule, strided
 
 SHAPES = [(), (1,), (0,), (7,), (3, 1), (2, 0, 5), (5, 33), (3, 4, 100)]
@@ -74,6 +74,22 @@ def test_extreme_values_behave_as_in_pytorch(backend, approximate):
         torch.testing.assert_close(ours, theirs)
         (at_infinity,) = torch.autograd.grad(ops.gelu(x, approximate).sum(), x)
         assert at_infinity[-1].isnan(), "a NaN must not turn into a number"
+
+
+@pytest.mark.skipif(extension.variant() in (None, "plain"), reason="stated for fused multiply-adds")
+@pytest.mark.parametrize(("approximate", "share"), [("none", 8.5e-8), ("tanh", 9.5e-8)])
+def test_polynomials_keep_the_stated_error(approximate, share):
+    """csrc/cpu/gelu_terms.h states the errors of y/x and dy/dx; a rounding of y comes on top."""
+    x = torch.linspace(-8, 8, 200_001)
+    exact = x.double().requires_grad_()
+    y = T.gelu(exact, approximate=approximate)
+    (slope,) = torch.autograd.grad(y.sum(), exact)
+    with fastgpt.use_backend("cpp"):
+        leaf = x.clone().requires_grad_()
+        ours = ops.gelu(leaf, approximate)
+        (our_slope,) = torch.autograd.grad(ours.sum(), leaf)
+    assert ((ours - y).abs() <= share * exact.abs() + 6e-8 * y.abs()).all()
+    assert (our_slope - slope).abs().max() <= 2e-7
 
 
 def test_every_slot_is_written(backend):

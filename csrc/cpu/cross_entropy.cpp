@@ -76,7 +76,7 @@ void backward_into(
       });
     };
     // In place, the lines are in the cache already.
-    const bool past = dx != x && streams(rows * vocab * static_cast<int64_t>(sizeof(T)));
+    const bool past = dx != x && streams<T>(rows * vocab);
     past ? all(std::true_type{}) : all(std::false_type{});
   });
 }

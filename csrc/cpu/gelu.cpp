@@ -148,7 +148,7 @@ template <typename F>
 void dispatch_kind(const Tensor& x, int64_t row, bool tanh, F&& f) {
   dispatch(x.scalar_type(), "gelu", [&](auto element) {
     // Rows must begin where a vector may.
-    const bool past = streams(x.numel() * x.element_size()) && row * x.element_size() % VECTOR_BYTES == 0;
+    const bool past = streams<decltype(element)>(x.numel()) && row * x.element_size() % VECTOR_BYTES == 0;
     const auto kind = [&](auto is_tanh) {
       past ? f(element, is_tanh, std::true_type{}) : f(element, is_tanh, std::false_type{});
     };

@@ -71,11 +71,15 @@ template <typename A, typename T>
   }
 }
 
-// bfloat16 of each element, to nearest even; a NaN stays a NaN.
+// bfloat16 of each element, to nearest even; a NaN stays a NaN. The instruction flushes subnormals to 0.
 [[gnu::always_inline]] inline Shorts to_bfloat16(Floats x) {
+#if defined(__AVX512BF16__)
+  return std::bit_cast<Shorts>(_mm512_cvtneps_pbh(x));
+#else
   const Bits u = std::bit_cast<Bits>(x);
   const Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7FC0u, Shorts);
+#endif
 }
 
 template <typename T, typename A>
@@ -110,13 +114,14 @@ inline void store(T* p, Vector<A> x, int64_t n) {
   std::memcpy(static_cast<void*>(p), some, n * sizeof(T));
 }
 
-// Whether a result of so many bytes is written past the caches: it would not be found there again, and a
-// line that is written whole need not be read first.
-inline bool streams(int64_t bytes) {
+// Whether a result of so many elements of T is written past the caches: it would not be found there again, and
+// a line that is written whole need not be read first. 16 bits make half a line a vector, which is slower.
+template <typename T>
+inline bool streams(int64_t numel) {
 #if defined(__AVX512F__)
-  return bytes >= int64_t{16} << 20;
+  return sizeof(T) >= 4 && numel * static_cast<int64_t>(sizeof(T)) >= int64_t{16} << 20;
 #else
-  return bytes < 0;
+  return numel < 0;
 #endif
 }
 
@@ -131,13 +136,10 @@ inline int64_t to_whole_vector(const T* p) {
 template <typename T, typename A>
 [[gnu::always_inline]] inline void stream(T* p, Vector<A> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(A)) {
+  if constexpr (sizeof(T) == sizeof(A))
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), std::bit_cast<__m512i>(x));
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), std::bit_cast<__m256i>(to_bfloat16(x)));
-  } else {
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
-  }
+  else
+    store<T, A>(p, x);
 #else
   store<T, A>(p, x);
 #endif
