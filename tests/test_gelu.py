@@ -77,7 +77,7 @@ def test_extreme_values_behave_as_in_pytorch(backend, approximate):
 
 
 @pytest.mark.skipif(extension.variant() in (None, "plain"), reason="stated for fused multiply-adds")
-@pytest.mark.parametrize(("approximate", "share"), [("none", 8.5e-8), ("tanh", 9.5e-8)])
+@pytest.mark.parametrize(("approximate", "share"), [("none", 8.2e-8), ("tanh", 9.2e-8)])
 def test_polynomials_keep_the_stated_error(approximate, share):
     """csrc/cpu/gelu_terms.h states the errors of y/x and dy/dx; a rounding of y comes on top."""
     x = torch.linspace(-8, 8, 200_001)
@@ -89,7 +89,7 @@ def test_polynomials_keep_the_stated_error(approximate, share):
         ours = ops.gelu(leaf, approximate)
         (our_slope,) = torch.autograd.grad(ours.sum(), leaf)
     assert ((ours - y).abs() <= share * exact.abs() + 6e-8 * y.abs()).all()
-    assert (our_slope - slope).abs().max() <= 2e-7
+    assert (our_slope - slope).abs().max() <= 2.5e-7
 
 
 def test_every_slot_is_written(backend):
