@@ -338,13 +338,13 @@ def test_training_losses_agree_before_a_speed_counts(machine):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_planted_wrong_model_fails_the_training_benchmark(what, machine, monkeypatch):
-    right = ops.gelu
+    right = ops.linear_gelu
 
-    def wrong(x, approximate="none"):
-        y = right(x, approximate=approximate)
+    def wrong(x, weight, bias=None, approximate="none"):
+        y = right(x, weight, bias, approximate=approximate)
         return 1.1 * y if what == "loss" else 2 * y - y.detach()  # the same value, twice the gradient
 
-    monkeypatch.setattr("fastgpt.ops.gelu", wrong)
+    monkeypatch.setattr("fastgpt.ops.linear_gelu", wrong)
     # Large enough a step that a wrong gradient shows within eight.
     size = {"L": 2, "H": 2, "C": 64, "T": 32, "B": 4, "V": 256}
     ours, theirs = run_train(size, "fp32", machine, Plan(0, 3, 3, ("step",), ("cpp",), ("PyTorch",)))
