@@ -6,6 +6,7 @@ from bench import (
     bench_cross_entropy,
     bench_geglu,
     bench_gelu,
+    bench_linear,
     bench_linear_cross_entropy,
     bench_linear_gelu,
 )
@@ -17,6 +18,7 @@ OPS: dict[str, Op] = {
         bench_attention.OP,
         bench_cross_entropy.OP,
         bench_linear_cross_entropy.OP,
+        bench_linear.OP,
         bench_gelu.OP,
         bench_gelu.BIAS_GELU,
         bench_linear_gelu.OP,

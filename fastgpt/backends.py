@@ -38,6 +38,7 @@ OPS = (
     "attention_varlen",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear",
     "gelu",
     "bias_gelu",
     "linear_gelu",

@@ -159,6 +159,25 @@ def test_autocast_acts_as_on_linear_then_cross_entropy(backend):
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-3)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_of_master_weights_are_not_rounded(backend, reduction):
+    """Under autocast the loss has the bits that rounded parameters give; their gradients come in float32."""
+    master = inputs(40, 8, 12, torch.float32, bias=True)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in master]
+    y, grads, losses = targets(40, 12), [], []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for h, w, b in (master, rounded):
+            loss = ops.linear_cross_entropy(h, w, y, bias=b, reduction=reduction)
+            losses.append(loss)
+            grads.append(torch.autograd.grad(loss.sum(), (w, b)))
+    assert torch.equal(*losses)
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours.dtype, theirs.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(ours.bfloat16(), theirs)
+        if reduction == "mean" and backend != "reference":
+            assert not torch.equal(ours.bfloat16().float(), ours)
+
+
 def test_autocast_does_not_act_within_the_op(backend):
     """Autocast was applied to the arguments; the products inside must keep the dtype they were given."""
     h, w = (t.detach() for t in inputs(6, 8, 12, torch.float32, bias=False))

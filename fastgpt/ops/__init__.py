@@ -10,6 +10,7 @@ from fastgpt.ops.attention_varlen import attention_varlen
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.geglu import geglu
 from fastgpt.ops.gelu import bias_gelu, gelu
+from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.linear_gelu import linear_gelu
 
@@ -21,6 +22,7 @@ __all__ = [
     "cross_entropy",
     "geglu",
     "gelu",
+    "linear",
     "linear_cross_entropy",
     "linear_gelu",
 ]

@@ -106,8 +106,14 @@ _BWD = define(
 )
 
 
+def _rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The layer in hidden's dtype, which is autocast's where the parameters' is not."""
+    return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss, reduced.
+    """The loss, reduced. Parameters may be float32 beside a hidden that autocast rounded: their gradients are not
+    rounded then.
 
     For a sum or mean every row has the same upstream gradient up to a scalar, so the forward computes
     the gradients of the sum while a chunk's logits are at hand (three products in all) and the backward
@@ -128,7 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         with_grad = with_grad and reduction != "none"
-        loss, lse, *grads = _FWD[backend](hidden, weight, bias, target, class_weight, *options, with_grad)
+        layer = _rounded(hidden, weight, bias)
+        loss, lse, *grads = _FWD[backend](*layer, target, class_weight, *options, with_grad)
         denominator = None
         if reduction == "mean":
             denominator = mean_denominator(loss.dtype, target, class_weight, options[0])
@@ -145,19 +152,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if twice_differentiable():
 
             def function(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-                rows = reference.linear_cross_entropy(h, w, b, target, class_weight, *ctx.options[:-1])[0]
+                layer = _rounded(h, w, b)
+                rows = reference.linear_cross_entropy(*layer, target, class_weight, *ctx.options[:-1])[0]
                 return reduce_rows(rows, target, class_weight, ctx.options[0], ctx.reduction)
 
             return *vjp(function, inputs, grad, create_graph=True), *[None] * 6
         if ctx.reduction == "none":
-            rows = grad.contiguous()
-            found = _BWD[ctx.backend](rows, hidden, weight, bias, target, lse, class_weight, *ctx.options)
+            layer = _rounded(*inputs)
+            found = _BWD[ctx.backend](grad.contiguous(), *layer, target, lse, class_weight, *ctx.options)
         else:
             # Nothing valid makes the denominator 0: the loss is NaN and the gradients are 0, as PyTorch has it.
             scale = grad if denominator is None else torch.where(denominator == 0, 0, grad / denominator)
-            found = tuple((g * scale).to(hidden.dtype) for g in grads)
-        needed = ctx.needs_input_grad
-        return *(g if n else None for g, n in zip(found, needed, strict=False)), *[None] * 6
+            found = tuple(g * scale for g in grads)
+        needed = zip(found, inputs, ctx.needs_input_grad, strict=False)
+        return *(g.to(x.dtype) if n else None for g, x, n in needed), *[None] * 6
 
 
 def linear_cross_entropy(
@@ -209,10 +217,14 @@ def linear_cross_entropy(
     check_last_dim(op, weight.shape[0], bias=bias, class_weight=class_weight)
 
     cast = autocast_dtype(hidden.device)
-    if cast is not None and hidden.dtype != torch.float64:
-        hidden, weight = hidden.to(cast), weight.to(cast)
-        bias = None if bias is None else bias.to(cast)
-    check_same_dtype(op, hidden=hidden, weight=weight, bias=bias)
+    if cast is None or hidden.dtype == torch.float64:
+        check_same_dtype(op, hidden=hidden, weight=weight, bias=bias)
+    else:
+        hidden = hidden.to(cast)
+        if weight.dtype != torch.float32:
+            weight = weight.to(cast)
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.to(cast)
     backend = select(op, hidden.device, lambda b: no_float64_on_gpu_backends(b, hidden.dtype))
 
     rows = hidden.reshape(target.numel(), hidden.shape[-1]).contiguous()

@@ -7,6 +7,7 @@ from fastgpt.reference.add_layer_norm import add_layer_norm
 from fastgpt.reference.attention import attention, attention_varlen
 from fastgpt.reference.cross_entropy import cross_entropy
 from fastgpt.reference.gelu import bias_gelu, geglu, gelu, linear_gelu
+from fastgpt.reference.linear import linear
 from fastgpt.reference.linear_cross_entropy import linear_cross_entropy
 from fastgpt.reference.philox import dropout_keep
 
@@ -19,6 +20,7 @@ __all__ = [
     "dropout_keep",
     "geglu",
     "gelu",
+    "linear",
     "linear_cross_entropy",
     "linear_gelu",
 ]

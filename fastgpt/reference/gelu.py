@@ -30,14 +30,14 @@ def bias_gelu(x: Tensor, bias: Tensor, tanh: bool = False) -> Tensor:
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool = False) -> Tensor:
-    """gelu(x @ weight.T + bias), the pre-activation not rounded in between.
+    """gelu(x @ weight.T + bias), the pre-activation not rounded in between; weight and bias first, to x's dtype.
 
     x (..., K), weight (N, K), bias (N,) or None; the result (..., N).
     """
     acc = accumulator(x.dtype)
-    z = x.to(acc) @ weight.to(acc).T
+    z = x.to(acc) @ weight.to(x.dtype).to(acc).T
     if bias is not None:
-        z = z + bias.to(acc)
+        z = z + bias.to(x.dtype).to(acc)
     return gelu(z, tanh).to(x.dtype)
 
 

@@ -1,0 +1,267 @@
+// A linear layer on the CPU:  y = x·Wᵀ + b,  dx = dy·W,  dW = dyᵀ·x,  db = Σ dy.
+//
+// x (M, K), W (N, K); 2·M·N·K FLOPs a product. Every second factor is packed once a call, into panels of
+// GEMM_N columns whose units lie in the order in which they are multiplied; 2·M FLOPs a packed element, so the
+// packing is lost in the product when M is some hundreds. The weight may be float beside bfloat16 x, as under
+// autocast: it is rounded while it is packed, is never in memory as bfloat16, and its gradient is not rounded.
+// A task multiplies BLOCK_M rows, which stay in the second-level cache, with some panels; sums are float and
+// rounded once.
+//
+// Where the CPU does not multiply bfloat16, for other types, for few rows, and for odd sizes, whose rows do not
+// divide into pairs, PyTorch's product serves.
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+
+#include "gemm.h"
+#include "kernel.h"
+#include "vector.h"
+
+namespace fastgpt {
+namespace {
+
+// Fewer rows are not worth packing the weight.
+constexpr int64_t LEAST_ROWS = 32;
+
+bool pairs_up(const Tensor& x, const Tensor& weight) {
+  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
+  return FOLD<factor_t<at::BFloat16>> > 1 && x.scalar_type() == at::kBFloat16 && m >= LEAST_ROWS && n > 0 && k > 0 &&
+         n % 2 == 0 && k % 2 == 0;
+}
+
+#if defined(__AVX512BF16__)
+
+using U = Unit<at::BFloat16>;
+constexpr int64_t PANEL = GEMM_N<U>, HALF = LANES<float>;
+static_assert(PANEL == 2 * HALF);
+
+// Rows of a task, and what they may take of the second-level cache, in bytes.
+constexpr int64_t BLOCK_M = 128, RESIDENT = 512 << 10;
+// Panels of a task.
+constexpr int64_t SPAN = 8;
+// Units along k after which the sums rest in memory, so that a panel of so many stays in the cache.
+constexpr int64_t BLOCK_K = 1024;
+
+// ---- packing ----
+
+// A matrix of units in panels of PANEL columns.
+struct Panels {
+  Tensor space;
+  U* data;
+  int64_t depth;  // units of a column
+  Panels(int64_t depth, int64_t columns)
+      : space(at::empty({padded<U>(columns) * depth}, at::kInt)),  // PyTorch's memory begins at a cache line
+        data(reinterpret_cast<U*>(space.mutable_data_ptr<int32_t>())),
+        depth(depth) {}
+  U* at(int64_t column) const { return data + column / PANEL * PANEL * depth; }
+};
+
+// Half a panel's units from a row and the one below, or from HALF pairs of a row.
+[[gnu::always_inline]] inline Bits below_each_other(Floats upper, Floats lower) {
+  const auto bits = [](Floats x) { return __builtin_convertvector(to_bfloat16(x), Bits); };
+  return bits(upper) | bits(lower) << 16;
+}
+[[gnu::always_inline]] inline Bits side_by_side(Floats first, Floats second) {
+  return std::bit_cast<Bits>(_mm512_cvtne2ps_pbh(second, first));
+}
+
+// Rows n of a matrix (rows, size) as columns: pairs lie along its rows.
+template <typename W>
+Panels pack_rows_as_columns(const W* in, int64_t rows, int64_t size) {
+  const Panels out(size / 2, rows);
+  at::parallel_for(0, (rows + HALF - 1) / HALF, 4, [&](int64_t begin, int64_t end) {
+    alignas(64) U square[HALF * HALF], turned[HALF * HALF];
+    for (int64_t i = begin * HALF; i < std::min(end * HALF, rows); i += HALF)
+      for (int64_t k = 0; k < out.depth; k += HALF) {
+        const int64_t units = std::min(HALF, out.depth - k);
+        for (int64_t r = 0; r < HALF; ++r) {
+          const W* from = in + (i + r) * size + 2 * k;
+          Bits x = {};
+          if (i + r < rows && units == HALF)
+            x = side_by_side(load<float>(from), load<float>(from + HALF));
+          else if (i + r < rows)
+            x = side_by_side(
+                load<float>(from, std::min(HALF, 2 * units)),
+                load<float>(from + HALF, std::max<int64_t>(0, 2 * units - HALF)));
+          *reinterpret_cast<Bits*>(square + r * HALF) = x;
+        }
+        transpose_square(turned, HALF, square, HALF);
+        for (int64_t c = 0; c < units; ++c)
+          std::memcpy(out.at(i) + (k + c) * PANEL + i % PANEL, turned + c * HALF, HALF * sizeof(U));
+      }
+  });
+  return out;
+}
+
+// A matrix (rows, size) as it is: pairs lie along its columns. Adds up each column into `sums` if it is given.
+template <typename W>
+Panels pack_columns(const W* in, int64_t rows, int64_t size, float* sums) {
+  const Panels out((rows + 1) / 2, size);
+  at::parallel_for(0, (size + PANEL - 1) / PANEL, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin * PANEL; j < std::min(end * PANEL, size); j += PANEL) {
+      const auto pack = [&](auto is_whole) {
+        Floats sum[2] = {};
+        for (int64_t i = 0; i < rows; i += 2)
+          for (int64_t h = 0; h < 2; ++h) {
+            const auto part = [&](int64_t row) {
+              const W* from = in + row * size + j + h * HALF;
+              if constexpr (is_whole.value)
+                return load<float>(from);
+              else
+                return load<float>(from, std::clamp<int64_t>(size - j - h * HALF, 0, HALF));
+            };
+            const Floats upper = part(i), lower = i + 1 < rows ? part(i + 1) : Floats{};
+            sum[h] += upper + lower;
+            *reinterpret_cast<Bits*>(out.at(j) + i / 2 * PANEL + h * HALF) = below_each_other(upper, lower);
+          }
+        if (!sums) return;
+        for (int64_t c = 0; c < std::min(PANEL, size - j); ++c) sums[j + c] = sum[c / HALF][c % HALF];
+      };
+      size - j >= PANEL ? pack(std::true_type{}) : pack(std::false_type{});
+    }
+  });
+  return out;
+}
+
+// ---- products ----
+
+// C (m, n) = A·B in float, a tile at a time: finish(i, rows, j, columns, tile) for each, a tile (rows, PANEL).
+// `rows_from(i)` are the rows of A from i, a multiple of PANEL.
+template <typename A, typename F>
+void multiply(int64_t m, int64_t n, const Panels& b, A&& rows_from, F&& finish) {
+  const int64_t fitting = RESIDENT / (b.depth * static_cast<int64_t>(sizeof(U))) / PANEL * PANEL;
+  const int64_t block = std::clamp<int64_t>(fitting, PANEL, BLOCK_M);
+  const int64_t blocks = (m + block - 1) / block, width = SPAN * PANEL, spans = (n + width - 1) / width;
+  at::parallel_for(0, blocks * spans, 1, [&](int64_t begin, int64_t end) {
+    alignas(64) float c[BLOCK_M * PANEL];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / spans * block, last = std::min(m, first + block);
+      for (int64_t j = task % spans * width; j < std::min(n, (task % spans + 1) * width); j += PANEL) {
+        for (int64_t k = 0; k < b.depth; k += BLOCK_K) {
+          const int64_t depth = std::min(BLOCK_K, b.depth - k);
+          const Operand<U> panel{b.at(j) + k * PANEL, PANEL};
+          for (int64_t i = first; i < last; i += PANEL) {
+            const Operand<U> rows = rows_from(i), some{rows.data + k * rows.column, rows.row, rows.column};
+            float* const to = c + (i - first) * PANEL;
+            const int64_t count = std::min(PANEL, last - i);
+            k ? gemm<true>(count, PANEL, depth, some, panel, to, PANEL)
+              : gemm<false>(count, PANEL, depth, some, panel, to, PANEL);
+          }
+        }
+        finish(first, last - first, j, std::min(PANEL, n - j), c);
+      }
+    }
+  });
+}
+
+// The rows of a tile into those of a matrix of `size` columns, with a bias.
+template <typename T>
+auto writer(T* out, int64_t size, const at::BFloat16* bias) {
+  return [=](int64_t i, int64_t rows, int64_t j, int64_t columns, const float* tile) {
+    for (int64_t r = 0; r < rows; ++r)
+      over_vectors<float>(0, columns, [&](int64_t c, auto... n) {
+        const Floats offset = bias ? load<float>(bias + j + c, n...) : Floats{};
+        store<T, float>(out + (i + r) * size + j + c, load<float>(tile + r * PANEL + c) + offset, n...);
+      });
+  };
+}
+
+template <typename W>
+void forward(const Tensor& x, const Tensor& weight, const at::BFloat16* bias, Tensor& y) {
+  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
+  const auto* rows = reinterpret_cast<const U*>(x.const_data_ptr<at::BFloat16>());
+  const Panels b = pack_rows_as_columns(weight.const_data_ptr<W>(), n, k);
+  const auto from = [&](int64_t i) { return Operand<U>{rows + i * k / 2, k / 2}; };
+  multiply(m, n, b, from, writer(y.mutable_data_ptr<at::BFloat16>(), n, bias));
+}
+
+template <typename W>
+void backward_x(const Tensor& grad, const Tensor& weight, Tensor& dx) {
+  const int64_t m = grad.size(0), n = weight.size(0), k = weight.size(1);
+  const auto* rows = reinterpret_cast<const U*>(grad.const_data_ptr<at::BFloat16>());
+  const Panels b = pack_columns(weight.const_data_ptr<W>(), n, k, nullptr);
+  const auto from = [&](int64_t i) { return Operand<U>{rows + i * n / 2, n / 2}; };
+  multiply(m, k, b, from, writer(dx.mutable_data_ptr<at::BFloat16>(), k, nullptr));
+}
+
+template <typename W>
+void backward_weight(const Tensor& grad, const Tensor& x, Tensor& dweight, float* dbias) {
+  const int64_t m = grad.size(0), n = grad.size(1), k = x.size(1);
+  const Panels a = pack_columns(grad.const_data_ptr<at::BFloat16>(), m, n, dbias);
+  const Panels b = pack_columns(x.const_data_ptr<at::BFloat16>(), m, k, nullptr);
+  const auto from = [&](int64_t i) { return Operand<U>{a.at(i), 1, PANEL}; };
+  multiply(n, k, b, from, writer(dweight.mutable_data_ptr<W>(), k, nullptr));
+}
+
+#endif
+
+// ---- launchers ----
+
+void check(const Tensor& x, const Tensor& weight) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "linear: x and weight do not match");
+  TORCH_CHECK(
+      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == accumulator(x.scalar_type()),
+      "linear: weight must be of x's dtype or of the one it is summed in");
+}
+
+// Calls f with a value of the weight's element type.
+template <typename F>
+void dispatch_weight(const Tensor& weight, F&& f) {
+  weight.scalar_type() == at::kFloat ? f(float{}) : f(at::BFloat16{});
+}
+
+Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
+  check(x_, weight_);
+  const auto type = x_.scalar_type();
+#if defined(__AVX512BF16__)
+  if (pairs_up(x_, weight_)) {
+    const Tensor x = x_.contiguous(), weight = weight_.contiguous();
+    const Tensor bias = bias_ ? bias_->to(type).contiguous() : Tensor();
+    Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+    dispatch_weight(weight, [&](auto element) {
+      using W = decltype(element);
+      forward<W>(x, weight, bias.defined() ? bias.const_data_ptr<at::BFloat16>() : nullptr, y);
+    });
+    return y;
+  }
+#endif
+  return at::linear(x_, weight_.to(type), bias_ ? OptionalTensor(bias_->to(type)) : OptionalTensor());
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_bwd(
+    const Tensor& grad_, const Tensor& x_, const Tensor& weight_, bool with_x, bool with_weight, bool with_bias) {
+  check(x_, weight_);
+  TORCH_CHECK(
+      grad_.dim() == 2 && grad_.size(0) == x_.size(0) && grad_.size(1) == weight_.size(0) &&
+          grad_.scalar_type() == x_.scalar_type(),
+      "linear: grad does not match x and weight");
+  const auto type = x_.scalar_type(), kept = weight_.scalar_type();
+  Tensor dx = at::empty({0}, x_.options()), dweight = at::empty({0}, weight_.options());
+  Tensor dbias = at::empty({0}, weight_.options());
+#if defined(__AVX512BF16__)
+  if (pairs_up(x_, weight_)) {
+    const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
+    if (with_x) dx = at::empty_like(x);
+    if (with_weight) dweight = at::empty_like(weight);
+    Tensor sums = with_bias ? at::empty({weight.size(0)}, x.options().dtype(at::kFloat)) : Tensor();
+    dispatch_weight(weight, [&](auto element) {
+      using W = decltype(element);
+      if (with_x) backward_x<W>(grad, weight, dx);
+      if (with_weight) backward_weight<W>(grad, x, dweight, with_bias ? sums.mutable_data_ptr<float>() : nullptr);
+    });
+    if (with_bias) dbias = (with_weight ? sums : at::sum(grad, {0}, false, at::kFloat)).to(kept);
+    return {dx, dweight, dbias};
+  }
+#endif
+  if (with_x) dx = at::mm(grad_, weight_.to(type));
+  if (with_weight) dweight = at::mm(grad_.t(), x_).to(kept);
+  if (with_bias) dbias = at::sum(grad_, {0}, false, accumulator(type)).to(kept);
+  return {dx, dweight, dbias};
+}
+
+TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("linear_fwd_cpp", &linear_fwd);
+  m.impl("linear_bwd_cpp", &linear_bwd);
+}
+
+}  // namespace
+}  // namespace fastgpt
