@@ -81,7 +81,7 @@ void forward(
       const int64_t tiles = p.row_tiles(), turn = task % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
       const int64_t h = task / tiles, kv = h / p.group(), first = tile * ROWS, m = std::min(ROWS, p.rows - first);
       pack_queries<E>(qt.data(), rows.data(), width, q.at(p.queries, h, first), q.row, m, p.size);
-      std::fill(o.begin(), o.end(), A(0));
+      std::fill_n(o.begin(), m * value_width, A(0));
       std::fill(top, top + ROWS, NOTHING<A>);
       std::fill(sum, sum + ROWS, A(0));
 

@@ -191,7 +191,7 @@ void backward(
           qp = {q_pairs.data(), width}, gp = {g_pairs.data(), value_width};
         }
         row_statistics(p, t, grad, grad_lse, out, lse, delta, top);
-        std::fill(dq_tile.begin(), dq_tile.end(), A(0));
+        std::fill_n(dq_tile.begin(), t.m * width, A(0));
 
         const Span seen = p.columns_of(first, first + t.m);
         for (t.j = seen.begin / COLUMNS * COLUMNS; t.j < seen.end; t.j += COLUMNS) {

@@ -286,13 +286,14 @@ template <typename E, typename A>
 }
 
 // n <= ROWS rows of queries as the second factor of a product over the size of a head, (units, ROWS); they
-// are packed into `rows` (ROWS, width) on the way, zero beyond n.
+// are packed into `rows` (ROWS, width) on the way. In whole STEPs, zero beyond n.
 template <typename E, typename T>
 inline void pack_queries(
     Unit<E>* out, Unit<E>* rows, int64_t width, const T* in, int64_t stride, int64_t n, int64_t size) {
   pack_rows<E>(rows, width, in, stride, n, size);
-  std::fill(rows + n * width, rows + ROWS * width, Unit<E>(0));
-  transpose(out, ROWS, rows, width, ROWS, units<E>(size));
+  const int64_t whole = whole_steps<compute_t<E>>(n);
+  std::fill(rows + n * width, rows + whole * width, Unit<E>(0));
+  transpose(out, ROWS, rows, width, whole, units<E>(size));
 }
 
 }  // namespace fastgpt
