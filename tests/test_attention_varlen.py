@@ -17,7 +17,7 @@ from plain_attention import composed_varlen
 import fastgpt
 from fastgpt import ops
 from fastgpt.reference import dropout_keep
-from fastgpt.testing import LAYOUTS, check_error_rule, strided
+from fastgpt.testing import LAYOUTS, check_error_rule, run_with_gradients, strided
 
 LENGTHS_Q, LENGTHS_K = (3, 0, 7, 1), (5, 2, 7, 0)
 
@@ -205,28 +205,17 @@ def test_documents_of_one_length_are_a_batch_bit_for_bit():
 
 def test_no_document_sees_another(backend):
     """NaN in one, or past the last, stays there: in the results, and in the gradients."""
-    q, k, v = inputs(rest=3)
-    clean, grads = _with_gradients(q, k, v)
+    lengths = (20, 3, 7)  # shorter ones after it, so that what it left in a buffer would show
+    function = packed(lengths, lengths, causal="lower_right")
+    tensors = inputs(lengths_q=lengths, lengths_k=lengths, rest=3)
+    (clean,), grads = run_with_gradients(function, tensors, None)
     with torch.no_grad():
-        for t, row in (
-            (q, 0),
-            (k, 1),
-            (v, 4),
-            (q, 11),
-            (k, 14),
-            (v, 16),
-        ):  # of the first document, and of none
-            t[row] = torch.nan
-    spoilt, spoilt_grads = _with_gradients(q, k, v)
-    assert spoilt[:3].isnan().any()
-    assert torch.equal(spoilt[3:], clean[3:])
-    for a, e, first in zip(spoilt_grads, grads, (3, 5, 5), strict=True):
-        assert torch.equal(a[first:], e[first:])
-
-
-def _with_gradients(q, k, v):
-    out = packed(causal="lower_right")(q, k, v)
-    return out.detach(), torch.autograd.grad(out.sum(), (q, k, v))
+        for t in tensors:
+            t[:20] = t[30:] = torch.nan
+    (spoilt,), spoilt_grads = run_with_gradients(function, tensors, None)
+    assert spoilt[:20].isnan().all()
+    for a, e in zip((spoilt, *spoilt_grads), (clean, *grads), strict=True):
+        assert torch.equal(a[20:], e[20:])
 
 
 def test_rows_of_no_document_and_of_no_key_are_zero_with_zero_gradients(backend):
