@@ -17,7 +17,7 @@
 
 namespace fastgpt {
 
-// Tasks that the work is divided into, at least, if it is one document of one key head.
+// Tasks to divide the work into, at least, where it has as many tiles of queries.
 constexpr int64_t TASKS = 16;
 
 // What a key head of a document costs in the backward: its queries, and its keys once.
