@@ -57,7 +57,10 @@ def stages(rehearse: bool, built: str | None) -> list[Stage]:
         built: why the compiled kernels have to be built, or None where they are there.
     """
     from bench.ops import OPS
+    from fastgpt.backends import BACKENDS, IMPLEMENTED_BY
 
+    # What runs on a GPU.
+    ops = [op for op in OPS if "triton" in IMPLEMENTED_BY.get(op, BACKENDS)]
     preset, tiny = ("tiny", ["--tiny", "--device", "cpu"]) if rehearse else ("gpu", ["--device", "cuda"])
 
     def bench(name: str, *arguments: str) -> Stage:
@@ -80,8 +83,8 @@ def stages(rehearse: bool, built: str | None) -> list[Stage]:
         bench("attention", "attention", *shapes("attention", True)),
         bench("cross_entropy", "cross_entropy", *shapes("cross_entropy", True)),
         bench("train", "train"),
-        *(bench(op, op, *shapes(op, True)) for op in list(OPS)[2:]),
-        *(bench(f"{op}-more", op, *shapes(op, False)) for op in OPS if shapes(op, False)),
+        *(bench(op, op, *shapes(op, True)) for op in ops[2:]),
+        *(bench(f"{op}-more", op, *shapes(op, False)) for op in ops if shapes(op, False)),
         bench("scaling", "scaling"),
         Stage(
             "ncu",

@@ -3,6 +3,7 @@
 from bench import (
     bench_add_layer_norm,
     bench_attention,
+    bench_attention_varlen,
     bench_cross_entropy,
     bench_geglu,
     bench_gelu,
@@ -18,6 +19,7 @@ OPS: dict[str, Op] = {
         bench_attention.OP,
         bench_cross_entropy.OP,
         bench_linear_cross_entropy.OP,
+        bench_attention_varlen.OP,
         bench_linear.OP,
         bench_gelu.OP,
         bench_gelu.BIAS_GELU,

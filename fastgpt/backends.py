@@ -47,7 +47,7 @@ OPS = (
 )
 
 # Ops that only some backends implement; every other op is implemented by reference, cpp and triton.
-IMPLEMENTED_BY: dict[str, tuple[str, ...]] = {"attention_varlen": ("reference",)}
+IMPLEMENTED_BY: dict[str, tuple[str, ...]] = {"attention_varlen": ("reference", "cpp")}
 
 PYTORCH = "pytorch"  # what the drop-in falls back to; not a backend one can ask for
 

@@ -13,43 +13,12 @@ from contract import (
 )
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from plain_attention import composed
 
 import fastgpt
 from fastgpt import ops
 from fastgpt.reference import dropout_keep
 from fastgpt.testing import check_error_rule, strided
-
-
-def composed(q, k, v, *, scale=None, causal="none", window=None, softcap=None, alibi_slopes=None, attn_mask=None,
-             dropout_p=0.0, seed=None):  # fmt: skip
-    """The same attention out of elementary PyTorch operations, all in the inputs' dtype."""
-    heads, rows, columns = q.shape[1], q.shape[2], k.shape[2]
-    k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
-    s = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    diagonal = torch.arange(rows)[:, None] + (0 if causal == "upper_left" else columns - rows)
-    distance = torch.arange(columns)[None, :] - diagonal
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.to(s.dtype).view(-1, heads, 1, 1) * distance.abs()
-    left, right = (window, window) if isinstance(window, int) else (window or (-1, -1))
-    right = right if causal == "none" else 0
-    seen = torch.ones(rows, columns, dtype=torch.bool)
-    if left >= 0:
-        seen = seen & (distance >= -left)
-    if right >= 0:
-        seen = seen & (distance <= right)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        seen = seen & attn_mask
-    elif attn_mask is not None:
-        s = s + attn_mask.to(s.dtype)
-    s = s.masked_fill(~seen, -torch.inf)
-    blind = (s == -torch.inf).all(dim=-1, keepdim=True)
-    p = torch.softmax(s.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)
-    if dropout_p:
-        keep = dropout_keep(torch.tensor([seed]), dropout_p, (q.shape[0], heads, rows, columns))
-        p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
-    return p @ v
 
 
 def inputs(

@@ -143,7 +143,7 @@ def test_every_op_lists_every_backend_with_a_reason_where_it_is_missing():
         assert not available["cuda"]
 
 
-def test_op_that_one_backend_has_says_so():
+def test_op_that_a_backend_lacks_says_so():
     available = fastgpt.available_backends("attention_varlen")
     assert not available["triton"]
     assert available["triton"].reason == "the triton backend has no attention_varlen yet"

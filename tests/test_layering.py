@@ -160,9 +160,9 @@ def kernel_stem(op):
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_found_by_its_name(op):
     backends = IMPLEMENTED_BY.get(op, ("reference", "cpp", "triton"))
-    home = "attention" if op == "attention_varlen" and len(backends) == 1 else kernel_stem(op)
-    files = [f"fastgpt/ops/{stem(op)}.py", f"fastgpt/reference/{home}.py", f"tests/test_{stem(op)}.py"]
-    files += [f"bench/bench_{stem(op)}.py"] if "cpp" in backends else []
+    home = kernel_stem(op)
+    files = [f"fastgpt/ops/{stem(op)}.py", f"tests/test_{stem(op)}.py", f"bench/bench_{stem(op)}.py"]
+    files += [f"fastgpt/reference/{'attention' if op == 'attention_varlen' else home}.py"]
     files += [f"kernels/triton/{home}.py"] if "triton" in backends else []
     files += [f"csrc/cpu/{home}.cpp"] if "cpp" in backends else []
     missing = [file for file in files if not (ROOT / file).exists()]

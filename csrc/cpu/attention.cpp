@@ -1,9 +1,10 @@
-// Scaled dot-product attention on the CPU, forward and launchers; the backward is in attention_bwd.h.
+// Scaled dot-product attention on the CPU, forward and launchers; the backward is in attention_bwd.h, the launchers
+// for packed documents in attention_varlen.cpp.
 //
 //   s = scale·q·kᵀ;  s = c·tanh(s/c);  s -= slope·|i + offset - j|;  s += mask;  s = -inf outside the band
 //   p = exp(s - lse);  out = (p∘keep)·v
 //
-// One task per (batch, head, tile of queries) walks the keys with a running maximum and sum (online softmax,
+// One task per (document, head, tile of queries) walks the keys with a running maximum and sum (online softmax,
 // arXiv:1805.02867); the scores of a tile are never stored beyond it. bfloat16 is multiplied as such where the
 // CPU can (factor_t), everything else in float; sums are float (double for double).
 //
@@ -12,8 +13,9 @@
 // exponentials (256 vectors, 13 instructions each) are a fifth to two fifths, so all that remains is
 // kept small: v is packed once a tile, k not at all, q once. Tiles outside the band are skipped, and
 // within a tile on its edge strips of 16. Bytes: q, k, v, out once, k and v again a tile of queries, from the cache.
+#include "attention.h"
+
 #include "attention_bwd.h"
-#include "attention_tiles.h"
 
 namespace fastgpt {
 namespace {
@@ -52,38 +54,41 @@ bool softmax_tile(const Tile& t, A scale, const A* s, Unit<E>* p, const A* keep,
 
 template <typename T>
 void forward(
-    const Problem& p,
+    const Problems& documents,
     View<const T> q,
     View<const T> k,
     View<const T> v,
     const Mask<compute_t<T>>& mask,
     const compute_t<T>* alibi,
     View<T> out,
-    compute_t<T>* lse) {
+    View<compute_t<T>> lse) {
   using A = compute_t<T>;
   using E = factor_t<T>;
   using U = Unit<E>;
-  const int64_t tiles = p.row_tiles(), depth = units<E>(p.size), width = padded<U>(depth);
-  const int64_t value_width = padded<U>(p.value_size);
-  const bool plain = p.softcap <= 0 && !alibi && !mask.seen && !mask.added, drops = p.dropout.active();
-  at::parallel_for(0, p.batch * p.heads * tiles, 1, [&](int64_t begin, int64_t end) {
+  const Problem& call = documents.front();
+  const int64_t depth = units<E>(call.size), width = padded<U>(depth), value_width = padded<U>(call.value_size);
+  const bool plain = call.softcap <= 0 && !alibi && !mask.seen && !mask.added, drops = call.dropout.active();
+  Work work;
+  for (const Problem& p : documents) work.add(p.heads * p.row_tiles(), p.cost() / std::max<int64_t>(1, p.row_tiles()));
+
+  at::parallel_for(0, work.total(), work.longest(), [&](int64_t begin, int64_t end) {
     Buffer<U> rows(ROWS * width), qt(width * ROWS), k_space, v_space, factors(FOLD<E> > 1 ? COLUMNS / 2 * ROWS : 0);
     Buffer<A> s(COLUMNS * ROWS), o(ROWS * value_width), keep(drops ? COLUMNS * ROWS : 0);
     A top[ROWS], sum[ROWS], rescale[ROWS];
-    for (int64_t task = begin; task < end; ++task) {
+    work.each(begin, end, [&](int64_t document, int64_t task) {
+      const Problem& p = documents[document];
       // Light and heavy tiles of a causal triangle in turns, so that any stretch of tasks is as long as another.
-      const int64_t turn = task % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
-      const int64_t b = task / (p.heads * tiles), h = task / tiles % p.heads, first = tile * ROWS;
-      const int64_t m = std::min(ROWS, p.rows - first), kv = h / p.group();
-      pack_queries<E>(qt.data(), rows.data(), width, q.at(b, h, first), q.row, m, p.size);
-      std::fill(o.begin(), o.end(), A(0));
+      const int64_t tiles = p.row_tiles(), turn = task % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
+      const int64_t h = task / tiles, kv = h / p.group(), first = tile * ROWS, m = std::min(ROWS, p.rows - first);
+      pack_queries<E>(qt.data(), rows.data(), width, q.at(p.queries, h, first), q.row, m, p.size);
+      std::fill_n(o.begin(), m * value_width, A(0));
       std::fill(top, top + ROWS, NOTHING<A>);
       std::fill(sum, sum + ROWS, A(0));
 
       const Span seen = p.columns_of(first, first + m);
       for (int64_t j = seen.begin / COLUMNS * COLUMNS; j < seen.end; j += COLUMNS) {
-        const Tile t{b, h, first, m, j, std::min(COLUMNS, p.columns - j)};
-        const Operand<U> ks = first_factor<E>(k_space, k.at(b, kv, j), k.row, t.n, p.size);
+        const Tile t{h, first, m, j, std::min(COLUMNS, p.columns - j)};
+        const Operand<U> ks = first_factor<E>(k_space, k.at(p.keys, kv, j), k.row, t.n, p.size);
         product_of_keys(p, t, depth, ks, Operand<U>{qt.data(), ROWS}, s.data());
         const bool simple = plain && is_whole(p, t);
         if (!simple) score_tile(p, t, mask, alibi, s.data(), static_cast<A*>(nullptr));
@@ -94,21 +99,21 @@ void forward(
           for (int64_t r = 0; r < m; ++r)
             for (A* x = &o[r * value_width]; x < &o[r * value_width] + value_width; x += LANES<A>)
               store<A, A>(x, load<A>(x) * rescale[r]);
-        const Operand<U> vs = second_factor<E>(v_space, v.at(b, kv, j), v.row, t.n, p.value_size);
+        const Operand<U> vs = second_factor<E>(v_space, v.at(p.keys, kv, j), v.row, t.n, p.value_size);
         add_over_keys<E>(p, t, ps, vs, o.data(), value_width);
       }
 
       for (int64_t r = 0; r < m; ++r) {
         const bool nothing = sum[r] == A(0);
         const A inverse = nothing ? A(0) : A(1) / sum[r];
-        T* to = out.at(b, h, first + r);
+        T* to = out.at(p.queries, h, first + r);
         over_vectors<A>(0, p.value_size, [&](int64_t d, auto... n) {
           const Vector<A> x = load<A>(&o[r * value_width + d]) * inverse;
           store<T, A>(to + d, nothing ? Vector<A>{} : x, n...);
         });
-        lse[(b * p.heads + h) * p.rows + first + r] = nothing ? NOTHING<A> : top[r] + std::log(sum[r]);
+        *lse.at(p.queries, h, first + r) = nothing ? NOTHING<A> : top[r] + std::log(sum[r]);
       }
-    }
+    });
   });
 }
 
@@ -119,8 +124,6 @@ Tensor head_major(const Tensor& like, int64_t batch, int64_t heads, int64_t leng
   return at::empty({batch, length, heads, size}, like.options()).transpose(1, 2);
 }
 
-Tensor rows_contiguous(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
-
 // A floating mask in the compute type, converted before it is broadcast.
 Tensor prepare_mask(const OptionalTensor& mask, at::ScalarType acc) {
   if (!mask || mask->scalar_type() == at::kBool || mask->scalar_type() == acc) return mask.value_or(Tensor());
@@ -130,34 +133,15 @@ Tensor prepare_mask(const OptionalTensor& mask, at::ScalarType acc) {
   return least.to(acc).expand(mask->sizes());
 }
 
-Tensor prepare_slopes(const OptionalTensor& slopes, const Problem& p, at::ScalarType acc) {
-  return slopes ? slopes->to(acc).expand({p.batch, p.heads}).contiguous() : Tensor();
-}
-
-Problem describe(
-    const Tensor& q,
-    const Tensor& k,
-    const Tensor& v,
-    const OptionalTensor& seed,
-    double scale,
-    bool lower_right,
-    int64_t left,
-    int64_t right,
-    double softcap,
-    double dropout_p) {
-  Problem p{};
-  p.batch = q.size(0), p.heads = q.size(1), p.kv_heads = k.size(1);
-  p.rows = q.size(2), p.columns = k.size(2), p.size = q.size(3), p.value_size = v.size(3);
-  TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "attention: the heads of k must divide those of q");
-  TORCH_CHECK(
-      k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.columns &&
-          k.size(3) == p.size && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-      "attention: q, k and v do not match");
-  p.scale = scale, p.softcap = softcap, p.left = left, p.right = right;
-  p.offset = lower_right ? p.columns - p.rows : 0;
-  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed");
-  if (dropout_p > 0) p.dropout = {static_cast<uint64_t>(seed->const_data_ptr<int64_t>()[0]), dropout_p};
-  return p;
+// Every entry of the batch is a document.
+Problems entries(const Tensor& q, const Tensor& k, Problem p) {
+  Problems documents;
+  p.rows = q.size(2), p.columns = k.size(2);
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    p.number = b, p.queries = p.keys = {b, 0};
+    documents.push_back(p);
+  }
+  return documents;
 }
 
 std::tuple<Tensor, Tensor> attention_fwd(
@@ -176,22 +160,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const auto acc = accumulator(q.scalar_type());
-  const Tensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, p, acc);
-  Tensor out = head_major(q, p.batch, p.heads, p.rows, p.value_size);
-  Tensor lse = at::empty({p.batch, p.heads, p.rows}, q.options().dtype(acc));
-  dispatch(q.scalar_type(), "attention", [&](auto element) {
-    using T = decltype(element);
-    using A = compute_t<T>;
-    forward<T>(
-        p,
-        View<const T>(q),
-        View<const T>(k),
-        View<const T>(v),
-        Mask<A>(mask),
-        slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
-        View<T>(out),
-        lse.mutable_data_ptr<A>());
-  });
+  Tensor out = head_major(q, q.size(0), p.heads, q.size(2), p.value_size);
+  Tensor lse = at::empty({q.size(0), p.heads, q.size(2)}, q.options().dtype(acc));
+  const Tensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
+  attend(entries(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, lse);
   return {out, lse};
 }
 
@@ -202,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& k_,
     const Tensor& v_,
     const Tensor& out_,
-    const Tensor& lse_,
+    const Tensor& lse,
     const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed,
@@ -215,32 +187,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     bool mask_grad) {
   TORCH_CHECK_NOT_IMPLEMENTED(!mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask");
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
-  const Tensor grad = rows_contiguous(grad_), out = rows_contiguous(out_), lse = lse_.contiguous();
+  const Tensor grad = rows_contiguous(grad_), out = rows_contiguous(out_);
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const auto acc = accumulator(q.scalar_type());
-  const Tensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, p, acc);
-  const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc).contiguous() : Tensor();
-  Tensor dq = head_major(q, p.batch, p.heads, p.rows, p.size);
-  Tensor dk = head_major(k, p.batch, p.kv_heads, p.columns, p.size);
-  Tensor dv = head_major(v, p.batch, p.kv_heads, p.columns, p.value_size);
-  dispatch(q.scalar_type(), "attention", [&](auto element) {
-    using T = decltype(element);
-    using A = compute_t<T>;
-    backward<T>(
-        p,
-        View<const T>(grad),
-        grad_lse.defined() ? grad_lse.const_data_ptr<A>() : nullptr,
-        View<const T>(q),
-        View<const T>(k),
-        View<const T>(v),
-        View<const T>(out),
-        lse.const_data_ptr<A>(),
-        Mask<A>(mask),
-        slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
-        View<T>(dq),
-        View<T>(dk),
-        View<T>(dv));
-  });
+  const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc) : Tensor();
+  Tensor dq = head_major(q, q.size(0), p.heads, q.size(2), p.size);
+  Tensor dk = head_major(k, q.size(0), p.kv_heads, k.size(2), p.size);
+  Tensor dv = head_major(v, q.size(0), p.kv_heads, k.size(2), p.value_size);
+  const Tensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
+  attend_backward(entries(q, k, p), grad, grad_lse, q, k, v, out, lse, mask, slopes, dq, dk, dv);
   return {dq, dk, dv, at::empty({0}, q.options())};
 }
 
@@ -250,4 +205,97 @@ TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
 }
 
 }  // namespace
+
+// ---- what attention_varlen.cpp shares ----
+
+Tensor rows_contiguous(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
+
+Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads, at::ScalarType acc) {
+  return slopes ? slopes->to(acc).expand({documents, heads}).contiguous() : Tensor();
+}
+
+Problem describe(
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const OptionalTensor& seed,
+    double scale,
+    bool lower_right,
+    int64_t left,
+    int64_t right,
+    double softcap,
+    double dropout_p) {
+  Problem p{};
+  p.heads = q.size(1), p.kv_heads = k.size(1), p.size = q.size(3), p.value_size = v.size(3);
+  TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "attention: the heads of k must divide those of q");
+  TORCH_CHECK(
+      k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == p.kv_heads && v.size(2) == k.size(2) &&
+          k.size(3) == p.size && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+      "attention: q, k and v do not match");
+  p.scale = scale, p.softcap = softcap, p.lower_right = lower_right, p.left = left, p.right = right;
+  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed");
+  if (dropout_p > 0) p.dropout = {static_cast<uint64_t>(seed->const_data_ptr<int64_t>()[0]), dropout_p};
+  return p;
+}
+
+void attend(
+    const Problems& documents,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& mask,
+    const Tensor& slopes,
+    const Tensor& out,
+    const Tensor& lse) {
+  if (documents.empty()) return;
+  dispatch(q.scalar_type(), "attention", [&](auto element) {
+    using T = decltype(element);
+    using A = compute_t<T>;
+    forward<T>(
+        documents,
+        View<const T>(q),
+        View<const T>(k),
+        View<const T>(v),
+        Mask<A>(mask),
+        slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
+        View<T>(out),
+        View<A>(lse));
+  });
+}
+
+void attend_backward(
+    const Problems& documents,
+    const Tensor& grad,
+    const Tensor& grad_lse,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& out,
+    const Tensor& lse,
+    const Tensor& mask,
+    const Tensor& slopes,
+    const Tensor& dq,
+    const Tensor& dk,
+    const Tensor& dv) {
+  if (documents.empty()) return;
+  dispatch(q.scalar_type(), "attention", [&](auto element) {
+    using T = decltype(element);
+    using A = compute_t<T>;
+    backward<T>(
+        documents,
+        View<const T>(grad),
+        View<const A>(grad_lse),
+        View<const T>(q),
+        View<const T>(k),
+        View<const T>(v),
+        View<const T>(out),
+        View<const A>(lse),
+        Mask<A>(mask),
+        slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
+        View<T>(dq),
+        View<T>(dk),
+        View<T>(dv));
+  });
+}
+
 }  // namespace fastgpt

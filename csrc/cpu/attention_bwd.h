@@ -4,10 +4,10 @@
 //   dv = (p∘keep)ᵀ·dout;  dp = (dout·vᵀ)∘keep;  ds = p∘(dp - delta)·(1 - (s/c)²)
 //   dq = scale·ds·k;  dk = scale·dsᵀ·q
 //
-// Five products a tile, each tile once. A task owns a (batch, key head) or, where there are few of these, every
-// parts-th tile of its queries; it walks the tiles of its queries and for each the keys that they see. dq is
-// summed in the tile, dk and dv in float buffers of the task, which are added up in the end: how many parts
-// there are follows from the shapes, so that no bit depends on the number of threads.
+// Five products a tile, each tile once. A task owns a (document, key head) or, where these are so few or so unlike
+// that one would be much of the whole, every parts-th tile of its queries; it walks the tiles of its queries and for
+// each the keys that they see. dq is summed in the tile, dk and dv in float buffers of the task, which are added up in
+// the end: how many parts there are follows from the shapes, so that no bit depends on the number of threads.
 //
 // FLOPs: 10·D a visible pair, at the rate of the matrix product. Beside them a tile has 4,096 exponentials and packs
 // what five products need: q and dout in both directions once a tile of queries, k once in all.
@@ -17,13 +17,39 @@
 
 namespace fastgpt {
 
-// Tasks to divide the work into, at least.
+// Tasks to divide the work into, at least, where it has as many tiles of queries.
 constexpr int64_t TASKS = 16;
 
-inline int64_t backward_parts(const Problem& p) {
-  const int64_t units = std::max<int64_t>(1, p.batch * p.kv_heads);
-  return std::clamp<int64_t>((TASKS + units - 1) / units, 1, std::max<int64_t>(1, p.group() * p.row_tiles()));
+// What a key head of a document costs in the backward: its queries, and its keys once.
+inline int64_t backward_cost(const Problem& p) { return p.group() * p.cost() + p.columns; }
+
+// How many tasks share each key head of a document, where all key heads together cost `total`.
+inline int64_t backward_parts(const Problem& p, int64_t total) {
+  const int64_t even = (TASKS * backward_cost(p) + total - 1) / std::max<int64_t>(1, total);
+  return std::clamp<int64_t>(even, 1, std::max<int64_t>(1, p.group() * p.row_tiles()));
 }
+
+// The tasks of all documents. Where some share a key head, each has sums of its own, `keys` in all.
+struct BackwardWork {
+  Work tasks, shared;                 // shared: the key heads whose sums remain to be added up
+  std::vector<int64_t> parts, first;  // of a document; the place of its first sum
+  int64_t keys = 0, longest = 0;      // longest: the keys of a document that is not shared
+
+  explicit BackwardWork(const Problems& documents) {
+    int64_t total = 0;
+    for (const Problem& p : documents) total += p.kv_heads * backward_cost(p);
+    for (const Problem& p : documents) {
+      const int64_t n = backward_parts(p, total);
+      tasks.add(p.kv_heads * n, backward_cost(p) / n);
+      shared.add(n > 1 ? p.kv_heads : 0, n * p.columns);
+      parts.push_back(n), first.push_back(keys);
+      if (n > 1)
+        keys += p.kv_heads * n * p.columns;
+      else
+        longest = std::max(longest, p.columns);
+    }
+  }
+};
 
 // delta of m rows, and their lse; a row that saw nothing, or is none, gets an lse of +inf and so p = 0.
 template <typename T, typename A>
@@ -31,20 +57,19 @@ inline void row_statistics(
     const Problem& p,
     const Tile& t,
     View<const T> grad,
-    const A* grad_lse,
+    View<const A> grad_lse,
     View<const T> out,
-    const A* lse,
+    View<const A> lse,
     A* delta,
     A* top) {
-  const int64_t base = (t.b * p.heads + t.h) * p.rows + t.first;
   for (int64_t r = 0; r < ROWS; ++r) {
     delta[r] = 0, top[r] = -NOTHING<A>;
-    if (r >= t.m || lse[base + r] == NOTHING<A>) continue;
-    const T *g = grad.at(t.b, t.h, t.first + r), *o = out.at(t.b, t.h, t.first + r);
+    if (r >= t.m || *lse.at(p.queries, t.h, t.first + r) == NOTHING<A>) continue;
+    const T *g = grad.at(p.queries, t.h, t.first + r), *o = out.at(p.queries, t.h, t.first + r);
     Vector<A> sum = {};
     over_vectors<A>(0, p.value_size, [&](int64_t d, auto... n) { sum += load<A>(g + d, n...) * load<A>(o + d, n...); });
-    delta[r] = lane_sum<A>(sum) - (grad_lse ? grad_lse[base + r] : A(0));
-    top[r] = lse[base + r];
+    delta[r] = lane_sum<A>(sum) - (grad_lse.data ? *grad_lse.at(p.queries, t.h, t.first + r) : A(0));
+    top[r] = *lse.at(p.queries, t.h, t.first + r);
   }
 }
 
@@ -82,19 +107,18 @@ inline void gradient_tile(
   }
 }
 
-// dk and dv of (batch, key head) from the sums of its parts.
+// dk and dv of (document, key head) from the sums of its parts.
 template <typename T, typename A>
 inline void finish_keys(
     const Problem& p,
-    int64_t unit,
+    int64_t kv,
     int64_t parts,
     const A* sums,
-    int64_t stride,
     int64_t width,
     int64_t value_width,
     View<T> dk,
     View<T> dv) {
-  const int64_t b = unit / p.kv_heads, kv = unit % p.kv_heads;
+  const int64_t stride = p.columns * (width + value_width);
   const auto row = [&](const A* from, int64_t size, T* to) {
     over_vectors<A>(0, size, [&](int64_t d, auto... n) {
       Vector<A> x = load<A>(from + d, n...);
@@ -103,21 +127,21 @@ inline void finish_keys(
     });
   };
   for (int64_t j = 0; j < p.columns; ++j) {
-    row(sums + j * width, p.size, dk.at(b, kv, j));
-    row(sums + p.columns * width + j * value_width, p.value_size, dv.at(b, kv, j));
+    row(sums + j * width, p.size, dk.at(p.keys, kv, j));
+    row(sums + p.columns * width + j * value_width, p.value_size, dv.at(p.keys, kv, j));
   }
 }
 
 template <typename T>
 void backward(
-    const Problem& p,
+    const Problems& documents,
     View<const T> grad,
-    const compute_t<T>* grad_lse,
+    View<const compute_t<T>> grad_lse,
     View<const T> q,
     View<const T> k,
     View<const T> v,
     View<const T> out,
-    const compute_t<T>* lse,
+    View<const compute_t<T>> lse,
     const Mask<compute_t<T>>& mask,
     const compute_t<T>* alibi,
     View<T> dq,
@@ -127,35 +151,36 @@ void backward(
   using E = factor_t<T>;
   using U = Unit<E>;
   constexpr bool FOLDED = FOLD<E> > 1;
-  const int64_t tiles = p.row_tiles(), parts = backward_parts(p), groups = p.batch * p.kv_heads;
-  const int64_t depth = units<E>(p.size), value_depth = units<E>(p.value_size);
+  const Problem& call = documents.front();
+  const int64_t depth = units<E>(call.size), value_depth = units<E>(call.value_size);
   const int64_t q_width = padded<U>(depth), g_width = padded<U>(value_depth);
-  const int64_t width = padded<U>(p.size), value_width = padded<U>(p.value_size);
-  const int64_t stride = p.columns * (width + value_width);
-  const bool plain = p.softcap <= 0 && !alibi && !mask.seen && !mask.added, drops = p.dropout.active();
-  const std::unique_ptr<A[]> shared(parts > 1 ? new A[groups * parts * stride] : nullptr);
+  const int64_t width = padded<U>(call.size), value_width = padded<U>(call.value_size), stride = width + value_width;
+  const bool plain = call.softcap <= 0 && !alibi && !mask.seen && !mask.added, drops = call.dropout.active();
+  const BackwardWork work(documents);
+  const std::unique_ptr<A[]> shared(work.keys > 0 ? new A[work.keys * stride] : nullptr);
 
-  at::parallel_for(0, groups * parts, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, work.tasks.total(), work.tasks.longest(), [&](int64_t begin, int64_t end) {
     Buffer<U> q_rows(ROWS * q_width), qt(q_width * ROWS), g_rows(ROWS * g_width), gt(g_width * ROWS);
     Buffer<U> q_pairs, g_pairs, k_space, v_space, k_pairs;
     Buffer<U> folded(FOLDED ? COLUMNS * ROWS / FOLD<E> * 3 : 0);
-    Buffer<A> s(COLUMNS * ROWS), dp(COLUMNS * ROWS), slope(p.softcap > 0 ? COLUMNS * ROWS : 0),
+    Buffer<A> s(COLUMNS * ROWS), dp(COLUMNS * ROWS), slope(call.softcap > 0 ? COLUMNS * ROWS : 0),
         keep(drops ? COLUMNS * ROWS : 0);
-    Buffer<A> dq_tile(ROWS * width), own(parts > 1 ? 0 : stride);
+    Buffer<A> dq_tile(ROWS * width), own(work.longest * stride);
     A delta[ROWS], top[ROWS];
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / parts / p.kv_heads, kv = task / parts % p.kv_heads;
-      A* const dks = parts > 1 ? shared.get() + task * stride : own.data();
+    work.tasks.each(begin, end, [&](int64_t document, int64_t task) {
+      const Problem& p = documents[document];
+      const int64_t tiles = p.row_tiles(), parts = work.parts[document], kv = task / parts;
+      A* const dks = parts > 1 ? shared.get() + (work.first[document] + task * p.columns) * stride : own.data();
       A* const dvs = dks + p.columns * width;
-      std::fill(dks, dks + stride, A(0));
-      const Operand<U> ks = first_factor<E>(k_space, k.at(b, kv, 0), k.row, p.columns, p.size);
-      const Operand<U> vs = first_factor<E>(v_space, v.at(b, kv, 0), v.row, p.columns, p.value_size);
-      const Operand<U> kp = second_factor<E>(k_pairs, k.at(b, kv, 0), k.row, p.columns, p.size);
+      std::fill(dks, dks + p.columns * stride, A(0));
+      const Operand<U> ks = first_factor<E>(k_space, k.at(p.keys, kv, 0), k.row, p.columns, p.size);
+      const Operand<U> vs = first_factor<E>(v_space, v.at(p.keys, kv, 0), v.row, p.columns, p.value_size);
+      const Operand<U> kp = second_factor<E>(k_pairs, k.at(p.keys, kv, 0), k.row, p.columns, p.size);
 
       for (int64_t index = task % parts; index < p.group() * tiles; index += parts) {
         const int64_t h = kv * p.group() + index / tiles, first = index % tiles * ROWS;
-        Tile t{b, h, first, std::min(ROWS, p.rows - first), 0, 0};
-        const T *q_at = q.at(b, h, first), *g_at = grad.at(b, h, first);
+        Tile t{h, first, std::min(ROWS, p.rows - first), 0, 0};
+        const T *q_at = q.at(p.queries, h, first), *g_at = grad.at(p.queries, h, first);
         pack_queries<E>(qt.data(), q_rows.data(), q_width, q_at, q.row, t.m, p.size);
         pack_queries<E>(gt.data(), g_rows.data(), g_width, g_at, grad.row, t.m, p.value_size);
         Operand<U> qp{q_rows.data(), q_width}, gp{g_rows.data(), g_width};
@@ -166,7 +191,7 @@ void backward(
           qp = {q_pairs.data(), width}, gp = {g_pairs.data(), value_width};
         }
         row_statistics(p, t, grad, grad_lse, out, lse, delta, top);
-        std::fill(dq_tile.begin(), dq_tile.end(), A(0));
+        std::fill_n(dq_tile.begin(), t.m * width, A(0));
 
         const Span seen = p.columns_of(first, first + t.m);
         for (t.j = seen.begin / COLUMNS * COLUMNS; t.j < seen.end; t.j += COLUMNS) {
@@ -197,19 +222,21 @@ void backward(
           add_over_keys<E>(p, t, ds_keys, {kp.data + t.j / FOLD<E> * kp.row, kp.row}, dq_tile.data(), width);
         }
         for (int64_t r = 0; r < t.m; ++r) {
-          T* to = dq.at(b, h, first + r);
+          T* to = dq.at(p.queries, h, first + r);
           over_vectors<A>(
               0, p.size, [&](int64_t d, auto... n) { store<T, A>(to + d, load<A>(&dq_tile[r * width + d]), n...); });
         }
       }
-      if (parts == 1) finish_keys(p, task, 1, dks, stride, width, value_width, dk, dv);
-    }
-  });
-  if (parts > 1)
-    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t group = begin; group < end; ++group)
-        finish_keys(p, group, parts, shared.get() + group * parts * stride, stride, width, value_width, dk, dv);
+      if (parts == 1) finish_keys(p, kv, 1, dks, width, value_width, dk, dv);
     });
+  });
+  at::parallel_for(0, work.shared.total(), work.shared.longest(), [&](int64_t begin, int64_t end) {
+    work.shared.each(begin, end, [&](int64_t document, int64_t kv) {
+      const Problem& p = documents[document];
+      const int64_t parts = work.parts[document], first = work.first[document] + kv * parts * p.columns;
+      finish_keys(p, kv, parts, shared.get() + first * stride, width, value_width, dk, dv);
+    });
+  });
 }
 
 }  // namespace fastgpt

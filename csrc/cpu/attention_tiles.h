@@ -1,4 +1,4 @@
-// What both directions of attention share: the problem, its tensors, and the scores of a tile.
+// What both directions of attention share: the problems, how they are cut into tasks, and the scores of a tile.
 //
 // A tile is COLUMNS keys × ROWS queries and lies transposed: a row of it is one key, so that a vector holds
 // one key and LANES queries. The statistics of the softmax, one number a query, are then vectors too, and
@@ -25,40 +25,92 @@ struct Span {
   int64_t size() const { return std::max<int64_t>(0, end - begin); }
 };
 
-// Everything about a call but the element types.
+// Where the rows of a document begin in a (B, heads, L, D) tensor.
+struct Start {
+  int64_t entry, row;
+};
+
+// Everything about one document but the element types: queries that see its keys and no others. A batch is as many
+// documents as it has entries; those of a call differ in the first three lines only.
 struct Problem {
-  int64_t batch, heads, kv_heads, rows, columns, size, value_size;  // size: of a head
+  int64_t number;  // among the documents
+  Start queries, keys;
+  int64_t rows, columns;
+  int64_t heads, kv_heads, size, value_size;  // size: of a head
   double scale, softcap;
-  int64_t left, right, offset;
+  bool lower_right;
+  int64_t left, right;
   Dropout dropout;
 
   int64_t group() const { return heads / kv_heads; }
+  int64_t offset() const { return lower_right ? columns - rows : 0; }  // of the diagonal
   int64_t row_tiles() const { return (rows + ROWS - 1) / ROWS; }
   // The columns that any of the rows [first, last) sees, and the rows that see any of the columns.
   Span columns_of(int64_t first, int64_t last) const {
     return {
-        left < 0 ? 0 : std::clamp<int64_t>(first + offset - left, 0, columns),
-        right < 0 ? columns : std::clamp<int64_t>(last + offset + right, 0, columns)};
+        left < 0 ? 0 : std::clamp<int64_t>(first + offset() - left, 0, columns),
+        right < 0 ? columns : std::clamp<int64_t>(last + offset() + right, 0, columns)};
   }
   Span rows_of(int64_t first, int64_t last) const {
     return {
-        right < 0 ? 0 : std::clamp<int64_t>(first - offset - right, 0, rows),
-        left < 0 ? rows : std::clamp<int64_t>(last - offset + left, 0, rows)};
+        right < 0 ? 0 : std::clamp<int64_t>(first - offset() - right, 0, rows),
+        left < 0 ? rows : std::clamp<int64_t>(last - offset() + left, 0, rows)};
+  }
+  // What a head of queries costs: the keys that each tile sees, and as much again as packing its queries takes.
+  int64_t cost() const {
+    int64_t sum = 0;
+    for (int64_t first = 0; first < rows; first += ROWS)
+      sum += ROWS + columns_of(first, std::min(first + ROWS, rows)).size();
+    return sum;
   }
 };
 
-// A (B, heads, L, D) tensor of any strides but the last.
+using Problems = std::vector<Problem>;
+
+// The tasks of all documents as one list, to be cut by what they cost: those of one document cost about the same,
+// those of different documents do not.
+class Work {
+ public:
+  // The tasks of the next document, and what one of them costs.
+  void add(int64_t tasks, int64_t cost) {
+    costs_.push_back(std::max<int64_t>(1, cost));
+    starts_.push_back(starts_.back() + tasks * costs_.back());
+    if (tasks > 0) longest_ = std::max(longest_, costs_.back());
+  }
+
+  // What all cost, and the longest task: no thread is worth starting for less.
+  int64_t total() const { return starts_.back(); }
+  int64_t longest() const { return longest_; }
+
+  // Calls f(document, task) for the tasks that begin within [begin, end) of the total.
+  template <typename F>
+  void each(int64_t begin, int64_t end, F&& f) const {
+    const int64_t documents = static_cast<int64_t>(costs_.size());
+    int64_t n = std::upper_bound(starts_.begin(), starts_.end(), begin) - starts_.begin() - 1;
+    for (; n < documents && starts_[n] < end; ++n) {
+      const auto task_at = [&](int64_t x) { return (x - starts_[n] + costs_[n] - 1) / costs_[n]; };
+      const int64_t last = task_at(std::min(end, starts_[n + 1]));
+      for (int64_t task = task_at(std::max(begin, starts_[n])); task < last; ++task) f(n, task);
+    }
+  }
+
+ private:
+  std::vector<int64_t> starts_{0}, costs_;
+  int64_t longest_ = 1;
+};
+
+// A (B, heads, L, D) tensor of any strides but the last, or (B, heads, L).
 template <typename T>
 struct View {
-  T* data;
-  int64_t batch, head, row;
+  T* data = nullptr;
+  int64_t entry = 0, head = 0, row = 0;
 
-  explicit View(const Tensor& t)
-      : data(const_cast<T*>(t.const_data_ptr<std::remove_const_t<T>>())),
-        batch(t.stride(0)),
-        head(t.stride(1)),
-        row(t.stride(2)) {}
-  T* at(int64_t b, int64_t h, int64_t i) const { return data + b * batch + h * head + i * row; }
+  explicit View(const Tensor& t) {
+    if (!t.defined()) return;
+    data = const_cast<T*>(t.const_data_ptr<std::remove_const_t<T>>());
+    entry = t.stride(0), head = t.stride(1), row = t.stride(2);
+  }
+  T* at(Start s, int64_t h, int64_t i) const { return data + s.entry * entry + h * head + (s.row + i) * row; }
 };
 
 // The mask, of strides that may be 0: bool, or floating in the compute type.
@@ -90,9 +142,9 @@ struct Mask {
   }
 };
 
-// One tile: queries [first, first + m) of head h in sequence b, keys [j, j + n).
+// One tile: queries [first, first + m) of head h, keys [j, j + n).
 struct Tile {
-  int64_t b, h, first, m, j, n;
+  int64_t h, first, m, j, n;
 };
 
 // The products of a tile leave out what lies outside the band: strips of STRIP keys or queries, each with
@@ -123,8 +175,8 @@ inline Span keys_of(const Problem& p, const Tile& t, int64_t r, int64_t strip) {
 
 // Whether all of a tile lies within the band.
 inline bool is_whole(const Problem& p, const Tile& t) {
-  return (p.right < 0 || t.j + t.n - 1 <= t.first + p.offset + p.right) &&
-         (p.left < 0 || t.j >= t.first + t.m - 1 + p.offset - p.left);
+  return (p.right < 0 || t.j + t.n - 1 <= t.first + p.offset() + p.right) &&
+         (p.left < 0 || t.j >= t.first + t.m - 1 + p.offset() - p.left);
 }
 
 // How wide strips are: all of a tile that lies within the band.
@@ -174,7 +226,7 @@ inline void score_tile(const Problem& p, const Tile& t, const Mask<A>& mask, con
   const A scale = A(p.scale), cap = A(p.softcap);
   for (int64_t c = 0; c < t.n; ++c) {
     A* row = s + c * ROWS;
-    const int64_t below = t.j + c - p.offset - t.first;  // the query on the diagonal, relative to the tile
+    const int64_t below = t.j + c - p.offset() - t.first;  // the query on the diagonal, relative to the tile
     for (int64_t r = 0; r < ROWS; r += LANES<A>) {
       Vector<A> x = load<A>(row + r) * scale;
       if (cap > A(0)) {
@@ -184,15 +236,15 @@ inline void score_tile(const Problem& p, const Tile& t, const Mask<A>& mask, con
       }
       if (alibi) {
         const Vector<A> distance = lane_numbers<A>() + A(r - below);
-        x -= alibi[t.b * p.heads + t.h] * (distance < A(0) ? -distance : distance);
+        x -= alibi[p.number * p.heads + t.h] * (distance < A(0) ? -distance : distance);
       }
       store<A, A>(row + r, x);
     }
   }
-  if (mask.seen || mask.added) mask.apply(s, t.b, t.h, t.first, t.m, t.j, t.n);
+  if (mask.seen || mask.added) mask.apply(s, p.number, t.h, t.first, t.m, t.j, t.n);
   if (is_whole(p, t)) return;
   for (int64_t c = 0; c < t.n; ++c) {
-    const int64_t below = t.j + c - p.offset - t.first;
+    const int64_t below = t.j + c - p.offset() - t.first;
     A* row = s + c * ROWS;
     if (p.right >= 0) std::fill(row, row + std::clamp<int64_t>(below - p.right, 0, ROWS), NOTHING<A>);
     if (p.left >= 0) std::fill(row + std::clamp<int64_t>(below + p.left + 1, 0, ROWS), row + ROWS, NOTHING<A>);
@@ -204,7 +256,7 @@ template <typename A>
 inline void keep_tile(const Problem& p, const Tile& t, A* keep) {
   A row[COLUMNS];
   for (int64_t r = 0; r < t.m; ++r) {
-    p.dropout.row(row, t.b, t.h, t.first + r, t.j, t.n);
+    p.dropout.row(row, p.number, t.h, t.first + r, t.j, t.n);
     for (int64_t c = 0; c < t.n; ++c) keep[c * ROWS + r] = row[c];
   }
 }
@@ -234,13 +286,14 @@ template <typename E, typename A>
 }
 
 // n <= ROWS rows of queries as the second factor of a product over the size of a head, (units, ROWS); they
-// are packed into `rows` (ROWS, width) on the way, zero beyond n.
+// are packed into `rows` (ROWS, width) on the way. In whole STEPs, zero beyond n.
 template <typename E, typename T>
 inline void pack_queries(
     Unit<E>* out, Unit<E>* rows, int64_t width, const T* in, int64_t stride, int64_t n, int64_t size) {
   pack_rows<E>(rows, width, in, stride, n, size);
-  std::fill(rows + n * width, rows + ROWS * width, Unit<E>(0));
-  transpose(out, ROWS, rows, width, ROWS, units<E>(size));
+  const int64_t whole = whole_steps<compute_t<E>>(n);
+  std::fill(rows + n * width, rows + whole * width, Unit<E>(0));
+  transpose(out, ROWS, rows, width, whole, units<E>(size));
 }
 
 }  // namespace fastgpt

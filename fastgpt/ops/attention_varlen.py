@@ -9,15 +9,19 @@ from torch import Tensor
 
 from fastgpt import reference
 from fastgpt.backends import select
-from fastgpt.ops._checks import autocast_dtype, check_floating, check_same_dtype, check_tensors
+from fastgpt.ops._checks import (
+    autocast_dtype,
+    check_floating,
+    check_same_dtype,
+    check_tensors,
+    distinct,
+)
 from fastgpt.ops._library import define, twice_differentiable, vjp
-from fastgpt.ops.attention import band_bounds, dropout_seed
+from fastgpt.ops.attention import band_bounds, dropout_seed, refusal
 from fastgpt.reference.precision import accumulator
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, "
-    "float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
-)
+_EXTRAS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed"
+_OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
 
 
 def _reference(
@@ -28,26 +32,34 @@ def _reference(
     return reference.attention_varlen(q, k, v, cu_q, cu_k, slopes, seed, **keywords)
 
 
-def _reference_bwd(grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
-    return vjp(lambda q, k, v: _reference(q, k, v, *rest), (q, k, v), (grad, grad_lse))
-
-
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=accumulator(q.dtype))
 
 
+def _fake_bwd(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def _reference_bwd(
+    grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *rest: Any
+) -> tuple[Tensor, ...]:
+    found = vjp(lambda q, k, v: _reference(q, k, v, *rest), (q, k, v), (grad, grad_lse))
+    return tuple(t.contiguous() for t in found)
+
+
 _FWD = define(
     "attention_varlen_fwd",
-    f"({_ARGUMENTS}) -> (Tensor, Tensor)",
+    f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference,
     module=None,
 )
 _BWD = define(
     "attention_varlen_bwd",
-    f"(Tensor grad_out, Tensor? grad_lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    fake=lambda grad, grad_lse, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
     reference=_reference_bwd,
     module=None,
 )
@@ -55,21 +67,52 @@ _BWD = define(
 
 class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, fixed: tuple[Any, ...], backend: str) -> Any:
-        tensors, options = fixed[:4], fixed[4:]
-        ctx.save_for_backward(q, k, v, *tensors)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        slopes: Tensor | None,
+        seed: Tensor | None,
+        options: tuple[Any, ...],
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = _FWD[backend](q, k, v, cu_q, cu_k, slopes, seed, *options)
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, slopes, seed)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.backend = options, backend
-        return _FWD[backend](q, k, v, *fixed)
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, *tensors = ctx.saved_tensors
+        q, k, v, out, lse, *extras = ctx.saved_tensors
         if twice_differentiable():
-            function = lambda q, k, v: _reference(q, k, v, *tensors, *ctx.options)  # noqa: E731
-            return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), None, None
-        grad = q.new_zeros(q.shape[0], q.shape[1], v.shape[2]) if grad is None else grad
-        return *_BWD[ctx.backend](grad, grad_lse, q, k, v, *tensors, *ctx.options), None, None
+            function = lambda q, k, v: _reference(q, k, v, *extras, *ctx.options)  # noqa: E731
+            return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), *[None] * 6
+        grad = torch.zeros_like(out) if grad is None else grad
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        found = _BWD[ctx.backend](grad, grad_lse, q, k, v, out, lse, *extras, *ctx.options)
+        return *found, *[None] * 6
+
+
+def _check_documents(
+    q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, alibi_slopes: Tensor | None
+) -> None:
+    op = "attention_varlen"
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"{op}: {name} must be (documents + 1,) of int32 or int64, got {tuple(cu.shape)} {cu.dtype}"
+            )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must name the same number of documents")
+    documents, heads = cu_seqlens_q.shape[0] - 1, q.shape[1]
+    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (documents, heads)):
+        raise ValueError(
+            f"{op}: alibi_slopes must be ({heads},) or ({documents}, {heads}), got {tuple(alibi_slopes.shape)}"
+        )
 
 
 def attention_varlen(
@@ -102,8 +145,8 @@ def attention_varlen(
         other options: as `attention`, within each document.
 
     Returns:
-        (total_q, H, Dv) in q's dtype; with return_lse also (H, total_q) float32. Rows after the
-        last document are 0.
+        (total_q, H, Dv) in q's dtype; with return_lse also (H, total_q) float32 (float64 for float64). Rows
+        after the last document are 0 (and -inf) and have gradient 0.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as `attention`.
@@ -122,32 +165,22 @@ def attention_varlen(
         raise ValueError(
             f"{op}: the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q (GQA)"
         )
-    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dim() != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"{op}: {name} must be (documents + 1,) of int32 or int64, got {tuple(cu.shape)} {cu.dtype}"
-            )
-    if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must name the same number of documents")
+    _check_documents(q, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
     bounds = band_bounds(op, causal, window)
+    if softcap is not None and softcap < 0:
+        raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
     cast = autocast_dtype(q.device)
     if cast is not None:
         q, k, v = (t if t.dtype == torch.float64 else t.to(cast) for t in (q, k, v))
     check_same_dtype(op, q=q, k=k, v=v)
-    backend = select(op, q.device, lambda b: None)
+    backend = select(op, q.device, lambda b: refusal(b, q, v, None))
+
     key = dropout_seed(op, dropout_p, seed, q.device)
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype))
+        alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype)).contiguous()
     scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)
-    fixed = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        alibi_slopes,
-        key,
-        scale,
-        *bounds,
-        float(softcap or 0.0),
-        float(dropout_p),
-    )
-    out, lse = _AttentionVarlen.apply(q, k, v, fixed, backend)
+    options = (scale, *bounds, float(softcap or 0.0), float(dropout_p))
+    q, k, v, cu_q, cu_k = distinct(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    out, lse = _AttentionVarlen.apply(q, k, v, cu_q, cu_k, alibi_slopes, key, options, backend)
     return (out, lse) if return_lse else out

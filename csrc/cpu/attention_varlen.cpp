@@ -1,0 +1,112 @@
+// Attention over packed documents on the CPU: launchers of the kernels in attention.cpp.
+//
+// Each document is a Problem that begins somewhere in the packed tensors; the tiles of all make up one list of tasks.
+// Rows past the last document belong to one more that has no keys, and keys past it to one that has no queries:
+// they get the zeros that a row gets that sees nothing, and a key that nobody sees.
+#include "attention.h"
+
+namespace fastgpt {
+namespace {
+
+// (total, heads, D) as the one entry of a batch.
+Tensor entry(const Tensor& t) { return t.transpose(0, 1).unsqueeze(0); }
+
+// The document bounds, with the end of the tensor behind them.
+std::vector<int64_t> bounds(const char* name, const Tensor& cu_seqlens, int64_t total) {
+  const Tensor starts = cu_seqlens.to(at::kLong).contiguous();
+  TORCH_CHECK(starts.dim() == 1 && starts.numel() > 0, "attention_varlen: ", name, " must be (documents + 1,)");
+  const int64_t* first = starts.const_data_ptr<int64_t>();
+  std::vector<int64_t> found(first, first + starts.numel());
+  TORCH_CHECK_VALUE(
+      found.front() == 0 && found.back() <= total && std::is_sorted(found.begin(), found.end()),
+      name,
+      " must ascend from 0 to at most ",
+      total,
+      ", got ",
+      c10::IntArrayRef(found));
+  found.push_back(total);
+  return found;
+}
+
+Problems documents_of(
+    const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, Problem p) {
+  const std::vector<int64_t> q_starts = bounds("cu_seqlens_q", cu_seqlens_q, q.size(2));
+  const std::vector<int64_t> k_starts = bounds("cu_seqlens_k", cu_seqlens_k, k.size(2));
+  TORCH_CHECK(q_starts.size() == k_starts.size(), "attention_varlen: q and k have different numbers of documents");
+  Problems documents;
+  const auto add = [&](int64_t n, int64_t rows, int64_t columns) {
+    p.number = n, p.queries = {0, q_starts[n]}, p.keys = {0, k_starts[n]}, p.rows = rows, p.columns = columns;
+    documents.push_back(p);
+  };
+  const int64_t rest = static_cast<int64_t>(q_starts.size()) - 2;
+  for (int64_t n = 0; n < rest; ++n) add(n, q_starts[n + 1] - q_starts[n], k_starts[n + 1] - k_starts[n]);
+  add(rest, q.size(2) - q_starts[rest], 0);
+  add(rest, 0, k.size(2) - k_starts[rest]);
+  return documents;
+}
+
+std::tuple<Tensor, Tensor> attention_varlen_fwd(
+    const Tensor& q_,
+    const Tensor& k_,
+    const Tensor& v_,
+    const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k,
+    const OptionalTensor& alibi_slopes,
+    const OptionalTensor& seed,
+    double scale,
+    bool lower_right,
+    int64_t left,
+    int64_t right,
+    double softcap,
+    double dropout_p) {
+  const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
+  const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
+  const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
+  const auto acc = accumulator(q.scalar_type());
+  Tensor out = at::empty({q.size(2), p.heads, p.value_size}, q.options());
+  Tensor lse = at::empty({p.heads, q.size(2)}, q.options().dtype(acc));
+  const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
+  attend(documents, q, k, v, Tensor(), slopes, entry(out), lse.unsqueeze(0));
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
+    const Tensor& grad_,
+    const OptionalTensor& grad_lse_,
+    const Tensor& q_,
+    const Tensor& k_,
+    const Tensor& v_,
+    const Tensor& out_,
+    const Tensor& lse,
+    const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k,
+    const OptionalTensor& alibi_slopes,
+    const OptionalTensor& seed,
+    double scale,
+    bool lower_right,
+    int64_t left,
+    int64_t right,
+    double softcap,
+    double dropout_p) {
+  const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
+  const Tensor grad = rows_contiguous(entry(grad_)), out = rows_contiguous(entry(out_));
+  const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
+  const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
+  const auto acc = accumulator(q.scalar_type());
+  const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc).unsqueeze(0) : Tensor();
+  const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
+  Tensor dq = at::empty(q_.sizes(), q.options());
+  Tensor dk = at::empty(k_.sizes(), k.options());
+  Tensor dv = at::empty(v_.sizes(), v.options());
+  attend_backward(
+      documents, grad, grad_lse, q, k, v, out, lse.unsqueeze(0), Tensor(), slopes, entry(dq), entry(dk), entry(dv));
+  return {dq, dk, dv};
+}
+
+TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("attention_varlen_fwd_cpp", &attention_varlen_fwd);
+  m.impl("attention_varlen_bwd_cpp", &attention_varlen_bwd);
+}
+
+}  // namespace
+}  // namespace fastgpt
