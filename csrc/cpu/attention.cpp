@@ -97,7 +97,7 @@ void forward(
         const A scale = simple ? A(p.scale) : A(1);
         if (softmax_tile<E>(t, scale, s.data(), ps, drops ? keep.data() : nullptr, top, sum, rescale))
           for (int64_t r = 0; r < m; ++r)
-            for (A* x = &o[r * value_width]; x < &o[r * value_width] + value_width; x += LANES<A>)
+            for (A* x = o.data() + r * value_width; x < o.data() + (r + 1) * value_width; x += LANES<A>)
               store<A, A>(x, load<A>(x) * rescale[r]);
         const Operand<U> vs = second_factor<E>(v_space, v.at(p.keys, kv, j), v.row, t.n, p.value_size);
         add_over_keys<E>(p, t, ps, vs, o.data(), value_width);

@@ -135,6 +135,7 @@ inline void gemm(int64_t m, int64_t n, int64_t k, Operand<U> a, Operand<U> b, A*
 // n rows of `size` elements as rows of E, zero beyond `size`: out (n, width units).
 template <typename E, typename T>
 inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, int64_t n, int64_t size) {
+  if (width == 0) return;  // memcpy and memset take no null pointers, not even for nothing
   for (int64_t i = 0; i < n; ++i) {
     E* row = reinterpret_cast<E*>(out + i * width);
     if constexpr (std::is_same_v<E, T>)
@@ -149,6 +150,7 @@ inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, 
 
 // n rows that follow each other along k: out (units(n), width), neighbouring rows folded into units.
 inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int64_t stride, int64_t n, int64_t size) {
+  if (width == 0) return;
   const auto* rows = reinterpret_cast<const uint16_t*>(in);
   for (int64_t i = 0; i < n; i += 2) {
     const uint16_t *first = rows + i * stride, *second = first + stride;
