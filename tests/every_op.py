@@ -1,5 +1,7 @@
 """A case of every op that the C++ kernels have: our function, PyTorch's, and inputs."""
 
+import itertools
+
 import torch
 import torch.nn.functional as T
 
@@ -7,16 +9,32 @@ from fastgpt import ops
 from fastgpt.testing import strided
 
 NAMES = (
+    "linear",
     "gelu",
     "bias_gelu",
     "linear_gelu",
     "geglu",
     "add_layer_norm",
     "attention",
+    "attention_varlen",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_cross_entropy, row by row",  # another backward
 )
+
+
+def sdpa_by_document(q, k, v, bounds):
+    """PyTorch's attention, causal, of (total, heads, D), a document at a time."""
+    documents = [
+        [t[begin:end].transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        for begin, end in itertools.pairwise(bounds)
+    ]
+    outs = [
+        T.scaled_dot_product_attention(*d, is_causal=True, enable_gqa=True)
+        for d in documents
+        if d[0].shape[2]
+    ]
+    return torch.cat([out[0].transpose(0, 1) for out in outs])
 
 
 def case(name, dtype, rows=37, size=67):
@@ -39,6 +57,8 @@ def case(name, dtype, rows=37, size=67):
             lambda x, b: T.gelu(x + b, approximate="tanh"),
             [leaf(rows, size), leaf(size)],
         )
+    if name == "linear":
+        return ops.linear, T.linear, [leaf(rows, 16), leaf(2 * size, 16, scale=0.25), leaf(2 * size)]
     if name == "linear_gelu":
         inputs = [leaf(rows, 16), leaf(size, 16, scale=0.25), leaf(size)]
         return ops.linear_gelu, lambda *linear: T.gelu(T.linear(*linear)), inputs
@@ -55,6 +75,13 @@ def case(name, dtype, rows=37, size=67):
             lambda q, k, v: ops.attention(q, k, v, causal="upper_left"),
             lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
             [leaf(1, heads, rows, min(size, 256)) for heads in (2, 1, 1)],
+        )
+    if name == "attention_varlen":
+        bounds = torch.tensor([0, rows // 3, rows // 3, rows])
+        return (
+            lambda q, k, v: ops.attention_varlen(q, k, v, bounds, bounds, rows, rows, causal="upper_left"),
+            lambda q, k, v: sdpa_by_document(q, k, v, bounds.tolist()),
+            [leaf(rows, heads, min(size, 256)) for heads in (2, 1, 1)],
         )
     options = {"reduction": "none" if name.endswith("row by row") else "mean", "label_smoothing": 0.1}
     if name == "cross_entropy":
