@@ -58,10 +58,12 @@ for name, rows, size in CASES:
 CASES = {
     "gelu": (8, 250_000),
     "bias_gelu": (8, 250_000),
+    "linear": (1000, 2000),
     "linear_gelu": (1000, 2000),
     "geglu": (8, 250_000),
     "add_layer_norm": (8, 500_000),
     "attention": (1000, 256),
+    "attention_varlen": (1000, 256),
     "cross_entropy": (8, 150_000),
     "linear_cross_entropy": (64, 10_000),
     "linear_cross_entropy, row by row": (64, 10_000),
