@@ -69,3 +69,72 @@ def test_attention():
     # The last key's score is 512, all others 0: it takes all the weight.
     assert torch.equal(out, torch.ones_like(out))
     assert lse.item() == 512.0
+
+
+@pytest.mark.slow
+def test_attention_varlen():
+    """The last document lies beyond 2³¹ elements of k and v; the first is all that comes before."""
+    needs(12)
+    size, last = 64, 100
+    columns = ELEMENTS // size
+    k = torch.zeros(columns, 1, size, dtype=torch.bfloat16)
+    v = torch.zeros(columns, 1, size, dtype=torch.bfloat16)
+    k[-last:], v[-last:] = torch.randn(2, last, 1, size).bfloat16()
+    q = torch.randn(2, 1, size).bfloat16()
+    bounds_q, bounds_k = torch.tensor([0, 1, 2]), torch.tensor([0, columns - last, columns])
+    out = ops.attention_varlen(q, k, v, bounds_q, bounds_k, 1, columns)
+    assert not out[0].any()
+    one, all_keys = torch.tensor([0, 1]), torch.tensor([0, last])
+    expected = ops.attention_varlen(q[1:], k[-last:], v[-last:], one, all_keys, 1, last)
+    assert torch.equal(out[1:], expected)
+
+
+@pytest.mark.slow
+def test_geglu():
+    """One tensor for all arguments and gradients: forward and backward as registered, to spare memory."""
+    needs(18)
+    x = torch.zeros(ELEMENTS, dtype=torch.bfloat16)
+    x[-1] = 3.0
+    y = torch.ops.fastgpt.geglu_fwd_cpp(x, x, False)
+    assert torch.equal(y[-1:], ops.geglu(x[-1:], x[-1:]))
+    assert not y[:-1].any()
+    del y
+    da, db = torch.ops.fastgpt.geglu_bwd_cpp(x, x, x, False)
+    end = x[-1:].clone()
+    for got, expected in zip((da, db), torch.ops.fastgpt.geglu_bwd_cpp(end, end, end, False), strict=True):
+        assert torch.equal(got[-1:], expected)
+        assert not got[:-1].any()
+
+
+@pytest.mark.slow
+def test_add_layer_norm():
+    needs(16)
+    size = 2048
+    x = torch.zeros(ELEMENTS // size, size, dtype=torch.bfloat16)
+    x[-1] = torch.randn(size)
+    weight, bias = torch.ones(size).bfloat16(), torch.zeros(size).bfloat16()
+    with torch.no_grad():
+        y, total = ops.add_layer_norm(x, x, weight, bias)
+        y_last, total_last = ops.add_layer_norm(x[-1:], x[-1:], weight, bias)
+    assert torch.equal(y[-1:], y_last)
+    assert torch.equal(total[-1:], total_last)
+    assert not y[:-1].any()
+
+
+@pytest.mark.slow
+def test_linear():
+    """The result has more than 2³¹ elements, and so has the upstream gradient of the backward."""
+    needs(12)
+    size, width = 32, 2048
+    x = torch.zeros(ELEMENTS // width, size, dtype=torch.bfloat16)
+    x[-1] = torch.randn(size)
+    weight = torch.randn(width, size)
+    rounded = weight.bfloat16()
+    y = torch.ops.fastgpt.linear_fwd_cpp(x, weight, None)
+    torch.testing.assert_close(y[-1], rounded @ x[-1])
+    assert not y[:-1].any()
+    dx, dweight, dbias = torch.ops.fastgpt.linear_bwd_cpp(y, x, weight, True, True, True)
+    torch.testing.assert_close(dx[-1], y[-1] @ rounded)
+    assert not dx[:-1].any()
+    torch.testing.assert_close(dweight, y[-1:].float().T @ x[-1:].float())
+    torch.testing.assert_close(dbias, y[-1].float())
