@@ -27,7 +27,7 @@ MEASURING = {
 # The dtypes of each preset; the last one is training's.
 DTYPES_OF = {"tiny": ("fp32",), "quick": ("fp32", "bf16"), "cpu": ("fp32", "bf16"), "gpu": ("fp32", "bf16")}
 # Seconds of rounds a case and direction, about.
-SECONDS = {"tiny": 0.3, "quick": 1.5, "full": 2.0}
+SECONDS = {"tiny": 0.3, "quick": 1.2, "full": 2.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -195,7 +195,8 @@ def _run(
         for kind, a, b in bar:
             bar.set_description(f"train {b}" if kind == "train" else f"{a.name} {b.name} {b.dtype}")
             if kind == "train":
-                records = run_train(b, a, machine, Plan(10 * seconds, 5, 41, ("step",), plan.backends, peers))
+                steps = Plan(10 * seconds, 5, 41, ("step",), plan.backends, peers)
+                records = run_train(b, a, machine, steps, compared=4 if short else 8)
             else:
                 swept = Plan(seconds / 3, 3, 21, ("fwd+bwd",), plan.backends, peers)
                 records = run_case(a, b, machine, swept if b.sweep else plan)

@@ -50,18 +50,20 @@ def name(size: dict[str, int]) -> str:
     return "x".join(map(str, size.values()))
 
 
-def run_train(size: dict[str, int], dtype: str, machine: Machine, plan: Plan, steps: int = 8) -> list[Record]:
+def run_train(
+    size: dict[str, int], dtype: str, machine: Machine, plan: Plan, compared: int = 8
+) -> list[Record]:
     """Check and time every contender on one size; one record each, ours first.
 
     Args:
-        steps: how many are compared before timing.
+        compared: how many steps' losses are compared before timing.
     """
     torch.manual_seed(0)
     config = GPTConfig(
         vocab_size=size["V"], block_size=size["T"], n_layer=size["L"], n_head=size["H"], n_embd=size["C"]
     )
     weights = GPT(config).state_dict()
-    batches = [tuple(t.to(machine.device) for t in batch) for batch in _batches(size, steps)]
+    batches = [tuple(t.to(machine.device) for t in batch) for batch in _batches(size, compared)]
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
