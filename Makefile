@@ -2,6 +2,7 @@
 # a C++20 compiler and make.
 #   make demo      train a small GPT for about two minutes on the CPU
 #   make test      the test suite          make test-all   with the slower sweeps
+#   make asan      the ops' tests on C++ kernels that check every read, write and integer operation
 #   make lint      formatting, style, types
 #   make bench     a few minutes of benchmarks beside every peer that is installed; out/bench/report.html
 #   make compare   the same cases under pytest-benchmark, saved, compared with the run before
@@ -16,7 +17,7 @@ MINUTES ?= 25
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: demo test test-all lint bench compare gpu rehearse clean
+.PHONY: demo test test-all asan lint bench compare gpu rehearse clean
 
 .venv/.tools: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -42,6 +43,24 @@ test: .venv/.dev
 
 test-all: .venv/.dev
 	$(BIN)/python -m pytest -m ""
+
+# AddressSanitizer and UndefinedBehaviorSanitizer, with gcc; VARIANT=plain (or another that this CPU can run) instead
+# of the best one. Left out: other backends; torch.compile, which calls the same kernels; memory peaks, to which
+# the sanitizer adds its own. Python and PyTorch leak on purpose. The preloaded libraries must come before all others
+# and Python links no libstdc++; a report goes straight to the terminal, since it ends the process.
+ASAN_TESTS := $(wildcard tests/test_functional*.py) $(foreach op, add_layer_norm attention attention_varlen \
+	cross_entropy geglu gelu linear_cross_entropy linear_gelu, tests/test_$(op).py)
+
+asan: .venv/.dev
+	set -e; \
+	variant=$${VARIANT:-$$($(BIN)/python -c "from fastgpt import extension; print(extension.variant())")}; \
+	folder=build/asan/$$variant; \
+	$(BIN)/python setup.py --quiet build --build-base $$folder --build-lib $$folder/lib \
+		build_ext --sanitize --variants "$$variant"; \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest --capture=sys -o pythonpath="tests $$folder/lib" $(ASAN_TESTS) \
+		-k "not reference and not triton and not compiles and not never_holds"
 
 lint: .venv/.dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
