@@ -219,7 +219,7 @@ void backward(
               ds_keys);
           add_over_queries<E>(p, t, ps, gp, dvs + t.j * value_width, value_width);
           add_over_queries<E>(p, t, ds, qp, dks + t.j * width, width);
-          add_over_keys<E>(p, t, ds_keys, {kp.data + t.j / FOLD<E> * kp.row, kp.row}, dq_tile.data(), width);
+          add_over_keys<E>(p, t, ds_keys, {kp.data + t.j / FOLD<E> * kp.row, kp.row, kp.column}, dq_tile.data(), width);
         }
         for (int64_t r = 0; r < t.m; ++r) {
           T* to = dq.at(p.queries, h, first + r);

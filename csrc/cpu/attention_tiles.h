@@ -201,7 +201,7 @@ inline void add_over_keys(
   for (int64_t r = 0; r < t.m; r += strip) {
     const Span c = keys_of(p, t, r, strip);
     const Operand<Unit<E>> some{a + c.begin / FOLD<E> * ROWS + r, 1, ROWS},
-        part{b.data + c.begin / FOLD<E> * b.row, b.row};
+        part{b.data + c.begin / FOLD<E> * b.row, b.row, b.column};
     gemm<true>(std::min(strip, t.m - r), width, units<E>(c.size()), some, part, out + r * width, width);
   }
 }
@@ -214,7 +214,8 @@ inline void add_over_queries(
   for (int64_t c = 0; c < t.n; c += strip) {
     const Span q = queries_of<A>(p, t, c, strip);
     const int64_t row = ROWS / FOLD<E>;
-    const Operand<Unit<E>> some{a + c * row + q.begin / FOLD<E>, row}, part{b.data + q.begin / FOLD<E> * b.row, b.row};
+    const Operand<Unit<E>> some{a + c * row + q.begin / FOLD<E>, row},
+        part{b.data + q.begin / FOLD<E> * b.row, b.row, b.column};
     gemm<true>(std::min(strip, t.n - c), width, q.size() / FOLD<E>, some, part, out + c * width, width);
   }
 }

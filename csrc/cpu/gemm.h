@@ -52,7 +52,9 @@ constexpr int64_t units(int64_t n) {
   return (n + FOLD<E> - 1) / FOLD<E>;
 }
 
-// Rows of units, `row` apart; a bfloat16 pair may lie at any even address.
+// Rows of units, `row` apart, and columns, `column` apart; a bfloat16 pair may lie at any even address. A second
+// factor may lie in panels of GEMM_N columns each: GEMM_N units a row, so that a product reads it in order, and
+// `column` is then the length of a panel's columns.
 template <typename U>
 struct Operand {
   const U* data;
@@ -113,7 +115,7 @@ inline void gemm_rows(int64_t n, int64_t k, Operand<U> a, Operand<U> b, A* c, in
   for (int64_t j = 0; j < n; j += GEMM_N<U>) {
     if (FAR)
       for (int64_t p = 0; p < k; p += LINE) __builtin_prefetch(a.data + (M + j / GEMM_N<U> % M) * a.row + p);
-    gemm_tile<M, ADD>(k, a.data, a.row, a.column, b.data + j, b.row, c + j, c_row);
+    gemm_tile<M, ADD>(k, a.data, a.row, a.column, b.data + j * b.column, b.row, c + j, c_row);
   }
 }
 
@@ -179,19 +181,34 @@ inline Operand<Unit<E>> first_factor(
   return {space.data(), width};
 }
 
-// n rows as the second factor of a product over n.
+// n rows as the second factor of a product over n: where they lie if they can be multiplied there, else in panels.
 template <typename E, typename T>
 inline Operand<Unit<E>> second_factor(
     std::vector<Unit<E>>& space, const T* rows, int64_t stride, int64_t n, int64_t size) {
-  const int64_t width = padded<Unit<E>>(size);
+  using U = Unit<E>;
+  constexpr int64_t W = LANES<U>;
+  const int64_t depth = units<E>(n), width = padded<U>(size);
   if constexpr (std::is_same_v<E, T> && FOLD<E> == 1)
     if (size == width) return {rows, stride};
-  space.resize(units<E>(n) * width);
-  if constexpr (FOLD<E> > 1)
-    pack_pairs(space.data(), width, rows, stride, n, size);
-  else
-    pack_rows<E>(space.data(), width, rows, stride, n, size);
-  return {space.data(), width};
+  space.resize(depth * width);
+  for (int64_t i = 0; i < n; i += FOLD<E>) {
+    const T *first = rows + i * stride, *second = i + 1 < n ? first + stride : nullptr;
+    U* const to = space.data() + i / FOLD<E> * GEMM_N<U>;
+    const auto pack = [&](int64_t j, auto... left) {
+      Vector<U> x;
+      if constexpr (FOLD<E> > 1) {
+        x = std::bit_cast<Bits>(load<float>(first + j, left...)) >> 16;
+        if (second) x |= std::bit_cast<Bits>(load<float>(second + j, left...));
+      } else {
+        x = load<E>(first + j, left...);
+      }
+      *reinterpret_cast<Vector<U>*>(to + j / GEMM_N<U> * GEMM_N<U> * depth + j % GEMM_N<U>) = x;
+    };
+    int64_t j = 0;
+    for (; j + W <= size; j += W) pack(j);
+    for (; j < width; j += W) pack(j, std::max<int64_t>(0, size - j));
+  }
+  return {space.data(), GEMM_N<U>, depth};
 }
 
 // One square of LANES × LANES units, in registers: at step s the blocks of s × s trade places.

@@ -26,10 +26,10 @@ namespace fastgpt {
 
 constexpr int64_t SLICE = 64, BLOCK_V = 256, PARTS = 16;
 
-// Rows of a chunk: an eighth of all, so that the logits kept are an eighth of what they would take. More than
-// 256 rows no longer fit into a second-level cache; fewer than 64 add passes over dweight (V·D, once a chunk).
+// Rows of a chunk: a quarter of all, so that what is kept is an eighth of what logits and their gradient would take,
+// or less. More than 256 rows no longer fit into a second-level cache; fewer add passes over weight and dweight.
 inline int64_t chunk_rows(int64_t asked, int64_t rows) {
-  const int64_t automatic = std::clamp<int64_t>((rows + 7) / 8, 64, 256);
+  const int64_t automatic = std::clamp<int64_t>((rows + 3) / 4, 64, 256);
   return std::clamp<int64_t>(asked > 0 ? asked : automatic, 1, std::max<int64_t>(rows, 1));
 }
 
@@ -143,19 +143,16 @@ class Chunks {
     packed_.assign(lanes_ * depth_, U(0));
     turned_.resize(depth_ * lanes_);
     pack_rows<E>(packed_.data(), depth_, h, size_, n_, size_);
-    transpose(turned_.data(), lanes_, packed_.data(), depth_, lanes_, units<E>(size_));
-    if (!with_grad) return;
-    second_.assign(units<E>(lanes_) * width_, U(0));
-    if constexpr (FOLD<E> > 1)
-      pack_pairs(second_.data(), width_, h, size_, n_, size_);
-    else
-      pack_rows<E>(second_.data(), width_, h, size_, n_, size_);
+    for (int64_t r = 0; r < lanes_; r += GEMM_N<U>)
+      transpose(&turned_[r * depth_], GEMM_N<U>, &packed_[r * depth_], depth_, GEMM_N<U>, units<E>(size_));
+    if (with_grad) by_row_ = second_factor<E>(second_, h, size_, n_, size_);
   }
 
   // logits (classes, lanes) of [v, v + n), with bias and softcap.
   void project(int64_t v, int64_t n, Space& space) const {
     const Operand<U> w = first_factor<E>(space.rows, weight_ + v * size_, size_, n, size_);
-    gemm<false>(n, lanes_, units<E>(size_), w, Operand<U>{turned_.data(), lanes_}, space.logits.data(), lanes_);
+    gemm<false>(
+        n, lanes_, units<E>(size_), w, Operand<U>{turned_.data(), GEMM_N<U>, depth_}, space.logits.data(), lanes_);
     const A cap = A(options_.softcap);
     if (!bias_ && cap <= A(0)) return;
     for (int64_t c = 0; c < n; ++c)
@@ -247,7 +244,6 @@ class Chunks {
     at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
       Space space(*this);
       space.block.resize(kept_ ? 0 : BLOCK_V * lanes_);
-      space.keys.resize(FOLD<E> > 1 ? BLOCK_V / FOLD<E> * lanes_ : 0);
       for (int64_t part = first; part < last; ++part) {
         const Classes classes = span(part);
         for (int64_t v = classes.begin; v < classes.end; v += BLOCK_V) {
@@ -260,8 +256,7 @@ class Chunks {
               dbias[v + c] +=
                   sum_of<A>(lanes_, [&](int64_t r, auto... some) { return load<A>(d + c * lanes_ + r, some...); });
           add_to_weight(dweight + v * size_, n, reinterpret_cast<const U*>(d), space);
-          const Operand<U> w = second_factor<E>(space.pairs, weight_ + v * size_, size_, n, size_);
-          gemm<true>(n_, width_, units<E>(n), as_rows(d, n, space), w, &sums_[part * step_ * width_], width_);
+          add_to_hidden(&sums_[part * step_ * width_], v, n, d, space);
         }
       }
     });
@@ -306,20 +301,23 @@ class Chunks {
     });
   }
 
-  // dlogits (n, lanes) as the first factor of a product over classes: rows of hidden, their classes along k.
-  Operand<U> as_rows(const E* d, int64_t n, Space& space) const {
-    if constexpr (FOLD<E> == 1) {
-      return {d, 1, lanes_};
-    } else {
-      pack_pairs(space.keys.data(), lanes_, d, lanes_, n, lanes_);
-      return {space.keys.data(), 1, lanes_};
-    }
+  // dhidden (rows, width) += dlogits·weight over n classes from v.
+  void add_to_hidden(A* dhidden, int64_t v, int64_t n, const E* d, Space& space) const {
+    const Operand<U> w = second_factor<E>(space.pairs, weight_ + v * size_, size_, n, size_);
+    const Operand<U> keys = second_factor<E>(space.keys, d, lanes_, n, lanes_);
+    for (int64_t j = 0; j < width_; j += GEMM_N<U>)
+      for (int64_t r = 0; r < n_; r += GEMM_N<U>) {
+        const Operand<U> rows{keys.data + r * keys.column, 1, keys.row}, panel{w.data + j * w.column, w.row};
+        const int64_t some = std::min(GEMM_N<U>, n_ - r);
+        gemm<true>(some, GEMM_N<U>, units<E>(n), rows, panel, dhidden + r * width_ + j, width_);
+      }
   }
 
   // dweight (n, size) += dlogits·hidden; the first chunk finds no sum yet.
   void add_to_weight(A* dweight, int64_t n, const U* d, Space& space) const {
-    const int64_t k = lanes_ / FOLD<E>;
-    const Operand<U> a{d, k}, b{second_.data(), width_};
+    const int64_t k = units<E>(n_);
+    const Operand<U> a{d, lanes_ / FOLD<E>};
+    const Operand<U>& b = by_row_;
     if (size_ == width_) {
       begin_ > 0 ? gemm<true>(n, width_, k, a, b, dweight, width_) : gemm<false>(n, width_, k, a, b, dweight, width_);
       return;
@@ -341,7 +339,8 @@ class Chunks {
 
   // The chunk at hand: n_ rows from begin_.
   int64_t begin_ = 0, n_ = 0;
-  std::vector<U> packed_, turned_, second_;  // hidden in rows, over its size, over its rows
+  std::vector<U> packed_, turned_, second_;  // hidden in rows; in panels, over its size and over its rows
+  Operand<U> by_row_;                        // second_
   std::vector<A> x_target_, sums_;           // the target's logit; dhidden of each part
   std::unique_ptr<E[]> kept_;                // (classes, lanes): exponentials, then dlogits
   std::unique_ptr<A[]> tops_;                // (slices, lanes): the maxima they were taken at
