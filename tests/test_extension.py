@@ -24,8 +24,10 @@ EVERY_OP = """
 import sys
 sys.path.insert(0, "tests")
 import torch, fastgpt
+import every_op
 from dropin import NAMES, check_same, example, leaf
 from fastgpt import extension
+from fastgpt.testing import check_error_rule
 torch.set_num_threads(2)
 with fastgpt.use_backend("cpp"):
     for name in NAMES:
@@ -39,6 +41,10 @@ with fastgpt.use_backend("cpp"):
     check_same("linear_cross_entropy", leaf(70, 67), leaf(131, 67), torch.arange(70), reduction="none")
     for dtype in (torch.float32, torch.bfloat16):
         check_same("scaled_dot_product_attention", *(leaf(1, 2, 131, 67, dtype=dtype) for _ in "qkv"), is_causal=True)
+    for name in every_op.NAMES:
+        check_error_rule(*every_op.case(name, torch.float32))
+        if not name.startswith("attention"):  # in 16 bits rows that see few keys have a rounding more
+            check_error_rule(*every_op.case(name, torch.bfloat16))
 loaded = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if "_cpu_" in line}
 print(extension.variant(), *loaded)
 """

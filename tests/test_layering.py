@@ -4,6 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
+import every_op
 import pytest
 
 from fastgpt.backends import IMPLEMENTED_BY, OPS
@@ -185,3 +186,7 @@ def test_files_are_short():
 
 def test_no_file_is_named_for_nothing():
     assert not [p for p in sources() if p.stem in ("utils", "util", "helpers", "misc", "monkey_patch")]
+
+
+def test_every_op_has_a_case_for_the_tests_that_take_them_all():
+    assert {name.partition(",")[0] for name in every_op.NAMES} == set(OPS)
