@@ -35,9 +35,13 @@ CXX_FLAGS = [
 ]
 
 # `build_ext --sanitize`, as `make asan` calls it. Optimised so far that multiplications and additions are
-# fused as in the kernels that ship: some tests are as strict as that.
+# fused as in the kernels that ship: some tests are as strict as that. Under the -fwrapv that Python was compiled with,
+# no signed overflow would be one.
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-SANITIZE_COMPILING = ["-O1", "-fexpensive-optimizations", "-g", "-fno-omit-frame-pointer", *SANITIZE]
+SANITIZE_COMPILING = [
+    *("-O1", "-fexpensive-optimizations", "-fno-wrapv", "-g", "-fno-omit-frame-pointer"),
+    *SANITIZE,
+]
 
 
 def compiled() -> dict:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,17 @@ def _parser() -> argparse.ArgumentParser:
         "--rehearse", action="store_true", help="the same on the CPU, toy sizes, Triton interpreted"
     )
     gpu.add_argument("--commit", help="what commit this is, where there is no .git to ask")
+
+    taken = commands.add_parser(
+        "resources", help="what each Triton kernel takes of three generations of GPUs; needs none"
+    )
+    taken.set_defaults(run=_resources)
+    taken.add_argument("op", nargs="*", help="only the kernels of these ops")
+    taken.add_argument(
+        "--arch", action="append", metavar="NAME", help="only this one: sm_80, sm_90a, sm_100a"
+    )
+    taken.add_argument("--json", action="store_true", help="print the records instead of the table")
+    taken.add_argument("--write", action="store_true", help="also write them to bench/results/resources.json")
 
     report = commands.add_parser(
         "report", help="tables and plots of bench/results, and the README's from them"
@@ -158,7 +169,7 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
     return ((kind, a, b) for kind, a, b, shape in found if not options.shape or shape in options.shape)
 
 
-def _check(what: str, given: list[str] | None, known: list[str]) -> None:
+def _check(what: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
     for value in given or []:
         if value not in known:
             raise ValueError(f"unknown {what} {value!r}; known here: {', '.join(known)}")
@@ -273,6 +284,26 @@ def _gpu(options: argparse.Namespace) -> int:
     from bench.gpu import run_gpu
 
     return run_gpu(options.out, options.budget_minutes, rehearse=options.rehearse, commit=options.commit)
+
+
+def _resources(options: argparse.Namespace) -> int:
+    if os.environ.pop("TRITON_INTERPRET", "") not in ("", "0"):
+        print(
+            "TRITON_INTERPRET is set; resources needs Triton's compiler and goes without it", file=sys.stderr
+        )
+    from bench.launches import configurations
+    from bench.resources import run
+    from bench.sass import ARCHITECTURES
+
+    known = list(dict.fromkeys(c.op for c in configurations()))
+    _check("op", options.op, known)
+    _check("architecture", options.arch, ARCHITECTURES)
+    if options.write and (options.op or options.arch):
+        raise ValueError(
+            "--write is for all ops and architectures at once: leave out what chooses among them"
+        )
+    chosen = [c for c in configurations() if c.op in (options.op or known)]
+    return run(chosen, options.arch or ARCHITECTURES, as_json=options.json, write=options.write)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -46,9 +46,6 @@ OPS = (
     "add_layer_norm",
 )
 
-# Ops that only some backends implement; every other op is implemented by reference, cpp and triton.
-IMPLEMENTED_BY: dict[str, tuple[str, ...]] = {"attention_varlen": ("reference", "cpp")}
-
 PYTORCH = "pytorch"  # what the drop-in falls back to; not a backend one can ask for
 
 
@@ -192,12 +189,7 @@ def available_backends(op: str) -> dict[str, Availability]:
     """
     if op not in OPS:
         raise ValueError(f"there is no op {op!r}; the ops are {', '.join(OPS)}")
-    found = {}
-    for backend in BACKENDS:
-        found[backend] = _machine_availability(backend)
-        if found[backend] and backend not in IMPLEMENTED_BY.get(op, BACKENDS):
-            found[backend] = Availability(False, f"the {backend} backend has no {op} yet")
-    return found
+    return {backend: _machine_availability(backend) for backend in BACKENDS}
 
 
 def _machine_refusal(op: str, backend: str, device: str) -> str | None:

@@ -218,11 +218,12 @@ def _leaf(part: Any, whole: Any) -> Any:
 
 
 @contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
+def poisoned_memory(deterministic: bool = True) -> Iterator[None]:
     """Fresh memory is full of NaN, so that a slot nobody writes shows.
 
-    Python's `torch.empty` and its relatives are patched; memory allocated in C++ is filled by
-    PyTorch itself, which does so under deterministic algorithms.
+    Args:
+        deterministic: under deterministic algorithms, where PyTorch itself fills the memory that is allocated in
+            C++. Python's `torch.empty` and its relatives are patched either way.
     """
 
     def poison(function: Function) -> Function:
@@ -234,7 +235,7 @@ def poisoned_memory() -> Iterator[None]:
 
     before = torch.are_deterministic_algorithms_enabled()
     fill_before = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         with contextlib.ExitStack() as stack:

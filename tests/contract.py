@@ -15,12 +15,14 @@ def dtypes_of(backend):
 
 def check_every_slot_is_written(function, inputs):
     """In memory full of NaN the results are the same as in ordinary memory, and have no NaN."""
-    plain, plain_grads = run_with_gradients(function, inputs, None)
-    with poisoned_memory():
-        poisoned, poisoned_grads = run_with_gradients(function, inputs, None)
-    for a, b in zip([*plain, *plain_grads], [*poisoned, *poisoned_grads], strict=True):
-        assert not b.isnan().any()
-        assert torch.equal(a, b)
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        plain, plain_grads = run_with_gradients(function, inputs, None)
+        with poisoned_memory(deterministic):
+            poisoned, poisoned_grads = run_with_gradients(function, inputs, None)
+        for a, b in zip([*plain, *plain_grads], [*poisoned, *poisoned_grads], strict=True):
+            assert not b.isnan().any()
+            assert torch.equal(a, b)
 
 
 def check_opcheck(op, *argument_lists):

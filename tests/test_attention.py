@@ -18,7 +18,7 @@ from plain_attention import composed
 import fastgpt
 from fastgpt import ops
 from fastgpt.reference import dropout_keep
-from fastgpt.testing import check_error_rule, strided
+from fastgpt.testing import check_error_rule, run_with_gradients, strided
 
 
 def inputs(
@@ -113,6 +113,21 @@ def test_masks_of_every_broadcastable_shape(backend, shape, kind):
             lambda q, k, v, m=mask: composed(q, k, v, attn_mask=m),
             inputs(dtype),
         )
+
+
+@pytest.mark.parametrize("asked", ["by the option", "by PyTorch's switch"])
+def test_deterministic_backward(backend, asked):
+    """Where it is another path, it is as exact; and its bits are the same in every run."""
+    torch.use_deterministic_algorithms(asked == "by PyTorch's switch")
+    options = {"causal": "lower_right", "softcap": 2.0, "window": (20, -1), "dropout_p": 0.3, "seed": 3}
+    ours = lambda q, k, v: ops.attention(q, k, v, deterministic=asked == "by the option", **options)  # noqa: E731
+    for dtype in dtypes_of(backend):
+        tensors = [
+            strided(shape, dtype, "contiguous") for shape in ((2, 4, 70, 24), (2, 2, 80, 24), (2, 2, 80, 24))
+        ]
+        check_error_rule(ours, lambda q, k, v: composed(q, k, v, **options), tensors)
+        first, second = (run_with_gradients(ours, tensors, None)[1] for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @given(
@@ -299,7 +314,7 @@ def test_opcheck(backend):
     out, lse = registered("attention_fwd", backend)(q, k, v, mask, slopes, seed, *full)
     check_opcheck(
         registered("attention_bwd", backend),
-        (torch.randn_like(out), lse.clamp(-1, 1), q, k, v, out, lse, mask, slopes, seed, *full, False),
+        (torch.randn_like(out), lse.clamp(-1, 1), q, k, v, out, lse, mask, slopes, seed, *full, False, False),
     )
 
 

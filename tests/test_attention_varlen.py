@@ -22,14 +22,6 @@ from fastgpt.testing import LAYOUTS, check_error_rule, run_with_gradients, strid
 LENGTHS_Q, LENGTHS_K = (3, 0, 7, 1), (5, 2, 7, 0)
 
 
-@pytest.fixture
-def backend(backend):
-    available = fastgpt.available_backends("attention_varlen")[backend]
-    if not available:
-        pytest.skip(available.reason)
-    return backend
-
-
 def bounds(lengths, dtype=torch.int32):
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=dtype)
 
@@ -314,13 +306,13 @@ def test_second_derivatives():
 def test_opcheck(backend):
     q, k, v = (t.detach() for t in inputs(layout="sliced", rest=1))
     cu_q, cu_k = bounds(LENGTHS_Q), bounds(LENGTHS_K)
-    plain = (cu_q, cu_k, None, None, 0.3, False, -1, 0, 0.0, 0.0)
-    full = (cu_q, cu_k, torch.rand(4, 4), torch.tensor([5]), 0.3, True, 4, 2, 3.0, 0.3)
+    plain = (cu_q, cu_k, None, None, 30, 30, 0.3, False, -1, 0, 0.0, 0.0)
+    full = (cu_q, cu_k, torch.rand(4, 4), torch.tensor([5]), 30, 30, 0.3, True, 4, 2, 3.0, 0.3)
     forward = registered("attention_varlen_fwd", backend)
     check_opcheck(forward, (q, k, v, *plain), (q, k, v, *full))
     out, lse = forward(q, k, v, *full)
     grads = torch.randn_like(out), lse.clamp(-1, 1)
-    check_opcheck(registered("attention_varlen_bwd", backend), (*grads, q, k, v, out, lse, *full))
+    check_opcheck(registered("attention_varlen_bwd", backend), (*grads, q, k, v, out, lse, *full, False))
 
 
 def test_compiles_once_for_all_shapes(backend):
@@ -348,13 +340,15 @@ def test_large_heads_go_to_the_reference():
 )
 def test_document_bounds_are_checked(backend, cu, message):
     q, right = torch.randn(11, 2, 8), torch.full_like(cu, 11).scatter(0, torch.tensor([0]), 0)
-    options = (None, None, 0.3, False, -1, -1, 0.0, 0.0)
+    options = (None, None, 11, 11, 0.3, False, -1, -1, 0.0, 0.0)
     out, lse = torch.zeros(11, 2, 8), torch.zeros(2, 11)
     for name, (cu_q, cu_k) in {"cu_seqlens_q": (cu, right), "cu_seqlens_k": (right, cu)}.items():
         with pytest.raises(ValueError, match=f"{name} {message}"):
             ops.attention_varlen(q, q, q, cu_q, cu_k, 11, 11)
         with pytest.raises(ValueError, match=f"{name} {message}"):
-            registered("attention_varlen_bwd", backend)(out, None, q, q, q, out, lse, cu_q, cu_k, *options)
+            registered("attention_varlen_bwd", backend)(
+                out, None, q, q, q, out, lse, cu_q, cu_k, *options, False
+            )
 
 
 CU = torch.tensor([0, 4])

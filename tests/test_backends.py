@@ -143,18 +143,6 @@ def test_every_op_lists_every_backend_with_a_reason_where_it_is_missing():
         assert not available["cuda"]
 
 
-def test_op_that_a_backend_lacks_says_so():
-    available = fastgpt.available_backends("attention_varlen")
-    assert not available["triton"]
-    assert available["triton"].reason == "the triton backend has no attention_varlen yet"
-    q, cu = torch.randn(4, 1, 8), torch.tensor([0, 4])
-    with (
-        fastgpt.use_backend("triton"),
-        pytest.raises(fastgpt.BackendUnavailable, match="no attention_varlen yet"),
-    ):
-        ops.attention_varlen(q, q, q, cu, cu, 4, 4)
-
-
 def test_unknown_op_is_a_value_error_with_the_names():
     with pytest.raises(ValueError, match=r"no op 'relu'.*attention.*gelu"):
         fastgpt.available_backends("relu")

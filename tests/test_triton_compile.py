@@ -1,275 +1,232 @@
 """Compiles the Triton kernels ahead of time, as a GPU would get them, and reads what came out. Needs no GPU.
 
-The launchers run with a recorder in the place of the launch, so that what is compiled is what they would
-launch: their tile sizes, their specialisations. Each kernel must give a cubin without spills and, on Hopper,
-the attention kernels must use the warpgroup matrix instruction. Triton's interpreter and its compiler exclude
-each other in one process; hence the compilation is a process of its own, this file run as a script.
+`bench.resources` does the work, in processes of their own: Triton's interpreter, in which all other tests run,
+and its compiler exclude each other. What it found for every configuration stands in bench/results/resources.json.
 """
 
-from __future__ import annotations
-
+import functools
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-ARCHITECTURES = (80, 90, 100)
+from bench.launches import configurations
+from bench.resources import PATH, in_order, table
+from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile
+
+ROOT = Path(__file__).parent.parent
+COMPILE = """
+import json
+from bench.launches import configurations
+from bench.resources import resources
+if __name__ == "__main__":
+    chosen = [c for c in configurations() if {chosen}]
+    print(json.dumps([record for found in resources(chosen) for record in found]))
+"""
 
 
-def _compile(sweep: str) -> dict[str, dict[str, Any]]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def compiled(chosen, tmp_path, root=ROOT):
+    """The records of the configurations c for which an expression holds."""
+    script = tmp_path / "compile.py"  # a file: the processes it starts import it again
+    script.write_text(COMPILE.format(chosen=chosen))
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, __file__, sweep], env=env, capture_output=True, text=True, check=False, timeout=1800
+        [sys.executable, script], env=env, cwd=root, capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return {record["name"]: record for record in json.loads(done.stdout.splitlines()[-1])}
+    return in_order(json.loads(done.stdout.splitlines()[-1]))
+
+
+def key(record):
+    return record["kernel"], record["op"], record["config"], record["arch"]
+
+
+@functools.cache
+def committed():
+    return {key(record): record for record in json.loads(PATH.read_text())}
 
 
 @pytest.fixture(scope="module")
-def quick() -> dict[str, dict[str, Any]]:
-    return _compile("quick")
+def quick(tmp_path_factory):
+    return compiled("c.quick", tmp_path_factory.mktemp("quick"))
 
 
-def _check(records: dict[str, dict[str, Any]]) -> None:
+def check_against_committed(records):
     assert records
-    for name, record in records.items():
-        assert record["cubin"] > 0, name
-        if record["exempt"] is None:
-            assert record["stack"] == record["local"] == 0, f"{name} spills: {record}"
+    for record in records:
+        known = committed().get(key(record))
+        assert known, f"{key(record)} is not in {PATH.name}: python -m bench resources --write"
+        assert record["spills"] == record["stack"] == 0 or record["exempt"], f"{key(record)} spills"
+        for bound in ("overlapped", "serial") if known["loop"] else ():
+            assert record["loop"][bound] >= known["loop"][bound], f"{key(record)}: {bound} bound fell"
 
 
-def test_kernels_compile_without_spills(quick: dict[str, dict[str, Any]]) -> None:
-    _check(quick)
-    kernels = {record["kernel"] for record in quick.values()}
-    assert len(kernels) == 14, sorted(kernels)  # every kernel of every file
-
-
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("kernel", ["_attention_fwd", "_attention_bwd_dkv", "_attention_bwd_dq"])
-def test_attention_uses_warpgroup_products_on_hopper(
-    quick: dict[str, dict[str, Any]], kernel: str, head_dim: int
-) -> None:
-    record = quick[f"attention bf16 d{head_dim} causal sm_90 {kernel}"]
-    assert record["wgmma"] > 0
-    assert record["mma"] == 0  # no product fell back to the instruction of the generation before
-
-
-@pytest.mark.parametrize("classes", [50304, 50257])
-@pytest.mark.parametrize("kernel", ["_cross_entropy_fwd", "_cross_entropy_bwd"])
-def test_cross_entropy_moves_16_bytes_at_a_time(
-    quick: dict[str, dict[str, Any]], kernel: str, classes: int
-) -> None:
-    """Also where the rows have an odd length and start at odd addresses."""
-    record = quick[f"cross_entropy bf16 V{classes} sm_90 {kernel}"]
-    assert record["wide_loads"] > 0
-    if kernel == "_cross_entropy_bwd":
-        assert record["wide_stores"] > 0
+def test_kernels_keep_their_bounds_and_do_not_spill(quick):
+    check_against_committed(quick)
+    assert {record["arch"] for record in quick} == set(ARCHITECTURES)
 
 
 @pytest.mark.slow
-def test_sweep_compiles_without_spills() -> None:
-    _check(_compile("sweep"))
+def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path):
+    records = compiled("True", tmp_path)
+    check_against_committed(records)
+    assert {key(record) for record in records} == set(committed())
 
 
-# What follows runs in the process of its own.
+def test_committed_file_has_every_configuration_and_kernel():
+    found = {(op, config.split(";")[0], arch) for _, op, config, arch in committed()}
+    assert found == {(c.op, c.name, arch) for c in configurations() for arch in ARCHITECTURES}
+    assert len({kernel for kernel, *_ in committed()}) == 14
 
-Case = tuple[str, Callable[[], None]]
+
+def test_committed_kernels_use_the_matrix_instruction_of_their_architecture():
+    instruction = {"sm_80": "hmma", "sm_90a": "hgmma", "sm_100a": "utchmma"}
+    checked = 0
+    for record in committed().values():
+        if record["kernel"].startswith("attention") and record["loop"] is not None and not record["exempt"]:
+            assert record[instruction[record["arch"]]] > 0, key(record)
+            checked += 1
+    assert checked > 50
 
 
-def _cases(sweep: bool) -> list[Case]:
-    import torch
+@pytest.mark.parametrize("kernel", ["gelu_fwd", "gelu_bwd", "geglu_fwd", "geglu_bwd", "bias_gelu_fwd"])
+def test_elementwise_kernels_move_16_bytes_at_a_time_and_nothing_twice(kernel):
+    for record in committed().values():
+        if record["kernel"] == kernel:
+            assert record["wide_loads"] > 0, key(record)
+            assert record["wide_stores"] > 0, key(record)
+            moved = record["bytes_per_element"]
+            assert moved["least"] <= moved["moved"] <= 1.2 * moved["least"], key(record)
 
-    from fastgpt.kernels import add_layer_norm, attention, cross_entropy, gelu
 
-    def run_attention(
-        dtype: torch.dtype,
-        head_dim: int,
-        *,
-        dv: int | None = None,
-        kv_heads: int = 2,
-        left: int = -1,
-        right: int = 0,
-        softcap: float = 0.0,
-        dropout: float = 0.0,
-        mask: torch.dtype | None = None,
-        alibi: bool = False,
-    ) -> None:
-        length, heads = 256, 2
-        q = torch.empty(1, length, heads, head_dim, dtype=dtype).transpose(1, 2)
-        k = torch.empty(1, length, kv_heads, head_dim, dtype=dtype).transpose(1, 2)
-        v = torch.empty(1, length, kv_heads, dv or head_dim, dtype=dtype).transpose(1, 2)
-        attn_mask = (
-            None if mask is None else torch.zeros(length, length, dtype=mask).expand(1, heads, length, length)
-        )
-        slopes = torch.ones(heads) if alibi else None
-        seed = torch.zeros(1, dtype=torch.int64) if dropout else None
-        options = (attn_mask, slopes, seed, head_dim**-0.5, True, left, right, softcap, dropout)
-        out, lse = attention.attention_fwd(q, k, v, *options)
-        attention.attention_bwd(out, None, q, k, v, out, lse, *options, False)
+@pytest.mark.parametrize("kernel", ["cross_entropy_fwd", "cross_entropy_bwd"])
+def test_cross_entropy_moves_16_bytes_at_a_time(kernel):
+    """Also where the rows have an odd length and start at odd addresses."""
+    records = [record for record in committed().values() if record["kernel"] == kernel]
+    assert any("V50257" in record["config"] for record in records)
+    for record in records:
+        assert record["wide_loads"] > 0, key(record)
+        assert record["wide_stores"] > 0 or kernel == "cross_entropy_fwd", key(record)
 
-    def run_cross_entropy(
-        dtype: torch.dtype, classes: int, smoothing: float = 0.0, softcap: float = 0.0
-    ) -> None:
-        logits, target = torch.empty(4, classes, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-        weight = torch.ones(classes) if smoothing else None
-        options = (weight, -100, smoothing, 0.0, softcap)
-        loss, lse = cross_entropy.cross_entropy_fwd(logits, target, *options)
-        cross_entropy.cross_entropy_bwd(loss, None, logits, target, lse, *options)
 
-    def run_gelu(dtype: torch.dtype, tanh: bool) -> None:
-        x, bias = torch.empty(256, 3072, dtype=dtype), torch.empty(3072, dtype=dtype)
-        gelu.gelu_fwd(x, tanh)
-        gelu.gelu_bwd(x, x, tanh)
-        gelu.bias_gelu_fwd(x, bias, tanh)
-        gelu.bias_gelu_bwd(x, x, bias, tanh)
-        gelu.geglu_fwd(x, x, tanh)
-        gelu.geglu_bwd(x, x, x, tanh)
+# (kernel, head size): the serial bound on the share of peak, and instructions a score of mufu, fp32.
+BARS = {
+    ("attention_fwd", 64): (0.36, 1.1, 5),
+    ("attention_fwd", 128): (0.52, 1.1, 5),
+    ("attention_bwd", 64): (0.55, 1.1, 6),
+    ("attention_bwd", 128): (0.70, 1.1, 6),
+}
 
-    def run_layer_norm(dtype: torch.dtype, size: int) -> None:
-        x, weight = torch.empty(64, size, dtype=dtype), torch.empty(size)
-        normed, total, mean, rstd = add_layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
-        add_layer_norm.add_layer_norm_bwd(normed, normed, total, weight, mean, rstd)
 
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    everything = {"left": 256, "softcap": 30.0, "dropout": 0.1, "mask": fp32, "alibi": True, "kv_heads": 1}
-    if not sweep:
-        return [
-            ("attention bf16 d64 causal", lambda: run_attention(bf16, 64)),
-            ("attention bf16 d128 causal", lambda: run_attention(bf16, 128)),
-            (
-                "attention bf16 d64 dropout mask",
-                lambda: run_attention(bf16, 64, dropout=0.1, mask=torch.bool),
-            ),
-            ("cross_entropy bf16 V50304", lambda: run_cross_entropy(bf16, 50304)),
-            ("cross_entropy bf16 V50257", lambda: run_cross_entropy(bf16, 50257)),
-            ("gelu bf16 erf", lambda: run_gelu(bf16, False)),
-            ("gelu bf16 tanh", lambda: run_gelu(bf16, True)),
-            ("add_layer_norm bf16 D768", lambda: run_layer_norm(bf16, 768)),
-        ]
-    return [
-        *(
-            (f"attention bf16 d{d} everything", lambda d=d: run_attention(bf16, d, **everything))
-            for d in (64, 128, 256)
-        ),
-        *(
-            (f"attention fp16 d{d} full", lambda d=d: run_attention(fp16, d, right=-1))
-            for d in (64, 96, 128, 256)
-        ),
-        *((f"attention fp32 d{d} causal", lambda d=d: run_attention(fp32, d)) for d in (64, 128, 256)),
-        ("attention bf16 d128 dv64 window", lambda: run_attention(bf16, 128, dv=64, left=128, kv_heads=1)),
-        *((f"attention bf16 d{d} alibi", lambda d=d: run_attention(bf16, d, alibi=True)) for d in (64, 128)),
-        ("cross_entropy fp32 V50257 all", lambda: run_cross_entropy(fp32, 50257, 0.1, 30.0)),
-        ("cross_entropy bf16 V50304 all", lambda: run_cross_entropy(bf16, 50304, 0.1, 30.0)),
-        ("gelu fp32 erf", lambda: run_gelu(fp32, False)),
-        *(
-            (f"add_layer_norm bf16 D{n}", lambda n=n: run_layer_norm(bf16, n))
-            for n in (64, 1600, 4096, 16384)
-        ),
-        ("add_layer_norm fp32 D768", lambda: run_layer_norm(fp32, 768)),
+@pytest.mark.parametrize(("kernel", "size"), BARS)
+def test_inner_loop_on_hopper_stays_within_its_instructions(kernel, size):
+    (record,) = [
+        r
+        for (name, op, config, arch), r in committed().items()
+        if (name, op, arch) == (kernel, "attention", "sm_90a") and config.startswith(f"bf16 d{size} causal")
     ]
+    serial, mufu, fp32 = BARS[kernel, size]
+    assert record["loop"]["serial"] >= serial
+    assert record["loop"]["mufu"] <= mufu
+    assert record["loop"]["fp32"] <= fp32
 
 
-def _exempt(name: str, resources: dict[str, int]) -> str | None:
-    """Why a spill is accepted, or None."""
-    if resources["registers"] == 128 and resources["stack"] <= 8:
-        return "one register that ptxas gives up by itself, so that two programs fit into a multiprocessor"
-    if "fp32 d128" in name or "fp32 d256" in name:
-        return "IEEE fp32 has no tensor core: whole operands stand in registers; a path for correctness"
-    if "everything" in name:
-        return "all options at once: a tile that has room for that is too small for each of them alone"
-    if "add_layer_norm bf16 D16384" in name:
-        return "a row of 16384 and its two sums are 96 registers a thread"
-    return None
-
-
-def _source(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The source and the options that Triton would compile for a launch with these arguments.
-
-    As its launch does: 1 and None become constants, and what is divisible by 16 is said to be.
-    """
-    import torch
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import mangle_type
-
-    options = {k: kwargs[k] for k in ("num_warps", "num_stages") if k in kwargs}
-    values = dict(zip((p.name for p in fn.params), args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
-    for i, p in enumerate(fn.params):
-        value = values[p.name]
-        is_one = type(value) is int and value == 1 and not p.do_not_specialize
-        if p.is_constexpr or value is None or is_one:
-            signature[p.name] = "constexpr"
-            constants[p.name] = value
-            continue
-        signature[p.name] = mangle_type(value)
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        if isinstance(number, int) and number % 16 == 0 and not p.do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn, signature, constants, attributes), options
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+def test_comments_do_not_change_the_records(tmp_path):
+    """What is committed changes with the kernels alone."""
+    copy = tmp_path / "checkout"
+    for folder in ("bench", "fastgpt"):
+        shutil.copytree(
+            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "results", "__pycache__")
         )
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", done.stdout)
-    assert found, done.stdout
-    return dict(zip(("registers", "stack", "static_shared", "local"), map(int, found.groups()), strict=True))
+    shutil.copytree(ROOT / "kernels" / "triton", copy / "fastgpt" / "kernels", dirs_exist_ok=True)
+    gelu = copy / "fastgpt" / "kernels" / "gelu.py"
+    gelu.write_text(gelu.read_text().replace("    b_x = tl.load", "    # A remark.\n    b_x = tl.load"))
+    records = compiled("(c.op, c.name) == ('gelu', 'bf16 erf')", tmp_path, copy)
+    assert records == [r for r in committed().values() if (r["op"], r["config"][:8]) == ("gelu", "bf16 erf")]
 
 
-def _main(sweep: bool) -> list[dict[str, Any]]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    from fastgpt.kernels import attention_tiles
-
-    launches: list[tuple[Any, ...]] = []
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
-    records: dict[str, dict[str, Any]] = {}
-    for case, run in _cases(sweep):
-        for arch in ARCHITECTURES:
-            # Only attention's tiles go by the device; the rest is compiled for one.
-            if not case.startswith("attention") and arch != 90:
-                continue
-            attention_tiles.capability = lambda _, arch=arch: divmod(arch, 10)
-            launches.clear()
-            run()
-            for fn, args, kwargs in launches:
-                source, options = _source(fn, args, kwargs)
-                kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-                ptx = kernel.asm["ptx"]
-                name = f"{case} sm_{arch} {fn.__name__}"
-                resources = _resources(kernel.asm["cubin"])
-                records[name] = {
-                    "name": name,
-                    "kernel": fn.__name__,
-                    "cubin": len(kernel.asm["cubin"]),
-                    "shared": kernel.metadata.shared,
-                    "wgmma": ptx.count("wgmma.mma_async"),
-                    "mma": ptx.count("mma.sync"),
-                    "wide_loads": len(re.findall(r"ld\.global[\w.:]*\.v4", ptx)),
-                    "wide_stores": len(re.findall(r"st\.global[\w.:]*\.v4", ptx)),
-                    "exempt": _exempt(name, resources),
-                    **resources,
-                }
-    return list(records.values())
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "bench", "resources", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-if __name__ == "__main__":
-    print(json.dumps(_main(sys.argv[1] == "sweep")))
+def test_command_prints_the_committed_records_of_an_op():
+    done = command("geglu", "--arch", "sm_90a", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [r for r in committed().values() if key(r)[1::2] == ("geglu", "sm_90a")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gellu",), "unknown op 'gellu'; known here: attention, attention_varlen, cross_entropy"),
+        (("--arch", "sm_75"), "unknown architecture 'sm_75'; known here: sm_80, sm_90a, sm_100a"),
+        (("gelu", "--write"), "--write is for all ops and architectures at once"),
+    ],
+)
+def test_command_refuses_what_it_does_not_know(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+# ---- the reading of machine code ----
+
+DISASSEMBLY = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;            /* 0x00000a00ff017624 */
+        /*0010*/                   LDG.E.128 R4, [R2.64] ;
+        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], !UPT ;
+        /*0030*/               @P0 MUFU.EX2 R3, R4 ;
+        /*0040*/                   FFMA.FTZ R3, R4, R5, R6 ;
+        /*0050*/                   IADD3 R2, P1, R2, 0x10, RZ ;
+        /*0060*/              @!P2 BRA 0x20 ;
+        /*0070*/                   STG.E.128 [R2.64], R4 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90 ;
+"""
+
+
+def test_loop_is_found_and_its_instructions_counted():
+    code = instructions(DISASSEMBLY)
+    assert [i.opcode for i in code][:3] == ["MOV", "LDG.E.128", "HGMMA.64x128x16.F32.BF16"]
+    (body,) = loops(code, "matrix")
+    assert [i.address for i in body] == [0x20, 0x30, 0x40, 0x50, 0x60]
+    flops = 2 * 64 * 128 * 16 * 2
+    found = profile(body, warps=8, elements=256, flops=flops, arch="sm_90a")
+    assert (found["mufu"], found["fp32"], found["int"], found["memory"]) == (1, 1, 1, 0)
+    matrix, others = flops / 4096, (256 / 16, 256 / 128, 256 / 64)
+    assert found["overlapped"] == round(matrix / max(matrix, *others), 4)
+    assert found["serial"] == round(matrix / (matrix + sum(others)), 4)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "pipe", "flops"),
+    [
+        ("HMMA.16816.F32.BF16", "matrix", 4096),
+        ("HMMA.1688.F32.TF32", "matrix", 2048),
+        ("HGMMA.64x64x16.F32", "matrix", 131072),
+        ("UTCHMMA", "matrix", 0),
+        ("FSETP.GT.AND", "fp32", 0),
+        ("LOP3.LUT", "int", 0),
+        ("LDSM.16.M88.4", "memory", 0),
+        ("UIADD3", "other", 0),
+    ],
+)
+def test_instruction_goes_to_its_pipe(opcode, pipe, flops):
+    instruction = Instruction(0, opcode, "")
+    assert (instruction.pipe, instruction.flops) == (pipe, flops)
+
+
+def test_table_has_a_line_for_every_record():
+    assert table(list(committed().values())).count("\n") == len(committed())

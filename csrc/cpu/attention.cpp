@@ -184,7 +184,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     int64_t right,
     double softcap,
     double dropout_p,
-    bool mask_grad) {
+    bool mask_grad,
+    bool /*deterministic: always*/) {
   TORCH_CHECK_NOT_IMPLEMENTED(!mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask");
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Tensor grad = rows_contiguous(grad_), out = rows_contiguous(out_);

@@ -53,6 +53,8 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const Tensor& cu_seqlens_k,
     const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed,
+    int64_t /*max_seqlen_q*/,
+    int64_t /*max_seqlen_k*/,
     double scale,
     bool lower_right,
     int64_t left,
@@ -82,12 +84,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& cu_seqlens_k,
     const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed,
+    int64_t /*max_seqlen_q*/,
+    int64_t /*max_seqlen_k*/,
     double scale,
     bool lower_right,
     int64_t left,
     int64_t right,
     double softcap,
-    double dropout_p) {
+    double dropout_p,
+    bool /*deterministic: always*/) {
   const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
   const Tensor grad = rows_contiguous(entry(grad_)), out = rows_contiguous(entry(out_));
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);

@@ -72,7 +72,7 @@ def _fake_bwd(
     mask: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    dmask = mask.new_empty(mask.shape) if mask is not None and rest[-1] else q.new_empty(0)
+    dmask = mask.new_empty(mask.shape) if mask is not None and rest[-2] else q.new_empty(0)
     return *(_head_major(t, tuple(t.shape)) for t in (q, k, v)), dmask
 
 
@@ -89,7 +89,7 @@ def _reference_bwd(
     seed: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    *options, mask_grad = rest
+    *options, mask_grad, _ = rest  # the reference is deterministic anyway
     function = _differentiable(mask if not mask_grad else None, slopes, seed, tuple(options))
     inputs = (q, k, v, mask if mask_grad else None)
     dq, dk, dv, dmask = vjp(function, inputs, (grad, grad_lse))
@@ -120,7 +120,7 @@ _FWD = define(
 _BWD = define(
     "attention_bwd",
     f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS},"
-    " bool mask_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool mask_grad, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
     module="attention",
@@ -138,12 +138,13 @@ class _Attention(torch.autograd.Function):
         slopes: Tensor | None,
         seed: Tensor | None,
         options: tuple[Any, ...],
+        deterministic: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         out, lse = _FWD[backend](q, k, v, mask, slopes, seed, *options)
         ctx.save_for_backward(q, k, v, mask, slopes, seed, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.deterministic, ctx.backend = options, deterministic, backend
         return out, lse
 
     @staticmethod
@@ -153,13 +154,14 @@ class _Attention(torch.autograd.Function):
         if twice_differentiable():
             function = _differentiable(None if mask_grad else mask, slopes, seed, ctx.options)
             inputs = (q, k, v, mask if mask_grad else None)
-            return *vjp(function, inputs, (grad_out, grad_lse), create_graph=True), *[None] * 4
+            return *vjp(function, inputs, (grad_out, grad_lse), create_graph=True), *[None] * 5
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
         found = _BWD[ctx.backend](
-            grad_out, grad_lse, q, k, v, out, lse, mask, slopes, seed, *ctx.options, mask_grad
+            grad_out, grad_lse, q, k, v, out, lse, mask, slopes, seed, *ctx.options, mask_grad, deterministic
         )
-        return *found[:3], found[3] if mask_grad else None, *[None] * 4
+        return *found[:3], found[3] if mask_grad else None, *[None] * 5
 
 
 def band_bounds(op: str, causal: str, window: int | tuple[int, int] | None) -> tuple[bool, int, int]:
@@ -273,7 +275,8 @@ def attention(
             the element's place (`fastgpt.reference.dropout_keep`), the same on every backend.
         seed: an int, an int64 tensor of one element, or None to draw one from torch's generator.
         return_lse: also return the log-sum-exp of the scores, differentiable.
-        deterministic: ask for the same bits in every run. Every backend keeps that promise at present.
+        deterministic: the same bits in every run, as under `torch.use_deterministic_algorithms`. Triton's backward
+            then takes seven matrix products a tile instead of five; the other backends always keep that promise.
 
     Returns:
         (B, H, Lq, Dv) in q's dtype, a view of a contiguous (B, Lq, H, Dv); with return_lse also
@@ -307,5 +310,5 @@ def attention(
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     options = (scale, *bounds, float(softcap or 0.0), float(dropout_p))
     q, k, v = distinct(q, k, v)
-    out, lse = _Attention.apply(q, k, v, attn_mask, alibi_slopes, key, options, backend)
+    out, lse = _Attention.apply(q, k, v, attn_mask, alibi_slopes, key, options, deterministic, backend)
     return (out, lse) if return_lse else out

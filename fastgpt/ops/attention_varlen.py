@@ -18,17 +18,19 @@ from fastgpt.ops._checks import (
 )
 from fastgpt.ops._library import define, twice_differentiable, vjp
 from fastgpt.ops.attention import band_bounds, dropout_seed, refusal
+from fastgpt.reference.attention import check_documents
 from fastgpt.reference.precision import accumulator
 
 _EXTRAS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed"
-_OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
+_LONGEST = "int max_seqlen_q, int max_seqlen_k"
+_OPTIONS = f"{_LONGEST}, float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
 
 
 def _reference(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, slopes: Any, seed: Any, *options: Any
 ) -> Any:
     names = ("scale", "lower_right", "left", "right", "softcap", "dropout_p")
-    keywords = dict(zip(names, options, strict=True))
+    keywords = dict(zip(names, options[2:], strict=True))  # the reference needs no largest lengths
     return reference.attention_varlen(q, k, v, cu_q, cu_k, slopes, seed, **keywords)
 
 
@@ -44,7 +46,7 @@ def _fake_bwd(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *_: 
 def _reference_bwd(
     grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
-    found = vjp(lambda q, k, v: _reference(q, k, v, *rest), (q, k, v), (grad, grad_lse))
+    found = vjp(lambda q, k, v: _reference(q, k, v, *rest[:-1]), (q, k, v), (grad, grad_lse))
     return tuple(t.contiguous() for t in found)
 
 
@@ -53,15 +55,17 @@ _FWD = define(
     f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference,
-    module=None,
+    module="attention_varlen",
+    check=lambda q, k, v, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
 )
 _BWD = define(
     "attention_varlen_bwd",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS},"
+    " bool deterministic) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
-    module=None,
+    module="attention_varlen",
+    check=lambda grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
 )
 
 
@@ -77,12 +81,13 @@ class _AttentionVarlen(torch.autograd.Function):
         slopes: Tensor | None,
         seed: Tensor | None,
         options: tuple[Any, ...],
+        deterministic: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         out, lse = _FWD[backend](q, k, v, cu_q, cu_k, slopes, seed, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, slopes, seed)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.backend = options, backend
+        ctx.options, ctx.deterministic, ctx.backend = options, deterministic, backend
         return out, lse
 
     @staticmethod
@@ -90,11 +95,12 @@ class _AttentionVarlen(torch.autograd.Function):
         q, k, v, out, lse, *extras = ctx.saved_tensors
         if twice_differentiable():
             function = lambda q, k, v: _reference(q, k, v, *extras, *ctx.options)  # noqa: E731
-            return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), *[None] * 6
+            return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), *[None] * 7
         grad = torch.zeros_like(out) if grad is None else grad
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
-        found = _BWD[ctx.backend](grad, grad_lse, q, k, v, out, lse, *extras, *ctx.options)
-        return *found, *[None] * 6
+        deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
+        found = _BWD[ctx.backend](grad, grad_lse, q, k, v, out, lse, *extras, *ctx.options, deterministic)
+        return *found, *[None] * 7
 
 
 def _check_documents(
@@ -180,7 +186,7 @@ def attention_varlen(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype)).contiguous()
     scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)
-    options = (scale, *bounds, float(softcap or 0.0), float(dropout_p))
+    options = (max_seqlen_q, max_seqlen_k, scale, *bounds, float(softcap or 0.0), float(dropout_p))
     q, k, v, cu_q, cu_k = distinct(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _AttentionVarlen.apply(q, k, v, cu_q, cu_k, alibi_slopes, key, options, backend)
+    out, lse = _AttentionVarlen.apply(q, k, v, cu_q, cu_k, alibi_slopes, key, options, deterministic, backend)
     return (out, lse) if return_lse else out

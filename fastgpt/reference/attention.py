@@ -91,6 +91,14 @@ def attention(
     return (p @ v).to(q.dtype), lse.squeeze(-1)
 
 
+def check_documents(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> None:
+    """Raises ValueError where bounds on the CPU do not ascend from 0 within the tensors."""
+    for name, cu, total in (("q", cu_seqlens_q, q.shape[0]), ("k", cu_seqlens_k, k.shape[0])):
+        starts = cu.tolist() if cu.device.type == "cpu" else [0, 0]
+        if starts[0] != 0 or starts[-1] > total or any(a > b for a, b in pairwise(starts)):
+            raise ValueError(f"cu_seqlens_{name} must ascend from 0 to at most {total}, got {starts}")
+
+
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -115,10 +123,8 @@ def attention_varlen(
     Raises:
         ValueError: the document bounds do not ascend from 0 within the tensors.
     """
+    check_documents(q, k, cu_seqlens_q.cpu(), cu_seqlens_k.cpu())
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for name, starts, total in (("q", starts_q, q.shape[0]), ("k", starts_k, k.shape[0])):
-        if starts[0] != 0 or starts[-1] > total or any(a > b for a, b in pairwise(starts)):
-            raise ValueError(f"cu_seqlens_{name} must ascend from 0 to at most {total}, got {starts}")
     heads, documents = q.shape[1], len(starts_q) - 1
     outs, lses = [], []
     for n in range(documents):

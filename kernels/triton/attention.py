@@ -17,10 +17,8 @@ k.
 
 Forward: one program per BLOCK_M rows walks over the columns with a running maximum and sum (online softmax),
 in base 2, so that scale log2(e) is one multiply-add in front of exp2. Tiles wholly outside the band are never
-visited, those wholly inside do no mask arithmetic. Backward: one kernel makes dK and dV (a program per
-BLOCK_N columns), one makes dQ (per BLOCK_M rows). Two kernels recompute s and dp twice, 7 products instead of
-5, and need no atomics: the same bits every time, and no fp32 dQ in memory. A GQA group's query heads are
-summed within the dK/dV program.
+visited, those wholly inside do no mask arithmetic. Packed documents (attention_varlen.py) are batch entries whose
+first row, first column and lengths are read from p_cu_q and p_cu_k. The backward is in attention_bwd.py.
 """
 
 from __future__ import annotations
@@ -33,11 +31,15 @@ from torch import Tensor
 from fastgpt.kernels.attention_bwd import attention_bwd
 from fastgpt.kernels.attention_tiles import (
     SIZES,
-    band,
+    Documents,
+    bounds,
     constants,
     head_major,
     load_rows,
+    longest,
+    place,
     scores,
+    sizes,
     slope_strides,
     store_rows,
     strides,
@@ -53,12 +55,12 @@ __all__ = ["attention_bwd", "attention_fwd"]
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def _attention_fwd(
-    p_q, p_k, p_v, p_out, p_lse, p_mask, p_slopes, p_seed,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_mb, s_mh, s_mm, s_mn,
+    p_q, p_k, p_v, p_out, p_lse, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh,
-    Lq, Lk, offset, left, right, scale, softcap, threshold, keep_scale,
+    Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     RAW: tl.constexpr,  # the scores are the products times a positive scale, and nothing else
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -66,12 +68,16 @@ def _attention_fwd(
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
+    begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
+    if p_cu_q is not None:  # noqa: SIM102  (a constant, and a value)
+        if start_m >= Lq:
+            return
     o_b = i_b.to(tl.int64)
     o_h = i_h.to(tl.int64)
     o_hk = (i_h // GROUP).to(tl.int64)
-    o_start = start_m.to(tl.int64)
-    p_k += o_b * s_kb + o_hk * s_kh
-    p_v += o_b * s_vb + o_hk * s_vh
+    o_start = begin_q + start_m
+    p_k += o_b * s_kb + o_hk * s_kh + begin_k * s_kn
+    p_v += o_b * s_vb + o_hk * s_vh + begin_k * s_vn
     slope = None
     if p_slopes is not None:
         slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
@@ -153,7 +159,7 @@ def _attention_fwd(
     b_out = b_out * (keep_scale / b_divisor)[:, None]
     p_out += o_b * s_ob + o_h * s_oh + o_start * s_om
     store_rows(p_out, b_out, o_row, o_dv, s_om, Lq - start_m, DV)
-    p_lse += (o_b * tl.num_programs(1) + o_h) * Lq
+    p_lse += o_b * s_lb + o_h * s_lh + begin_q
     tl.store(p_lse + o_m, b_lse, mask=o_m < Lq)
 
 
@@ -172,20 +178,45 @@ def attention_fwd(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     B, H, Lq, _ = q.shape
-    Lk, DV = v.shape[2:]
-    out = head_major(q, H, Lq, DV)
+    out = head_major(q, H, Lq, v.shape[3])
     lse = q.new_empty(B, H, Lq, dtype=torch.float32)
-    if not lse.numel():
-        return out, lse
+    options = (scale, lower_right, left, right, softcap, dropout_p)
+    launch_fwd(out, lse, q, k, v, None, attn_mask, alibi_slopes, seed, *options)
+    return out, lse
+
+
+def launch_fwd(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+) -> None:
+    """Writes out and lse; tensors of documents are the views that `Documents.views` makes."""
+    B, H = q.shape[:2]
+    most_rows, _ = longest(q, k, documents)
+    if not B * H * most_rows:
+        return
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None
     block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain and dropout_p == 0)
     with on_device_of(q):
-        _attention_fwd[(cdiv(Lq, block_m), H, B)](
+        _attention_fwd[(cdiv(most_rows, block_m), H, B)](
             q,
             k,
             v,
             out,
             lse,
+            *bounds(documents),
             attn_mask,
             alibi_slopes,
             seed if dropout_p > 0 else None,
@@ -193,20 +224,18 @@ def attention_fwd(
             *strides(k, 3),
             *strides(v, 3),
             *strides(out, 3),
+            *strides(lse, 2),
             *strides(attn_mask, 4),
             *slope_strides(alibi_slopes),
-            Lq,
-            Lk,
-            *band(Lq, Lk, lower_right, left, right),
+            *sizes(q, k, left, right),
             scale,
             softcap,
             dropout_threshold(dropout_p),
             dropout_scale(dropout_p),
-            **constants(q, k, v, left, right, softcap),
+            **constants(q, k, v, lower_right, left, right, softcap),
             RAW=plain and scale > 0,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=warps,
             num_stages=stages,
         )
-    return out, lse

@@ -1,8 +1,12 @@
 """The backward of attention; the mathematics is in attention.py, whose names these are.
 
-delta is one pass over out and grad_out. The dK/dV kernel works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T
-and ds^T then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a
-way through shared memory.
+What a row needs, delta and its lse in base 2, is made first, in one pass over out and grad_out. The main
+kernel has a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]:
+p^T and ds^T then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a
+way through shared memory. ds also makes the tile's share of dQ, which is added to an fp32 sum in memory: five
+products a tile, and an order of additions that differs from run to run. Deterministic: the kernel leaves dQ
+out, and another one, a program per BLOCK_M rows, computes s and dp again: seven products, the same bits every
+time. A GQA group's query heads are summed within the program of their key head.
 """
 
 from __future__ import annotations
@@ -14,11 +18,16 @@ from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import (
     SIZES,
-    band,
+    Documents,
+    add_rows,
+    bounds,
     constants,
     head_major,
     load_rows,
+    longest,
+    place,
     scores,
+    sizes,
     slope_strides,
     store_rows,
     strides,
@@ -28,15 +37,13 @@ from fastgpt.kernels.attention_tiles import (
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
-DELTA_ROWS = (
-    32  # rows a program of the delta kernel: it is bound by memory, and small tiles keep many in flight
-)
+ROWS = 32  # a program of the first kernel: it is bound by memory, and small tiles keep many in flight
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["Lq"])
-def _attention_delta(
-    p_out, p_grad, p_grad_lse, p_delta,
+def _attention_bwd_rows(
+    p_out, p_grad, p_lse, p_grad_lse, p_delta, p_lse2,
     s_ob, s_oh, s_om, s_gb, s_gh, s_gm,
     Lq,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -58,36 +65,44 @@ def _attention_delta(
     if p_grad_lse is not None:
         b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
     tl.store(p_delta + o_lse, b_delta, mask=m_m)
+    # Rows that see nothing get inf: exp2(s - lse) is 0.
+    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0)
+    tl.store(p_lse2 + o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E, mask=m_m)
 
 
 @triton.jit
-def _load_statistics(p_lse, p_delta, o_m, Lq):
-    """lse in base 2, and delta. Rows that see nothing, or are none, get lse = inf: exp2(s - lse) is 0."""
-    m = o_m < Lq
-    b_lse = tl.load(p_lse + o_m, mask=m, other=float("inf"))
-    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E
-    return b_lse, tl.load(p_delta + o_m, mask=m, other=0.0)
+def _load_statistics(p_lse2, p_delta, o_m, Lq, EDGE: tl.constexpr):
+    """lse in base 2, and delta; rows that are none are like those that see nothing."""
+    if EDGE:
+        m = o_m < Lq
+        return tl.load(p_lse2 + o_m, mask=m, other=float("inf")), tl.load(p_delta + o_m, mask=m, other=0.0)
+    else:
+        return tl.load(p_lse2 + o_m), tl.load(p_delta + o_m)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
-def _attention_bwd_dkv(
-    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_mask, p_slopes, p_seed, p_dk, p_dv,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_mb, s_mh, s_mm, s_mn,
-    s_sb, s_sh, s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
-    Lq, Lk, offset, left, right, scale, softcap, threshold, keep_scale,
+def _attention_bwd(
+    p_q, p_k, p_v, p_grad, p_lse2, p_delta, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dk, p_dv,
+    p_dq,  # rows of BLOCK_D in fp32, unscaled, zero at first; or None
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
+    s_sb, s_sh, s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn, s_dqb, s_dqh,
+    Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_n = tl.program_id(0) * BLOCK_N  # causal: the columns that most rows see first
     i_hk = tl.program_id(1)
     i_b = tl.program_id(2)
-    heads = tl.num_programs(1) * GROUP
+    begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
+    if p_cu_k is not None:  # noqa: SIM102  (a constant, and a value)
+        if start_n >= Lk:
+            return
     o_b = i_b.to(tl.int64)
     o_hk = i_hk.to(tl.int64)
-    o_start = start_n.to(tl.int64)
+    o_start = begin_k + start_n
     o_row = tl.arange(0, BLOCK_M)
     o_col = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -108,9 +123,12 @@ def _attention_bwd_dkv(
     for i_group in range(0, GROUP):
         i_h = i_hk * GROUP + i_group
         o_h = i_h.to(tl.int64)
-        p_q_head = p_q + o_b * s_qb + o_h * s_qh
-        p_grad_head = p_grad + o_b * s_gb + o_h * s_gh
-        o_lse = (o_b * heads + o_h) * Lq
+        p_q_head = p_q + o_b * s_qb + o_h * s_qh + begin_q * s_qm
+        p_grad_head = p_grad + o_b * s_gb + o_h * s_gh + begin_q * s_gm
+        p_dq_head = p_dq
+        if p_dq is not None:
+            p_dq_head = p_dq + o_b * s_dqb + o_h * s_dqh + begin_q * BLOCK_D
+        o_lse = o_b * s_lb + o_h * s_lh + begin_q
         slope = None
         if p_slopes is not None:
             slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
@@ -131,7 +149,7 @@ def _attention_bwd_dkv(
                 o_tile = tl.cast(start_m, tl.int64)
                 rows = Lq - start_m
                 b_q = load_rows(p_q_head + o_tile * s_qm, o_row, o_d, s_qm, rows, D, BLOCK_D, EDGE)
-                b_lse, b_delta = _load_statistics(p_lse + o_lse, p_delta + o_lse, o_m, Lq)  # [BLOCK_M]
+                b_lse, b_delta = _load_statistics(p_lse2 + o_lse, p_delta + o_lse, o_m, Lq, EDGE)  # [BLOCK_M]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
                     b_s,
@@ -166,7 +184,11 @@ def _attention_bwd_dkv(
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if SOFTCAP:
                     b_ds *= b_cap_slope
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+                b_ds = b_ds.to(b_q.dtype)
+                b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+                if p_dq is not None:
+                    b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+                    add_rows(p_dq_head + o_tile * BLOCK_D, b_dq, o_row, o_d, rows, BLOCK_D, EDGE)
 
     p_dk += o_b * s_dkb + o_hk * s_dkh + o_start * s_dkn
     p_dv += o_b * s_dvb + o_hk * s_dvh + o_start * s_dvn
@@ -177,22 +199,26 @@ def _attention_bwd_dkv(
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def _attention_bwd_dq(
-    p_q, p_k, p_v, p_grad, p_lse, p_delta, p_mask, p_slopes, p_seed, p_dq,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_mb, s_mh, s_mm, s_mn,
+    p_q, p_k, p_v, p_grad, p_lse2, p_delta, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dq,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh, s_dqb, s_dqh, s_dqm,
-    Lq, Lk, offset, left, right, scale, softcap, threshold, keep_scale,
+    Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
+    begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
+    if p_cu_q is not None:  # noqa: SIM102  (a constant, and a value)
+        if start_m >= Lq:
+            return
     o_b = i_b.to(tl.int64)
     o_h = i_h.to(tl.int64)
     o_hk = (i_h // GROUP).to(tl.int64)
-    o_start = start_m.to(tl.int64)
+    o_start = begin_q + start_m
     o_row = tl.arange(0, BLOCK_M)
     o_col = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -200,17 +226,17 @@ def _attention_bwd_dq(
     o_m = start_m + o_row
     p_q += o_b * s_qb + o_h * s_qh + o_start * s_qm
     p_grad += o_b * s_gb + o_h * s_gh + o_start * s_gm
-    p_k += o_b * s_kb + o_hk * s_kh
-    p_v += o_b * s_vb + o_hk * s_vh
+    p_k += o_b * s_kb + o_hk * s_kh + begin_k * s_kn
+    p_v += o_b * s_vb + o_hk * s_vh + begin_k * s_vn
     slope = None
     if p_slopes is not None:
         slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
     if p_mask is not None:
         p_mask += o_b * s_mb + o_h * s_mh
-    o_lse = (o_b * tl.num_programs(1) + o_h) * Lq
+    o_lse = o_b * s_lb + o_h * s_lh + begin_q
     b_q = load_rows(p_q, o_row, o_d, s_qm, Lq - start_m, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     b_grad = load_rows(p_grad, o_row, o_dv, s_gm, Lq - start_m, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
-    b_lse, b_delta = _load_statistics(p_lse + o_lse, p_delta + o_lse, o_m, Lq)  # [BLOCK_M]
+    b_lse, b_delta = _load_statistics(p_lse2 + o_lse, p_delta + o_lse, o_m, Lq, True)  # [BLOCK_M]
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
@@ -285,56 +311,100 @@ def attention_bwd(
     softcap: float,
     dropout_p: float,
     mask_grad: bool,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dmask); a mask that wants a gradient is refused before, so that dmask is empty."""
-    B, H, Lq, D = q.shape
-    Hk, Lk, DV = v.shape[1:]
-    dq = head_major(q, H, Lq, D)
-    dk = head_major(k, Hk, Lk, D)
-    dv = head_major(v, Hk, Lk, DV)
+    gradients = tuple(head_major(x, *x.shape[1:]) for x in (q, k, v))
+    extras = (attn_mask, alibi_slopes, seed)
+    options = (scale, lower_right, left, right, softcap, dropout_p)
+    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, lse, None, *extras, *options, deterministic)
+    return *gradients, q.new_empty(0)
+
+
+def launch_bwd(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Documents | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> None:
+    """Writes dq, dk and dv; tensors of documents are the views that `Documents.views` makes."""
+    B, H = q.shape[:2]
+    Hk, DV = v.shape[1], v.shape[3]
+    most_rows, most_columns = longest(q, k, documents)
+    # Documents lie in one memory: what is done to every row is done once, to the first entry's view of all.
+    once = slice(None) if documents is None else slice(1)
     if grad_out.stride(3) != 1:  # an expanded scalar, as out.sum() makes: the tiles want whole lines
-        grad_out = grad_out.contiguous()
+        grad_out = grad_out[once].contiguous().expand_as(out)
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
-    const = constants(q, k, v, left, right, softcap)
-    delta = torch.empty_like(lse)
-    inputs = (q, k, v, grad_out, lse, delta, attn_mask, alibi_slopes, seed if dropout_p > 0 else None)
+    const = constants(q, k, v, lower_right, left, right, softcap)
+    delta, lse2 = (torch.empty_like(lse[once]).expand_as(lse) for _ in range(2))
+    inputs = (
+        *(q, k, v, grad_out, lse2, delta),
+        *bounds(documents),
+        *(attn_mask, alibi_slopes, seed if dropout_p > 0 else None),
+    )
     input_strides = (
         *strides(q, 3),
         *strides(k, 3),
         *strides(v, 3),
         *strides(grad_out, 3),
+        *strides(lse, 2),
         *strides(attn_mask, 4),
         *slope_strides(alibi_slopes),
     )
     options = (
-        *(Lq, Lk),
-        *band(Lq, Lk, lower_right, left, right),
+        *sizes(q, k, left, right),
         *(scale, softcap),
         *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
     )
+    total = None
+    if not deterministic:
+        shape = (*lse[once].shape, const["BLOCK_D"])
+        total = q.new_zeros(shape, dtype=torch.float32).expand(B, -1, -1, -1)
     with on_device_of(q):
         if lse.numel():
-            _attention_delta[(cdiv(Lq, DELTA_ROWS), H, B)](
+            rows = q.shape[2]
+            _attention_bwd_rows[(cdiv(rows, ROWS), H, lse[once].shape[0])](
                 out,
                 grad_out,
+                lse,
                 grad_lse,
                 delta,
+                lse2,
                 *strides(out, 3),
                 *strides(grad_out, 3),
-                Lq,
+                rows,
                 DV,
                 const["BLOCK_DV"],
-                DELTA_ROWS,
+                ROWS,
                 num_warps=4,
             )
-        if B * Hk * Lk:
-            block_m, block_n, warps, stages = tile_sizes("dkv", q, v, plain)
-            _attention_bwd_dkv[(cdiv(Lk, block_n), Hk, B)](
+        if B * Hk * most_columns:
+            block_m, block_n, warps, stages = tile_sizes("dkv" if total is None else "bwd", q, v, plain)
+            _attention_bwd[(cdiv(most_columns, block_n), Hk, B)](
                 *inputs,
-                *(dk, dv),
+                *(dk, dv, total),
                 *input_strides,
                 *strides(dk, 3),
                 *strides(dv, 3),
+                *strides(total, 2),
                 *options,
                 **const,
                 BLOCK_M=block_m,
@@ -342,9 +412,9 @@ def attention_bwd(
                 num_warps=warps,
                 num_stages=stages,
             )
-        if lse.numel():
+        if B * H * most_rows and total is None:
             block_m, block_n, warps, stages = tile_sizes("dq", q, v, plain)
-            _attention_bwd_dq[(cdiv(Lq, block_m), H, B)](
+            _attention_bwd_dq[(cdiv(most_rows, block_m), H, B)](
                 *inputs,
                 dq,
                 *input_strides,
@@ -356,4 +426,5 @@ def attention_bwd(
                 num_warps=warps,
                 num_stages=stages,
             )
-    return dq, dk, dv, q.new_empty(0)
+    if total is not None:
+        torch.mul(total[once][..., : q.shape[3]], scale, out=dq[once])

@@ -3,6 +3,9 @@ tile."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -11,20 +14,26 @@ from torch import Tensor
 from fastgpt.kernels.common import LOG2E, capability, tanh
 
 # (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
-# attention, then with a mask, dropout, a softcap or slopes, which take registers from the tile. The largest
-# tiles that compile without spills; a program of the forward at 64 fits twice into a Hopper SM, so that one's
-# exponentials run under the other's products.
+# attention, then with a mask, dropout, a softcap or slopes, which take registers from the tile. The largest tiles that
+# compile without spills: `python -m bench resources` shows what each takes and what its inner loop is bound by.
+# More columns a tile of the forward rescale the output less often: at 64, 128 columns instead of 64 take 4.25 instead
+# of 5 fp32 instructions a score. In "bwd" (which holds dk and dv, and sends dq away) few rows leave room for both.
 Tile = tuple[int, int, int, int]
 Table = dict[str, dict[int, tuple[Tile, Tile]]]
-HOPPER: Table = {  # and Blackwell's data-centre parts: 227 KiB of shared memory, products of 64 rows and more
+HOPPER: Table = {  # 227 KiB of shared memory, products of 64 rows and more
     "fwd": {
-        64: ((128, 64, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 64, 8, 3), (128, 32, 8, 2)),
+        64: ((128, 128, 8, 3), (128, 64, 8, 3)),
+        128: ((128, 128, 8, 3), (128, 32, 8, 2)),
         256: ((128, 32, 8, 2), (64, 32, 8, 1)),
     },
     "dkv": {
         64: ((64, 128, 8, 3), (32, 64, 8, 1)),
         128: ((32, 128, 8, 2), (32, 64, 8, 1)),
+        256: ((32, 32, 8, 1), (16, 32, 8, 1)),
+    },
+    "bwd": {
+        64: ((64, 128, 8, 3), (32, 64, 8, 1)),
+        128: ((32, 128, 8, 2), (16, 64, 8, 1)),
         256: ((32, 32, 8, 1), (16, 32, 8, 1)),
     },
     "dq": {
@@ -33,6 +42,7 @@ HOPPER: Table = {  # and Blackwell's data-centre parts: 227 KiB of shared memory
         256: ((128, 32, 8, 2), (32, 32, 8, 1)),
     },
 }
+BLACKWELL: Table = HOPPER | {"fwd": HOPPER["fwd"] | {128: ((128, 64, 8, 3), (128, 32, 8, 2))}}
 AMPERE: Table = {  # and every other part: at most 99 KiB
     "fwd": {
         64: ((128, 64, 8, 3), (128, 32, 8, 2)),
@@ -44,6 +54,11 @@ AMPERE: Table = {  # and every other part: at most 99 KiB
         128: ((64, 64, 8, 1), (32, 32, 8, 1)),
         256: ((16, 64, 8, 1), (16, 32, 8, 1)),
     },
+    "bwd": {
+        64: ((32, 128, 8, 2), (32, 64, 8, 1)),
+        128: ((32, 64, 8, 1), (32, 32, 8, 1)),
+        256: ((16, 64, 8, 1), (16, 32, 8, 1)),
+    },
     "dq": {
         64: ((128, 32, 8, 2), (64, 32, 8, 1)),
         128: ((64, 32, 8, 2), (64, 32, 8, 1)),
@@ -53,12 +68,40 @@ AMPERE: Table = {  # and every other part: at most 99 KiB
 FP32: Table = {  # no tensor core has IEEE fp32: multiply-adds, whose operands stand in registers
     "fwd": {n: ((32, 32, 4, 1), (32, 16, 8, 1)) for n in (64, 128, 256)},
     "dkv": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
+    "bwd": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
     "dq": {n: ((32, 16, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
 }
 # The interpreter's time goes by the number of tiles, its use is in testing their edges.
-INTERPRETED = {"fwd": (32, 16, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
+INTERPRETED = {"fwd": (32, 16, 4, 1), "bwd": (16, 32, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
 
-SIZES = ["Lq", "Lk", "offset", "left", "right", "threshold"]  # a new length or window compiles nothing again
+SIZES = ["Lq", "Lk", "left", "right", "threshold"]  # a new length or window compiles nothing again
+
+
+@triton.jit
+def _document(p_cu, i_b, total):
+    """Where a document begins and how long it is; whatever the bounds say, it lies within the tensor."""
+    begin = tl.load(p_cu + i_b)
+    end = tl.load(p_cu + i_b + 1)
+    tl.device_assert(
+        (begin >= 0) & (begin <= end) & (end <= total), "attention_varlen: documents out of order"
+    )
+    begin = tl.minimum(tl.maximum(begin, 0), total)
+    end = tl.minimum(tl.maximum(end, begin), total)
+    return begin.to(tl.int64), (end - begin).to(tl.int32)
+
+
+@triton.jit
+def place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
+    """(first row, first column, Lq, Lk, offset) of batch entry i_b: of packed documents each has its own."""
+    begin_q = tl.cast(0, tl.int64)
+    begin_k = tl.cast(0, tl.int64)
+    if p_cu_q is not None:
+        begin_q, Lq = _document(p_cu_q, i_b, Lq)
+        begin_k, Lk = _document(p_cu_k, i_b, Lk)
+    offset = 0
+    if LOWER_RIGHT:
+        offset = Lk - Lq
+    return begin_q, begin_k, Lq, Lk, offset
 
 
 @triton.jit
@@ -79,6 +122,16 @@ def load_rows(p_tile, o_row, o_d, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.c
 def store_rows(p_tile, b, o_row, o_d, stride, n_rows, D: tl.constexpr):
     p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
     tl.store(p_block, b.to(p_tile.dtype.element_ty), mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D))
+
+
+@triton.jit
+def add_rows(p_tile, b, o_row, o_d, n_rows, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """Adds to rows of BLOCK_D fp32 numbers, to which other programs add as well."""
+    p_block = p_tile + (o_row[:, None] * BLOCK_D + o_d[None, :])
+    if EDGE:
+        tl.atomic_add(p_block, b, mask=o_row[:, None] < n_rows, sem="relaxed")
+    else:
+        tl.atomic_add(p_block, b, sem="relaxed")
 
 
 @triton.jit
@@ -160,7 +213,7 @@ def scores(
 
 
 def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Tile:
-    """(BLOCK_M, BLOCK_N, warps, stages) of one of the kernels "fwd", "dkv", "dq".
+    """(BLOCK_M, BLOCK_N, warps, stages) of one of the kernels "fwd", "bwd", "dkv" (that without dq), "dq".
 
     A padded head dimension, or another one of v, takes registers too, for the masks of the loads.
     """
@@ -170,17 +223,18 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Tile:
     D, DV = q.shape[-1], v.shape[-1]
     size = max(64, triton.next_power_of_2(max(D, DV)))
     plain = plain and D == DV and triton.next_power_of_2(D) == D
-    table = FP32 if q.dtype == torch.float32 else HOPPER if device[0] in (9, 10) else AMPERE
+    table = FP32 if q.dtype == torch.float32 else {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)
     return table[kernel][size][0 if plain else 1]
 
 
 def constants(
-    q: Tensor, k: Tensor, v: Tensor, left: int, right: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, lower_right: bool, left: int, right: int, softcap: float
 ) -> dict[str, int | bool]:
     """The compile-time arguments that every kernel takes."""
     D, DV = q.shape[-1], v.shape[-1]
     return {
         "GROUP": q.shape[1] // max(k.shape[1], 1),
+        "LOWER_RIGHT": lower_right,
         "D": D,
         "DV": DV,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot's least
@@ -191,10 +245,39 @@ def constants(
     }
 
 
-def band(Lq: int, Lk: int, lower_right: bool, left: int, right: int) -> tuple[int, int, int]:
-    """(offset, left, right); a bound beyond every column is cut to one, so that sums stay within int32."""
-    most = Lq + Lk
-    return Lk - Lq if lower_right else 0, min(left, most), min(right, most)
+@dataclass(frozen=True)
+class Documents:
+    """Packed documents as a batch: entry n is the rows cu_seqlens_q[n] .. cu_seqlens_q[n + 1]."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    def views(self, *tensors: Tensor) -> Iterator[Tensor]:
+        """(total, heads, size) as (documents, heads, total, size), and (heads, total) likewise: every entry is all of
+        the memory, in which a kernel goes to its document's rows."""
+        count = self.cu_seqlens_q.shape[0] - 1
+        for x in tensors:
+            heads_first = x.transpose(0, 1) if x.dim() == 3 else x
+            yield heads_first.expand(count, *heads_first.shape)
+
+
+def longest(q: Tensor, k: Tensor, documents: Documents | None) -> tuple[int, int]:
+    """The most rows and columns that a batch entry has."""
+    if documents is None:
+        return q.shape[2], k.shape[2]
+    return min(documents.max_seqlen_q, q.shape[2]), min(documents.max_seqlen_k, k.shape[2])
+
+
+def bounds(documents: Documents | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if documents is None else (documents.cu_seqlens_q, documents.cu_seqlens_k)
+
+
+def sizes(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int, int, int, int]:
+    """SIZES; a bound beyond every column is cut to one, so that sums stay within int32."""
+    Lq, Lk = q.shape[2], k.shape[2]
+    return Lq, Lk, min(left, Lq + Lk), min(right, Lq + Lk)
 
 
 def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:

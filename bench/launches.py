@@ -1,0 +1,235 @@
+"""What the Triton launchers launch, for every configuration in use, compiled ahead of time; needs no GPU.
+
+A launcher is called with CPU tensors while a recorder stands in the place of the launch, so that what is compiled is
+what a GPU would run: the tile sizes of its architecture, the specialisations of those arguments. Triton's interpreter
+and its compiler exclude each other in one process: TRITON_INTERPRET must not be set.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Arguments for the launchers of an op; `quick`: among those that every test run compiles."""
+
+    op: str
+    name: str
+    launch: Callable[[], None]
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel as a GPU would get it.
+
+    Attributes:
+        kernel: its name.
+        constants: the compile-time arguments, BLOCK_M and the like, and every argument that is None.
+        itemsize: bytes of an element of its first tensor.
+        shared: bytes of shared memory a program.
+    """
+
+    kernel: str
+    constants: dict[str, Any]
+    itemsize: int
+    warps: int
+    stages: int
+    shared: int
+    cubin: bytes
+
+
+def configurations() -> Iterator[Configuration]:
+    """All of them, the most important first."""
+    for dtype, size in itertools.product((BF16, FP32), (64, 128, 256)):
+        name, quick = f"{_NAMES[dtype]} d{size}", dtype == BF16 and size < 256
+        dropped = _attention(dtype, size, dropout=0.1, mask=torch.bool)
+        yield Configuration("attention", f"{name} causal", _attention(dtype, size), quick)
+        yield Configuration(
+            "attention", f"{name} deterministic", _attention(dtype, size, deterministic=True), quick
+        )
+        yield Configuration("attention", f"{name} dropout mask", dropped, quick and size == 64)
+    for size in (96, 128):
+        yield Configuration("attention", f"fp16 d{size} full", _attention(FP16, size, right=-1))
+    for size in (64, 128):
+        yield Configuration("attention", f"bf16 d{size} alibi", _attention(BF16, size, alibi=True))
+    narrow = _attention(BF16, 128, value_size=64, left=128, kv_heads=1)
+    yield Configuration("attention", "bf16 d128 dv64 window", narrow)
+    everything = _attention(BF16, 64, left=256, softcap=30.0, dropout=0.1, mask=FP32, alibi=True, kv_heads=1)
+    yield Configuration("attention", "bf16 d64 everything", everything)
+    for size in (64, 128):
+        yield Configuration(
+            "attention_varlen", f"bf16 d{size} causal", _attention_varlen(BF16, size), size == 64
+        )
+    for dtype in (BF16, FP32):
+        name = _NAMES[dtype]
+        for classes in (50304, 50257):
+            launch = _cross_entropy(dtype, classes)
+            yield Configuration("cross_entropy", f"{name} V{classes}", launch, dtype == BF16)
+        launch = _cross_entropy(dtype, 50257, 0.1, 30.0)
+        yield Configuration("cross_entropy", f"{name} V50257 smoothing softcap", launch)
+    for dtype, form, op in itertools.product((BF16, FP32), ("erf", "tanh"), ("gelu", "bias_gelu", "geglu")):
+        yield Configuration(op, f"{_NAMES[dtype]} {form}", _gelu(op, dtype, form == "tanh"), dtype == BF16)
+    for dtype, size in ((BF16, 768), (BF16, 64), (BF16, 1600), (BF16, 4096), (BF16, 16384), (FP32, 768)):
+        name, quick = f"{_NAMES[dtype]} D{size}", (dtype, size) == (BF16, 768)
+        yield Configuration("add_layer_norm", name, _layer_norm(dtype, size), quick)
+
+
+# ---- launchers called as the ops call them ----
+
+
+def _attention(
+    dtype: torch.dtype,
+    size: int,
+    *,
+    value_size: int | None = None,
+    kv_heads: int = 2,
+    left: int = -1,
+    right: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+    mask: torch.dtype | None = None,
+    alibi: bool = False,
+    deterministic: bool = False,
+) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import attention
+
+        length, heads = 256, 2
+        q = torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
+        k = torch.empty(1, length, kv_heads, size, dtype=dtype).transpose(1, 2)
+        v = torch.empty(1, length, kv_heads, value_size or size, dtype=dtype).transpose(1, 2)
+        full = (1, heads, length, length)
+        extras = (
+            None if mask is None else torch.zeros(length, length, dtype=mask).expand(full),
+            torch.ones(heads) if alibi else None,
+            torch.zeros(1, dtype=torch.int64) if dropout else None,
+        )
+        options = (size**-0.5, True, left, right, softcap, dropout)
+        out, lse = attention.attention_fwd(q, k, v, *extras, *options)
+        attention.attention_bwd(out, None, q, k, v, out, lse, *extras, *options, False, deterministic)
+
+    return launch
+
+
+def _attention_varlen(dtype: torch.dtype, size: int) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import attention_varlen
+
+        q = torch.empty(256, 2, size, dtype=dtype)
+        bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
+        options = (bounds, bounds, None, None, 128, 128, size**-0.5, False, -1, 0, 0.0, 0.0)
+        out, lse = attention_varlen.attention_varlen_fwd(q, q, q, *options)
+        attention_varlen.attention_varlen_bwd(out, None, q, q, q, out, lse, *options, False)
+
+    return launch
+
+
+def _cross_entropy(
+    dtype: torch.dtype, classes: int, smoothing: float = 0.0, softcap: float = 0.0
+) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import cross_entropy
+
+        logits, target = torch.empty(4, classes, dtype=dtype), torch.zeros(4, dtype=torch.int64)
+        options = (torch.ones(classes) if smoothing else None, -100, smoothing, 0.0, softcap)
+        loss, lse = cross_entropy.cross_entropy_fwd(logits, target, *options)
+        cross_entropy.cross_entropy_bwd(loss, None, logits, target, lse, *options)
+
+    return launch
+
+
+def _gelu(op: str, dtype: torch.dtype, tanh: bool) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import gelu
+
+        x = torch.empty(256, 3072, dtype=dtype)
+        second: tuple[Tensor, ...] = {"gelu": (), "bias_gelu": (x[0].clone(),), "geglu": (x.clone(),)}[op]
+        getattr(gelu, f"{op}_fwd")(x, *second, tanh)
+        getattr(gelu, f"{op}_bwd")(x, x, *second, tanh)
+
+    return launch
+
+
+def _layer_norm(dtype: torch.dtype, size: int) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import add_layer_norm
+
+        x, weight = torch.empty(64, size, dtype=dtype), torch.empty(size)
+        normed, total, mean, rstd = add_layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
+        add_layer_norm.add_layer_norm_bwd(normed, normed, total, weight, mean, rstd)
+
+    return launch
+
+
+# ---- recording and compiling ----
+
+
+def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
+    """Every kernel that a configuration launches, compiled for "sm_80", "sm_90a" or "sm_100a"."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from fastgpt.kernels import attention_tiles
+
+    number = int(arch.removeprefix("sm_").removesuffix("a"))
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    run, capability = JITFunction.run, attention_tiles.capability
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
+    attention_tiles.capability = lambda _: divmod(number, 10)
+    try:
+        configuration.launch()
+    finally:
+        JITFunction.run, attention_tiles.capability = run, capability
+    for function, arguments, keywords in launches:
+        source, constants = _source(function, arguments, keywords)
+        options = {key: keywords[key] for key in ("num_warps", "num_stages") if key in keywords}
+        kernel = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
+        yield Compiled(
+            function.__name__.removeprefix("_"),
+            constants,
+            next(x.element_size() for x in arguments if isinstance(x, Tensor)),
+            kernel.metadata.num_warps,
+            kernel.metadata.num_stages,
+            kernel.metadata.shared,
+            kernel.asm["cubin"],
+        )
+
+
+def _source(
+    function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The source that Triton would compile for a launch with these arguments, and its compile-time arguments.
+
+    As its launch does: 1 and None become constants, and what is divisible by 16 is said to be.
+    """
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type
+
+    values = dict(zip((p.name for p in function.params), arguments, strict=False)) | keywords
+    signature, constants, attributes, named = {}, {}, {}, {}
+    for i, parameter in enumerate(function.params):
+        value = values[parameter.name]
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+            if parameter.is_constexpr or value is None:
+                named[parameter.name] = value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        number = value.data_ptr() if isinstance(value, Tensor) else value
+        if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(function, signature, constants, attributes), named

@@ -1,0 +1,216 @@
+"""What each kernel takes of a GPU, read from its machine code:  python -m bench resources
+
+Every kernel × configuration in use × architecture is compiled ahead of time, on any machine. From the cubin come
+registers, shared memory, stack and spills, and how many programs fit into a multiprocessor; from the innermost loop of
+the attention kernels the instructions per score element and the bounds they set on the share of the matrix units'
+peak (`bench.sass`); from the other kernels the bytes they move per element beside the least possible.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bench.launches import Compiled, Configuration, compiled, configurations
+from bench.machine import ROOT
+from bench.records import save
+from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile
+
+PATH = ROOT / "bench" / "results" / "resources.json"
+
+# Registers, bytes of shared memory, threads and programs of a multiprocessor (compute capability tables of
+# NVIDIA's programming guide); a program takes 1 KiB of shared memory beside its own.
+MULTIPROCESSOR = {
+    "sm_80": (65536, 164 << 10, 2048, 32),
+    "sm_90a": (65536, 228 << 10, 2048, 32),
+    "sm_100a": (65536, 228 << 10, 2048, 32),
+}
+
+# Matrix products over D and over DV for one tile of scores.
+PRODUCTS = {
+    "attention_fwd": (1, 1),
+    "attention_bwd": (3, 2),
+    "attention_bwd without dq": (2, 2),
+    "attention_bwd_dq": (2, 1),
+}
+
+# Elements read and written per element of the result, at least.
+LEAST = {
+    "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
+    "geglu_bwd": (3, 2),
+}  # fmt: skip
+
+
+def resources(
+    chosen: Iterable[Configuration], architectures: Iterable[str] = ARCHITECTURES
+) -> Iterator[list[dict[str, Any]]]:
+    """The records of each configuration and architecture as they come, from as many processes as there are cores."""
+    jobs = [(c.op, c.name, arch) for c in chosen for arch in architectures]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_records, *job) for job in jobs]):
+            yield done.result()
+
+
+def _records(op: str, name: str, arch: str) -> list[dict[str, Any]]:
+    configuration = next(c for c in configurations() if (c.op, c.name) == (op, name))
+    return [_record(configuration, kernel, arch) for kernel in compiled(configuration, arch)]
+
+
+def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.cubin)
+        file.flush()
+        usage = _tool("--dump-resource-usage", file.name)
+        code = instructions(_tool("--dump-sass", file.name))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
+    tiles = {k: v for k, v in kernel.constants.items() if k.startswith("BLOCK") and v is not None}
+    sizes = " ".join(f"{k}={v}" for k, v in tiles.items())
+    record: dict[str, Any] = {
+        "kernel": kernel.kernel,
+        "op": configuration.op,
+        "direction": "fwd" if kernel.kernel.endswith("_fwd") else "bwd",
+        "source": "triton",
+        "config": f"{configuration.name}; {sizes}; {kernel.warps} warps, {kernel.stages} stages",
+        "arch": arch,
+        "registers": registers,
+        "spills": sum(i.opcode.startswith(("LDL", "STL")) for i in code),
+        "stack": stack,
+        "shared": kernel.shared,
+        "blocks_per_sm": _blocks(registers, kernel.warps, kernel.shared, arch),
+        "hgmma": sum(i.opcode.startswith("HGMMA") for i in code),
+        "utchmma": sum(i.opcode.startswith("UTCHMMA") for i in code),
+        "hmma": sum(i.opcode.startswith("HMMA") for i in code),
+        "wide_loads": sum(i.opcode.startswith("LDG") and ".128" in i.opcode for i in code),
+        "wide_stores": sum(i.opcode.startswith("STG") and ".128" in i.opcode for i in code),
+        "loop": _loop(kernel, code, arch),
+        "bytes_per_element": _moved(kernel, code),
+    }
+    return record | {"exempt": _exempt(record)}
+
+
+def _tool(option: str, path: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _blocks(registers: int, warps: int, shared: int, arch: str) -> int:
+    """Programs that fit into a multiprocessor; registers are given to warps by 256."""
+    all_registers, all_shared, threads, most = MULTIPROCESSOR[arch]
+    a_warp = -(-registers * 32 // 256) * 256
+    return min(
+        all_registers // (a_warp * warps), all_shared // (shared + 1024), threads // (32 * warps), most
+    )
+
+
+def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
+    """The profile of attention's innermost loop without mask arithmetic: that with the fewest instructions."""
+    name = kernel.kernel
+    if name not in PRODUCTS:
+        return None
+    products = PRODUCTS[name if kernel.constants.get("p_dq", 0) is not None else f"{name} without dq"]
+    over_d, over_dv = products
+    flops_of_element = 2 * (over_d * kernel.constants["BLOCK_D"] + over_dv * kernel.constants["BLOCK_DV"])
+    found = []
+    for body in loops(code, "matrix"):
+        per_warp = sum(i.flops / (4 if i.opcode.startswith("HGMMA") else 1) for i in body)
+        # The shape of a tcgen05 product is not in its opcode: an iteration is one tile.
+        tile = kernel.constants["BLOCK_M"] * kernel.constants["BLOCK_N"]
+        flops = per_warp * kernel.warps or tile * flops_of_element
+        found.append(profile(body, kernel.warps, flops / flops_of_element, flops, arch))
+    return min(found, key=lambda p: p["fp32"] + p["int"], default=None)
+
+
+def _moved(kernel: Compiled, code: list[Instruction]) -> dict[str, float] | None:
+    """Bytes that an elementwise kernel loads and stores per element, and the least that it could."""
+    if kernel.kernel not in LEAST:
+        return None
+    moved = sum(_width(i) for i in code if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
+    tile = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
+    return {"moved": moved / tile, "least": float(sum(LEAST[kernel.kernel]) * kernel.itemsize)}
+
+
+def _width(instruction: Instruction) -> int:
+    """Bytes a thread of a load or store."""
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return next((widths[part] for part in instruction.opcode.split(".") if part in widths), 4)
+
+
+def _exempt(record: dict[str, Any]) -> str | None:
+    """Why a kernel may spill, or do without the matrix instruction of its architecture; None if it may not."""
+    config, kernel = record["config"], record["kernel"]
+    if not kernel.startswith("attention") or kernel.endswith("_rows"):
+        if "D16384" in config:
+            return "a row of 16384 and its two sums are 96 registers a thread"
+        return None
+    if "fp32" in config:
+        return (
+            "IEEE fp32 has no matrix instruction: whole operands stand in registers; a path for correctness"
+        )
+    if record["registers"] == 128 and record["stack"] <= 8:
+        return "a register that ptxas gives up by itself, so that two programs fit into a multiprocessor"
+    if "d256" in config and kernel == "attention_bwd":
+        return (
+            "dk and dv of 256 leave registers for 32 columns, the matrix instruction of a warpgroup wants 64"
+        )
+    if "everything" in config:
+        return "all options at once: a tile with room for that is too small for each of them alone"
+    return None
+
+
+# ---- the command ----
+
+
+def run(chosen: list[Configuration], architectures: Sequence[str], *, as_json: bool, write: bool) -> int:
+    """Compile, show progress, print the table or the records; with `write` also into the results."""
+    from tqdm import tqdm
+
+    records: list[dict[str, Any]] = []
+    with tqdm(total=len(chosen) * len(architectures), unit="config", disable=None) as bar:
+        for found in resources(chosen, architectures):
+            records += found
+            bar.update()
+    records = in_order(records)
+    if write:
+        save(PATH, records)
+    print(json.dumps(records, indent=1) if as_json else table(records))
+    return 0
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In an order that does not depend on which was compiled first."""
+    order = {(c.op, c.name): n for n, c in enumerate(configurations())}
+    return sorted(records, key=lambda r: (order[r["op"], r["config"].split(";")[0]], r["arch"], r["kernel"]))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """For people: a line a record."""
+    head = f"{'kernel':<22}{'config':<78}{'arch':<9}{'regs':>5}{'spills':>7}{'shared':>8}{'a SM':>5}"
+    lines = [head + "  inner loop, per element"]
+    for r in records:
+        loop, moved = r["loop"], r["bytes_per_element"]
+        said = ""
+        if loop:
+            said = (
+                f"mufu {loop['mufu']:.2f} fp32 {loop['fp32']:.2f} int {loop['int']:.2f};"
+                f" at most {loop['overlapped']:.0%} of peak overlapped, {loop['serial']:.0%} serial"
+            )
+        elif moved:
+            said = f"{moved['moved']:g} bytes, at least {moved['least']:g}"
+        lines.append(
+            f"{r['kernel']:<22}{r['config']:<78}{r['arch']:<9}{r['registers']:>5}{r['spills']:>7}{r['shared']:>8}"
+            f"{r['blocks_per_sm']:>5}  {said}" + (f"  exempt: {r['exempt']}" if r["exempt"] else "")
+        )
+    return "\n".join(lines)

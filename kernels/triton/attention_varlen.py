@@ -1,0 +1,78 @@
+"""Attention over packed documents, none of which sees another: attention.py's kernels, a document per batch entry.
+
+Shapes: q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), lse (H, total_q); document n holds the rows
+cu_seqlens_q[n] .. cu_seqlens_q[n + 1] of q and likewise of k and v. The grid is made for the longest document;
+programs beyond the end of theirs return at once, and the bounds are never read on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.kernels.attention import launch_fwd
+from fastgpt.kernels.attention_bwd import launch_bwd
+from fastgpt.kernels.attention_tiles import Documents
+
+
+def attention_varlen_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    # What lies past the last document is 0, and sees nothing.
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+    launch_fwd(
+        *documents.views(out, lse, q, k, v),
+        *(documents, None, alibi_slopes, seed),
+        *(scale, lower_right, left, right, softcap, dropout_p),
+    )
+    return out, lse
+
+
+def attention_varlen_bwd(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    alibi_slopes: Tensor | None,
+    seed: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    lower_right: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    launch_bwd(
+        *documents.views(dq, dk, dv, grad_out),
+        grad_lse,
+        *documents.views(q, k, v, out, lse),
+        *(documents, None, alibi_slopes, seed),
+        *(scale, lower_right, left, right, softcap, dropout_p, deterministic),
+    )
+    return dq, dk, dv
