@@ -124,7 +124,7 @@ def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, flo
     over_d, over_dv = products
     flops_of_element = 2 * (over_d * kernel.constants["BLOCK_D"] + over_dv * kernel.constants["BLOCK_DV"])
     found = []
-    for body in loops(code, "matrix"):
+    for body in loops(code, "matrix", "mufu"):
         per_warp = sum(i.flops / (4 if i.opcode.startswith("HGMMA") else 1) for i in body)
         # The shape of a tcgen05 product is not in its opcode: an iteration is one tile.
         tile = kernel.constants["BLOCK_M"] * kernel.constants["BLOCK_N"]

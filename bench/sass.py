@@ -8,6 +8,7 @@ instruction of a warp is 32 results.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ PIPES = {
     "int": ("I", "LOP3", "LEA", "SHF", "SEL", "PRMT", "PLOP3", "P2R", "R2P", "VOTE", "SGXT", "VIADD", "VIMNMX"),
 }  # fmt: skip
 
-_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)([^;]*);")
+_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[\w.]+)?)([^;]*);")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,19 @@ class Instruction:
     address: int
     opcode: str
     operands: str
+    predicated: bool = False
 
     @property
     def pipe(self) -> str:
         """Which unit takes it."""
         found = (pipe for pipe, names in PIPES.items() if self.opcode.startswith(names))
         return next(found, "other")
+
+    @property
+    def target(self) -> int | None:
+        """Where it jumps to, if it is a branch."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
+        return int(found[1], 16) if found else None
 
     @property
     def flops(self) -> int:
@@ -61,23 +69,78 @@ class Instruction:
 
 def instructions(disassembly: str) -> list[Instruction]:
     """What `cuobjdump --dump-sass` prints of one kernel."""
-    return [Instruction(int(a, 16), opcode, rest.strip()) for a, opcode, rest in _LINE.findall(disassembly)]
+    return [
+        Instruction(int(address, 16), opcode, operands.strip(), bool(predicate))
+        for address, predicate, opcode, operands in _LINE.findall(disassembly)
+    ]
 
 
-def loops(code: list[Instruction], having: str) -> list[list[Instruction]]:
-    """The innermost loops that have an instruction of a pipe, in the order of the code."""
-    spans = []
-    for jump in code:
-        target = re.search(r"0x([0-9a-f]+)", jump.operands) if jump.opcode.startswith("BRA") else None
-        if target and int(target[1], 16) < jump.address:
-            spans.append((int(target[1], 16), jump.address))
-    spans = [s for s in spans if any(i.pipe == having for i in _within(code, s))]
-    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [_within(code, s) for s in sorted(set(inner))]
+def loops(code: list[Instruction], *having: str) -> list[list[Instruction]]:
+    """The innermost natural loops that have instructions of certain pipes, in the order of the code.
+
+    A jump backwards alone is no loop: waiting for memory is done in blocks at the end of the code that jump back.
+    """
+    blocks, successors = _blocks(code)
+    dominators = _dominators(successors)
+    found = []
+    for head in range(len(blocks)):
+        tails = [b for b in range(len(blocks)) if head in successors[b] and head in dominators[b]]
+        body = _natural_loop(head, tails, successors)
+        if tails and {i.pipe for b in body for i in blocks[b]}.issuperset(having):
+            found.append(body)
+    inner = [body for body in found if not any(other < body for other in found)]
+    return [[i for b in sorted(body) for i in blocks[b]] for body in inner]
 
 
-def _within(code: list[Instruction], span: tuple[int, int]) -> list[Instruction]:
-    return [i for i in code if span[0] <= i.address <= span[1]]
+def _blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
+    """The basic blocks, and the numbers of those that may follow each."""
+    targets = {i.address: i.target for i in code if i.target is not None}
+    starts = {code[0].address, *targets.values()} if code else set()
+    starts |= {b.address for a, b in itertools.pairwise(code) if a.address in targets or a.opcode == "EXIT"}
+    blocks: list[list[Instruction]] = []
+    for instruction in code:
+        if instruction.address in starts:
+            blocks.append([])
+        blocks[-1].append(instruction)
+    number = {block[0].address: n for n, block in enumerate(blocks)}
+    successors = []
+    for n, block in enumerate(blocks):
+        last = block[-1]
+        follow = {number[last.target]} if last.target in number else set()
+        falls_through = last.predicated or (last.target is None and last.opcode != "EXIT")
+        if falls_through and n + 1 < len(blocks):
+            follow.add(n + 1)
+        successors.append(sorted(follow))
+    return blocks, successors
+
+
+def _dominators(successors: list[list[int]]) -> list[set[int]]:
+    """For each block those that every way from the first one to it goes through; all, where there is no way."""
+    everything = set(range(len(successors)))
+    found = [everything if n else {0} for n in range(len(successors))]
+    before: list[list[int]] = [[] for _ in successors]
+    for n, follow in enumerate(successors):
+        for m in follow:
+            before[m].append(n)
+    changed = True
+    while changed:
+        changed = False
+        for n in range(1, len(successors)):
+            new = {n} | set.intersection(*(found[m] for m in before[n])) if before[n] else everything
+            changed |= new != found[n]
+            found[n] = new
+    return found
+
+
+def _natural_loop(head: int, tails: list[int], successors: list[list[int]]) -> set[int]:
+    """The blocks from which a jump to the head is reached without passing the head."""
+    body, waiting = {head}, list(tails)
+    while waiting:
+        block = waiting.pop()
+        if block not in body:
+            body.add(block)
+            waiting += [b for b, follow in enumerate(successors) if block in follow]
+    return body
 
 
 def profile(

@@ -191,13 +191,17 @@ DISASSEMBLY = """
         /*0040*/                   FFMA.FTZ R3, R4, R5, R6 ;
         /*0050*/                   IADD3 R2, P1, R2, 0x10, RZ ;
         /*0060*/              @!P2 BRA 0x20 ;
-        /*0070*/                   STG.E.128 [R2.64], R4 ;
-        /*0080*/                   EXIT ;
-        /*0090*/                   BRA 0x90 ;
+        /*0070*/               @P3 BRA 0xa0 ;
+        /*0080*/                   STG.E.128 [R2.64], R4 ;
+        /*0090*/                   EXIT ;
+        /*00a0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], !UPT ;
+        /*00b0*/                   BRA 0x80 ;
+        /*00c0*/                   BRA 0xc0 ;
 """
 
 
 def test_loop_is_found_and_its_instructions_counted():
+    """And nothing that only jumps back, as the block at the end does."""
     code = instructions(DISASSEMBLY)
     assert [i.opcode for i in code][:3] == ["MOV", "LDG.E.128", "HGMMA.64x128x16.F32.BF16"]
     (body,) = loops(code, "matrix")
