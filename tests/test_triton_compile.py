@@ -146,7 +146,8 @@ def test_comments_do_not_change_the_records(tmp_path):
         )
     shutil.copytree(ROOT / "kernels" / "triton", copy / "fastgpt" / "kernels", dirs_exist_ok=True)
     gelu = copy / "fastgpt" / "kernels" / "gelu.py"
-    gelu.write_text(gelu.read_text().replace("    b_x = tl.load", "    # A remark.\n    b_x = tl.load"))
+    gelu.write_text(gelu.read_text().replace("\n    b_x = tl.load", "\n    # A remark.\n    b_x = tl.load"))
+    assert "# A remark." in gelu.read_text()
     records = compiled("(c.op, c.name) == ('gelu', 'bf16 erf')", tmp_path, copy)
     assert records == [r for r in committed().values() if (r["op"], r["config"][:8]) == ("gelu", "bf16 erf")]
 
