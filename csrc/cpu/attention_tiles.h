@@ -283,7 +283,7 @@ template <typename E, typename A>
   if constexpr (FOLD<E> == 1)
     store<A, A>(row, x);
   else
-    *reinterpret_cast<Shorts*>(row) = __builtin_convertvector(nearest_half(x) >> 16, Shorts);
+    *reinterpret_cast<Shorts*>(row) = narrowed(nearest_half(x) >> 16);
 }
 
 // n <= ROWS rows of queries as the second factor of a product over the size of a head, (units, ROWS); they

@@ -86,10 +86,10 @@ class CrossEntropyRow {
       if (cap > A(0)) d *= A(1) - (x / cap) * (x / cap);
       return d;
     };
-    // Up to the first whole vector of the result's memory, where streaming begins.
-    const int64_t head = STREAM ? std::min(vocab_, to_whole_vector<A>(out)) : 0;
-    if (head > 0) store<T, A>(out, piece(0, head), head);
-    over_vectors<A>(head, vocab_, [&](int64_t i, auto... n) { put<STREAM, T, A>(out + i, piece(i, n...), n...); });
+    // Up to the first whole line of the result's memory, where streaming begins.
+    const int64_t head = STREAM ? std::min(vocab_, to_whole_line(out)) : 0;
+    fill<false, A>(out, 0, head, piece);
+    fill<STREAM, A>(out, head, vocab_, piece);
   }
 
  private:

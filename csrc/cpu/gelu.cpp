@@ -5,12 +5,11 @@
 //          u = √(2/π)·(x + 0.044715·x³)        u' = √(2/π)·(1 + 3·0.044715·x²)
 //   geglu: y = gelu(a)·b                       da = dy·b·gelu'(a),  db = dy·gelu(a)
 //
-// y/x and dy/dx are both 1/2 + an odd function of x that is constant beyond |x| = 6: 1/2 + x·P(x²), with a
-// polynomial P and no exponential, no division. gelu_terms.h has the coefficients and the error.
+// Neither exponential nor division: gelu_terms.h has the tables from which y/x and dy/dx are taken, and their error.
 //
-// Bytes: the forward reads x and writes y, the backward reads dy and x and writes dx; 25 instructions a
-// vector are about what a core does while two vectors of float32 travel, so float32 is bound by memory and
-// 16 bits by arithmetic. Large results go past the caches (`stream`), which saves reading them first.
+// Bytes: the forward reads x and writes y, the backward reads dy and x and writes dx; 20 to 25
+// instructions a vector are less than a core does while two vectors of float32 travel, and about what it does for 16
+// bits. Large results go past the caches, which saves reading them first.
 // dbias is the sum of dx over the rows, taken over a fixed number of parts so that its bits do not depend
 // on the number of threads.
 #include "gelu_terms.h"
@@ -23,34 +22,21 @@ namespace {
 // y/x
 template <bool TANH>
 inline Floats share(Floats x) {
-  if constexpr (TANH) return half_plus_odd(x, TANH_VALUE);
-  return half_plus_odd(x, ERF_VALUE);
+  return look_up(x, SHARE<TANH>);
 }
 template <bool TANH>
 inline Doubles share(Doubles x) {
-  return each(x, [](double z) {
-    return TANH ? 0.5 + 0.5 * std::tanh(SQRT_2_OVER_PI * (z + CUBIC * z * z * z)) : 0.5 * std::erfc(-z * SQRT_1_2);
-  });
+  return each(x, share_of<TANH>);
 }
 
 // dy/dx
 template <bool TANH>
 inline Floats slope(Floats x) {
-  if constexpr (TANH) return half_plus_odd(x, TANH_SLOPE);
-  return half_plus_odd(x, ERF_SLOPE);
+  return look_up(x, SLOPE<TANH>);
 }
 template <bool TANH>
 inline Doubles slope(Doubles x) {
-  return each(x, [](double z) {
-    // Beyond |z| = 20 (or 40) the slope is 0 or 1 to the last bit; z² of a larger z would overflow to inf·0.
-    if constexpr (TANH) {
-      const double c = std::min(std::max(z, -20.0), 20.0), t = std::tanh(SQRT_2_OVER_PI * (c + CUBIC * c * c * c));
-      return 0.5 * (1 + t) + 0.5 * c * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * CUBIC * c * c);
-    } else {
-      const double c = std::min(std::max(z, -40.0), 40.0);
-      return 0.5 * std::erfc(-c * SQRT_1_2) + c * INV_SQRT_2PI * std::exp(-0.5 * c * c);
-    }
-  });
+  return each(x, slope_of<TANH>);
 }
 
 // ---- forward ----
@@ -59,9 +45,9 @@ template <bool TANH, bool STREAM, typename T>
 void gelu_forward(const T* x, T* y, int64_t numel) {
   using A = compute_t<T>;
   at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
-    over_vectors<A>(begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
+    fill<STREAM, A>(y, begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
       const Vector<A> z = load<A>(x + i, n...);
-      put<STREAM, T, A>(y + i, z * share<TANH>(z), n...);
+      return z * share<TANH>(z);
     });
     if (STREAM) end_stream();
   });
@@ -72,10 +58,9 @@ void bias_gelu_forward(const T* x, const T* bias, T* y, int64_t rows, int64_t si
   using A = compute_t<T>;
   at::parallel_for(0, rows, GRAIN / std::max<int64_t>(size, 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
-      over_vectors<A>(0, size, [&](int64_t j, auto... n) {
-        const int64_t i = row * size + j;
-        const Vector<A> z = load<A>(x + i, n...) + load<A>(bias + j, n...);
-        put<STREAM, T, A>(y + i, z * share<TANH>(z), n...);
+      fill<STREAM, A>(y + row * size, 0, size, [&](int64_t j, auto... n) {
+        const Vector<A> z = load<A>(x + row * size + j, n...) + load<A>(bias + j, n...);
+        return z * share<TANH>(z);
       });
     if (STREAM) end_stream();
   });
@@ -85,9 +70,9 @@ template <bool TANH, bool STREAM, typename T>
 void geglu_forward(const T* a, const T* b, T* y, int64_t numel) {
   using A = compute_t<T>;
   at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
-    over_vectors<A>(begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
+    fill<STREAM, A>(y, begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
       const Vector<A> z = load<A>(a + i, n...);
-      put<STREAM, T, A>(y + i, z * share<TANH>(z) * load<A>(b + i, n...), n...);
+      return z * share<TANH>(z) * load<A>(b + i, n...);
     });
     if (STREAM) end_stream();
   });
@@ -99,8 +84,8 @@ template <bool TANH, bool STREAM, typename T>
 void gelu_backward(const T* grad, const T* x, T* dx, int64_t numel) {
   using A = compute_t<T>;
   at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
-    over_vectors<A>(begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
-      put<STREAM, T, A>(dx + i, load<A>(grad + i, n...) * slope<TANH>(load<A>(x + i, n...)), n...);
+    fill<STREAM, A>(dx, begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
+      return load<A>(grad + i, n...) * slope<TANH>(load<A>(x + i, n...));
     });
     if (STREAM) end_stream();
   });
@@ -110,11 +95,16 @@ template <bool TANH, bool STREAM, typename T>
 void geglu_backward(const T* grad, const T* a, const T* b, T* da, T* db, int64_t numel) {
   using A = compute_t<T>;
   at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
-    over_vectors<A>(begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
-      const Vector<A> g = load<A>(grad + i, n...), z = load<A>(a + i, n...);
-      put<STREAM, T, A>(da + i, g * load<A>(b + i, n...) * slope<TANH>(z), n...);
-      put<STREAM, T, A>(db + i, g * (z * share<TANH>(z)), n...);
-    });
+    for (int64_t block = begin; block < end; ++block) {  // the second pass finds its block in the cache
+      const int64_t first = block * BLOCK, last = std::min(first + BLOCK, numel);
+      fill<STREAM, A>(da, first, last, [&](int64_t i, auto... n) {
+        return load<A>(grad + i, n...) * load<A>(b + i, n...) * slope<TANH>(load<A>(a + i, n...));
+      });
+      fill<STREAM, A>(db, first, last, [&](int64_t i, auto... n) {
+        const Vector<A> z = load<A>(a + i, n...);
+        return load<A>(grad + i, n...) * (z * share<TANH>(z));
+      });
+    }
     if (STREAM) end_stream();
   });
 }
@@ -129,12 +119,12 @@ void bias_gelu_backward(
     for (int64_t part = begin; part < end; ++part) {
       A* sums = partial + part * size;
       for (int64_t row = part * span; row < std::min(rows, (part + 1) * span); ++row)
-        over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+        fill<STREAM, A>(dx + row * size, 0, size, [&](int64_t j, auto... n) {
           const int64_t i = row * size + j;
           const Vector<A> z = load<A>(x + i, n...) + load<A>(bias + j, n...);
           const Vector<A> d = load<A>(grad + i, n...) * slope<TANH>(z);
-          put<STREAM, T, A>(dx + i, d, n...);
           store<A, A>(sums + j, load<A>(sums + j, n...) + d, n...);
+          return d;
         });
     }
     if (STREAM) end_stream();

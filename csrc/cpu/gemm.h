@@ -158,11 +158,9 @@ inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int
     const uint16_t *first = rows + i * stride, *second = first + stride;
     uint32_t* to = out + i / 2 * width;
     int64_t j = 0;
-    const auto pair = [](const uint16_t* p, int64_t at) {
-      return __builtin_convertvector(*reinterpret_cast<const Shorts*>(p + at), Bits);
-    };
+    const auto words = [](const uint16_t* p) { return widened(*reinterpret_cast<const Shorts*>(p)); };
     for (; i + 1 < n && j + LANES<float> <= size; j += LANES<float>)
-      *reinterpret_cast<Bits*>(to + j) = pair(first, j) | pair(second, j) << 16;
+      *reinterpret_cast<Bits*>(to + j) = words(first + j) | words(second + j) << 16;
     for (; j < size; ++j) to[j] = first[j] | (i + 1 < n ? static_cast<uint32_t>(second[j]) << 16 : 0);
     std::memset(to + size, 0, (width - size) * sizeof(uint32_t));
   }

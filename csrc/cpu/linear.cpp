@@ -57,8 +57,7 @@ struct Panels {
 
 // Half a panel's units from a row and the one below, or from HALF pairs of a row.
 [[gnu::always_inline]] inline Bits below_each_other(Floats upper, Floats lower) {
-  const auto bits = [](Floats x) { return __builtin_convertvector(to_bfloat16(x), Bits); };
-  return bits(upper) | bits(lower) << 16;
+  return widened(to_bfloat16(upper)) | widened(to_bfloat16(lower)) << 16;
 }
 [[gnu::always_inline]] inline Bits side_by_side(Floats first, Floats second) {
   return std::bit_cast<Bits>(_mm512_cvtne2ps_pbh(second, first));

@@ -240,7 +240,7 @@ class Chunks {
   // ---- gradients of a chunk ----
 
   void gradients(const Lanes<A>& lanes, A* dhidden, A* dweight, A* dbias) {
-    sums_.assign(parts_ * step_ * width_, A(0));
+    sums_.resize(parts_ * step_ * width_);
     at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
       Space space(*this);
       space.block.resize(kept_ ? 0 : BLOCK_V * lanes_);
@@ -256,7 +256,7 @@ class Chunks {
               dbias[v + c] +=
                   sum_of<A>(lanes_, [&](int64_t r, auto... some) { return load<A>(d + c * lanes_ + r, some...); });
           add_to_weight(dweight + v * size_, n, reinterpret_cast<const U*>(d), space);
-          add_to_hidden(&sums_[part * step_ * width_], v, n, d, space);
+          add_to_hidden(&sums_[part * step_ * width_], v, n, v > classes.begin, d, space);
         }
       }
     });
@@ -301,15 +301,17 @@ class Chunks {
     });
   }
 
-  // dhidden (rows, width) += dlogits·weight over n classes from v.
-  void add_to_hidden(A* dhidden, int64_t v, int64_t n, const E* d, Space& space) const {
+  // dhidden (rows, width) += dlogits·weight over n classes from v; the first of a part find no sum yet.
+  void add_to_hidden(A* dhidden, int64_t v, int64_t n, bool add, const E* d, Space& space) const {
     const Operand<U> w = second_factor<E>(space.pairs, weight_ + v * size_, size_, n, size_);
     const Operand<U> keys = second_factor<E>(space.keys, d, lanes_, n, lanes_);
     for (int64_t j = 0; j < width_; j += GEMM_N<U>)
       for (int64_t r = 0; r < n_; r += GEMM_N<U>) {
         const Operand<U> rows{keys.data + r * keys.column, 1, keys.row}, panel{w.data + j * w.column, w.row};
         const int64_t some = std::min(GEMM_N<U>, n_ - r);
-        gemm<true>(some, GEMM_N<U>, units<E>(n), rows, panel, dhidden + r * width_ + j, width_);
+        A* const c = dhidden + r * width_ + j;
+        add ? gemm<true>(some, GEMM_N<U>, units<E>(n), rows, panel, c, width_)
+            : gemm<false>(some, GEMM_N<U>, units<E>(n), rows, panel, c, width_);
       }
   }
 

@@ -52,12 +52,28 @@ template <typename A>
 
 // ---- loads and stores ----
 
+// Between words of 16 and of 32 bits; for AVX-512 the compiler would go by way of halves.
+[[gnu::always_inline]] inline Bits widened(Shorts x) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Bits>(_mm512_cvtepu16_epi32(std::bit_cast<__m256i>(x)));
+#else
+  return __builtin_convertvector(x, Bits);
+#endif
+}
+[[gnu::always_inline]] inline Shorts narrowed(Bits x) {
+#if defined(__AVX512F__)
+  return std::bit_cast<Shorts>(_mm512_cvtepi32_epi16(std::bit_cast<__m512i>(x)));
+#else
+  return __builtin_convertvector(x, Shorts);
+#endif
+}
+
 template <typename A, typename T>
 [[gnu::always_inline]] inline Vector<A> load(const T* p) {
   if constexpr (std::is_same_v<A, T>) {
     return *reinterpret_cast<const Vector<A>*>(p);
   } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    return std::bit_cast<Floats>(__builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Bits) << 16);
+    return std::bit_cast<Floats>(widened(*reinterpret_cast<const Shorts*>(p)) << 16);
   } else {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -78,7 +94,7 @@ template <typename A, typename T>
 #else
   const Bits u = std::bit_cast<Bits>(x);
   const Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : Bits{} + 0x7FC0u, Shorts);
+  return narrowed(x == x ? rounded : Bits{} + 0x7FC0u);
 #endif
 }
 
@@ -115,53 +131,50 @@ inline void store(T* p, Vector<A> x, int64_t n) {
 }
 
 // Whether a result of so many elements of T is written past the caches: it would not be found there again, and
-// a line that is written whole need not be read first. 16 bits make half a line a vector, which is slower.
+// a line that is written whole need not be read first.
 template <typename T>
 inline bool streams(int64_t numel) {
 #if defined(__AVX512F__)
-  return sizeof(T) >= 4 && numel * static_cast<int64_t>(sizeof(T)) >= int64_t{16} << 20;
+  return numel * static_cast<int64_t>(sizeof(T)) >= int64_t{16} << 20;
 #else
   return numel < 0;
 #endif
 }
 
-// Elements from p to the next address where a vector may be streamed.
-template <typename A, typename T>
-inline int64_t to_whole_vector(const T* p) {
-  constexpr auto bytes = static_cast<uintptr_t>(LANES<A>) * sizeof(T);
-  return static_cast<int64_t>((bytes - reinterpret_cast<uintptr_t>(p) % bytes) % bytes / sizeof(T));
+// Elements from p to the next address where a line may be streamed.
+template <typename T>
+inline int64_t to_whole_line(const T* p) {
+  return static_cast<int64_t>((64 - reinterpret_cast<uintptr_t>(p) % 64) % 64 / sizeof(T));
 }
 
-// A store past the caches to an address aligned like the vector. `end_stream` follows before others read.
-template <typename T, typename A>
-[[gnu::always_inline]] inline void stream(T* p, Vector<A> x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == sizeof(A))
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), std::bit_cast<__m512i>(x));
-  else
-    store<T, A>(p, x);
+// Two vectors of 16-bit results, which make a line.
+[[gnu::always_inline]] inline __m512i narrow(Floats a, Floats b, at::BFloat16) {
+#if defined(__AVX512BF16__)
+  return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
 #else
-  store<T, A>(p, x);
+  const auto low = std::bit_cast<__m256i>(to_bfloat16(a)), high = std::bit_cast<__m256i>(to_bfloat16(b));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #endif
 }
+[[gnu::always_inline]] inline __m512i narrow(Floats a, Floats b, at::Half) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(a, 0)), _mm512_cvtps_ph(b, 0), 1);
+}
+
+// A line past the caches; `end_stream` follows before others read it.
+template <bool STREAM, typename L>
+[[gnu::always_inline]] inline void put_line(void* p, L line) {
+  if constexpr (STREAM)
+    _mm512_stream_si512(static_cast<__m512i*>(p), std::bit_cast<__m512i>(line));
+  else
+    _mm512_storeu_si512(p, std::bit_cast<__m512i>(line));
+}
+#endif
 
 inline void end_stream() {
 #if defined(__AVX512F__)
   _mm_sfence();
 #endif
-}
-
-// A store, past the caches if STREAM.
-template <bool STREAM, typename T, typename A>
-[[gnu::always_inline]] inline void put(T* p, Vector<A> x) {
-  if constexpr (STREAM)
-    stream<T, A>(p, x);
-  else
-    store<T, A>(p, x);
-}
-template <bool STREAM, typename T, typename A>
-inline void put(T* p, Vector<A> x, int64_t n) {
-  store<T, A>(p, x, n);
 }
 
 // Calls f(i) for the whole vectors of [begin, end), and f(i, n) for the n elements that may be left.
@@ -170,6 +183,21 @@ template <typename A, typename F>
   int64_t i = begin;
   for (; i + LANES<A> <= end; i += LANES<A>) f(i);
   if (i < end) f(i, end - i);
+}
+
+// out[i] = f(i) over the vectors of [begin, end), f(i, n) for the n elements that may be left. STREAM: past the
+// caches; out + begin is then where a line begins.
+template <bool STREAM, typename A, typename T, typename F>
+[[gnu::always_inline]] inline void fill(T* out, int64_t begin, int64_t end, F&& f) {
+  constexpr int64_t W = LANES<A>;
+  int64_t i = begin;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    for (; i + 2 * W <= end; i += 2 * W) put_line<STREAM>(out + i, narrow(f(i), f(i + W), T{}));
+  else
+    for (; i + W <= end; i += W) put_line<STREAM>(out + i, f(i));
+#endif
+  over_vectors<A>(i, end, [&](int64_t j, auto... n) { store<T, A>(out + j, f(j, n...), n...); });
 }
 
 // ---- reductions and comparisons ----
@@ -183,6 +211,15 @@ template <typename A, typename F>
 #endif
 }
 [[gnu::always_inline]] inline Doubles max(Doubles a, Doubles b) { return a > b ? a : b; }
+
+// The smaller of each pair; the second where one is NaN.
+[[gnu::always_inline]] inline Floats min(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 template <typename A>
 [[gnu::always_inline]] inline A lane_max(Vector<A> x) {
@@ -238,6 +275,22 @@ template <typename A, typename F>
   for (; i + 4 * W <= size; i += 4 * W) a += f(i), b += f(i + W), c += f(i + 2 * W), d += f(i + 3 * W);
   over_vectors<A>(i, size, [&](int64_t j, auto... n) { a += f(j, n...); });
   return lane_sum<A>((a + b) + (c + d));
+}
+
+// table[index mod 16] in each lane.
+[[gnu::always_inline]] inline Floats lookup(const float (&table)[16], Integers index) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps(std::bit_cast<__m512i>(index), _mm512_load_ps(table));
+#elif defined(__AVX2__)
+  const auto i = std::bit_cast<__m256i>(index);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), i);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), i);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));  // by the sign: bit 3
+#else
+  Floats x;
+  for (int64_t l = 0; l < LANES<float>; ++l) x[l] = table[index[l] & 15];
+  return x;
+#endif
 }
 
 // ---- elementary functions ----

@@ -117,7 +117,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     For a sum or mean every row has the same upstream gradient up to a scalar, so the forward computes
     the gradients of the sum while a chunk's logits are at hand (three products in all) and the backward
-    scales them. For "none" the backward computes each chunk's logits again (four products).
+    scales them, in place: the weight's is as large as the weight. A second backward (retain_graph) computes
+    them again. For "none" the backward computes each chunk's logits again (four products).
     """
 
     @staticmethod
@@ -139,7 +140,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         denominator = None
         if reduction == "mean":
             denominator = mean_denominator(loss.dtype, target, class_weight, options[0])
-        ctx.save_for_backward(hidden, weight, bias, target, lse, class_weight, denominator, *grads)
+        ctx.save_for_backward(hidden, weight, bias, target, lse, class_weight, denominator)
+        ctx.grads = grads if with_grad else None
         ctx.options, ctx.reduction, ctx.backend = options, reduction, backend
         if reduction == "none":
             return loss
@@ -147,7 +149,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, lse, class_weight, denominator, *grads = ctx.saved_tensors
+        hidden, weight, bias, target, lse, class_weight, denominator = ctx.saved_tensors
         inputs = (hidden, weight, bias)
         if twice_differentiable():
 
@@ -163,7 +165,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             # Nothing valid makes the denominator 0: the loss is NaN and the gradients are 0, as PyTorch has it.
             scale = grad if denominator is None else torch.where(denominator == 0, 0, grad / denominator)
-            found = tuple(g * scale for g in grads)
+            found, ctx.grads = ctx.grads, None
+            if found is None:
+                layer = _rounded(*inputs)
+                found = _FWD[ctx.backend](*layer, target, class_weight, *ctx.options, True)[2:]
+            for g in found:
+                g.mul_(scale)
         needed = zip(found, inputs, ctx.needs_input_grad, strict=False)
         return *(g.to(x.dtype) if n else None for g, x, n in needed), *[None] * 6
 
