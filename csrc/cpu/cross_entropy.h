@@ -68,7 +68,7 @@ class CrossEntropyRow {
   template <bool STREAM, typename T>
   void backward(const T* logits, T* out, int64_t y, double lse, A grad, A grad_lse) const {
     const bool ignored = y == options_.ignore_index;
-    if (ignored) grad = 0, y = -1;
+    if (ignored) grad = 0;
     const A hard = ignored ? A(0) : A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1));
     const A smooth = A(options_.label_smoothing) / A(vocab_);
     const A on_p = (ignored ? A(0) : grad * (hard + smooth * total_ + A(2 * options_.z_loss * lse))) + grad_lse;
@@ -76,20 +76,27 @@ class CrossEntropyRow {
       std::fill(out, out + vocab_, T(0));
       return;
     }
-    const A spread = grad * smooth, on_target = grad * hard, cap = A(options_.softcap);
-    const A high = A(lse), low = A(lse - double(high));
-    const auto piece = [&](int64_t i, auto... n) {
+    const A spread = grad * smooth, cap = A(options_.softcap), high = A(lse), low = A(lse - double(high));
+    const auto softmax = [&](Vector<A> x) { return on_p * exp<IS_FINE<T>>((x - high) - low); };
+    const auto plain = [&](int64_t i, auto... n) { return softmax(load<A>(logits + i, n...)); };
+    const auto any = [&](int64_t i, auto... n) {
       const Vector<A> x = read<T>(logits + i, n...);
-      Vector<A> d = on_p * exp<IS_FINE<T>>((x - high) - low);
-      if (spread != A(0)) d -= spread * (weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1)));
-      if (i <= y && y < i + LANES<A>) d = lane_numbers<A>() == A(y - i) ? d - on_target : d;
-      if (cap > A(0)) d *= A(1) - (x / cap) * (x / cap);
-      return d;
+      const Vector<A> d = softmax(x) - spread * (weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1)));
+      return cap > A(0) ? d * (A(1) - (x / cap) * (x / cap)) : d;
     };
+    A at_target = 0;  // taken before the row may be overwritten
+    if (!ignored) {
+      const A x = read<T>(logits + y, 1)[0];
+      at_target = any(y, 1)[0] - grad * hard * (cap > A(0) ? A(1) - (x / cap) * (x / cap) : A(1));
+    }
     // Up to the first whole line of the result's memory, where streaming begins.
     const int64_t head = STREAM ? std::min(vocab_, to_whole_line(out)) : 0;
-    fill<false, A>(out, 0, head, piece);
-    fill<STREAM, A>(out, head, vocab_, piece);
+    const auto row = [&](const auto& piece) {
+      fill<false, A>(out, 0, head, piece);
+      fill<STREAM, A>(out, head, vocab_, piece);
+    };
+    spread != A(0) || cap > A(0) ? row(any) : row(plain);
+    if (!ignored) out[y] = static_cast<T>(at_target);
   }
 
  private:
