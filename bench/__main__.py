@@ -94,6 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     taken.add_argument("--json", action="store_true", help="print the records instead of the table")
     taken.add_argument("--write", action="store_true", help="also write them to bench/results/resources.json")
 
+    tune = commands.add_parser("tune", help="faster tile sizes for this GPU and your sizes, kept on the disk")
+    tune.set_defaults(run=_tune)
+    tune.add_argument("op", nargs="*", help="only these ops")
+    tune.add_argument("--shape", action="append", metavar="AxB…", help="this size (may be repeated; one op)")
+    tune.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="default: bf16")
+    tune.add_argument(
+        "--rehearse", action="store_true", help="the same on the CPU, toy sizes, Triton interpreted"
+    )
+
     report = commands.add_parser(
         "report", help="tables and plots of bench/results, and the README's from them"
     )
@@ -304,6 +313,16 @@ def _resources(options: argparse.Namespace) -> int:
         )
     chosen = [c for c in configurations() if c.op in (options.op or known)]
     return run(chosen, options.arch or ARCHITECTURES, as_json=options.json, write=options.write)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if options.shape and len(options.op) != 1:
+        raise ValueError("--shape is for one op: name it, python -m bench tune OP --shape ...")
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+    from bench.tune import run
+
+    return run(options.op, options.shape or [], options.dtype or ["bf16"], rehearse=options.rehearse)
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -36,12 +38,14 @@ class Compiled:
     Attributes:
         kernel: its name.
         constants: the compile-time arguments, BLOCK_M and the like, and every argument that is None.
-        itemsize: bytes of an element of its first tensor.
+        numbers: its other integer arguments.
+        itemsize: bytes of an element of its first tensor that has rows.
         shared: bytes of shared memory a program.
     """
 
     kernel: str
     constants: dict[str, Any]
+    numbers: dict[str, int]
     itemsize: int
     warps: int
     stages: int
@@ -80,6 +84,14 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("cross_entropy", f"{name} V50257 smoothing softcap", launch)
     for dtype, form, op in itertools.product((BF16, FP32), ("erf", "tanh"), ("gelu", "bias_gelu", "geglu")):
         yield Configuration(op, f"{_NAMES[dtype]} {form}", _gelu(op, dtype, form == "tanh"), dtype == BF16)
+    for dtype, form in ((BF16, "erf"), (BF16, "tanh"), (FP16, "erf"), (FP32, "erf")):
+        launch = _linear_gelu(dtype, form == "tanh")
+        yield Configuration("linear_gelu", f"{_NAMES[dtype]} {form}", launch, dtype == BF16)
+    yield Configuration("linear_gelu", "bf16 erf 16 rows", _linear_gelu(BF16, rows=16))
+    launch = _linear_gelu(BF16, inner=770)  # whose rows no tensor descriptor describes
+    yield Configuration("linear_gelu", "bf16 erf K=770", launch)
+    yield Configuration("linear_gelu", "tf32 erf", _linear_gelu(FP32, tf32=True))
+    yield Configuration("linear_gelu", "tf32 erf 16 rows", _linear_gelu(FP32, rows=16, tf32=True))
     for dtype, size in ((BF16, 768), (BF16, 64), (BF16, 1600), (BF16, 4096), (BF16, 16384), (FP32, 768)):
         name, quick = f"{_NAMES[dtype]} D{size}", (dtype, size) == (BF16, 768)
         yield Configuration("add_layer_norm", name, _layer_norm(dtype, size), quick)
@@ -161,6 +173,21 @@ def _gelu(op: str, dtype: torch.dtype, tanh: bool) -> Callable[[], None]:
     return launch
 
 
+def _linear_gelu(
+    dtype: torch.dtype, tanh: bool = False, *, rows: int = 256, inner: int = 768, tf32: bool = False
+) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import linear_gelu
+
+        x, weight = torch.empty(rows, inner, dtype=dtype), torch.empty(3072, inner, dtype=dtype)
+        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
+        y, z = linear_gelu.linear_gelu_fwd(x, weight, weight[:, 0].contiguous(), tanh, True)
+        linear_gelu.linear_gelu_bwd(y, z, tanh)
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+    return launch
+
+
 def _layer_norm(dtype: torch.dtype, size: int) -> Callable[[], None]:
     def launch() -> None:
         from fastgpt.kernels import add_layer_norm
@@ -181,25 +208,27 @@ def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
-    from fastgpt.kernels import attention_tiles
+    from fastgpt.kernels import attention_tiles, linear_gelu
 
+    choosing = (attention_tiles, linear_gelu)  # by the architecture
     number = int(arch.removeprefix("sm_").removesuffix("a"))
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    run, capability = JITFunction.run, attention_tiles.capability
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
-    attention_tiles.capability = lambda _: divmod(number, 10)
-    try:
+    recorded = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))  # noqa: E731
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", recorded))
+        for module in choosing:
+            stack.enter_context(mock.patch.object(module, "capability", lambda _: divmod(number, 10)))
         configuration.launch()
-    finally:
-        JITFunction.run, attention_tiles.capability = run, capability
     for function, arguments, keywords in launches:
         source, constants = _source(function, arguments, keywords)
         options = {key: keywords[key] for key in ("num_warps", "num_stages") if key in keywords}
         kernel = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
+        named = zip((p.name for p in function.params), arguments, strict=False)
         yield Compiled(
             function.__name__.removeprefix("_"),
             constants,
-            next(x.element_size() for x in arguments if isinstance(x, Tensor)),
+            {name: value for name, value in named if type(value) is int},
+            next(x.element_size() for x in arguments if isinstance(x, Tensor) and x.dim() > 1),
             kernel.metadata.num_warps,
             kernel.metadata.num_stages,
             kernel.metadata.shared,

@@ -1,5 +1,8 @@
 """The eager cost of a call, by the way an op is registered:  python -m bench.overhead
 
+`python -m bench.overhead launchers` takes the host's side of the Triton ops instead, in CPU time: everything from the
+call to the launch, which does nothing, on CPU tensors; what Triton and the driver do in a launch comes on top.
+
 All patterns compute the same GELU of a 4×4 float32 tensor with the same C++ kernels, so that what
 differs is the way through PyTorch. Medians of interleaved rounds, one thread. docs/design.md quotes
 the figures and says what was chosen. Compiling the C++ pattern takes about half a minute.
@@ -8,8 +11,10 @@ the figures and says what was chosen. Compiling the C++ pattern takes about half
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ import torch.utils.cpp_extension
 from torch import Tensor
 
 import fastgpt
+from fastgpt import backends
 from fastgpt.ops.gelu import _BWD, _FWD
 
 ROUNDS, CALLS = 31, 300
@@ -90,27 +96,49 @@ def patterns() -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
-def main() -> None:
+def launchers() -> dict[str, Callable[[], Tensor]]:
+    """The Triton ops, small, with a launch that does nothing in the place of Triton's."""
+    from triton.runtime.jit import JITFunction
+
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: None
+    backends._cached_machine_refusal = lambda op, backend, device: None  # type: ignore[assignment]
+    fastgpt.use_backend("triton").__enter__()
+    x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((64, 64), (64, 64), 64))
+    target = torch.zeros(64, dtype=torch.int64)
+    ops = fastgpt.ops
+    return {
+        "gelu": lambda: ops.gelu(x),
+        "bias_gelu": lambda: ops.bias_gelu(x, bias),
+        "cross_entropy": lambda: ops.cross_entropy(x, target),
+        "add_layer_norm": lambda: ops.add_layer_norm(x, x, bias, bias)[0],
+        "linear_gelu": lambda: ops.linear_gelu(x, weight, bias),
+    }
+
+
+def main(which: str) -> None:
     """Prints a Markdown table of microseconds a call."""
     torch.set_num_threads(1)
-    x = torch.randn(4, 4, requires_grad=True)
-    grad = torch.randn(4, 4)
-    found = patterns()
+    if which == "launchers":
+        found, clock = launchers(), time.process_time
+    else:
+        x, clock = torch.randn(4, 4, requires_grad=True), time.perf_counter
+        found = {name: partial(function, x) for name, function in patterns().items()}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in found}
+    grads = {name: torch.ones_like(function()) for name, function in found.items()}
     for _ in range(ROUNDS):
         for name, function in found.items():
-            start = time.perf_counter()
+            start = clock()
             for _ in range(CALLS):
-                function(x)
-            times[name][0].append((time.perf_counter() - start) / CALLS)
-            start = time.perf_counter()
+                function()
+            times[name][0].append((clock() - start) / CALLS)
+            start = clock()
             for _ in range(CALLS):
-                function(x).backward(grad)
-            times[name][1].append((time.perf_counter() - start) / CALLS)
+                function().backward(grads[name])
+            times[name][1].append((clock() - start) / CALLS)
     print("| pattern | forward, µs | forward + backward, µs |\n|---|---|---|")
     for name, (forward, both) in times.items():
         print(f"| {name} | {1e6 * statistics.median(forward):.1f} | {1e6 * statistics.median(both):.1f} |")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:2] or ["patterns"])

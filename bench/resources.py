@@ -2,8 +2,9 @@
 
 Every kernel × configuration in use × architecture is compiled ahead of time, on any machine. From the cubin come
 registers, shared memory, stack and spills, and how many programs fit into a multiprocessor; from the innermost loop of
-the attention kernels the instructions per score element and the bounds they set on the share of the matrix units'
-peak (`bench.sass`); from the other kernels the bytes they move per element beside the least possible.
+the attention kernels the instructions per score element, from the whole of a linear layer's those per result, and the
+bounds they set on the share of the matrix units' peak (`bench.sass`); from the other kernels the bytes they move per
+element beside the least possible, and the share of the memory's bandwidth that their instructions leave time for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from bench.launches import Compiled, Configuration, compiled, configurations
 from bench.machine import ROOT
 from bench.records import save
-from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile
+from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
 
 PATH = ROOT / "bench" / "results" / "resources.json"
 
@@ -46,7 +47,8 @@ PRODUCTS = {
 # Elements read and written per element of the result, at least.
 LEAST = {
     "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
-    "geglu_bwd": (3, 2),
+    "geglu_bwd": (3, 2), "cross_entropy_fwd": (1, 0), "cross_entropy_bwd": (1, 1), "add_layer_norm_fwd": (2, 2),
+    "add_layer_norm_bwd": (3, 1),
 }  # fmt: skip
 
 
@@ -76,6 +78,7 @@ def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[s
     registers, stack = map(int, found.groups())
     tiles = {k: v for k, v in kernel.constants.items() if k.startswith("BLOCK") and v is not None}
     sizes = " ".join(f"{k}={v}" for k, v in tiles.items())
+    body = _streamed(code) if kernel.kernel in LEAST else []
     record: dict[str, Any] = {
         "kernel": kernel.kernel,
         "op": configuration.op,
@@ -93,8 +96,8 @@ def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[s
         "hmma": sum(i.opcode.startswith("HMMA") for i in code),
         "wide_loads": sum(i.opcode.startswith("LDG") and ".128" in i.opcode for i in code),
         "wide_stores": sum(i.opcode.startswith("STG") and ".128" in i.opcode for i in code),
-        "loop": _loop(kernel, code, arch),
-        "bytes_per_element": _moved(kernel, code),
+        "loop": _streaming(kernel, body, arch) if body else _loop(kernel, code, arch),
+        "bytes_per_element": _moved(kernel, body) if body else None,
     }
     return record | {"exempt": _exempt(record)}
 
@@ -118,6 +121,8 @@ def _blocks(registers: int, warps: int, shared: int, arch: str) -> int:
 def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
     """The profile of attention's innermost loop without mask arithmetic: that with the fewest instructions."""
     name = kernel.kernel
+    if name == "linear_gelu_fwd":
+        return _product(kernel, code, arch)
     if name not in PRODUCTS:
         return None
     products = PRODUCTS[name if kernel.constants.get("p_dq", 0) is not None else f"{name} without dq"]
@@ -133,11 +138,37 @@ def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, flo
     return min(found, key=lambda p: p["fp32"] + p["int"], default=None)
 
 
-def _moved(kernel: Compiled, code: list[Instruction]) -> dict[str, float] | None:
-    """Bytes that an elementwise kernel loads and stores per element, and the least that it could."""
-    if kernel.kernel not in LEAST:
+def _product(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
+    """The profile of a tile of a product, per result: its loop as often as K asks for, and what is around it once."""
+    found = loops(code, "matrix")
+    if not found:
         return None
-    moved = sum(_width(i) for i in code if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
+    body, size, inner = found[0], kernel.constants, kernel.numbers["K"]
+    inside = {i.address for i in body}
+    once = [i for i in code if i.address not in inside]
+    tile = size["BLOCK_M"] * size["BLOCK_N"]
+    steps = -(-inner // size["BLOCK_K"])
+    return profile(body * steps + once, kernel.warps, tile, 2.0 * tile * inner, arch)
+
+
+def _streamed(code: list[Instruction]) -> list[Instruction]:
+    """The loop over a row or over rows, without masks: of those with the fewest instructions; without a loop, all."""
+    found = [b for b in loops(code, "memory") if any(i.opcode.startswith("LDG") for i in b)]
+    return min(found, key=len, default=code)
+
+
+def _streaming(kernel: Compiled, body: list[Instruction], arch: str) -> dict[str, float]:
+    """The profile of a kernel that is bound by memory, per element: what a tile has beyond a row is none."""
+    elements = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
+    width, row = kernel.constants.get("BLOCK_D", 0), kernel.numbers.get("D", 0)
+    if width >= row > 0:
+        elements *= row / width
+    return streaming(body, kernel.warps, elements, sum(LEAST[kernel.kernel]) * kernel.itemsize, arch)
+
+
+def _moved(kernel: Compiled, body: list[Instruction]) -> dict[str, float]:
+    """Bytes that a kernel moves per element, parameters of its rows included, and the least that it could."""
+    moved = sum(_width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
     tile = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
     return {"moved": moved / tile, "least": float(sum(LEAST[kernel.kernel]) * kernel.itemsize)}
 
@@ -203,12 +234,14 @@ def table(records: list[dict[str, Any]]) -> str:
         loop, moved = r["loop"], r["bytes_per_element"]
         said = ""
         if loop:
-            said = (
-                f"mufu {loop['mufu']:.2f} fp32 {loop['fp32']:.2f} int {loop['int']:.2f};"
-                f" at most {loop['overlapped']:.0%} of peak overlapped, {loop['serial']:.0%} serial"
+            said = f"mufu {loop['mufu']:.2f} fp32 {loop['fp32']:.2f} int {loop['int']:.2f}"
+        if moved:
+            said += (
+                f" of {loop['issue']:.1f}; {moved['moved']:g} bytes, at least {moved['least']:g};"
+                f" at most {loop['bandwidth']:.0%} of the bandwidth"
             )
-        elif moved:
-            said = f"{moved['moved']:g} bytes, at least {moved['least']:g}"
+        elif loop:
+            said += f"; at most {loop['overlapped']:.0%} of peak overlapped, {loop['serial']:.0%} serial"
         lines.append(
             f"{r['kernel']:<22}{r['config']:<78}{r['arch']:<9}{r['registers']:>5}{r['spills']:>7}{r['shared']:>8}"
             f"{r['blocks_per_sm']:>5}  {said}" + (f"  exempt: {r['exempt']}" if r["exempt"] else "")

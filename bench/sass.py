@@ -1,9 +1,12 @@
 """What a kernel's machine code (SASS) says of its speed: the instructions of its innermost loops, by pipe.
 
-Rates are results a cycle and multiprocessor, from the table of arithmetic throughput in NVIDIA's CUDA C++
-Programming Guide; those of the matrix units are the data sheets' dense bfloat16 FLOP/s by multiprocessors and
-boost clock (A100: 312e12 / 108 / 1.41 GHz, H100: 989e12 / 132 / 1.83 GHz, B200: 2250e12 / 148 / 1.85 GHz). An
-instruction of a warp is 32 results.
+Rates are results a cycle and multiprocessor; an instruction of a warp is 32 results. Those of "mufu", "fp32" and
+"int" are from the table "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide, columns
+8.0, 9.0 and 10.0: mufu its row for reciprocal, base-2 logarithm and exponential; fp32 that for 32-bit add, multiply and
+multiply-add, of which FADD2, FMUL2 and FFMA2 are two; int that for 32-bit compare, minimum and maximum (add and logic
+are no slower anywhere). Four schedulers issue an instruction of a warp a cycle each. Matrix units and memory are the
+data sheets' dense bfloat16 FLOP/s and bytes/s by multiprocessors and boost clock: A100 80 GB 312e12 and 2.04e12 / 108 /
+1.41 GHz; H100 989e12 and (H200, the faster memory) 4.8e12 / 132 / 1.83 GHz; B200 2250e12 and 8e12 / 148 / 1.85 GHz.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from dataclasses import dataclass
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
 MATRIX_FLOPS = {"sm_80": 2048, "sm_90a": 4096, "sm_100a": 8192}  # a cycle and multiprocessor
+BYTES = {"sm_80": 13.4, "sm_90a": 19.9, "sm_100a": 29.2}  # a cycle and multiprocessor, from memory and to it
+ISSUED = 128  # instructions of a thread
 RATES = {
     "sm_80": {"mufu": 16, "fp32": 64, "int": 64},
     "sm_90a": {"mufu": 16, "fp32": 128, "int": 64},
@@ -49,6 +54,11 @@ class Instruction:
         """Which unit takes it."""
         found = (pipe for pipe, names in PIPES.items() if self.opcode.startswith(names))
         return next(found, "other")
+
+    @property
+    def results(self) -> int:
+        """Of a thread."""
+        return 2 if self.opcode.startswith(("FADD2", "FMUL2", "FFMA2")) else 1
 
     @property
     def target(self) -> int | None:
@@ -143,6 +153,14 @@ def _natural_loop(head: int, tails: list[int], successors: list[list[int]]) -> s
     return body
 
 
+def _each(body: list[Instruction], warps: int, elements: float) -> dict[str, float]:
+    """Results a thread per element of the pipes."""
+    count: Counter[str] = Counter()
+    for i in body:
+        count[i.pipe] += i.results
+    return {pipe: count[pipe] * 32 * warps / elements for pipe in PIPES}
+
+
 def profile(
     body: list[Instruction], warps: int, elements: float, flops: float, arch: str
 ) -> dict[str, float]:
@@ -156,12 +174,31 @@ def profile(
         matrix, mufu, fp32, int, memory, other: instructions of 32 results, times 32, per element; and "overlapped", the
         share of peak if the slowest pipe alone counted, "serial", if all pipes waited for each other.
     """
-    count = Counter(i.pipe for i in body)
-    each = {pipe: count[pipe] * 32 * warps / elements for pipe in (*PIPES,)}
+    each = _each(body, warps, elements)
     cycles = {pipe: each[pipe] * elements / rate for pipe, rate in RATES[arch].items()}
     matrix = flops / MATRIX_FLOPS[arch]
     bounds = {
         "overlapped": matrix / max(matrix, *cycles.values()),
         "serial": matrix / (matrix + sum(cycles.values())),
     }
+    return {key: round(value, 4) for key, value in (each | bounds).items()}
+
+
+def streaming(
+    body: list[Instruction], warps: int, elements: float, moved: float, arch: str
+) -> dict[str, float]:
+    """Instructions a thread per element of the pipes, and the bound on the share of the memory's bandwidth.
+
+    Args:
+        elements: that are read or written, all warps together.
+        moved: bytes of each, at least.
+
+    Returns:
+        the pipes as in `profile`; "issue": all instructions; "bandwidth": the share of the data sheet's bandwidth if
+        the slower of the busiest pipe and the schedulers alone counted, at most 1.
+    """
+    each = _each(body, warps, elements)
+    issue = len(body) * 32 * warps / elements
+    cycles = max(issue / ISSUED, *(each[pipe] / rate for pipe, rate in RATES[arch].items()))
+    bounds = {"issue": issue, "bandwidth": min(moved / BYTES[arch] / cycles, 1.0)}
     return {key: round(value, 4) for key, value in (each | bounds).items()}

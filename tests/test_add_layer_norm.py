@@ -42,10 +42,22 @@ def test_obeys_the_error_rule(backend, layout, affine):
     size=st.integers(2, 70),
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    affine=st.booleans(),
+    weighted=st.booleans(),
+    biased=st.booleans(),
 )
-def test_any_shape_and_stride(backend, rows, size, layout, dtype, affine):
-    check_error_rule(ops.add_layer_norm, pytorch, inputs((rows, size), dtype, layout, affine))
+def test_any_shape_and_stride(backend, rows, size, layout, dtype, weighted, biased):
+    x, residual, weight, bias = inputs((rows, size), dtype, layout)
+    given_vectors = [*([weight] if weighted else []), *([bias] if biased else [])]
+
+    def as_vectors(vectors):
+        vectors = iter(vectors)
+        return next(vectors) if weighted else None, next(vectors) if biased else None
+
+    check_error_rule(
+        lambda x, r, *v: ops.add_layer_norm(x, r, *as_vectors(v)),
+        lambda x, r, *v: pytorch(x, r, *as_vectors(v)),
+        [x, residual, *given_vectors],
+    )
 
 
 def test_without_a_residual_it_is_layer_norm(backend):

@@ -115,6 +115,32 @@ def test_any_shape_and_option(
     )
 
 
+@given(
+    vocab=st.sampled_from([2, 40, 2047, 2048, 2049, 4095, 4096, 4097, 6100, 8192, 8193, 12289]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    gap=st.integers(0, 17),
+    weighted=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.1]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+    softcap=st.sampled_from([None, 5.0]),
+    ignore_index=st.sampled_from([-100, 1]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+)
+def test_all_options_together_on_rows_of_any_number_of_tiles(
+    backend, vocab, dtype, gap, weighted, label_smoothing, z_loss, softcap, ignore_index, reduction
+):
+    """Rows that end with a tile, one before and one behind, and start anywhere within 16 bytes."""
+    weight = (torch.rand(vocab) + 0.1).to(dtype) if weighted else None
+    y = targets(3, vocab, ignore_index=ignore_index)
+    y[0], y[1] = vocab - 1, 0  # of which at least one counts, whichever is ignored
+    options = {"weight": weight, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
+    options |= {"ignore_index": ignore_index, "reduction": reduction}
+    logits = torch.randn(3, vocab + gap).mul_(2).to(dtype)[:, :vocab].requires_grad_()
+    check_error_rule(
+        lambda x: ops.cross_entropy(x, y, **options), lambda x: pytorch(x, y, **options), [logits]
+    )
+
+
 def test_log_sum_exp_is_returned_and_differentiable(backend):
     """Also of a row that the loss ignores, whose other gradients are 0."""
     y = targets(6, 40)

@@ -60,6 +60,23 @@ def test_gelu_of_any_shape_and_stride(backend, shape, layout, dtype, scale, appr
     check_error_rule(lambda x: ops.gelu(x, approximate), lambda x: T.gelu(x, approximate=approximate), [x])
 
 
+@given(
+    rows=st.lists(st.integers(0, 9), max_size=2),
+    size=st.integers(0, 300),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([0.01, 1.0, 30.0]),
+    approximate=st.sampled_from(["none", "tanh"]),
+)
+def test_bias_gelu_of_any_shape_and_stride(backend, rows, size, layout, dtype, scale, approximate):
+    inputs = [strided((*rows, size), dtype, layout, scale), strided((size,), dtype, "gapped", scale)]
+    check_error_rule(
+        lambda x, b: ops.bias_gelu(x, b, approximate),
+        lambda x, b: T.gelu(x + b, approximate=approximate),
+        inputs,
+    )
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_extreme_values_behave_as_in_pytorch(backend, approximate):
     """Tails, zeros, infinities and NaN, forward and backward, in every dtype that holds them."""
@@ -74,6 +91,14 @@ def test_extreme_values_behave_as_in_pytorch(backend, approximate):
         torch.testing.assert_close(ours, theirs)
         (at_infinity,) = torch.autograd.grad(ops.gelu(x, approximate).sum(), x)
         assert at_infinity[-1].isnan(), "a NaN must not turn into a number"
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_nothing_is_left_of_very_negative_values(backend, approximate):
+    """A share that is only almost 0 of a number like -1e38 would be a number."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.tensor([-1e3, -1e5, -1e10, -1e20, -1e30, -3e38], dtype=dtype)
+        assert torch.equal(ops.gelu(x, approximate), torch.zeros_like(x))
 
 
 @pytest.mark.skipif(extension.variant() is None, reason="the C++ kernels are not built")

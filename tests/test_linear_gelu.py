@@ -1,13 +1,17 @@
 """Linear + GELU: every backend against PyTorch by the error rule, what it keeps, and the corners."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as T
 from contract import (
     check_compiles_once,
     check_every_slot_is_written,
+    check_opcheck,
     check_same_bits_for_any_thread_count,
     dtypes_of,
+    registered,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +77,51 @@ def test_any_shape_and_stride(backend, batch, size, width, layout, dtype, scale,
     check_error_rule(*ours_and_pytorch(approximate), arguments)
 
 
+def test_several_tiles_with_and_without_tensor_descriptors(backend, monkeypatch):
+    """Ragged in every size; Triton describes rows that are whole and a multiple of 16 bytes apart."""
+    described, both = [], set()
+    if backend == "triton":
+        from fastgpt.kernels import linear_gelu as kernels
+
+        ask = kernels._is_describable
+        monkeypatch.setattr(kernels, "_is_describable", lambda x: described.append(ask(x)) or described[-1])
+        both = {True, False} if kernels._has_descriptors(torch.empty(1)) else set()
+    for dtype in dtypes_of(backend):
+        for size in (72, 71):
+            arguments = inputs((77,), size, 45, dtype)
+            check_error_rule(*ours_and_pytorch("none"), arguments)
+    assert set(described) == both
+
+
+def test_float32_products_are_tf32_only_where_pytorchs_are(monkeypatch):
+    """What the launcher asks for; the interpreter multiplies in float32 either way."""
+    pytest.importorskip("triton")
+    from fastgpt.kernels import linear_gelu as kernels
+
+    asked, launch = [], kernels._linear_gelu_fwd
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: (
+                asked.append(arguments) or launch[grid](*arguments, **options)
+            )
+
+    monkeypatch.setattr(kernels, "_linear_gelu_fwd", Recorder())
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        with fastgpt.use_backend("triton"):
+            for matmul.allow_tf32, dtype, expected in [
+                (False, torch.float32, "ieee"),
+                (True, torch.float32, "tf32"),
+                (True, torch.bfloat16, "ieee"),
+            ]:
+                ops.linear_gelu(*inputs((3,), 8, 5, dtype))
+                assert expected in asked[-1]
+    finally:
+        matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_the_reference_is_pytorchs(approximate):
     for bias in (False, True):
@@ -113,6 +162,34 @@ def test_the_activation_is_not_kept(backend, bias):
     assert len(kept) == len(arguments) + 1
     assert [t.shape for t in fresh] == [(6, 7)]
     assert fresh[0].data_ptr() != y.data_ptr()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_pre_activation_is_written_where_a_gradient_is_wanted(backend, bias, monkeypatch):
+    """And not in inference, where it would be a third more bytes."""
+    module, kept = sys.modules["fastgpt.ops.linear_gelu"], []
+    forward = module._forward
+    monkeypatch.setattr(module, "_forward", lambda *given: kept.append(given[4]) or forward(*given))
+    arguments = inputs((4,), 5, 6, torch.float32, bias)
+    y = ops.linear_gelu(*arguments)
+    with torch.no_grad():
+        assert torch.equal(ops.linear_gelu(*arguments), y)
+    assert torch.equal(ops.linear_gelu(*(t.detach() for t in arguments)), y)
+    some = [arguments[0].detach(), arguments[1], *(t.detach() for t in arguments[2:])]
+    assert torch.equal(ops.linear_gelu(*some), y)
+    assert kept == [True, False, False, True]
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_opcheck(backend):
+    if not fastgpt.available_backends("linear_gelu")[backend]:
+        pytest.skip("there is no such backend here")
+    x, weight, bias = (t.detach() for t in inputs((5,), 8, 6, torch.float32))
+    check_opcheck(registered("linear_gelu_bwd", backend), (x, x.clone(), False), (x[:0], x[:0], True))
+    op = registered("linear_gelu_fwd", backend)
+    check_opcheck(
+        op, (x, weight, bias, False, True), (x, weight, None, True, False), (x[:0], weight, None, True, True)
+    )
 
 
 def test_only_the_gradients_asked_for(backend):

@@ -8,7 +8,6 @@ theirs with TORCH_LIBRARY_IMPL. The implementations are opaque to `torch.compile
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,14 +58,15 @@ def define(
 def _lazy(module: str, function: str, check: Kernel | None) -> Kernel:
     """The launcher `fastgpt.kernels.{module}.{function}`, imported (and Triton with it) at the first call."""
 
-    @functools.cache
-    def launcher() -> Kernel:
-        return getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)
+    launcher: Kernel | None = None
 
     def run(*args: Any) -> Any:
+        nonlocal launcher
         if check is not None:
             check(*args)
-        return launcher()(*args)
+        if launcher is None:
+            launcher = getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)
+        return launcher(*args)
 
     return run
 

@@ -100,7 +100,7 @@ def as_rows(
     parameters = [weight] if bias is None else [weight, bias]
     if backend != "cpp" or any(p.dtype != torch.float32 for p in parameters):
         parameters = [p.to(cast) for p in parameters]
-    rows, *parameters = distinct(torch.atleast_2d(x).flatten(0, -2), *parameters)
+    rows, *parameters = distinct(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), *parameters)
     return rows, parameters[0], parameters[1] if bias is not None else None, backend
 
 

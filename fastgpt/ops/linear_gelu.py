@@ -1,9 +1,9 @@
-"""GELU of a linear layer's output: contract and autograd, on the kernels of linear, gelu and bias_gelu.
+"""GELU of a linear layer's output: contract, registration, autograd.
 
-The bias is added by the product, so that z = x @ weight.T + bias is rounded once. Were it added in the pass, to a
-product already rounded, a z near 0 would carry the error of a large x @ weight.T: more than the error rule allows.
-The backward is bias_gelu's with a bias of 0, because its pass also sums dbias. Reads and writes of (rows, N)
-matrices beside the products: gelu 2, backward 3.
+The bias is added in the product's accumulator, so that z = x @ weight.T + bias is rounded once. Were it added in a
+pass, to a product already rounded, a z near 0 would carry the error of a large x @ weight.T: more than the error rule
+allows. Triton has the activation in the product's epilogue, in C++ it is a pass behind linear's product. The backward
+is the pass of bias_gelu's with a bias of 0, because it also sums dbias, and linear's products.
 """
 
 from __future__ import annotations
@@ -15,36 +15,93 @@ from torch import Tensor
 
 from fastgpt import reference
 from fastgpt.ops._checks import check_choice
-from fastgpt.ops._library import twice_differentiable, vjp
+from fastgpt.ops._library import define, twice_differentiable, vjp
 from fastgpt.ops.gelu import _BIAS_BWD, _BWD, _FWD, APPROXIMATE
 from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
+
+
+def _fake_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if with_z else (0,))
+
+
+def _reference_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool
+) -> tuple[Tensor, Tensor]:
+    z = reference.linear(x, weight, bias) if with_z else x.new_empty(0)
+    return reference.linear_gelu(x, weight, bias, tanh), z
+
+
+def _reference_bwd(grad: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    bias = z.new_zeros(z.shape[1])
+    dz, dbias = vjp(lambda x, b: reference.bias_gelu(x, b, tanh), (z, bias), grad)
+    return dz.contiguous(), dbias
+
+
+# On rows: x (M, K), weight (N, K), bias (N,). The activation and, `with_z`, the pre-activation, rounded apart.
+_LINEAR_GELU_FWD = define(
+    "linear_gelu_fwd",
+    "(Tensor x, Tensor weight, Tensor? bias, bool tanh, bool with_z) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+    reference=_reference_fwd,
+    module="linear_gelu",
+)
+
+
+# dz and its sum over the rows, dbias.
+_LINEAR_GELU_BWD = define(
+    "linear_gelu_bwd",
+    "(Tensor grad, Tensor z, bool tanh) -> (Tensor, Tensor)",
+    fake=lambda grad, z, tanh: (torch.empty_like(z), z.new_empty(z.shape[1])),
+    reference=_reference_bwd,
+    module="linear_gelu",
+)
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        z = LINEAR_FWD["cpp"](x, weight, bias)
+        return _FWD["cpp"](z, tanh), z
+    return _LINEAR_GELU_FWD[backend](x, weight, bias, tanh, with_z)
+
+
+def _backward(grad: Tensor, z: Tensor, tanh: bool, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        return _BIAS_BWD["cpp"](grad, z, z.new_zeros(z.shape[1]), tanh)
+    return _LINEAR_GELU_BWD[backend](grad, z, tanh)
 
 
 class _LinearGelu(torch.autograd.Function):
     """On rows: x (M, K). Of the results only the pre-activation z is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, backend: str) -> Tensor:
-        z = LINEAR_FWD[backend](x, weight, bias)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool, backend: str
+    ) -> Tensor:
+        y, z = _forward(x, weight, bias, tanh, with_z, backend)
         ctx.save_for_backward(x, weight, bias, z)
         ctx.tanh, ctx.backend = tanh, backend
-        return _FWD[backend](z, tanh)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, z = ctx.saved_tensors
         if twice_differentiable():
             function = lambda x, w, b: reference.linear_gelu(x, w, b, ctx.tanh)  # noqa: E731
-            return *vjp(function, (x, weight, bias), grad, create_graph=True), None, None
+            return *vjp(function, (x, weight, bias), grad, create_graph=True), None, None, None
         grad, dbias = grad.contiguous(), None
         if bias is None:
             dz = _BWD[ctx.backend](grad, z, ctx.tanh)
         else:
-            dz, dbias = _BIAS_BWD[ctx.backend](grad, z, z.new_zeros(bias.shape), ctx.tanh)
+            dz, dbias = _backward(grad, z, ctx.tanh, ctx.backend)
             dbias = dbias.to(bias.dtype)
         x_needed, weight_needed = ctx.needs_input_grad[:2]
         dx, dweight, _ = LINEAR_BWD[ctx.backend](dz, x, weight, x_needed, weight_needed, False)
-        return dx if x_needed else None, dweight if weight_needed else None, dbias, None, None
+        return dx if x_needed else None, dweight if weight_needed else None, dbias, None, None, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -69,5 +126,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     """
     check_choice("linear_gelu", "approximate", approximate, APPROXIMATE)
     rows, w, b, backend = as_rows("linear_gelu", x, weight, bias)
-    y = _LinearGelu.apply(rows, w, b, approximate == "tanh", backend)
+    with_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, w, b))
+    y = _LinearGelu.apply(rows, w, b, approximate == "tanh", with_z, backend)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -22,12 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.common import cdiv, on_device_of
+from fastgpt.kernels.common import cdiv, next_power_of_2, on_device_of
+from fastgpt.kernels.tuned import chosen
 
-PARTIALS = (
-    256  # programs of the backward: about two a multiprocessor, and at N = 8192 partial sums of 1/16 of x
-)
-TILE = 4096  # elements of its tile: 16 a thread at 8 warps
+# On every architecture. The forward: elements of a row a thread, up to 16 warps; two 16-byte loads in 16-bit dtypes.
+ELEMENTS = 16
+# The backward: (elements of its tile, warps, programs). 16 elements a thread beside two sums of as many are 117
+# registers, so that two programs fit into a multiprocessor; there are about as many programs as that makes, and no
+# more, because each leaves partial sums: at N = 8192 1/16 of x.
+TILE = (4096, 8, 256)
 
 
 @triton.jit
@@ -77,7 +80,7 @@ def _add_layer_norm_bwd(
     p_mean,
     p_rstd,
     p_dsum,
-    p_partial,  # (2, PARTIALS, D) fp32: dweight, dbias
+    p_partial,  # (2, programs, D) fp32: dweight, dbias
     N,
     D,
     BLOCK_N: tl.constexpr,
@@ -125,8 +128,9 @@ def add_layer_norm_fwd(
     total = x.new_empty(0) if residual is None else x.new_empty(N, D, dtype=dtype)
     mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
     if N:
-        block_d = triton.next_power_of_2(max(D, 1))
-        warps = min(max(block_d // 512, 1), 16)  # 16 elements a thread until the block has 16 warps
+        block_d = next_power_of_2(max(D, 1))
+        warps = min(max(block_d // (32 * ELEMENTS), 1), 16)
+        (warps,) = chosen("add_layer_norm_fwd", x, (D,), (warps,))
         with on_device_of(x):
             _add_layer_norm_fwd[(N,)](
                 x, residual, weight, bias, normed, total, mean, rstd, D, eps, block_d, num_warps=warps
@@ -146,9 +150,10 @@ def add_layer_norm_bwd(
     dsum = torch.empty_like(sum)
     if not sum.numel():
         return dsum, *(sum.new_zeros(D, dtype=torch.float32) for _ in range(2))
-    block_d = triton.next_power_of_2(D)
-    block_n = max(TILE // block_d, 1)
-    partials = min(cdiv(N, block_n), PARTIALS)
+    block_d = next_power_of_2(D)
+    tile, warps, partials = chosen("add_layer_norm_bwd", sum, (D,), TILE)
+    block_n = max(tile // block_d, 1)
+    partials = min(cdiv(N, block_n), partials)
     partial = sum.new_empty(2, partials, D, dtype=torch.float32)
     with on_device_of(sum):
         _add_layer_norm_bwd[(partials,)](
@@ -164,6 +169,6 @@ def add_layer_norm_bwd(
             D,
             block_n,
             block_d,
-            num_warps=8 if block_d <= TILE else 16,
+            num_warps=warps if block_d <= tile else 2 * warps,  # a row that is more than a tile
         )
     return dsum, partial[0].sum(0), partial[1].sum(0)

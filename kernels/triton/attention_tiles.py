@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.common import LOG2E, capability, tanh
+from fastgpt.kernels.tuned import chosen
 
 # (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
 # attention, then with a mask, dropout, a softcap or slopes, which take registers from the tile. The largest tiles that
@@ -219,12 +220,12 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Tile:
     """
     device = capability(q)
     if device is None:
-        return INTERPRETED[kernel]
+        return chosen(f"attention_{kernel}", q, (0, 0), INTERPRETED[kernel])
     D, DV = q.shape[-1], v.shape[-1]
     size = max(64, triton.next_power_of_2(max(D, DV)))
     plain = plain and D == DV and triton.next_power_of_2(D) == D
     table = FP32 if q.dtype == torch.float32 else {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)
-    return table[kernel][size][0 if plain else 1]
+    return chosen(f"attention_{kernel}", q, (size, int(plain)), table[kernel][size][0 if plain else 1])
 
 
 def constants(

@@ -11,8 +11,8 @@ Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) fp32, 
 lse is kept in fp64 and x - lse taken in two steps, so that p keeps its digits where the logits are large; the
 loss takes log sum_j exp(x_j - max) and x_y - max apart for the same reason. One program takes one row. Bytes
 moved: forward one read of the logits, backward one read and one write; p is recomputed from lse. The forward
-reads a row once whatever its length: each lane of the block keeps a running maximum and sum of its own (one
-exp an element), and the lanes meet at the end of the row.
+reads a row once whatever its length: each lane of the block, 16 bytes wide, keeps a running maximum and sum of its
+own (one exp an element and one for the rescaling), and the lanes meet at the end of the row.
 
 Rows of an odd length (V = 50257) start at odd addresses, where a GPU cannot load 16 bytes at a time. So the
 block walks an aligned grid that begins up to 15 elements before the row, masked at both ends of the row only.
@@ -28,16 +28,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.common import LOG2E, on_device_of, tanh
+from fastgpt.kernels.common import LOG2E, next_power_of_2, on_device_of, tanh
+from fastgpt.kernels.tuned import chosen
 
 ALIGN = tl.constexpr(16)  # elements: 16 bytes at least, in every dtype
 LOWEST = tl.constexpr(
     -3.4028234663852886e38
 )  # a running maximum that is finite, so that -inf - max is no NaN
-BLOCK_V = (
-    4096  # with 8 warps 16 elements a thread, two 16-byte loads in 16-bit dtypes; several rows share an SM
-)
-WARPS = 8
+# (BLOCK_V, warps), on every architecture: 16 elements a thread are two 16-byte loads in 16-bit dtypes, and at least
+# four programs fit into a multiprocessor, so that 32 KiB are on their way, more than latency times bandwidth (of the
+# fastest, B200, 800 cycles of 29 bytes are 23 KiB). Options take registers from the tile.
+TILE = (4096, 8)
+TILE_OF_OPTIONS = (2048, 8)
 
 
 @triton.jit
@@ -51,7 +53,7 @@ def _row_start(i_n, stride):
 @triton.jit
 def _cap(b_x, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        return softcap * tanh(b_x / softcap)
+        return softcap * tanh(b_x * (1.0 / softcap))
     else:
         return b_x
 
@@ -63,6 +65,59 @@ def _check_target(y, ignore_index, V):
     is_class = (y >= 0) & (y < V)
     tl.device_assert(is_class | (y == ignore_index), "cross_entropy: target out of range")
     return counts, is_class
+
+
+@triton.jit
+def _load(p_tile, o, m, other, EDGE: tl.constexpr):
+    """Elements of a tile of the aligned grid, in fp32; `other` outside the row.  # [BLOCK_V]"""
+    if EDGE:
+        return tl.load(p_tile + o, mask=m, other=other).to(tl.float32)
+    else:
+        return tl.load(p_tile + o).to(tl.float32)
+
+
+@triton.jit
+def _accumulate(
+    b_max,
+    b_sum,
+    b_smooth,
+    p_row,
+    p_weight,
+    start,
+    shift,
+    end,
+    origin,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One tile more in the lanes' maxima, sums of exp(x - maximum) and sums of w (x - origin).
+
+    A lane takes GROUP neighbours, which one thread has loaded at once: their maximum is taken first, so that the sum is
+    rescaled once a group, and an element costs one exponential and four other instructions.
+    """
+    o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    m = (o >= shift - start) & (o < end - start)
+    b_x = _load(p_row + start, o, m, float("-inf"), EDGE)
+    if SOFTCAP:
+        b_x = _cap(b_x, softcap, SOFTCAP)
+        if EDGE:
+            b_x = tl.where(m, b_x, float("-inf"))
+    b_group = b_x.reshape(BLOCK_V // GROUP, GROUP)
+    b_new = tl.maximum(b_max, tl.max(b_group, 1))  # [BLOCK_V / GROUP]
+    b_e = tl.exp2((b_group - b_new[:, None]) * LOG2E)
+    b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.sum(b_e, 1)
+    if SMOOTHING:
+        b_term = b_x - origin
+        if p_weight is not None:
+            b_term *= _load(p_weight + (start - shift), o, m, 0.0, EDGE)
+        if EDGE:
+            b_term = tl.where(m, b_term, 0.0)
+        b_smooth += tl.sum(b_term.reshape(BLOCK_V // GROUP, GROUP), 1)
+    return b_new, b_sum, b_smooth
 
 
 @triton.jit
@@ -82,40 +137,36 @@ def _cross_entropy_fwd(
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
     o_row, shift = _row_start(i_n, stride)
-    o_block = tl.arange(0, BLOCK_V)
-    b_max = tl.full((BLOCK_V,), LOWEST, tl.float32)
-    b_sum = tl.zeros((BLOCK_V,), tl.float32)
-    b_smooth = tl.zeros((BLOCK_V,), tl.float32)  # sum_j w_j (x_j - x_0)
+    p_row = p_logits + o_row
+    end = V + shift
+    b_max = tl.full((BLOCK_V // GROUP,), LOWEST, tl.float32)
+    b_sum = tl.zeros((BLOCK_V // GROUP,), tl.float32)
+    b_smooth = tl.zeros((BLOCK_V // GROUP,), tl.float32)  # sum_j w_j (x_j - x_0)
     # x_0, so that a large offset common to the row does not drown the sum.
     origin = _cap(tl.load(p_logits + i_n * stride).to(tl.float32), softcap, SOFTCAP)
     origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
-    for start in range(0, V + shift, BLOCK_V):
-        o = start + o_block  # [BLOCK_V], of the aligned grid
-        p_block = p_logits + o_row + o
-        if (start > 0) & (start + BLOCK_V <= V + shift):
-            b_x = tl.load(p_block).to(tl.float32)
-        else:
-            m = (o >= shift) & (o < V + shift)
-            b_x = tl.load(p_block, mask=m, other=float("-inf")).to(tl.float32)
-        m = (o >= shift) & (o < V + shift)
-        if SOFTCAP:
-            b_x = tl.where(m, _cap(b_x, softcap, SOFTCAP), float("-inf"))
-        # One exp for both cases: the new element is the maximum, or it is not.
-        b_e = tl.exp2(-tl.abs(b_x - b_max) * LOG2E)
-        b_sum = tl.where(b_x > b_max, b_sum * b_e + 1.0, b_sum + b_e)
-        b_max = tl.maximum(b_max, b_x)
-        if SMOOTHING:
-            if p_weight is not None:
-                b_w = tl.load(p_weight + (o - shift), mask=m, other=0.0)  # [BLOCK_V]
-                b_smooth += tl.where(m, b_w * (b_x - origin), 0.0)
-            else:
-                b_smooth += tl.where(m, b_x - origin, 0.0)
+    b_max, b_sum, b_smooth = _accumulate(
+        b_max, b_sum, b_smooth, p_row, p_weight, 0, shift, end, origin, softcap,
+        SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
+    )  # fmt: skip
+    whole = end // BLOCK_V * BLOCK_V
+    for start in range(BLOCK_V, whole, BLOCK_V):
+        b_max, b_sum, b_smooth = _accumulate(
+            b_max, b_sum, b_smooth, p_row, p_weight, start, shift, end, origin, softcap,
+            SMOOTHING, SOFTCAP, False, BLOCK_V, GROUP,
+        )  # fmt: skip
+    for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # none or one
+        b_max, b_sum, b_smooth = _accumulate(
+            b_max, b_sum, b_smooth, p_row, p_weight, start, shift, end, origin, softcap,
+            SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
+        )  # fmt: skip
 
     row_max = tl.max(b_max, 0)
-    log_sum = tl.log(tl.sum(b_sum * tl.exp(b_max - row_max), 0))
+    log_sum = tl.log(tl.sum(b_sum * tl.exp2((b_max - row_max) * LOG2E), 0))
     lse = row_max.to(tl.float64) + log_sum.to(tl.float64)
 
     y = tl.load(p_target + i_n)
@@ -135,6 +186,48 @@ def _cross_entropy_fwd(
     loss = tl.where(is_class, loss, float("nan"))
     tl.store(p_loss + i_n, tl.where(counts, loss, 0.0))
     tl.store(p_lse + i_n, lse)
+
+
+@triton.jit
+def _gradient(
+    p_row,
+    p_row_d,
+    p_weight,
+    start,
+    shift,
+    end,
+    y,  # on the aligned grid, as start and end
+    counts,
+    lse_high,
+    lse_low,
+    c_p,
+    c_y,
+    c_w,
+    softcap,
+    SMOOTHING: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """dx_j = c_p p_j - c_y [j = y] - c_w w_j for a tile."""
+    o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
+    m = (o >= shift - start) & (o < end - start)
+    b_x = _cap(_load(p_row + start, o, m, float("-inf"), EDGE), softcap, SOFTCAP)
+    b_dx = c_p * tl.exp2(((b_x - lse_high) - lse_low) * LOG2E)
+    if SMOOTHING:
+        if p_weight is not None:
+            b_dx -= c_w * _load(p_weight + (start - shift), o, m, 0.0, EDGE)
+        else:
+            b_dx -= c_w
+    b_dx = tl.where(o == y - start, b_dx - c_y, b_dx)
+    if SOFTCAP:
+        b_t = b_x * (1.0 / softcap)
+        b_dx *= 1.0 - b_t * b_t
+    b_dx = tl.where(counts, b_dx, 0.0).to(p_row_d.dtype.element_ty)  # even where the logits are NaN
+    if EDGE:
+        tl.store(p_row_d + start + o, b_dx, mask=m)
+    else:
+        tl.store(p_row_d + start + o, b_dx)
 
 
 @triton.jit
@@ -184,38 +277,31 @@ def _cross_entropy_bwd(
     c_w = tl.where(counts, c_w, 0.0)
     if p_grad_lse is not None:
         c_p += tl.load(p_grad_lse + i_n)
+        counts = counts | True  # every row has a gradient then
 
     o_row, shift = _row_start(i_n, stride)
     o_row_d = i_n * stride_d - shift
     if SAME_STRIDE:
         o_row_d = o_row  # whose alignment is known
-    o_block = tl.arange(0, BLOCK_V)
-    for start in range(0, V + shift, BLOCK_V):
-        o = start + o_block  # [BLOCK_V], of the aligned grid
-        m = (o >= shift) & (o < V + shift)
-        is_inner = (start > 0) & (start + BLOCK_V <= V + shift)
-        if is_inner:
-            b_x = tl.load(p_logits + o_row + o).to(tl.float32)
-        else:
-            b_x = tl.load(p_logits + o_row + o, mask=m, other=float("-inf")).to(tl.float32)
-        b_x = _cap(b_x, softcap, SOFTCAP)
-        b_dx = c_p * tl.exp2(((b_x - lse_high) - lse_low) * LOG2E)
-        if SMOOTHING:
-            if p_weight is not None:
-                b_dx -= c_w * tl.load(p_weight + (o - shift), mask=m, other=0.0)
-            else:
-                b_dx -= c_w
-        b_dx = tl.where(o - shift == y, b_dx - c_y, b_dx)
-        if SOFTCAP:
-            b_t = b_x / softcap
-            b_dx *= 1.0 - b_t * b_t
-        if p_grad_lse is None:
-            b_dx = tl.where(counts, b_dx, 0.0)  # even where the logits are NaN
-        b_dx = b_dx.to(p_dlogits.dtype.element_ty)
-        if is_inner:
-            tl.store(p_dlogits + o_row_d + o, b_dx)
-        else:
-            tl.store(p_dlogits + o_row_d + o, b_dx, mask=m)
+    p_row = p_logits + o_row
+    p_row_d = p_dlogits + o_row_d
+    end = V + shift
+    y_shifted = (y + shift).to(tl.int32)
+    whole = end // BLOCK_V * BLOCK_V
+    _gradient(
+        p_row, p_row_d, p_weight, 0, shift, end, y_shifted, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+        SMOOTHING, SOFTCAP, True, BLOCK_V,
+    )  # fmt: skip
+    for start in range(BLOCK_V, whole, BLOCK_V):
+        _gradient(
+            p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+            SMOOTHING, SOFTCAP, False, BLOCK_V,
+        )  # fmt: skip
+    for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # none or one
+        _gradient(
+            p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+            SMOOTHING, SOFTCAP, True, BLOCK_V,
+        )  # fmt: skip
 
 
 def cross_entropy_fwd(
@@ -231,6 +317,7 @@ def cross_entropy_fwd(
     loss = logits.new_empty(N, dtype=torch.float32)
     lse = logits.new_empty(N, dtype=torch.float64)
     if N:
+        block, warps = _tile("cross_entropy_fwd", logits, label_smoothing, softcap)
         with on_device_of(logits):
             _cross_entropy_fwd[(N,)](
                 logits,
@@ -247,8 +334,9 @@ def cross_entropy_fwd(
                 softcap,
                 label_smoothing != 0.0,
                 softcap != 0.0,
-                _block(V, label_smoothing, softcap),
-                num_warps=WARPS,
+                block,
+                16 // logits.element_size(),
+                num_warps=warps,
             )
     return loss, lse
 
@@ -304,6 +392,7 @@ def _launch_bwd(
     N, V = logits.shape
     if not logits.numel():
         return
+    block, warps = _tile("cross_entropy_bwd", logits, label_smoothing, softcap)
     with on_device_of(logits):
         _cross_entropy_bwd[(N,)](
             grad_loss,
@@ -324,8 +413,8 @@ def _launch_bwd(
             label_smoothing != 0.0,
             softcap != 0.0,
             logits.stride(0) == dlogits.stride(0),
-            _block(V, label_smoothing, softcap),
-            num_warps=WARPS,
+            block,
+            num_warps=warps,
         )
 
 
@@ -334,7 +423,8 @@ def _weight_sum(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
     return weight.sum() if weight is not None and label_smoothing != 0.0 else None
 
 
-def _block(V: int, label_smoothing: float, softcap: float) -> int:
-    """A short row is one tile with what comes before it; the options take registers from the tile."""
-    block = BLOCK_V // 2 if label_smoothing or softcap else BLOCK_V
-    return min(block, triton.next_power_of_2(V + ALIGN.value))
+def _tile(kernel: str, logits: Tensor, label_smoothing: float, softcap: float) -> tuple[int, int]:
+    """A short row is one tile with what comes before it."""
+    V, options = logits.shape[1], label_smoothing != 0.0 or softcap != 0.0
+    block, warps = chosen(kernel, logits, (V, int(options)), TILE_OF_OPTIONS if options else TILE)
+    return min(block, next_power_of_2(V + ALIGN.value)), warps

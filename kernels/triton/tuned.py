@@ -1,0 +1,128 @@
+"""What `python -m bench tune` found on this machine, in the place of the kernels' tables.
+
+A launcher has a row of numbers for a kernel (tile sizes, warps, stages) and asks `chosen` whether a better one is known
+for its sizes on its GPU. The answers are read from the disk once a process, at the first launch on a GPU; nothing is
+ever timed here. A row holds for one device, version of Triton, kernel, dtype and size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+Row = tuple[int, ...]
+Question = tuple[str, str, Row]  # kernel, dtype, sizes
+
+
+@dataclass
+class Trial:
+    """Rows by kernel to be launched instead of any other, and what launchers asked for meanwhile, with their own."""
+
+    rows: dict[str, Row]
+    asked: dict[Question, Row] = field(default_factory=dict)
+
+
+_trial: Trial | None = None
+
+
+def chosen(kernel: str, x: Tensor, size: Row, row: Row) -> Row:
+    """The row that was found best for the kernel at this size on x's GPU, or else the launcher's own."""
+    if _trial is not None:
+        _trial.asked[kernel, _name(x.dtype), size] = row
+        return _trial.rows.get(kernel, row)
+    if not x.is_cuda:
+        return row
+    known = _known(x.device.index)
+    found = known.get((kernel, _name(x.dtype), size)) if known else None
+    return found if found and len(found) == len(row) else row
+
+
+@contextlib.contextmanager
+def trying(rows: dict[str, Row]) -> Iterator[Trial]:
+    """Launches with these rows; not for several threads at a time."""
+    global _trial  # noqa: PLW0603
+    before, _trial = _trial, Trial(rows)
+    try:
+        yield _trial
+    finally:
+        _trial = before
+
+
+def path() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "fastgpt" / "tuned.json"
+
+
+def load() -> list[dict[str, Any]]:
+    """All rows on the disk; none, with a warning, where the file is not one of ours."""
+    try:
+        text = path().read_text()
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        return _ignored(str(error))
+    try:
+        records = json.loads(text)["rows"]
+        for record in records:
+            strings = [record[key] for key in ("device", "triton", "kernel", "dtype")]
+            numbers = [*record["size"], *record["row"]]
+            if not all(isinstance(s, str) for s in strings) or not all(type(n) is int for n in numbers):
+                return _ignored("a row has not the fields it should have")
+            if not record["row"] or min(record["row"]) <= 0:
+                return _ignored("a row has a number that is not positive")
+    except (ValueError, KeyError, TypeError) as error:
+        return _ignored(f"it is not what `python -m bench tune` writes ({error!r})")
+    return list(records)
+
+
+def save(device: str, rows: dict[Question, Row]) -> Path:
+    """Adds rows to those on the disk, replacing the file at once."""
+    new = {(device, triton.__version__, *question): row for question, row in rows.items()}
+    kept = {_key(record): tuple(record["row"]) for record in load()} | new
+    names = ("device", "triton", "kernel", "dtype", "size")
+    records = [dict(zip(names, key, strict=True)) | {"row": row} for key, row in sorted(kept.items())]
+    path().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path().parent, suffix=".json", delete=False) as file:
+        json.dump({"rows": records}, file, indent=1)
+    os.replace(file.name, path())
+    _known.cache_clear()
+    return path()
+
+
+@functools.cache
+def _known(index: int) -> dict[Question, Row]:
+    device, records = torch.cuda.get_device_name(index), load()
+    ours = [record for record in records if record["triton"] == triton.__version__]
+    if records and not ours:
+        _ignored(f"it is of Triton {records[0]['triton']} and this is {triton.__version__}")
+    return {_key(record)[2:]: tuple(record["row"]) for record in ours if record["device"] == device}
+
+
+def _key(record: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(record[key] for key in ("device", "triton", "kernel", "dtype")), tuple(record["size"]))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _ignored(reason: str) -> list[dict[str, Any]]:
+    """The sentence that says what became of the file."""
+    warnings.warn(
+        f"fastgpt: {path()} is ignored, kernels run with their own tables: {reason}; "
+        "run `python -m bench tune` again, or delete it",
+        stacklevel=2,
+    )
+    return []
