@@ -34,6 +34,9 @@ from fastgpt.kernels.attention_tiles import (
     Documents,
     bounds,
     constants,
+    describable,
+    describe,
+    head,
     head_major,
     load_rows,
     longest,
@@ -61,6 +64,7 @@ def _attention_fwd(
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # p_q, p_k, p_v are tensor descriptors
     RAW: tl.constexpr,  # the scores are the products times a positive scale, and nothing else
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
@@ -74,10 +78,11 @@ def _attention_fwd(
             return
     o_b = i_b.to(tl.int64)
     o_h = i_h.to(tl.int64)
-    o_hk = (i_h // GROUP).to(tl.int64)
+    i_hk = i_h // GROUP
+    o_hk = i_hk.to(tl.int64)
     o_start = begin_q + start_m
-    p_k += o_b * s_kb + o_hk * s_kh + begin_k * s_kn
-    p_v += o_b * s_vb + o_hk * s_vh + begin_k * s_vn
+    p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
+    p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
     if p_slopes is not None:
         slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
@@ -91,8 +96,8 @@ def _attention_fwd(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = start_m + o_row
-    p_q += o_b * s_qb + o_h * s_qh + o_start * s_qm
-    b_q = load_rows(p_q, o_row, o_d, s_qm, Lq - start_m, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    p_q = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
+    b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -115,8 +120,7 @@ def _attention_fwd(
                     i < before_count, before + i * BLOCK_N, behind + (i - before_count) * BLOCK_N
                 )
             o_n = start_n + o_col
-            p_k_tile = p_k + tl.cast(start_n, tl.int64) * s_kn
-            b_k = load_rows(p_k_tile, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+            b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             b_s, _ = scores(
                 b_s,
@@ -148,10 +152,7 @@ def _attention_fwd(
             if p_seed is not None:
                 b_keep = keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_p = tl.where(b_keep, b_p, 0.0)
-            p_v_tile = p_v + tl.cast(start_n, tl.int64) * s_vn
-            b_v = load_rows(
-                p_v_tile, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, EDGE
-            )  # [BLOCK_N, BLOCK_DV]
+            b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision="ieee")
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -208,12 +209,11 @@ def launch_fwd(
     if not B * H * most_rows:
         return
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None
-    block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain and dropout_p == 0)
+    by_descriptors = describable(documents, q, k, v)
+    block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain and dropout_p == 0, by_descriptors)
     with on_device_of(q):
         _attention_fwd[(cdiv(most_rows, block_m), H, B)](
-            q,
-            k,
-            v,
+            *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n)),
             out,
             lse,
             *bounds(documents),
@@ -233,6 +233,7 @@ def launch_fwd(
             dropout_threshold(dropout_p),
             dropout_scale(dropout_p),
             **constants(q, k, v, lower_right, left, right, softcap),
+            DESCRIPTORS=by_descriptors,
             RAW=plain and scale > 0,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
