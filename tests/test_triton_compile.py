@@ -82,7 +82,7 @@ def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path):
 def test_committed_file_has_every_configuration_and_kernel():
     found = {(op, config.split(";")[0], arch) for _, op, config, arch in committed()}
     assert found == {(c.op, c.name, arch) for c in configurations() for arch in ARCHITECTURES}
-    assert len({kernel for kernel, *_ in committed()}) == 14
+    assert len({kernel for kernel, *_ in committed()}) == 15
 
 
 def test_committed_kernels_use_the_matrix_instruction_of_their_architecture():
@@ -137,6 +137,13 @@ def test_inner_loop_on_hopper_stays_within_its_instructions(kernel, size):
     assert record["loop"]["mufu"] <= mufu
     assert record["loop"]["fp32"] <= fp32
     assert record["loop"]["int"] <= integer
+
+
+def test_profile_is_of_the_loop_that_makes_the_scores():
+    """On every architecture: an exponential for each, and products."""
+    loops_of = [r["loop"] for r in committed().values() if r["loop"]]
+    assert len(loops_of) > 100
+    assert all(loop["mufu"] >= 1 and loop["matrix"] > 0 for loop in loops_of)
 
 
 def test_comments_do_not_change_the_records(tmp_path):

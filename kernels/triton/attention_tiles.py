@@ -79,6 +79,8 @@ DESCRIBED: dict[tuple[int, str, int], Tile] = {
     (9, "bwd", 64): (128, 128, 8, 2),
     (10, "fwd", 128): (128, 128, 8, 2),
 }
+# The forward of 16 rows and fewer, by head dimension: bound by the bytes of k and v, of which tiles are in flight.
+DECODING: dict[int, Tile] = {64: (16, 128, 4, 3), 128: (16, 64, 8, 3), 256: (16, 32, 4, 2)}
 # The interpreter's time goes by the number of tiles, its use is in testing their edges.
 INTERPRETED = {"fwd": (32, 16, 4, 1), "bwd": (16, 32, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
 
@@ -258,6 +260,15 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool, described: bool) 
     if plain and described and (device[0], kernel, size) in DESCRIBED:
         return DESCRIBED[device[0], kernel, size]
     return table[kernel][size][0 if plain else 1]
+
+
+def decoding_tile(q: Tensor, v: Tensor) -> Tile:
+    """As `tile_sizes`, of the forward of few rows."""
+    if capability(q) is None:
+        return INTERPRETED["fwd"]
+    if q.dtype == torch.float32:
+        return FP32["fwd"][256][1]
+    return DECODING[max(64, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))]
 
 
 def constants(
