@@ -26,7 +26,9 @@ def by_descriptors_and_by_pointers(function, tensors, monkeypatch):
     return first, second
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("head size 33", "head size 3, value size 5")])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c not in ("head size 33", "head size 3, value size 5", "head size 256")]
+)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_tensor_descriptors_give_what_pointers_give(case, deterministic, monkeypatch):
     options, shape = CASES[case]

@@ -318,6 +318,7 @@ def _describable(x: Tensor) -> bool:
     """16-bit elements (fp32 operands come from registers), and lines and heads that begin at multiples of 16 bytes."""
     return (
         x.element_size() == 2
+        and x.shape[3] <= 128  # of 256, the backward spills by descriptors and does not by pointers
         and x.data_ptr() % 16 == 0
         and x.stride(3) == 1
         and all(n > 0 for n in x.shape)
