@@ -67,6 +67,8 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("attention", f"fp16 d{size} full", _attention(FP16, size, right=-1))
     for size in (64, 128):
         yield Configuration("attention", f"bf16 d{size} alibi", _attention(BF16, size, alibi=True))
+    for size in (64, 128):
+        yield Configuration("attention", f"bf16 d{size} decoding", _decoding(BF16, size), size == 64)
     narrow = _attention(BF16, 128, value_size=64, left=128, kv_heads=1)
     yield Configuration("attention", "bf16 d128 dv64 window", narrow)
     everything = _attention(BF16, 64, left=256, softcap=30.0, dropout=0.1, mask=FP32, alibi=True, kv_heads=1)
@@ -130,6 +132,17 @@ def _attention(
         options = (size**-0.5, True, left, right, softcap, dropout)
         out, lse = attention.attention_fwd(q, k, v, *extras, *options)
         attention.attention_bwd(out, None, q, k, v, out, lse, *extras, *options, False, deterministic)
+
+    return launch
+
+
+def _decoding(dtype: torch.dtype, size: int) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import attention
+
+        q = torch.empty(1, 1, 2, size, dtype=dtype).transpose(1, 2)
+        k = torch.empty(1, 4096, 2, size, dtype=dtype).transpose(1, 2)
+        attention.attention_fwd(q, k, k, None, None, None, size**-0.5, True, -1, 0, 0.0, 0.0)
 
     return launch
 

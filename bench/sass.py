@@ -27,13 +27,16 @@ RATES = {
 }
 
 # The pipe of an opcode: the first whose names one begins with. Selections and conversions between floats are counted
-# with the arithmetic they serve; "other" has no rate of its own: moves, shuffles, barriers and branches.
+# with the arithmetic they serve; "other" has no rate of its own: moves, shuffles, barriers, branches, and what the
+# uniform datapath does once for all threads of a warp, beside the pipes that are counted (U..., R2UR, VOTEU).
 PIPES = {
     "matrix": ("HGMMA", "HMMA", "UTCHMMA"),
     "mufu": ("MUFU",),
     "fp32": ("FADD", "FMUL", "FFMA", "FMNMX", "FSEL", "FSET", "F2FP", "HADD2", "HMUL2", "HFMA2", "HMNMX2"),
     "memory": ("LD", "ST", "RED", "ATOM", "UTMA", "UBLK"),
-    "other": ("U", "R2UR", "S2", "BRA", "BAR", "WARP", "SYNC", "NOP", "DEPBAR", "MOV", "SHFL", "CS2R", "FENCE", "B"),
+    "other": (
+        "U", "VOTEU", "R2UR", "S2", "BRA", "BAR", "WARP", "SYNC", "NOP", "DEPBAR", "MOV", "SHFL", "CS2R", "FENCE", "B",
+    ),
     "int": ("I", "LOP3", "LEA", "SHF", "SEL", "PRMT", "PLOP3", "P2R", "R2P", "VOTE", "SGXT", "VIADD", "VIMNMX"),
 }  # fmt: skip
 

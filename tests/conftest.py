@@ -37,13 +37,15 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session", autouse=True)
 def _device(pytestconfig):
-    """Tensors on the GPU, or else bf16 arithmetic as a GPU does it in Triton's interpreter."""
+    """Tensors on the GPU, or else Triton's interpreter with what it lacks."""
     if pytestconfig.getoption("--device") == "cuda":
         torch.set_default_device("cuda")
         return
     from interpreter_bf16 import mend_bf16
+    from interpreter_descriptors import mend_descriptors
 
     mend_bf16()
+    mend_descriptors()
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,9 @@ Forward: one program per BLOCK_M rows walks over the columns with a running maxi
 in base 2, so that scale log2(e) is one multiply-add in front of exp2. Tiles wholly outside the band are never
 visited, those wholly inside do no mask arithmetic. Packed documents (attention_varlen.py) are batch entries whose
 first row, first column and lengths are read from p_cu_q and p_cu_k. The backward is in attention_bwd.py.
+
+Few rows and many columns, as in decoding: a program takes a part of the columns (SPLIT) and writes its own out_c and
+lse_c, which a second kernel joins:  lse = log sum_c exp lse_c,  out = sum_c exp(lse_c - lse) out_c.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ from fastgpt.kernels.attention_tiles import (
     Documents,
     bounds,
     constants,
+    decoding_tile,
+    describable,
+    describe,
+    head,
     head_major,
     load_rows,
     longest,
@@ -46,26 +53,42 @@ from fastgpt.kernels.attention_tiles import (
     tile_sizes,
     visited_tiles,
 )
-from fastgpt.kernels.common import LN2, LOG2E, cdiv, on_device_of
+from fastgpt.kernels.common import LN2, LOG2E, cdiv, multiprocessors, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
 
+ROWS = 16  # the most whose columns are split: tl.dot's least
+
+
+@triton.jit
+def _within(start, count, first, end, BLOCK: tl.constexpr):
+    """(start, count) of those tiles that lie in first .. end, a range of whole tiles."""
+    begin = tl.maximum(start, first)
+    return begin, tl.maximum(tl.minimum(start + count * BLOCK, end) - begin, 0) // BLOCK
+
+
 # fmt: off
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "columns"])
 def _attention_fwd(
     p_q, p_k, p_v, p_out, p_lse, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh,
-    Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
+    Lq, Lk, left, right, columns, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # p_q, p_k, p_v are tensor descriptors
+    SPLIT: tl.constexpr,  # a program takes so many columns, a multiple of BLOCK_N, and all rows
     RAW: tl.constexpr,  # the scores are the products times a positive scale, and nothing else
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
+    i_split = 0
+    if SPLIT:
+        start_m = 0
+        i_split = tl.program_id(0)
     i_h = tl.program_id(1)
     i_b = tl.program_id(2)
     begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
@@ -74,10 +97,11 @@ def _attention_fwd(
             return
     o_b = i_b.to(tl.int64)
     o_h = i_h.to(tl.int64)
-    o_hk = (i_h // GROUP).to(tl.int64)
+    i_hk = i_h // GROUP
+    o_hk = i_hk.to(tl.int64)
     o_start = begin_q + start_m
-    p_k += o_b * s_kb + o_hk * s_kh + begin_k * s_kn
-    p_v += o_b * s_vb + o_hk * s_vh + begin_k * s_vn
+    p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
+    p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
     if p_slopes is not None:
         slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
@@ -91,8 +115,8 @@ def _attention_fwd(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = start_m + o_row
-    p_q += o_b * s_qb + o_h * s_qh + o_start * s_qm
-    b_q = load_rows(p_q, o_row, o_d, s_qm, Lq - start_m, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
+    p_q = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
+    b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
@@ -104,6 +128,11 @@ def _attention_fwd(
     full, full_count, before, before_count, behind, behind_count = visited_tiles(
         start_m, last_m, Lk, offset - left, offset + right, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
+    if SPLIT:
+        first = i_split * columns
+        full, full_count = _within(full, full_count, first, first + columns, BLOCK_N)
+        before, before_count = _within(before, before_count, first, first + columns, BLOCK_N)
+        behind, behind_count = _within(behind, behind_count, first, first + columns, BLOCK_N)
     for EDGE in tl.static_range(2):
         count = full_count
         if EDGE:
@@ -115,8 +144,7 @@ def _attention_fwd(
                     i < before_count, before + i * BLOCK_N, behind + (i - before_count) * BLOCK_N
                 )
             o_n = start_n + o_col
-            p_k_tile = p_k + tl.cast(start_n, tl.int64) * s_kn
-            b_k = load_rows(p_k_tile, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, EDGE)  # [BLOCK_N, BLOCK_D]
+            b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             b_s, _ = scores(
                 b_s,
@@ -148,19 +176,46 @@ def _attention_fwd(
             if p_seed is not None:
                 b_keep = keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_p = tl.where(b_keep, b_p, 0.0)
-            p_v_tile = p_v + tl.cast(start_n, tl.int64) * s_vn
-            b_v = load_rows(
-                p_v_tile, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, EDGE
-            )  # [BLOCK_N, BLOCK_DV]
+            b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision="ieee")
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * LN2)
     b_out = b_out * (keep_scale / b_divisor)[:, None]
-    p_out += o_b * s_ob + o_h * s_oh + o_start * s_om
+    p_out += o_b * s_ob + o_h * s_oh + (o_start + i_split * Lq) * s_om
     store_rows(p_out, b_out, o_row, o_dv, s_om, Lq - start_m, DV)
-    p_lse += o_b * s_lb + o_h * s_lh + begin_q
+    p_lse += o_b * s_lb + o_h * s_lh + begin_q + i_split * Lq
     tl.store(p_lse + o_m, b_lse, mask=o_m < Lq)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["Lq", "splits"])
+def _attention_combine_fwd(
+    p_part, p_part_lse,  # (B, H, splits * Lq, DV) and (B, H, splits * Lq), contiguous
+    p_out, p_lse, s_ob, s_oh, s_om,
+    Lq, splits,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):
+    # fmt: on
+    i_m = tl.program_id(0)
+    o_b = tl.program_id(2).to(tl.int64)
+    o_h = tl.program_id(1).to(tl.int64)
+    o_bh = o_b * tl.num_programs(1) + o_h
+    o_split = tl.arange(0, BLOCK_SPLITS)
+    o_dv = tl.arange(0, BLOCK_DV)
+    o_row = (o_bh * splits + o_split) * Lq + i_m  # [BLOCK_SPLITS]
+    m = o_split < splits
+    b_lse = tl.load(p_part_lse + o_row, mask=m, other=float("-inf"))
+    b_max = tl.max(b_lse, 0)
+    b_weight = tl.exp2((b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)) * LOG2E)  # none sees: 0
+    b_sum = tl.sum(b_weight, 0)
+    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
+    m_part = m[:, None] & (o_dv[None, :] < DV)
+    b_part = tl.load(p_part + o_row[:, None] * DV + o_dv[None, :], mask=m_part, other=0.0)  # [BLOCK_SPLITS, BLOCK_DV]
+    b_out = tl.sum(b_part * (b_weight / b_divisor)[:, None], 0)  # [BLOCK_DV]
+    p_out += o_b * s_ob + o_h * s_oh + i_m.to(tl.int64) * s_om
+    tl.store(p_out + o_dv, b_out.to(p_out.dtype.element_ty), mask=o_dv < DV)
+    tl.store(p_lse + o_bh * Lq + i_m, b_max + tl.log2(b_divisor) * LN2)
 
 
 def attention_fwd(
@@ -207,15 +262,23 @@ def launch_fwd(
     most_rows, _ = longest(q, k, documents)
     if not B * H * most_rows:
         return
-    plain = softcap == 0 and attn_mask is None and alibi_slopes is None
-    block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain and dropout_p == 0)
+    raw = softcap == 0 and attn_mask is None and alibi_slopes is None
+    plain = raw and dropout_p == 0
+    by_descriptors = describable(documents, q, k, v)
+    block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain, by_descriptors)
+    splits, columns, written, written_lse = 1, 0, out, lse
+    if documents is None and most_rows <= ROWS:
+        block_m, block_n, warps, stages = decoding_tile(q, v)
+        splits, columns = _split(q, k.shape[2], block_n)
+    if splits > 1:
+        written = q.new_empty(B, H, splits * most_rows, v.shape[3], dtype=torch.float32)
+        written_lse = lse.new_empty(B, H, splits * most_rows)
+    const = constants(q, k, v, lower_right, left, right, softcap)
     with on_device_of(q):
-        _attention_fwd[(cdiv(most_rows, block_m), H, B)](
-            q,
-            k,
-            v,
-            out,
-            lse,
+        _attention_fwd[(splits if splits > 1 else cdiv(most_rows, block_m), H, B)](
+            *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n)),
+            written,
+            written_lse,
             *bounds(documents),
             attn_mask,
             alibi_slopes,
@@ -223,19 +286,49 @@ def launch_fwd(
             *strides(q, 3),
             *strides(k, 3),
             *strides(v, 3),
-            *strides(out, 3),
-            *strides(lse, 2),
+            *strides(written, 3),
+            *strides(written_lse, 2),
             *strides(attn_mask, 4),
             *slope_strides(alibi_slopes),
             *sizes(q, k, left, right),
+            columns,
             scale,
             softcap,
             dropout_threshold(dropout_p),
             dropout_scale(dropout_p),
-            **constants(q, k, v, lower_right, left, right, softcap),
-            RAW=plain and scale > 0,
+            **const,
+            DESCRIPTORS=by_descriptors,
+            SPLIT=splits > 1,
+            RAW=raw and scale > 0,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=warps,
             num_stages=stages,
         )
+        if splits > 1:
+            _attention_combine_fwd[(most_rows, H, B)](
+                written,
+                written_lse,
+                out,
+                lse,
+                *strides(out, 3),
+                most_rows,
+                splits,
+                v.shape[3],
+                const["BLOCK_DV"],
+                triton.next_power_of_2(splits),
+                num_warps=4,
+            )
+
+
+def _split(q: Tensor, length: int, block_n: int) -> tuple[int, int]:
+    """(parts, columns of each) of so many columns.
+
+    Decoding is bound by the bytes of k and v: for 3.35 TB/s and a latency of 0.7 us 2.3 MB must be in flight, 18 KB a
+    multiprocessor, which B H programs do not have where there are fewer of them than multiprocessors. So two programs
+    a multiprocessor, three tiles of 16 KB in flight each. A part is at least four tiles: it costs 4 D bytes written and
+    read again a row, and reads 4 D bytes a column.
+    """
+    parts = cdiv(2 * multiprocessors(q), q.shape[0] * q.shape[1])
+    columns = max(cdiv(cdiv(length, parts), block_n), 4) * block_n
+    return cdiv(length, columns), columns

@@ -22,6 +22,9 @@ from fastgpt.kernels.attention_tiles import (
     add_rows,
     bounds,
     constants,
+    describable,
+    describe,
+    head,
     head_major,
     load_rows,
     longest,
@@ -43,7 +46,7 @@ ROWS = 32  # a program of the first kernel: it is bound by memory, and small til
 # fmt: off
 @triton.jit(do_not_specialize=["Lq"])
 def _attention_bwd_rows(
-    p_out, p_grad, p_lse, p_grad_lse, p_delta, p_lse2,
+    p_out, p_grad, p_lse, p_grad_lse, p_stats,
     s_ob, s_oh, s_om, s_gb, s_gh, s_gm,
     Lq,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -64,33 +67,35 @@ def _attention_bwd_rows(
     o_lse = (o_b * tl.num_programs(1) + o_h) * Lq + o_m
     if p_grad_lse is not None:
         b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
-    tl.store(p_delta + o_lse, b_delta, mask=m_m)
     # Rows that see nothing get inf: exp2(s - lse) is 0.
     b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0)
-    tl.store(p_lse2 + o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E, mask=m_m)
+    tl.store(p_stats + 2 * o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E, mask=m_m)
+    tl.store(p_stats + 2 * o_lse + 1, b_delta, mask=m_m)
 
 
 @triton.jit
-def _load_statistics(p_lse2, p_delta, o_m, Lq, EDGE: tl.constexpr):
-    """lse in base 2, and delta; rows that are none are like those that see nothing."""
+def _load_statistic(p_first, o_m, Lq, other, EDGE: tl.constexpr):
+    """Every second number from p_first on, one a row; rows that are none get the other."""
+    o = 2 * o_m
     if EDGE:
-        m = o_m < Lq
-        return tl.load(p_lse2 + o_m, mask=m, other=float("inf")), tl.load(p_delta + o_m, mask=m, other=0.0)
+        return tl.load(p_first + o, mask=o < 2 * Lq, other=other)
     else:
-        return tl.load(p_lse2 + o_m), tl.load(p_delta + o_m)
+        return tl.load(p_first + o)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def _attention_bwd(
-    p_q, p_k, p_v, p_grad, p_lse2, p_delta, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dk, p_dv,
+    p_q, p_k, p_v, p_grad,
+    p_stats,  # (B, H, Lq, 2): lse in base 2 and delta of each row, side by side so that one address serves both
+    p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dk, p_dv,
     p_dq,  # rows of BLOCK_D in fp32, unscaled, zero at first; or None
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh, s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn, s_dqb, s_dqh,
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_n = tl.program_id(0) * BLOCK_N  # causal: the columns that most rows see first
@@ -108,10 +113,10 @@ def _attention_bwd(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_n = start_n + o_col
-    p_k += o_b * s_kb + o_hk * s_kh + o_start * s_kn
-    p_v += o_b * s_vb + o_hk * s_vh + o_start * s_vn
-    b_k = load_rows(p_k, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
-    b_v = load_rows(p_v, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, True)  # [BLOCK_N, BLOCK_DV]
+    p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
+    p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
+    b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, True, DESCRIPTORS)
+    b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, True, DESCRIPTORS)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
@@ -123,11 +128,11 @@ def _attention_bwd(
     for i_group in range(0, GROUP):
         i_h = i_hk * GROUP + i_group
         o_h = i_h.to(tl.int64)
-        p_q_head = p_q + o_b * s_qb + o_h * s_qh + begin_q * s_qm
-        p_grad_head = p_grad + o_b * s_gb + o_h * s_gh + begin_q * s_gm
+        p_q_head = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
+        p_grad_head = head(p_grad, o_b, o_h, begin_q, s_gb, s_gh, s_gm, DESCRIPTORS)
         p_dq_head = p_dq
         if p_dq is not None:
-            p_dq_head = p_dq + o_b * s_dqb + o_h * s_dqh + begin_q * BLOCK_D
+            p_dq_head = head(p_dq, o_b, o_h, begin_q, s_dqb, s_dqh, BLOCK_D, DESCRIPTORS)
         o_lse = o_b * s_lb + o_h * s_lh + begin_q
         slope = None
         if p_slopes is not None:
@@ -146,11 +151,14 @@ def _attention_bwd(
                         i < before_count, before + i * BLOCK_M, behind + (i - before_count) * BLOCK_M
                     )
                 o_m = start_m + o_row
-                o_tile = tl.cast(start_m, tl.int64)
-                rows = Lq - start_m
-                b_q = load_rows(p_q_head + o_tile * s_qm, o_row, o_d, s_qm, rows, D, BLOCK_D, EDGE)
-                b_lse, b_delta = _load_statistics(p_lse2 + o_lse, p_delta + o_lse, o_m, Lq, EDGE)  # [BLOCK_M]
+                b_q = load_rows(
+                    p_q_head, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, EDGE, DESCRIPTORS
+                )  # [BLOCK_M, BLOCK_D]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                b_grad = load_rows(
+                    p_grad_head, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, EDGE, DESCRIPTORS
+                )  # [BLOCK_M, BLOCK_DV]
+                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
                     b_s,
                     o_m[None, :],
@@ -172,15 +180,15 @@ def _attention_bwd(
                     False,
                     EDGE,
                 )
+                b_lse = _load_statistic(p_stats + 2 * o_lse, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
                 b_p = tl.exp2(b_s - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
-                b_grad = load_rows(p_grad_head + o_tile * s_gm, o_row, o_dv, s_gm, rows, DV, BLOCK_DV, EDGE)
-                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 b_r = b_p
                 if p_seed is not None:
                     b_keep = tl.trans(keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N))
                     b_r = tl.where(b_keep, b_p * keep_scale, 0.0)
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
+                b_delta = _load_statistic(p_stats + 2 * o_lse + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if SOFTCAP:
                     b_ds *= b_cap_slope
@@ -188,7 +196,7 @@ def _attention_bwd(
                 b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
                 if p_dq is not None:
                     b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-                    add_rows(p_dq_head + o_tile * BLOCK_D, b_dq, o_row, o_d, rows, BLOCK_D, EDGE)
+                    add_rows(p_dq_head, i_b, i_h, start_m, b_dq, o_row, o_d, Lq, BLOCK_D, EDGE, DESCRIPTORS)
 
     p_dk += o_b * s_dkb + o_hk * s_dkh + o_start * s_dkn
     p_dv += o_b * s_dvb + o_hk * s_dvh + o_start * s_dvn
@@ -199,13 +207,13 @@ def _attention_bwd(
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def _attention_bwd_dq(
-    p_q, p_k, p_v, p_grad, p_lse2, p_delta, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dq,
+    p_q, p_k, p_v, p_grad, p_stats, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dq,
     s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh, s_dqb, s_dqh, s_dqm,
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
@@ -217,26 +225,28 @@ def _attention_bwd_dq(
             return
     o_b = i_b.to(tl.int64)
     o_h = i_h.to(tl.int64)
-    o_hk = (i_h // GROUP).to(tl.int64)
+    i_hk = i_h // GROUP
+    o_hk = i_hk.to(tl.int64)
     o_start = begin_q + start_m
     o_row = tl.arange(0, BLOCK_M)
     o_col = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = start_m + o_row
-    p_q += o_b * s_qb + o_h * s_qh + o_start * s_qm
-    p_grad += o_b * s_gb + o_h * s_gh + o_start * s_gm
-    p_k += o_b * s_kb + o_hk * s_kh + begin_k * s_kn
-    p_v += o_b * s_vb + o_hk * s_vh + begin_k * s_vn
+    p_q = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
+    p_grad = head(p_grad, o_b, o_h, begin_q, s_gb, s_gh, s_gm, DESCRIPTORS)
+    p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
+    p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
     if p_slopes is not None:
         slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
     if p_mask is not None:
         p_mask += o_b * s_mb + o_h * s_mh
     o_lse = o_b * s_lb + o_h * s_lh + begin_q
-    b_q = load_rows(p_q, o_row, o_d, s_qm, Lq - start_m, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
-    b_grad = load_rows(p_grad, o_row, o_dv, s_gm, Lq - start_m, DV, BLOCK_DV, True)  # [BLOCK_M, BLOCK_DV]
-    b_lse, b_delta = _load_statistics(p_lse2 + o_lse, p_delta + o_lse, o_m, Lq, True)  # [BLOCK_M]
+    b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
+    b_grad = load_rows(p_grad, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, True, DESCRIPTORS)
+    b_lse = _load_statistic(p_stats + 2 * o_lse, o_m, Lq, float("inf"), True)  # [BLOCK_M]
+    b_delta = _load_statistic(p_stats + 2 * o_lse + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
     last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
@@ -254,8 +264,7 @@ def _attention_bwd_dq(
                     i < before_count, before + i * BLOCK_N, behind + (i - before_count) * BLOCK_N
                 )
             o_n = start_n + o_col
-            o_tile = tl.cast(start_n, tl.int64)
-            b_k = load_rows(p_k + o_tile * s_kn, o_col, o_d, s_kn, Lk - start_n, D, BLOCK_D, EDGE)
+            b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             b_s, b_cap_slope = scores(
                 b_s,
@@ -279,7 +288,7 @@ def _attention_bwd_dq(
                 EDGE,
             )
             b_p = tl.exp2(b_s - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
-            b_v = load_rows(p_v + o_tile * s_vn, o_col, o_dv, s_vn, Lk - start_n, DV, BLOCK_DV, EDGE)
+            b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
             b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if p_seed is not None:
                 b_keep = keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
@@ -354,9 +363,9 @@ def launch_bwd(
         grad_out = grad_out[once].contiguous().expand_as(out)
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
     const = constants(q, k, v, lower_right, left, right, softcap)
-    delta, lse2 = (torch.empty_like(lse[once]).expand_as(lse) for _ in range(2))
-    inputs = (
-        *(q, k, v, grad_out, lse2, delta),
+    stats = lse.new_empty(*lse[once].shape, 2)
+    rest = (
+        stats,
         *bounds(documents),
         *(attn_mask, alibi_slopes, seed if dropout_p > 0 else None),
     )
@@ -374,6 +383,7 @@ def launch_bwd(
         *(scale, softcap),
         *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
     )
+    by_descriptors = describable(documents, q, k, v, grad_out)
     total = None
     if not deterministic:
         shape = (*lse[once].shape, const["BLOCK_D"])
@@ -386,8 +396,7 @@ def launch_bwd(
                 grad_out,
                 lse,
                 grad_lse,
-                delta,
-                lse2,
+                stats,
                 *strides(out, 3),
                 *strides(grad_out, 3),
                 rows,
@@ -397,30 +406,36 @@ def launch_bwd(
                 num_warps=4,
             )
         if B * Hk * most_columns:
-            block_m, block_n, warps, stages = tile_sizes("dkv" if total is None else "bwd", q, v, plain)
+            kernel = "dkv" if total is None else "bwd"
+            block_m, block_n, warps, stages = tile_sizes(kernel, q, v, plain, by_descriptors)
             _attention_bwd[(cdiv(most_columns, block_n), Hk, B)](
-                *inputs,
-                *(dk, dv, total),
+                *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
+                *rest,
+                *(dk, dv),
+                *describe(by_descriptors and total is not None, (total, block_m)),
                 *input_strides,
                 *strides(dk, 3),
                 *strides(dv, 3),
                 *strides(total, 2),
                 *options,
                 **const,
+                DESCRIPTORS=by_descriptors,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,
                 num_stages=stages,
             )
         if B * H * most_rows and total is None:
-            block_m, block_n, warps, stages = tile_sizes("dq", q, v, plain)
+            block_m, block_n, warps, stages = tile_sizes("dq", q, v, plain, by_descriptors)
             _attention_bwd_dq[(cdiv(most_rows, block_m), H, B)](
-                *inputs,
+                *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
+                *rest,
                 dq,
                 *input_strides,
                 *strides(dq, 3),
                 *options,
                 **const,
+                DESCRIPTORS=by_descriptors,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastgpt.kernels.common import LOG2E, capability, tanh
 from fastgpt.kernels.tuned import chosen
@@ -72,6 +74,14 @@ FP32: Table = {  # no tensor core has IEEE fp32: multiply-adds, whose operands s
     "bwd": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
     "dq": {n: ((32, 16, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
 }
+# By tensor descriptors, whose addresses take no registers, plain attention has room for larger tiles, by (major
+# capability, kernel, head dimension). 128 rows of the backward at 64: 0.45 integer instructions a score, not 0.97.
+DESCRIBED: dict[tuple[int, str, int], Tile] = {
+    (9, "bwd", 64): (128, 128, 8, 2),
+    (10, "fwd", 128): (128, 128, 8, 2),
+}
+# The forward of 16 rows and fewer, by head dimension: bound by the bytes of k and v, of which tiles are in flight.
+DECODING: dict[int, Tile] = {64: (16, 128, 4, 3), 128: (16, 64, 8, 3), 256: (16, 32, 4, 2)}
 # The interpreter's time goes by the number of tiles, its use is in testing their edges.
 INTERPRETED = {"fwd": (32, 16, 4, 1), "bwd": (16, 32, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
 
@@ -106,17 +116,34 @@ def place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
 
 
 @triton.jit
-def load_rows(p_tile, o_row, o_d, stride, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
-    """Rows of a matrix from p_tile on, those below n_rows; zeros elsewhere.  # [ROWS, BLOCK_D]"""
-    p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
-    if EDGE and D < BLOCK_D:
-        return tl.load(p_block, mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D), other=0.0)
-    elif EDGE:
-        return tl.load(p_block, mask=o_row[:, None] < n_rows, other=0.0)
-    elif D < BLOCK_D:
-        return tl.load(p_block, mask=o_d[None, :] < D, other=0.0)
+def head(p, o_b, o_h, begin, s_b, s_h, s_row, DESCRIPTORS: tl.constexpr):
+    """Of a (B, H, L, size) tensor the first row of a head's matrix; a descriptor finds it by itself."""
+    if DESCRIPTORS:
+        return p
     else:
-        return tl.load(p_block)
+        return p + o_b * s_b + o_h * s_h + begin * s_row
+
+
+@triton.jit
+def load_rows(
+    p_head, i_b, i_h, start, o_row, o_d, stride, n_rows,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a head's matrix from start on, those below n_rows; zeros elsewhere.  # [ROWS, BLOCK_D]"""
+    if DESCRIPTORS:
+        return tl.reshape(p_head.load([i_b, i_h, start, 0]), (o_row.shape[0], BLOCK_D))
+    else:
+        p_tile = p_head + tl.cast(start, tl.int64) * stride
+        p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
+        m_row = o_row[:, None] < n_rows - start
+        if EDGE and D < BLOCK_D:
+            return tl.load(p_block, mask=m_row & (o_d[None, :] < D), other=0.0)
+        elif EDGE:
+            return tl.load(p_block, mask=m_row, other=0.0)
+        elif D < BLOCK_D:
+            return tl.load(p_block, mask=o_d[None, :] < D, other=0.0)
+        else:
+            return tl.load(p_block)
 
 
 @triton.jit
@@ -126,13 +153,19 @@ def store_rows(p_tile, b, o_row, o_d, stride, n_rows, D: tl.constexpr):
 
 
 @triton.jit
-def add_rows(p_tile, b, o_row, o_d, n_rows, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+def add_rows(
+    p_head, i_b, i_h, start, b, o_row, o_d, n_rows,
+    BLOCK_D: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
     """Adds to rows of BLOCK_D fp32 numbers, to which other programs add as well."""
-    p_block = p_tile + (o_row[:, None] * BLOCK_D + o_d[None, :])
-    if EDGE:
-        tl.atomic_add(p_block, b, mask=o_row[:, None] < n_rows, sem="relaxed")
+    if DESCRIPTORS:
+        p_head.atomic_add([i_b, i_h, start, 0], tl.reshape(b, (1, 1, o_row.shape[0], BLOCK_D)))
     else:
-        tl.atomic_add(p_block, b, sem="relaxed")
+        p_block = p_head + tl.cast(start, tl.int64) * BLOCK_D + (o_row[:, None] * BLOCK_D + o_d[None, :])
+        if EDGE:
+            tl.atomic_add(p_block, b, mask=o_row[:, None] < n_rows - start, sem="relaxed")
+        else:
+            tl.atomic_add(p_block, b, sem="relaxed")
 
 
 @triton.jit
@@ -204,7 +237,7 @@ def scores(
         else:
             b_s = tl.where(tl.load(p_block, mask=m, other=0) != 0, b_s, float("-inf"))
     if EDGE:
-        m = (o_m < Lq) & (o_n < Lk)
+        m = o_n < Lk
         if HAS_LEFT:
             m = m & (o_n >= o_m + (offset - left))
         if HAS_RIGHT:
@@ -213,7 +246,7 @@ def scores(
     return b_s, b_cap_slope
 
 
-def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Tile:
+def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool, described: bool) -> Tile:
     """(BLOCK_M, BLOCK_N, warps, stages) of one of the kernels "fwd", "bwd", "dkv" (that without dq), "dq".
 
     A padded head dimension, or another one of v, takes registers too, for the masks of the loads.
@@ -225,7 +258,19 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool) -> Tile:
     size = max(64, triton.next_power_of_2(max(D, DV)))
     plain = plain and D == DV and triton.next_power_of_2(D) == D
     table = FP32 if q.dtype == torch.float32 else {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)
-    return chosen(f"attention_{kernel}", q, (size, int(plain)), table[kernel][size][0 if plain else 1])
+    row = table[kernel][size][0 if plain else 1]
+    if plain and described:
+        row = DESCRIBED.get((device[0], kernel, size), row)
+    return chosen(f"attention_{kernel}", q, (size, int(plain), int(described)), row)
+
+
+def decoding_tile(q: Tensor, v: Tensor) -> Tile:
+    """As `tile_sizes`, of the forward of few rows."""
+    if capability(q) is None:
+        return INTERPRETED["fwd"]
+    if q.dtype == torch.float32:
+        return FP32["fwd"][256][1]
+    return DECODING[max(64, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))]
 
 
 def constants(
@@ -244,6 +289,43 @@ def constants(
         "HAS_RIGHT": right >= 0,
         "SOFTCAP": softcap != 0.0,
     }
+
+
+def describable(documents: Documents | None, *tensors: Tensor) -> bool:
+    """Whether the kernels get tensor descriptors, by which a unit for it copies tiles (TMA, from sm_90 on) without a
+    thread's instruction for an address; what lies past the end of a dimension comes as 0.
+
+    Not of documents: past the end of one lies the next one, which may hold NaN.
+    """
+    device = capability(tensors[0])
+    if device is None and not hasattr(InterpreterBuilder, "create_descriptor_reduce"):  # which add_rows needs
+        return False
+    if documents is not None or (device is not None and device[0] < 9):
+        return False
+    return all(map(_describable, tensors))
+
+
+def describe(by_descriptors: bool, *tiles: tuple[Tensor, int]) -> tuple[Tensor | TensorDescriptor, ...]:
+    """Of (B, H, L, size) tensors in tiles of so many rows of a head; else the tensors themselves."""
+    if not by_descriptors:
+        return tuple(x for x, _ in tiles)
+    blocks = ([1, 1, rows, max(16, triton.next_power_of_2(x.shape[3]))] for x, rows in tiles)
+    return tuple(
+        TensorDescriptor(x, [*x.shape], [*x.stride()], block)
+        for (x, _), block in zip(tiles, blocks, strict=True)
+    )
+
+
+def _describable(x: Tensor) -> bool:
+    """16-bit elements (fp32 operands come from registers), and lines and heads that begin at multiples of 16 bytes."""
+    return (
+        x.element_size() == 2
+        and x.shape[3] <= 128  # of 256, the backward spills by descriptors and does not by pointers
+        and x.data_ptr() % 16 == 0
+        and x.stride(3) == 1
+        and all(n > 0 for n in x.shape)
+        and all(s > 0 and s % 8 == 0 for s in x.stride()[:3])
+    )
 
 
 @dataclass(frozen=True)

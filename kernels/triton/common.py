@@ -49,6 +49,16 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+def multiprocessors(x: Tensor) -> int:
+    """Of the tensor's GPU; 16 for a CPU tensor, to try in the interpreter what is chosen by it."""
+    return _multiprocessors(x.device.index) if x.is_cuda else 16
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
