@@ -63,6 +63,13 @@ def configurations() -> Iterator[Configuration]:
             "attention", f"{name} deterministic", _attention(dtype, size, deterministic=True), quick
         )
         yield Configuration("attention", f"{name} dropout mask", dropped, quick and size == 64)
+    for size in (64, 128, 256):
+        yield Configuration("attention", f"tf32 d{size} causal", _tf32(_attention(FP32, size)))
+        dropped = _tf32(_attention(FP32, size, dropout=0.1, mask=torch.bool))
+        yield Configuration("attention", f"tf32 d{size} dropout mask", dropped)
+    deterministic = _tf32(_attention(FP32, 64, deterministic=True))
+    yield Configuration("attention", "tf32 d64 deterministic", deterministic)
+    yield Configuration("attention", "tf32 d64 decoding", _tf32(_decoding(FP32, 64)))
     for size in (96, 128):
         yield Configuration("attention", f"fp16 d{size} full", _attention(FP16, size, right=-1))
     for size in (64, 128):
@@ -92,14 +99,28 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration("linear_gelu", "bf16 erf 16 rows", _linear_gelu(BF16, rows=16))
     launch = _linear_gelu(BF16, inner=770)  # whose rows no tensor descriptor describes
     yield Configuration("linear_gelu", "bf16 erf K=770", launch)
-    yield Configuration("linear_gelu", "tf32 erf", _linear_gelu(FP32, tf32=True))
-    yield Configuration("linear_gelu", "tf32 erf 16 rows", _linear_gelu(FP32, rows=16, tf32=True))
+    yield Configuration("linear_gelu", "tf32 erf", _tf32(_linear_gelu(FP32)))
+    yield Configuration("linear_gelu", "tf32 erf 16 rows", _tf32(_linear_gelu(FP32, rows=16)))
     for dtype, size in ((BF16, 768), (BF16, 64), (BF16, 1600), (BF16, 4096), (BF16, 16384), (FP32, 768)):
         name, quick = f"{_NAMES[dtype]} D{size}", (dtype, size) == (BF16, 768)
         yield Configuration("add_layer_norm", name, _layer_norm(dtype, size), quick)
 
 
 # ---- launchers called as the ops call them ----
+
+
+def _tf32(launch: Callable[[], None]) -> Callable[[], None]:
+    """As PyTorch's switch has it that lets fp32 be rounded to tf32."""
+
+    def launch_with_tf32() -> None:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            launch()
+        finally:
+            matmul.fp32_precision = before
+
+    return launch_with_tf32
 
 
 def _attention(
@@ -187,16 +208,14 @@ def _gelu(op: str, dtype: torch.dtype, tanh: bool) -> Callable[[], None]:
 
 
 def _linear_gelu(
-    dtype: torch.dtype, tanh: bool = False, *, rows: int = 256, inner: int = 768, tf32: bool = False
+    dtype: torch.dtype, tanh: bool = False, *, rows: int = 256, inner: int = 768
 ) -> Callable[[], None]:
     def launch() -> None:
         from fastgpt.kernels import linear_gelu
 
         x, weight = torch.empty(rows, inner, dtype=dtype), torch.empty(3072, inner, dtype=dtype)
-        before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
         y, z = linear_gelu.linear_gelu_fwd(x, weight, weight[:, 0].contiguous(), tanh, True)
         linear_gelu.linear_gelu_bwd(y, z, tanh)
-        torch.backends.cuda.matmul.allow_tf32 = before
 
     return launch
 

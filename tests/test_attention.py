@@ -412,3 +412,28 @@ def test_gradients_of_long_rows_do_not_drift():
             lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True),
             inputs(torch.float32, 1, 1, 1, 4096, 4096, 64),
         )
+
+
+def test_fp32_goes_by_pytorchs_switch_for_tf32(monkeypatch):
+    """Only fp32 asks for tf32, and only where PyTorch's products may use it. The interpreter rounds nothing."""
+    kernels = pytest.importorskip("fastgpt.kernels.attention")
+    forward, asked = kernels._attention_fwd, []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: (
+                asked.append(constants["PRECISION"]) or forward[grid](*arguments, **constants)
+            )
+
+    monkeypatch.setattr(kernels, "_attention_fwd", Recorder())
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        with fastgpt.use_backend("triton"):
+            for matmul.fp32_precision in ("ieee", "tf32"):
+                for dtype in (torch.float32, torch.bfloat16):
+                    q, k, v = inputs(dtype, batch=1, rows=20, columns=20)
+                    ops.attention(q, k, v).float().sum().backward()
+    finally:
+        matmul.fp32_precision = before
+    assert asked == ["ieee", "ieee", "tf32", "ieee"]

@@ -108,18 +108,18 @@ def test_float32_products_are_tf32_only_where_pytorchs_are(monkeypatch):
 
     monkeypatch.setattr(kernels, "_linear_gelu_fwd", Recorder())
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
+    before = matmul.fp32_precision
     try:
         with fastgpt.use_backend("triton"):
-            for matmul.allow_tf32, dtype, expected in [
-                (False, torch.float32, "ieee"),
-                (True, torch.float32, "tf32"),
-                (True, torch.bfloat16, "ieee"),
+            for matmul.fp32_precision, dtype, expected in [
+                ("ieee", torch.float32, "ieee"),
+                ("tf32", torch.float32, "tf32"),
+                ("tf32", torch.bfloat16, "ieee"),
             ]:
                 ops.linear_gelu(*inputs((3,), 8, 5, dtype))
                 assert expected in asked[-1]
     finally:
-        matmul.allow_tf32 = before
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

@@ -83,7 +83,7 @@ def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path):
 def test_committed_file_has_every_configuration_and_kernel():
     found = {(op, config.split(";")[0], arch) for _, op, config, arch in committed()}
     assert found == {(c.op, c.name, arch) for c in configurations() for arch in ARCHITECTURES}
-    assert len({kernel for kernel, *_ in committed()}) == 15
+    assert len({kernel for kernel, *_ in committed()}) == 16
 
 
 def test_committed_kernels_use_the_matrix_instruction_of_their_architecture():
@@ -167,7 +167,7 @@ def test_inner_loop_on_hopper_stays_within_its_instructions(kernel, size):
 
 def test_profile_is_of_the_loop_that_makes_the_scores():
     """On every architecture: an exponential for each, and products."""
-    loops_of = [r["loop"] for r in committed().values() if r["loop"]]
+    loops_of = [r["loop"] for r in committed().values() if r["loop"] and r["kernel"].startswith("attention")]
     assert len(loops_of) > 100
     assert all(loop["mufu"] >= 1 and loop["matrix"] > 0 for loop in loops_of)
 

@@ -78,6 +78,7 @@ def _attention_fwd(
     Lq, Lk, left, right, columns, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products of fp32
     DESCRIPTORS: tl.constexpr,  # p_q, p_k, p_v are tensor descriptors
     SPLIT: tl.constexpr,  # a program takes so many columns, a multiple of BLOCK_N, and all rows
     RAW: tl.constexpr,  # the scores are the products times a positive scale, and nothing else
@@ -145,7 +146,7 @@ def _attention_fwd(
                 )
             o_n = start_n + o_col
             b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             b_s, _ = scores(
                 b_s,
                 o_m[:, None],
@@ -177,7 +178,7 @@ def _attention_fwd(
                 b_keep = keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_p = tl.where(b_keep, b_p, 0.0)
             b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision="ieee")
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
     b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * LN2)

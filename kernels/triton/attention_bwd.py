@@ -40,7 +40,7 @@ from fastgpt.kernels.attention_tiles import (
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
-ROWS = 32  # a program of the first kernel: it is bound by memory, and small tiles keep many in flight
+TILE = 2048  # elements of a program of the first kernel: it is bound by memory, and small tiles keep many in flight
 
 
 # fmt: off
@@ -95,7 +95,7 @@ def _attention_bwd(
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_n = tl.program_id(0) * BLOCK_N  # causal: the columns that most rows see first
@@ -154,11 +154,11 @@ def _attention_bwd(
                 b_q = load_rows(
                     p_q_head, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, EDGE, DESCRIPTORS
                 )  # [BLOCK_M, BLOCK_D]
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_grad = load_rows(
                     p_grad_head, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, EDGE, DESCRIPTORS
                 )  # [BLOCK_M, BLOCK_DV]
-                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
                     b_s,
                     o_m[None, :],
@@ -187,15 +187,15 @@ def _attention_bwd(
                     b_keep = tl.trans(keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N))
                     b_r = tl.where(b_keep, b_p * keep_scale, 0.0)
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-                b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
+                b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
                 b_delta = _load_statistic(p_stats + 2 * o_lse + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if SOFTCAP:
                     b_ds *= b_cap_slope
                 b_ds = b_ds.to(b_q.dtype)
-                b_dk = tl.dot(b_ds, b_q, b_dk, input_precision="ieee")
+                b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
                 if p_dq is not None:
-                    b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+                    b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
                     add_rows(p_dq_head, i_b, i_h, start_m, b_dq, o_row, o_d, Lq, BLOCK_D, EDGE, DESCRIPTORS)
 
     p_dk += o_b * s_dkb + o_hk * s_dkh + o_start * s_dkn
@@ -213,7 +213,7 @@ def _attention_bwd_dq(
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
@@ -265,7 +265,7 @@ def _attention_bwd_dq(
                 )
             o_n = start_n + o_col
             b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             b_s, b_cap_slope = scores(
                 b_s,
                 o_m[:, None],
@@ -289,14 +289,14 @@ def _attention_bwd_dq(
             )
             b_p = tl.exp2(b_s - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
             b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
-            b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if p_seed is not None:
                 b_keep = keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if SOFTCAP:
                 b_ds *= b_cap_slope
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
     p_dq += o_b * s_dqb + o_h * s_dqh + o_start * s_dqm
     store_rows(p_dq, b_dq * scale, o_row, o_d, s_dqm, Lq - start_m, D)
@@ -390,8 +390,8 @@ def launch_bwd(
         total = q.new_zeros(shape, dtype=torch.float32).expand(B, -1, -1, -1)
     with on_device_of(q):
         if lse.numel():
-            rows = q.shape[2]
-            _attention_bwd_rows[(cdiv(rows, ROWS), H, lse[once].shape[0])](
+            rows, block = q.shape[2], max(TILE // const["BLOCK_DV"], 1)
+            _attention_bwd_rows[(cdiv(rows, block), H, lse[once].shape[0])](
                 out,
                 grad_out,
                 lse,
@@ -402,7 +402,7 @@ def launch_bwd(
                 rows,
                 DV,
                 const["BLOCK_DV"],
-                ROWS,
+                block,
                 num_warps=4,
             )
         if B * Hk * most_columns:

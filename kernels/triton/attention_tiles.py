@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.common import LOG2E, capability, tanh
+from fastgpt.kernels.common import LOG2E, capability, is_tf32, tanh
 from fastgpt.kernels.tuned import chosen
 
 # (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
@@ -45,11 +45,14 @@ HOPPER: Table = {  # 227 KiB of shared memory, products of 64 rows and more
         256: ((128, 32, 8, 2), (32, 32, 8, 1)),
     },
 }
-BLACKWELL: Table = HOPPER | {"fwd": HOPPER["fwd"] | {128: ((128, 64, 8, 3), (128, 32, 8, 2))}}
+BLACKWELL: Table = HOPPER | {  # sums lie in tensor memory; options spill with eight warps
+    "fwd": HOPPER["fwd"] | {128: ((128, 64, 8, 3), (128, 32, 8, 2))},
+    "bwd": HOPPER["bwd"] | {64: ((64, 128, 8, 3), (32, 64, 4, 1)), 128: ((32, 128, 8, 2), (16, 64, 4, 1))},
+}
 AMPERE: Table = {  # and every other part: at most 99 KiB
     "fwd": {
         64: ((128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 32, 8, 3), (64, 32, 8, 2)),
+        128: ((128, 32, 8, 3), (64, 32, 4, 2)),
         256: ((64, 32, 8, 1), (64, 16, 8, 1)),
     },
     "dkv": {
@@ -73,6 +76,28 @@ FP32: Table = {  # no tensor core has IEEE fp32: multiply-adds, whose operands s
     "dkv": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
     "bwd": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
     "dq": {n: ((32, 16, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
+}
+TF32: Table = {  # tensor cores for fp32 with the digits of fp16: half of AMPERE's tiles at twice the bytes
+    "fwd": {
+        64: ((64, 32, 4, 2), (64, 32, 4, 1)),
+        128: ((64, 32, 4, 1), (32, 32, 4, 1)),
+        256: ((32, 32, 8, 1), (32, 16, 8, 1)),
+    },
+    "dkv": {
+        64: ((32, 64, 8, 1), (16, 64, 8, 1)),
+        128: ((32, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((16, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "bwd": {
+        64: ((32, 64, 8, 1), (16, 64, 8, 1)),
+        128: ((16, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((16, 32, 8, 1), (16, 16, 8, 1)),
+    },
+    "dq": {
+        64: ((64, 32, 8, 1), (32, 32, 8, 1)),
+        128: ((32, 32, 8, 1), (32, 16, 8, 1)),
+        256: ((32, 16, 8, 1), (16, 16, 8, 1)),
+    },
 }
 # By tensor descriptors, whose addresses take no registers, plain attention has room for larger tiles, by (major
 # capability, kernel, head dimension). 128 rows of the backward at 64: 0.45 integer instructions a score, not 0.97.
@@ -257,11 +282,13 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool, described: bool) 
     D, DV = q.shape[-1], v.shape[-1]
     size = max(64, triton.next_power_of_2(max(D, DV)))
     plain = plain and D == DV and triton.next_power_of_2(D) == D
-    table = FP32 if q.dtype == torch.float32 else {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)
+    table = {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)
+    if q.dtype == torch.float32:
+        table = TF32 if is_tf32(q) else FP32
     row = table[kernel][size][0 if plain else 1]
     if plain and described:
         row = DESCRIBED.get((device[0], kernel, size), row)
-    return chosen(f"attention_{kernel}", q, (size, int(plain), int(described)), row)
+    return chosen(f"attention_{kernel}", q, (size, int(plain), int(described), int(is_tf32(q))), row)
 
 
 def decoding_tile(q: Tensor, v: Tensor) -> Tile:
@@ -269,13 +296,13 @@ def decoding_tile(q: Tensor, v: Tensor) -> Tile:
     if capability(q) is None:
         return INTERPRETED["fwd"]
     if q.dtype == torch.float32:
-        return FP32["fwd"][256][1]
+        return (TF32 if is_tf32(q) else FP32)["fwd"][256][1]
     return DECODING[max(64, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))]
 
 
 def constants(
     q: Tensor, k: Tensor, v: Tensor, lower_right: bool, left: int, right: int, softcap: float
-) -> dict[str, int | bool]:
+) -> dict[str, int | bool | str]:
     """The compile-time arguments that every kernel takes."""
     D, DV = q.shape[-1], v.shape[-1]
     return {
@@ -288,6 +315,7 @@ def constants(
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
         "SOFTCAP": softcap != 0.0,
+        "PRECISION": "tf32" if is_tf32(q) else "ieee",
     }
 
 

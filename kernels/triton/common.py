@@ -66,3 +66,11 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """Without the 2 microseconds that Triton's own takes on the host."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def is_tf32(x: torch.Tensor) -> bool:
+    """Whether x's products may be rounded to tf32, for which there are tensor cores: PyTorch's own switch.
+
+    `allow_tf32`, the older name of the same, raises where the newer one was set.
+    """
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.common import capability, cdiv, on_device_of
+from fastgpt.kernels.common import capability, cdiv, is_tf32, on_device_of
 from fastgpt.kernels.gelu import _gelu, bias_gelu_bwd
 from fastgpt.kernels.tuned import chosen
 
@@ -128,7 +128,7 @@ def linear_gelu_fwd(
     y, z = x.new_empty(M, N), x.new_empty((M, N) if with_z else 0)
     if not y.numel():
         return y, z
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    tf32 = is_tf32(x)
     few = M <= FEW
     row = chosen("linear_gelu_fwd", x, (N, K, int(few), int(tf32)), _tile(x, tf32, few))
     block_m, block_n, block_k, warps, stages = row
