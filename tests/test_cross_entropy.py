@@ -360,3 +360,24 @@ def test_gradcheck_in_float64():
 def test_bad_input_gets_one_sentence(arguments, options, error, message):
     with pytest.raises(error, match=message):
         ops.cross_entropy(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+def test_gradients_past_the_caches_have_the_bits_of_small_ones(dtype):
+    """From 16 MiB on the C++ kernel stores whole lines past the caches, in rows that begin anywhere in a line."""
+    classes = 5003
+    rows = 2**24 // (classes * dtype.itemsize) + 2
+    logits, y = torch.randn(rows, classes).to(dtype), torch.randint(0, classes, (rows,))
+    y[:4] = torch.tensor([0, classes - 1, -100, 17])
+
+    def gradient(logits, y, **options):
+        leaf = logits.clone().requires_grad_()
+        return torch.autograd.grad(ops.cross_entropy(leaf, y, reduction="sum", **options), leaf)[0]
+
+    with fastgpt.use_backend("cpp"):
+        for options in ({}, {"label_smoothing": 0.1, "softcap": 3.0}):
+            parts = zip(logits.tensor_split(3), y.tensor_split(3), strict=True)
+            small = torch.cat([gradient(*part, **options) for part in parts])
+            assert torch.equal(gradient(logits, y, **options), small)

@@ -136,6 +136,33 @@ def test_every_number_of_16_bits_is_rounded_right_but_for_the_stated_error(dtype
     assert ((our_slope.double() - slope.double()).abs() <= 2 * half * slope.double().abs() + 1.2e-7).all()
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+def test_results_past_the_caches_have_the_bits_of_small_ones(dtype):
+    """From 16 MiB on the C++ kernels store whole lines past the caches; less than a line is left over here."""
+    columns = 1056
+    rows = 2**24 // (columns * dtype.itemsize) + 3
+    x, bias = torch.randn(rows, columns).to(dtype), torch.randn(columns).to(dtype)
+    uneven = x.flatten()[: 2**24 // dtype.itemsize + 37]
+
+    def both(function, x):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        return y.detach(), torch.autograd.grad(y, leaf, x)[0]
+
+    functions = {
+        "gelu": (ops.gelu, uneven),
+        "bias_gelu": (lambda x: ops.bias_gelu(x, bias, "tanh"), x),
+        "geglu": (lambda x: ops.geglu(x, x), uneven),
+    }
+    with fastgpt.use_backend("cpp"):
+        for name, (function, whole) in functions.items():
+            parts = [both(function, part) for part in whole.tensor_split(3)]
+            for large, small in zip(both(function, whole), zip(*parts, strict=True), strict=True):
+                assert torch.equal(large, torch.cat(small)), name
+
+
 def test_every_slot_is_written(backend):
     x, bias = strided((5, 33), torch.float32, "contiguous"), strided((33,), torch.float32, "contiguous")
     check_every_slot_is_written(ops.gelu, [x])

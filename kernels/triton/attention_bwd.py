@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import (
+    DESCRIBED_BWD,
     SIZES,
     Documents,
     add_rows,
@@ -383,7 +384,7 @@ def launch_bwd(
         *(scale, softcap),
         *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
     )
-    by_descriptors = describable(documents, q, k, v, grad_out)
+    by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
     total = None
     if not deterministic:
         shape = (*lse[once].shape, const["BLOCK_D"])

@@ -107,6 +107,8 @@ DESCRIBED: dict[tuple[int, str, int], Tile] = {
 }
 # The forward of 16 rows and fewer, by head dimension: bound by the bytes of k and v, of which tiles are in flight.
 DECODING: dict[int, Tile] = {64: (16, 128, 4, 3), 128: (16, 64, 8, 3), 256: (16, 32, 4, 2)}
+# Triton 3.6 spills in the backward by descriptors (on sm_90a 111 registers at 64, 18 at 128), but not by pointers.
+DESCRIBED_BWD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 # The interpreter's time goes by the number of tiles, its use is in testing their edges.
 INTERPRETED = {"fwd": (32, 16, 4, 1), "bwd": (16, 32, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
 
