@@ -253,6 +253,8 @@ def test_empty_lengths(backend, rows, columns, batch):
 
 def test_large_scores_do_not_overflow(backend):
     q, k, v = (strided((1, 2, 20, 16), torch.float32, "contiguous", scale) for scale in (100, 100, 1))
+    # Of whole numbers every score is exact: a near tie, whose gradient is all rounding, is then the same for all.
+    q, k = (t.detach().round().requires_grad_() for t in (q, k))
     check_error_rule(ops.attention, T.scaled_dot_product_attention, [q, k, v])
 
 
