@@ -129,6 +129,14 @@ def _autograd_on() -> Iterator[None]:
         yield
 
 
+def is_batched(grad: torch.Tensor) -> bool:
+    """Whether an upstream gradient is a batch under vmap, of which `is_grads_batched=True` has one of its own."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None
+
+
 def twice_differentiable() -> bool:
     """Whether the running backward must itself be differentiable (`create_graph=True`)."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()

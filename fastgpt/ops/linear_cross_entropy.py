@@ -17,7 +17,7 @@ from fastgpt.ops._checks import (
     check_tensors,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, is_batched, twice_differentiable, vjp
 from fastgpt.ops.cross_entropy import check_loss_options, mean_denominator, reduce_rows
 from fastgpt.reference.cross_entropy import check_targets
 from fastgpt.reference.precision import accumulator
@@ -165,12 +165,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             # Nothing valid makes the denominator 0: the loss is NaN and the gradients are 0, as PyTorch has it.
             scale = grad if denominator is None else torch.where(denominator == 0, 0, grad / denominator)
-            found, ctx.grads = ctx.grads, None
+            found = ctx.grads
             if found is None:
                 layer = _rounded(*inputs)
                 found = _FWD[ctx.backend](*layer, target, class_weight, *ctx.options, True)[2:]
-            for g in found:
-                g.mul_(scale)
+            if is_batched(grad):
+                found = tuple(g * scale for g in found)
+            else:
+                ctx.grads = None
+                for g in found:
+                    g.mul_(scale)
         needed = zip(found, inputs, ctx.needs_input_grad, strict=False)
         return *(g.to(x.dtype) if n else None for g, x, n in needed), *[None] * 6
 
