@@ -77,17 +77,20 @@ class CrossEntropyRow {
       return;
     }
     const A spread = grad * smooth, cap = A(options_.softcap), high = A(lse), low = A(lse - double(high));
-    const auto softmax = [&](Vector<A> x) { return on_p * exp<IS_FINE<T>>((x - high) - low); };
-    const auto plain = [&](int64_t i, auto... n) { return softmax(load<A>(logits + i, n...)); };
-    const auto any = [&](int64_t i, auto... n) {
-      const Vector<A> x = read<T>(logits + i, n...);
-      const Vector<A> d = softmax(x) - spread * (weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1)));
+    const auto of_p = [&](Vector<A> x) { return on_p * exp<IS_FINE<T>>((x - high) - low); };
+    const auto gradient = [&](Vector<A> x, Vector<A> less) {
+      const Vector<A> d = of_p(x) - less;
       return cap > A(0) ? d * (A(1) - (x / cap) * (x / cap)) : d;
+    };
+    const auto plain = [&](int64_t i, auto... n) { return of_p(load<A>(logits + i, n...)); };
+    const auto any = [&](int64_t i, auto... n) {
+      const Vector<A> w = weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1));
+      return gradient(read<T>(logits + i, n...), spread * w);
     };
     A at_target = 0;  // taken before the row may be overwritten
     if (!ignored) {
-      const A x = read<T>(logits + y, 1)[0];
-      at_target = any(y, 1)[0] - grad * hard * (cap > A(0) ? A(1) - (x / cap) * (x / cap) : A(1));
+      const A less = spread * (weight_ ? weight_[y] : A(1)) + grad * hard;
+      at_target = gradient(read<T>(logits + y, 1), broadcast(less))[0];
     }
     // Up to the first whole line of the result's memory, where streaming begins.
     const int64_t head = STREAM ? std::min(vocab_, to_whole_line(out)) : 0;

@@ -22,7 +22,7 @@ namespace {
 // y/x
 template <bool TANH>
 inline Floats share(Floats x) {
-  return look_up(x, SHARE<TANH>);
+  return piecewise(x, SHARE<TANH>);
 }
 template <bool TANH>
 inline Doubles share(Doubles x) {
@@ -32,7 +32,7 @@ inline Doubles share(Doubles x) {
 // dy/dx
 template <bool TANH>
 inline Floats slope(Floats x) {
-  return look_up(x, SLOPE<TANH>);
+  return piecewise(x, SLOPE<TANH>);
 }
 template <bool TANH>
 inline Doubles slope(Doubles x) {

@@ -67,7 +67,7 @@ template <bool TANH>
 inline const Pieces SLOPE(TANH ? 5.5 : 5.8, slope_of<TANH>);
 
 // f(x), NaN where x is.
-[[gnu::always_inline]] inline Floats look_up(Floats x, const Pieces& f) {
+[[gnu::always_inline]] inline Floats piecewise(Floats x, const Pieces& f) {
   constexpr float ROUND = 12582912.0f;  // 1.5·2^23: what is added to it is rounded to an integer in the low bits
   const Floats a = std::bit_cast<Floats>(std::bit_cast<Bits>(x) & 0x7FFFFFFFu) * f.density;
   const Floats c = min(broadcast(PIECES - 1.0f), a), shifted = c + ROUND, t = c - (shifted - ROUND);

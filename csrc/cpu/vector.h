@@ -149,7 +149,7 @@ inline int64_t to_whole_line(const T* p) {
 
 #if defined(__AVX512F__)
 // Two vectors of 16-bit results, which make a line.
-[[gnu::always_inline]] inline __m512i narrow(Floats a, Floats b, at::BFloat16) {
+[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, at::BFloat16) {
 #if defined(__AVX512BF16__)
   return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
 #else
@@ -157,7 +157,7 @@ inline int64_t to_whole_line(const T* p) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #endif
 }
-[[gnu::always_inline]] inline __m512i narrow(Floats a, Floats b, at::Half) {
+[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, at::Half) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(a, 0)), _mm512_cvtps_ph(b, 0), 1);
 }
 
@@ -193,7 +193,7 @@ template <bool STREAM, typename A, typename T, typename F>
   int64_t i = begin;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2)
-    for (; i + 2 * W <= end; i += 2 * W) put_line<STREAM>(out + i, narrow(f(i), f(i + W), T{}));
+    for (; i + 2 * W <= end; i += 2 * W) put_line<STREAM>(out + i, rounded_line(f(i), f(i + W), T{}));
   else
     for (; i + W <= end; i += W) put_line<STREAM>(out + i, f(i));
 #endif
@@ -311,8 +311,8 @@ template <typename F>
 }
 
 // exp(x) = 2^k·exp(r) with k = round(x/ln 2), |r| ≤ ln 2 / 2. FINE: a polynomial of degree 6, relative error
-// below 1.5e-7; else of degree 4, below 7e-6, for results that are rounded to 16 bits. Flushes to 0 where
-// the result would be subnormal; inf above 88.73.
+// below 1.5e-7; else of degree 4, below 7e-6, for results that are rounded to 16 bits. A result that would be
+// subnormal may be flushed to 0; inf above 88.73.
 template <bool FINE = true>
 [[gnu::always_inline]] inline Floats exp(Floats x) {
   constexpr float FINE_TERMS[] = {1.39485808e-3f, 8.37512889e-3f, 4.16662183e-2f, 1.66664155e-1f, 0.5f, 1.0f, 1.0f};

@@ -263,7 +263,7 @@ def attention(
 
     Args:
         q: (B, H, Lq, D), any strides; float32, bfloat16, float16, float64. On a GPU the products of float32 are
-            rounded to tf32 where PyTorch's may be (`torch.backends.cuda.matmul.fp32_precision`), else exact.
+            rounded to tf32 where PyTorch's may be (`torch.backends.cuda.matmul.fp32_precision`), else IEEE.
         k, v: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), q's dtype; Hk divides H (grouped queries).
         scale: of the scores; None for 1/√D.
         causal: "none"; "upper_left": row i sees columns j ≤ i; "lower_right": j ≤ i + Lk - Lq.

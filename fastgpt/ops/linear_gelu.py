@@ -111,7 +111,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     activation.
 
     Args:
-        x: (..., K), any strides; float32, bfloat16, float16, float64.
+        x: (..., K), any strides; float32 (on a GPU tf32 where PyTorch's products may be), bfloat16, float16, float64.
         weight: (N, K) as in `torch.nn.Linear`, any strides, x's dtype.
         bias: (N,), x's dtype, or None.
         approximate: "none" for the exact GELU (erf) or "tanh".

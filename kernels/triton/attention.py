@@ -148,26 +148,9 @@ def _attention_fwd(
             b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             b_s, _ = scores(
-                b_s,
-                o_m[:, None],
-                o_n[None, :],
-                p_mask,
-                s_mm,
-                s_mn,
-                slope,
-                Lq,
-                Lk,
-                offset,
-                left,
-                right,
-                scale,
-                softcap,
-                HAS_LEFT,
-                HAS_RIGHT,
-                SOFTCAP,
-                RAW,
-                EDGE,
-            )
+                b_s, o_m[:, None], o_n[None, :], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
+                scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, EDGE,
+            )  # fmt: skip
             b_new = tl.maximum(b_max, tl.max(b_s, 1) * log2_scale)  # [BLOCK_M]
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf would be NaN
             b_p = tl.exp2(b_s * log2_scale - b_safe[:, None])  # [BLOCK_M, BLOCK_N]

@@ -76,7 +76,10 @@ def _attention_bwd_rows(
 
 @triton.jit
 def _load_statistic(p_first, o_m, Lq, other, EDGE: tl.constexpr):
-    """Every second number from p_first on, one a row; rows that are none get the other."""
+    """Every second number from p_first on, one a row; rows that are none get the other.
+
+    The offset is compared, not the row: another number a row to be kept spills 15 registers at a head size of 64.
+    """
     o = 2 * o_m
     if EDGE:
         return tl.load(p_first + o, mask=o < 2 * Lq, other=other)
@@ -161,26 +164,9 @@ def _attention_bwd(
                 )  # [BLOCK_M, BLOCK_DV]
                 b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
-                    b_s,
-                    o_m[None, :],
-                    o_n[:, None],
-                    p_mask_head,
-                    s_mm,
-                    s_mn,
-                    slope,
-                    Lq,
-                    Lk,
-                    offset,
-                    left,
-                    right,
-                    scale,
-                    softcap,
-                    HAS_LEFT,
-                    HAS_RIGHT,
-                    SOFTCAP,
-                    False,
-                    EDGE,
-                )
+                    b_s, o_m[None, :], o_n[:, None], p_mask_head, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
+                    scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, EDGE,
+                )  # fmt: skip
                 b_lse = _load_statistic(p_stats + 2 * o_lse, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
                 b_p = tl.exp2(b_s - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
                 b_r = b_p
@@ -268,26 +254,9 @@ def _attention_bwd_dq(
             b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             b_s, b_cap_slope = scores(
-                b_s,
-                o_m[:, None],
-                o_n[None, :],
-                p_mask,
-                s_mm,
-                s_mn,
-                slope,
-                Lq,
-                Lk,
-                offset,
-                left,
-                right,
-                scale,
-                softcap,
-                HAS_LEFT,
-                HAS_RIGHT,
-                SOFTCAP,
-                False,
-                EDGE,
-            )
+                b_s, o_m[:, None], o_n[None, :], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
+                scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, EDGE,
+            )  # fmt: skip
             b_p = tl.exp2(b_s - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
             b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
             b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]

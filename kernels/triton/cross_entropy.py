@@ -78,22 +78,9 @@ def _load(p_tile, o, m, other, EDGE: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    b_max,
-    b_sum,
-    b_smooth,
-    p_row,
-    p_weight,
-    start,
-    shift,
-    end,
-    origin,
-    softcap,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    EDGE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    b_max, b_sum, b_smooth, p_row, p_weight, start, shift, end, origin, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     """One tile more in the lanes' maxima, sums of exp(x - maximum) and sums of w (x - origin).
 
     A lane takes GROUP neighbours, which one thread has loaded at once: their maximum is taken first, so that the sum is
@@ -190,26 +177,10 @@ def _cross_entropy_fwd(
 
 @triton.jit
 def _gradient(
-    p_row,
-    p_row_d,
-    p_weight,
-    start,
-    shift,
-    end,
-    y,  # on the aligned grid, as start and end
-    counts,
-    lse_high,
-    lse_low,
-    c_p,
-    c_y,
-    c_w,
-    softcap,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    EDGE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """dx_j = c_p p_j - c_y [j = y] - c_w w_j for a tile."""
+    p_row, p_row_d, p_weight, start, shift, end, y, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """dx_j = c_p p_j - c_y [j = y] - c_w w_j for a tile; y, start and end count on the aligned grid."""
     o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m = (o >= shift - start) & (o < end - start)
     b_x = _cap(_load(p_row + start, o, m, float("-inf"), EDGE), softcap, SOFTCAP)
