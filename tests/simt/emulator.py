@@ -26,7 +26,9 @@ FOLDER = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 FLAGS = (
-    *("-std=c++20", "-O2", "-g0", "-fPIC", "-x", "c++", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+    *("-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+    # A register array has bounds too; what is outside of one ends the process, with a sentence.
+    *("-fsanitize=bounds", "-fno-sanitize-recover=bounds"),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{FOLDER}", f"-isystem{TORCH}/include"),
 )
 
@@ -53,7 +55,7 @@ def build(folder: Path, sources: list[Path]) -> Path:
         f"  command = g++ {flags} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = g++ -shared -o $out $in -L{TORCH}/lib -ltorch_cpu -lc10",
+        f"  command = g++ -shared -fsanitize=bounds -o $out $in -L{TORCH}/lib -ltorch_cpu -lc10",
     ]
     objects = [f"{source.stem}.o" for source in sources]
     lines += [f"build {o}: compile {source}" for o, source in zip(objects, sources, strict=True)]
