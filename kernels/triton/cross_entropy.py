@@ -347,6 +347,23 @@ def cross_entropy_bwd_inplace(
     _launch_bwd(logits, grad_loss, grad_lse, logits, target, lse, *options)
 
 
+def cross_entropy_with_grad_inplace(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    block_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss, lse, and over the logits the gradient of loss.sum()."""
+    options = (weight, ignore_index, label_smoothing, z_loss, softcap)
+    loss, lse = cross_entropy_fwd(logits, target, *options)
+    _launch_bwd(logits, torch.ones_like(loss), None, logits, target, lse, *options)
+    return loss, lse
+
+
 def _launch_bwd(
     dlogits: Tensor,
     grad_loss: Tensor,
