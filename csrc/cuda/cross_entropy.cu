@@ -14,8 +14,10 @@
 namespace fastgpt {
 namespace {
 
-constexpr int VECTORS = 4;  // a thread's that are on their way at once: 64 bytes, with 1024 threads 64 KiB
-constexpr int STAGES = 4;   // of a row's way into shared memory: it is looked at while the rest is on its way
+// A thread's vectors that are on their way at once: with 1024 threads a multiprocessor 64 and 32 KiB, with 2048 twice
+// that.
+constexpr int FWD_VECTORS = 4, BWD_VECTORS = 2;
+constexpr int STAGES = 4;  // of a row's way into shared memory: it is looked at while the rest is on its way
 
 // Elements in a vector: 16 bytes, or one element where 16 bytes of logits and gradient do not lie alike.
 template <typename T, bool WIDE>
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_fwd_kernel(
   const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
   const float origin = smoothing && columns ? origin_of(x_of(load_vector<1>(row)).at[0]) : 0.0f;
   Statistics mine;
-  over_row<VECTORS>(row, Row<WIDTH<T, true>>(row, columns), [&](int j, const auto& v) {
+  over_row<FWD_VECTORS>(row, Row<WIDTH<T, true>>(row, columns), [&](int j, const auto& v) {
     const auto x = x_of(v);
     mine.add(x);
     if (smoothing) mine.add_smooth(x, origin, j, tensors);
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_bwd_kernel(
   if (grad_lse) g.add_grad_lse(load(grad_lse + n));
   const Global<const T> row = logits + n * stride;
   const Global<T> row_d = dlogits + n * stride_d;
-  over_row<VECTORS>(row, Row<WIDTH<T, WIDE>>(row, columns), [&](int j, const auto& v) {
+  over_row<BWD_VECTORS>(row, Row<WIDTH<T, WIDE>>(row, columns), [&](int j, const auto& v) {
     store_vector(row_d + j, g.at<OPTIONS, T>(values<OPTIONS>(v, options), j, tensors, options));
   });
 }
