@@ -54,19 +54,25 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
   const int64_t start = row * columns;
   const int vectors = columns / N;
 
-  // What is stored as the sum, from x and the residual; later from registers, or from memory.
-  Vector<T, N> held[HELD];
-  const auto add = [&](int i) {
-    const int64_t at = start + i * N;
-    Vector<T, N> v = load_vector<N>(x + at);
-    if (residual) {
-      const Vector<float, N> r = load_floats<N>(residual + at);
-#pragma unroll
-      for (int k = 0; k < N; ++k) v.at[k] = from_float<T>(to_float(v.at[k]) + r.at[k]);
-      store_vector(sum + at, v);
-    }
-    return v;
+  // The sum as it is stored: from x and the residual, later from registers or from memory.
+  struct Inputs {
+    Vector<T, N> x;
+    Vector<R, N> residual;
   };
+  const auto read = [&](int i) {
+    Inputs in{load_vector<N>(x + (start + i * N))};
+    if (residual) in.residual = load_vector<N>(residual + (start + i * N));
+    return in;
+  };
+  const auto add = [&](int i, Inputs in) {
+    if (residual) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) in.x.at[k] = from_float<T>(to_float(in.x.at[k]) + to_float(in.residual.at[k]));
+      store_vector(sum + (start + i * N), in.x);
+    }
+    return in.x;
+  };
+  Vector<T, N> held[HELD];
   // Calls f(i, vector) for this thread's vectors.
   const auto over = [&](auto&& f) {
     if constexpr (IN_REGISTERS) {
@@ -85,12 +91,15 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     for (int k = 0; k < N; ++k) total[0] += to_float(v.at[k]);
   };
   if constexpr (IN_REGISTERS) {
+    Inputs in[HELD];  // all on their way before the first sum is stored
 #pragma unroll
     for (int h = 0; h < HELD; ++h)
-      if (const int i = team.thread + h * row_threads; i < vectors) held[h] = add(i);
-    over([&](int, const auto& v) { add_up(v); });
+      if (const int i = team.thread + h * row_threads; i < vectors) in[h] = read(i);
+#pragma unroll
+    for (int h = 0; h < HELD; ++h)
+      if (const int i = team.thread + h * row_threads; i < vectors) add_up(held[h] = add(i, in[h]));
   } else {
-    for (int i = team.thread; i < vectors; i += row_threads) add_up(add(i));
+    for (int i = team.thread; i < vectors; i += row_threads) add_up(add(i, read(i)));
   }
   team.sum(total, shared_memory());
   const float mu = total[0] / static_cast<float>(columns);

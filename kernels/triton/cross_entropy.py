@@ -287,7 +287,10 @@ def cross_entropy_fwd(
     N, V = logits.shape
     loss = logits.new_empty(N, dtype=torch.float32)
     lse = logits.new_empty(N, dtype=torch.float64)
-    if N:
+    if not V:  # the sum of no exponentials; no target is a class
+        loss.copy_(torch.where(target == ignore_index, 0.0, torch.nan))
+        lse.fill_(-torch.inf)
+    elif N:
         block, warps = _tile("cross_entropy_fwd", logits, label_smoothing, softcap)
         with on_device_of(logits):
             _cross_entropy_fwd[(N,)](
