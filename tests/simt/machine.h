@@ -7,7 +7,8 @@
 //   - a read of shared memory that no one has written, or where an asynchronous copy is on its way;
 //   - a race: two accesses of one location, one of them a write, that no barrier puts in an order. Of global memory:
 //     a location that one thread writes and another touches in the same launch, unless both add atomically;
-//   - a deadlock, with who waits for what; lanes of a warp that do different things together.
+//   - a deadlock, with who waits for what; lanes of a warp that do different things together;
+//   - the end of a block whose shared memory others of its cluster read, with no barrier in between.
 //
 // Order is kept by vector clocks, one number a warp: a barrier ends a period of the warps that meet there. An access
 // in period t of warp A is seen by B once B has met, directly or through others, an A whose period t was over.
@@ -119,6 +120,7 @@ struct Read {                       // of a cell, by a warp
 
 struct Block {
   int64_t x, y, z;
+  int live = 0;  // threads
   std::vector<unsigned char> shared;
   std::vector<Cell> cells;
   std::vector<Read> reads;  // cells × warps of the cluster
@@ -187,6 +189,7 @@ class Machine {
   // Shared memory of the block with this rank; `size` bytes that are read or written.
   unsigned char* shared(int rank, uint32_t address, uint32_t size, Access access) {
     Block& b = blocks_[rank];
+    if (!b.live) fault("a read of shared memory of a block that has ended");
     check_shared(b, address, size);
     for (uint32_t c = address / 2; c < (address + size) / 2; ++c)
       access == Access::READ ? read_cell(b, c) : write_cell(b, c);
@@ -294,7 +297,7 @@ class Machine {
     problem_.clear();
     for (int rank = 0; rank < shape_.cluster; ++rank) {
       Block& b = blocks_[rank];
-      b.x = x + rank, b.y = y, b.z = z;
+      b.x = x + rank, b.y = y, b.z = z, b.live = shape_.threads;
       b.shared.assign(shape_.shared, 0xFF);  // NaN, in every type
       b.cells.assign(shape_.shared / 2, {});
       b.reads.assign(b.cells.size() * all_warps, {});
@@ -346,6 +349,7 @@ class Machine {
       m.kernel_();
       for (const auto& group : m.self_->groups)
         if (!group.empty()) m.fault("it ends while copies are on their way");
+      if (!--m.blocks_[m.self_->rank].live && m.shape_.cluster > 1) m.check_end_of_block();
     } catch (const std::exception& error) {
       if (m.problem_.empty()) m.problem_ = error.what();
     }
@@ -445,6 +449,18 @@ class Machine {
     }
     Cell& cell = b.cells[c];
     cell = {Cell::WRITTEN, now(), self_};
+  }
+
+  // The other blocks of the cluster must have read what they wanted, and a barrier must say so.
+  void check_end_of_block() {
+    const Block& b = block();
+    const int per_block = static_cast<int>(warps_.size()) / shape_.cluster;
+    for (uint32_t c = 0; c < b.cells.size(); ++c)
+      for (int w = 0; w < static_cast<int>(warps_.size()); ++w) {
+        const Read& read = b.reads[c * warps_.size() + w];
+        if (w / per_block != self_->rank && read.any && !seen(w, read.at))
+          fault_at(c, "its block ends, with no barrier after a read by another block");
+      }
   }
 
   // -- global memory --
