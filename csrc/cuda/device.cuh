@@ -85,6 +85,12 @@ Global<T> global_memory(T* begin, int64_t elements) {
   return begin;
 }
 
+// Where a pointer points to, in bytes.
+template <typename T>
+__device__ inline uintptr_t address(const T* p) {
+  return reinterpret_cast<uintptr_t>(p);
+}
+
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];

@@ -105,6 +105,11 @@ Global<T> global_memory(T* begin, int64_t elements) {
   return {begin, elements};
 }
 
+template <typename T>
+inline uintptr_t address(Global<T> p) {
+  return p.address();
+}
+
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T at[N];
