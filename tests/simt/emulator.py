@@ -26,7 +26,17 @@ FOLDER = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 FLAGS = (
-    *("-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+    *(
+        "-std=c++20",
+        "-O2",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-x",
+        "c++",
+        "-Wno-unknown-pragmas",
+        "-ffp-contract=off",
+    ),
     # A register array has bounds too; what is outside of one ends the process, with a sentence.
     *("-fsanitize=bounds", "-fno-sanitize-recover=bounds"),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{FOLDER}", f"-isystem{TORCH}/include"),
