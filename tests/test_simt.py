@@ -1,9 +1,10 @@
-"""The emulator of the CUDA kernels is proved itself: it finds each fault, in small kernels and planted in the real ones.
+"""The emulator of the CUDA kernels is proved itself: it finds faults, in small kernels and planted in the real ones.
 
 And what is right passes, with the right numbers, in every order of warps.
 """
 
 import ctypes
+import re
 import shutil
 import subprocess
 import sys
@@ -176,3 +177,108 @@ def test_the_seed_is_the_order_of_the_warps(small):
         orders.append(tuple(out.tolist()))
     assert orders[:10] == orders[10:]
     assert len(set(orders)) == 10
+
+
+# ---- faults in the real kernels ----
+
+# Runs a case of tests/every_op.py on a library of kernels, as the tests of the op do.
+CASE = """
+import sys
+sys.path.insert(0, "tests")
+from unittest import mock
+import torch, fastgpt
+import every_op
+from fastgpt.testing import check_error_rule
+from simt import emulator
+
+library, name, *size = sys.argv[1:]
+torch.manual_seed(0)
+torch.ops.load_library(library)
+with mock.patch.object(emulator, "library"), emulator.running(), fastgpt.use_backend("cuda"):
+    if name == "cross_entropy" and size == ["cluster"]:
+        logits, target = torch.randn(3, 1031), torch.tensor([5, 1030, 700])
+        options = (None, -100, 0.1, 0.0, 0.0, 2048)
+        torch.ops.fastgpt.cross_entropy_with_grad_inplace_cuda(logits, target, *options)
+    else:
+        for sizes in [map(int, size)] if size else [(37, 67), (131, 64)]:
+            rows, columns = sizes
+            check_error_rule(*every_op.case(name, torch.float32, rows, columns))
+            check_error_rule(*every_op.case(name, torch.bfloat16, rows, columns))
+"""
+
+
+def run_case_with(folder, case, file=None, text="", planted=""):
+    """What a case ends in on a copy of csrc/cuda in which a text, which is there once, is another."""
+    shutil.copytree(ROOT / "csrc" / "cuda", folder / "csrc" / "cuda")
+    shutil.copy(ROOT / "csrc" / "formulas.h", folder / "csrc")
+    if file:
+        path = folder / "csrc" / "cuda" / file
+        source = path.read_text()
+        assert source.count(text) == 1, (
+            f"{file} has {text!r} {source.count(text)} times: plant the fault elsewhere"
+        )
+        path.write_text(source.replace(text, planted))
+    op = case.partition(" ")[0].replace("bias_", "")
+    sources = [emulator.FOLDER / "emulator.cpp", folder / "csrc" / "cuda" / f"{op}.cu"]
+    sources += (folder / "csrc" / "cuda").glob(f"{op}_bwd.cu")
+    library = emulator.build(folder / "build", sources)
+    return subprocess.run(
+        [sys.executable, "-c", CASE, library, *case.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+RACE = r"races with a (read|write)"
+OUTSIDE = r"an access of \d+ bytes at byte -?\d+ of a tensor of"
+WRONG = r"AssertionError"
+UNWRITTEN = r"a read before any write"
+
+# (case of an op with its rows and columns, file, what stands there, what is planted, what is said of it)
+PLANTED = [
+    ("bias_gelu", "gelu.cu", "  sync_block();\n", "", f"{RACE}|{UNWRITTEN}"),
+    ("gelu", "gelu.cu", "if (i + N <= n)", "if (i < n)", OUTSIDE),
+    ("gelu", "gelu.cu", "j = i; j < n;", "j = i; j <= n;", OUTSIDE),
+    ("bias_gelu", "gelu.cu", "if (column < columns) store(partial", "store(partial", f"{OUTSIDE}|another thread"),
+    ("bias_gelu", "gelu.cu", "(w * WARP + l + k * THREADS)", "(w * WARP + l + k * WARP)", WRONG),
+    ("add_layer_norm 9 700", "team.cuh", "      sync_named(barrier, threads);", "      ;", f"{RACE}|{UNWRITTEN}"),
+    ("add_layer_norm 3100 290", "add_layer_norm.cu", ", turn ^= 1)", ")", RACE),
+    ("add_layer_norm", "add_layer_norm.cu", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
+    ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is on its way"),
+    ("cross_entropy cluster", "cross_entropy.cu", "    meet(blocks);", "", RACE),
+    (
+        "cross_entropy cluster", "cross_entropy.cu", "  if (blocks > 1) sync_cluster();  // before", "  // before",
+        "done with its shared memory|a block that has ended",
+    ),
+    ("cross_entropy", "cross_entropy.cuh", "(columns - head) / N;", "(columns - head) / N + 1;", OUTSIDE),
+    ("attention", "attention.cu", "wait_copies<0>();\n    sync_block();\n", "wait_copies<0>();\n", f"{RACE}|{UNWRITTEN}"),
+    ("attention", "attention.cu", "wait_copies<0>();\n    sync", "wait_copies<1>();\n    sync", "copy is on its way"),
+    ("attention", "attention.cuh", "x >= low && x <= high", "x >= low && x < high", WRONG),
+    ("attention", "attention.cuh", "i * STEP < rows", "i * STEP <= rows", OUTSIDE),
+    ("attention 400 64", "attention.cuh", "swizzle(i * STEP) << 4", "swizzle(i) << 4", f"{RACE}|{UNWRITTEN}|{WRONG}|way"),
+]  # fmt: skip
+QUICK = 3
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        pytest.param(p, id=f"{p[1]}: {p[2].strip()}", marks=() if n < QUICK else pytest.mark.slow)
+        for n, p in enumerate(PLANTED)
+    ],
+)
+def test_planted_fault_is_found(planted, tmp_path):
+    case, file, text, other, sentence = planted
+    done = run_case_with(tmp_path, case, file, text, other)
+    assert done.returncode != 0, f"nothing is found wrong with {file} without its {text!r}"
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.search(sentence, done.stderr.strip()[-600:]), last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", dict.fromkeys(case for case, *_ in PLANTED))
+def test_nothing_is_found_where_nothing_is_planted(case, tmp_path):
+    done = run_case_with(tmp_path, case)
+    assert done.returncode == 0, done.stderr
