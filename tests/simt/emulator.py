@@ -104,8 +104,8 @@ def running() -> Iterator[None]:
     library()
     real = backends._cached_machine_refusal
 
-    def refusal(op: str, backend: str, device: str) -> str | None:
-        return None if (backend, device) == ("cuda", "cpu") else real(op, backend, device)
+    def refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
+        return None if (backend, device) == ("cuda", "cpu") else real(op, backend, device, number)
 
     with mock.patch.object(backends, "_cached_machine_refusal", refusal):
         yield
