@@ -3,17 +3,18 @@
 //   s_ij = scale q_i·k_j, capped, masked;   m_i = max_j s_ij;   l_i = Σ_j exp(s_ij - m_i);   lse_i = m_i + log l_i
 //   out_i = Σ_j exp(s_ij - m_i) v_j / l_i                          0 (and lse -inf) for a row that sees nothing
 //
-// (Vaswani et al., arXiv:1706.03762; tiled as in FlashAttention-2, Dao, arXiv:2307.08691.) Shapes: q (B, H, Lq, D), k (B,
-// Hk, Lk, D), v (B, Hk, Lk, DV), out (B, H, Lq, DV), lse (B, H, Lq) float32.
+// (Vaswani et al., arXiv:1706.03762; tiled as in FlashAttention-2, Dao, arXiv:2307.08691.) Shapes: q (B, H, Lq, D), k
+// (B, Hk, Lk, D), v (B, Hk, Lk, DV), out (B, H, Lq, DV), lse (B, H, Lq) float32.
 //
-// A block takes ROWS rows of a head, a warp 16 of them, and walks over the tiles of COLUMNS columns that its rows see: first
-// those that all rows see whole, whose loop has no mask arithmetic, then the others. The next tile of k and v is copied
-// while the matrix units work on this one. Scores become probabilities in the registers where the first product leaves
-// them, which is where the second one wants its left factor. exp is exp2 with the scale folded into its argument.
+// A block takes ROWS rows of a head, a warp 16 of them, and walks over the tiles of COLUMNS columns that its rows see:
+// first those that all rows see whole, whose loop has no mask arithmetic, then the others. The next tile of k and v is
+// copied while the matrix units work on this one. Scores become probabilities in the registers where the first product
+// leaves them, which is where the second one wants its left factor. exp is exp2 with the scale folded into its
+// argument.
 //
 // Three kinds of kernel: plain ones for bfloat16 and float16, of 64 or 128 columns a head, causal or windowed or
-// packed; with OPTIONS for masks, softcap, slopes, dropout, other sizes (padded with zeros) and whatever does not begin at
-// multiples of 16 bytes; and that for float32 in three products of tf32.
+// packed; with OPTIONS for masks, softcap, slopes, dropout, other sizes (padded with zeros) and whatever does not begin
+// at multiples of 16 bytes; and that for float32 in three products of tf32.
 #include "attention_launch.cuh"
 
 namespace fastgpt {
@@ -30,7 +31,9 @@ template <typename T, int HEAD, bool OPTIONS>
 struct Sizes {
   static constexpr bool SPLIT = sizeof(T) == 4;
   static constexpr int ROWS = SPLIT ? (HEAD == 256 ? 32 : 64) : HEAD == 256 ? 64 : 128;
-  static constexpr int COLUMNS = SPLIT ? (HEAD == 64 ? 64 : HEAD == 128 ? 32 : 16)
+  static constexpr int COLUMNS = SPLIT         ? (HEAD == 64    ? 64
+                                                  : HEAD == 128 ? 32
+                                                                : 16)
                                  : HEAD == 256 ? 32
                                  : OPTIONS     ? 64
                                                : 128;
@@ -55,12 +58,11 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
     const int row_tiles) {
   using U = Unit<T>;
   using S = Shared<T, HEAD, ROWS, COLUMNS>;
-  constexpr int THREADS = THREADS_OF<T, HEAD, ROWS>, OWN = HEAD / PARTS<T, HEAD>, STEPS = HEAD / U::K, PITCH = S::ROW, N = COLUMNS / 8;
+  using Wide = Tile<T, HEAD>;
+  constexpr int THREADS = THREADS_OF<T, HEAD, ROWS>, OWN = HEAD / PARTS<T, HEAD>, STEPS = HEAD / U::K, PITCH = S::ROW,
+                N = COLUMNS / 8;
   // Addresses of factors are kept for all tiles, or made anew for each, where registers are short.
   constexpr bool KEPT = !OPTIONS && HEAD <= 128;
-  const auto address = [](SharedAddress lane, SharedAddress stage, int bits) {
-    return KEPT ? (lane ^ bits) + stage : (lane + stage) ^ bits;
-  };
   constexpr bool Q_IN_REGISTERS = !OPTIONS && HEAD == 64;
 
   // The longest first: under a causal mask the last rows see most.
@@ -74,32 +76,37 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   const Copier<T, COLUMNS, HEAD, THREADS> k(ks.of(batch, key_head, place.first_column), ks.strides.row, p.D);
   const Copier<T, COLUMNS, HEAD, THREADS> v(vs.of(batch, key_head, place.first_column), vs.strides.row, p.DV);
   const SharedAddress memory = shared_memory();
+  const bool aligned = !OPTIONS || p.aligned;
 
   const int last = (first + ROWS < place.Lq ? first + ROWS : place.Lq) - 1;
   const Visited<COLUMNS> tiles(
       first, last, place.Lk, p.left >= 0, place.offset - p.left, p.right >= 0, place.offset + p.right);
 
-  q.some(memory, first, place.Lq, p.aligned);
+  q.some(memory, first, place.Lq, aligned);
   const auto fetch = [&](int i) {
     const SharedAddress stage = memory + i % 2 * S::STAGE;
-    k.some(stage + S::K, tiles.start(i), place.Lk, p.aligned);
-    v.some(stage + S::V, tiles.start(i), place.Lk, p.aligned);
+    k.some(stage + S::K, tiles.start(i), place.Lk, aligned);
+    v.some(stage + S::V, tiles.start(i), place.Lk, aligned);
   };
   if (tiles.count > 0) fetch(0);
   commit_copies();
 
-  const int of_rows = warp() / PARTS<T, HEAD> * 16, of_columns = warp() % PARTS<T, HEAD> * OWN;
+  const int me = same_in_warp(warp());
+  const int of_rows = me / PARTS<T, HEAD> * 16, of_columns = me % PARTS<T, HEAD> * OWN;
   const int row = of_rows + lane() / 4, column = lane() % 4 * 2;
   const Scores<OPTIONS> scores(p, place, batch, head);
   const float unit = scores.unit();
   float out[OWN / 8][4] = {}, top[2] = {-INFINITE, -INFINITE}, sum[2] = {};
-  const SharedAddress q_at = memory + of_rows * PITCH + U::template left<HEAD>();
-  const SharedAddress k_lane = memory + S::K + U::template right<HEAD>();
-  const SharedAddress v_lane = (memory + S::V + U::template right_down<HEAD>()) ^ of_columns * static_cast<int>(sizeof(T));
+  const SharedAddress q_first = made_anew(U::template left<Wide>()), k_first = made_anew(U::template right<Wide>());
+  const SharedAddress v_first =
+      made_anew(Wide::right_of(U::template right_down<Wide>(), of_columns * static_cast<int>(sizeof(T))));
+  const SharedAddress q_base = memory + of_rows * PITCH;
   typename U::Left q_kept[Q_IN_REGISTERS ? STEPS : 1];
 
   // One tile, which has landed; `start` is its first column, for those who ask.
   const auto work = [&](auto edge, SharedAddress stage, int start) {
+    const auto kept = [](SharedAddress a) { return KEPT ? a : made_anew(a); };
+    const SharedAddress q_lane = kept(q_first), k_lane = kept(k_first), v_lane = kept(v_first);
     float s[N][4] = {};
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -107,10 +114,11 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
       if constexpr (Q_IN_REGISTERS)
         left = q_kept[step];
       else
-        left = U::template load_left<HEAD>(q_at ^ step * 32);
+        left = U::template load_left<Wide>(Wide::right_of(q_lane, step * 32) + q_base);
 #pragma unroll
       for (int n = 0; n < N; n += 2) {
-        const auto right = U::template load_right<HEAD>(address(k_lane, stage, step * 32) + n * 8 * PITCH);
+        const auto right =
+            U::template load_right<Wide>(Wide::right_of(k_lane, step * 32) + (memory + stage + S::K + n * 8 * PITCH));
         U::multiply(s[n], s[n + 1], left, right);
       }
     }
@@ -157,7 +165,8 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
 #pragma unroll
       for (int d = 0; d < OWN / 8; d += 2) {
         constexpr int BYTES = 8 * sizeof(T);
-        const auto right = U::template load_right_down<HEAD>(address(v_lane, stage, d * BYTES) + step * U::K * PITCH);
+        const auto right = U::template load_right_down<Wide>(
+            Wide::right_of(v_lane, d * BYTES) + (memory + stage + S::V + step * U::K * PITCH));
         U::multiply(out[d], out[d + 1], left, right);
       }
     }
@@ -171,17 +180,18 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   arrive();
   if constexpr (Q_IN_REGISTERS)
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) q_kept[step] = U::template load_left<HEAD>(q_at ^ step * 32);
+    for (int step = 0; step < STEPS; ++step)
+      q_kept[step] = U::template load_left<Wide>(Wide::right_of(q_first, step * 32) + q_base);
   // All full tiles but the last, whose successor may be an edge.
   if constexpr (!OPTIONS) {
     Global<const T> next_k = k.tile(tiles.full + COLUMNS), next_v = v.tile(tiles.full + COLUMNS);
 #pragma unroll 1
     for (; i + 1 < tiles.full_count; ++i) {
-      const SharedAddress stage = i % 2 * S::STAGE;
-      k.whole(memory + (S::STAGE - stage) + S::K, next_k);
-      v.whole(memory + (S::STAGE - stage) + S::V, next_v);
-      next_k += k.step();
-      next_v += v.step();
+      const SharedAddress stage = i % 2 * S::STAGE, other = memory + (i + 1) % 2 * S::STAGE;
+      k.whole(other + S::K, next_k);
+      v.whole(other + S::V, next_v);
+      next_k = k.next(next_k);
+      next_v = v.next(next_v);
       commit_copies();
       work(std::false_type{}, stage, 0);
       arrive();
@@ -191,7 +201,7 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   for (; i < tiles.count; ++i) {
     if (i + 1 < tiles.count) fetch(i + 1);
     commit_copies();
-    if (i < tiles.full_count)
+    if (sizeof(T) == 2 && i < tiles.full_count)
       work(std::false_type{}, i % 2 * S::STAGE, tiles.start(i));
     else
       work(std::true_type{}, i % 2 * S::STAGE, tiles.start(i));
@@ -212,12 +222,13 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
           sum[h] == 0.0f ? -INFINITE : top[h] * unit * static_cast<float>(LN2) + logf(sum[h]));
   }
   // Through the shared memory where q was.
-  const SharedAddress own = memory + Tile<T, HEAD>::element(row, of_columns + column);
+  const SharedAddress own = memory + Wide::element(row, of_columns + column);
 #pragma unroll
   for (int d = 0; d < OWN / 8; ++d)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      U::store_pair((own ^ d * 8 * static_cast<int>(sizeof(T))) + h * 8 * PITCH, out[d][2 * h], out[d][2 * h + 1]);
+      U::store_pair(
+          Wide::right_of(own, d * 8 * static_cast<int>(sizeof(T))) + h * 8 * PITCH, out[d][2 * h], out[d][2 * h + 1]);
   sync_block();
   write_rows<T, HEAD>(
       memory,
@@ -225,13 +236,14 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
       outs.of(batch, head, place.first_row + first),
       outs.strides.row,
       p.DV,
-      p.aligned,
+      aligned,
       thread(),
       THREADS);
 }
 
 template <typename T, int HEAD, bool OPTIONS>
-void launch_fwd(const Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
+void launch_fwd(
+    const Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
   using Z = Sizes<T, HEAD, OPTIONS>;
   using S = Shared<T, HEAD, Z::ROWS, Z::COLUMNS>;
   const int64_t row_tiles = cdiv(a.longest_q, Z::ROWS);

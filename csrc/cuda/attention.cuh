@@ -1,5 +1,5 @@
-// What the attention kernels share: tiles in shared memory, the factors of a product as the matrix unit wants them, which
-// tiles are visited, and the scores of a tile. The mathematics is in attention.cu and attention_bwd.cu.
+// What the attention kernels share: tiles in shared memory, the factors of a product as the matrix unit wants them,
+// which tiles are visited, and the scores of a tile. The mathematics is in attention.cu and attention_bwd.cu.
 #pragma once
 
 #include "../formulas.h"
@@ -20,7 +20,8 @@ struct Strides {
   int64_t batch = 0, head = 0, row = 0;
 };
 
-// A (B, heads, L, size) tensor, rows contiguous. Packed documents are a batch of which every entry is all of the memory.
+// A (B, heads, L, size) tensor, rows contiguous. Packed documents are a batch of which every entry is all of the
+// memory.
 template <typename T>
 struct Matrices {
   Global<T> at;
@@ -99,6 +100,12 @@ struct Visited {
     before_count = (least(0, most(full, end) - begin) + SIZE - 1) / SIZE;
     count = full_count + before_count + (least(0, end - behind) + SIZE - 1) / SIZE;
   }
+  // Gives up the loop without masks, in the same order of tiles.
+  __device__ void all_edges() {
+    if (before_count == 0) before = full;
+    before_count += full_count;
+    full_count = 0;
+  }
   // Where the i-th visited tile begins.
   __device__ int start(int i) const {
     const int edge = i - full_count;
@@ -129,6 +136,28 @@ struct Tile {
   __device__ static constexpr SharedAddress element(uint32_t row, uint32_t column) {
     return chunk(row, column / PER_CHUNK) + column % PER_CHUNK * sizeof(T);
   }
+  // From an address in a row's first 128 bytes that many bytes to the right, a power of two's multiple that the address
+  // has no bits of: an exclusive or within the bytes that the swizzle is about, an addition beyond them.
+  __device__ static constexpr SharedAddress right_of(SharedAddress a, int bytes) {
+    return (a ^ (bytes & 127)) + (bytes & ~127);
+  }
+  // From an address in an even row to the same column one row below.
+  __device__ static constexpr SharedAddress below(SharedAddress a) {
+    return (a ^ ((swizzle(0) ^ swizzle(1)) << 4)) + PITCH;
+  }
+};
+
+// The same with 16 bytes between rows instead, which put eight rows' chunks into different banks too: more memory, but
+// addresses by additions alone.
+template <typename T, int WIDTH>
+struct Padded {
+  static constexpr int PITCH = WIDTH * sizeof(T) + 16;
+  __device__ static constexpr SharedAddress chunk(uint32_t row, uint32_t c) { return row * PITCH + c * 16; }
+  __device__ static constexpr SharedAddress element(uint32_t row, uint32_t column) {
+    return row * PITCH + column * sizeof(T);
+  }
+  __device__ static constexpr SharedAddress right_of(SharedAddress a, int bytes) { return a + bytes; }
+  __device__ static constexpr SharedAddress below(SharedAddress a) { return a + PITCH; }
 };
 
 // Copies tiles of ROWS × WIDTH from a matrix in global memory, 16 bytes a thread and pass.
@@ -142,28 +171,30 @@ class Copier {
   // Of a matrix of `columns` ≤ WIDTH columns; `stride` from row to row in elements.
   __device__ Copier(Global<const T> matrix, int64_t stride, int columns)
       : matrix_(matrix), stride_(stride), columns_(columns) {
-    const uint32_t pitch = static_cast<uint32_t>(stride / Shape::PER_CHUNK);
+    const uint32_t pitch = static_cast<uint32_t>(stride / Shape::PER_CHUNK), first_row = made_anew(row());
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i) offsets_[i] = (row() + i * STEP) * pitch + chunk();
+    for (int i = 0; i < PASSES; ++i) offsets_[i] = (first_row + i * STEP) * pitch;
+    place_ = made_anew(Shape::chunk(row(), chunk()));
   }
 
-  // Where row `first` begins.
-  __device__ Global<const T> tile(int first) const { return matrix_ + first * stride_; }
-  __device__ int64_t step() const { return ROWS * stride_; }
+  // This thread's columns of row `first`, and of the tile behind one. From there the addresses of its pieces take an
+  // instruction each, as long as the compiler does not see sums of three terms in them.
+  __device__ Global<const T> tile(int first) const {
+    return made_anew(matrix_ + (first * stride_ + chunk() * Shape::PER_CHUNK));
+  }
+  __device__ Global<const T> next(Global<const T> tile) const { return made_anew(tile + ROWS * stride_); }
 
   // A tile all of whose rows and columns are there, and begin at multiples of 16 bytes.
   __device__ void whole(SharedAddress to, Global<const T> tile) const {
     static_assert((STEP & (STEP - 1)) == 0);  // row() < STEP: the two have no bit of the swizzle in common
-    const SharedAddress place = to + Shape::chunk(row(), chunk());
 #pragma unroll
     for (int i = 0; i < PASSES; ++i)
       copy_async(
-          (place ^ Shape::swizzle(i * STEP) << 4) + i * STEP * Shape::PITCH,
-          tile + uint64_t{offsets_[i]} * Shape::PER_CHUNK);
+          (place_ ^ Shape::swizzle(i * STEP) << 4) + (to + i * STEP * Shape::PITCH), behind(tile, offsets_[i], 16));
   }
   // Rows from `rows` on are zeros, as are columns that the matrix has not.
   __device__ void some(SharedAddress to, int first, int rows, bool aligned) const {
-    const Global<const T> from = tile(first) + (row() * stride_ + chunk() * Shape::PER_CHUNK);
+    const Global<const T> from = matrix_ + ((first + row()) * stride_ + chunk() * Shape::PER_CHUNK);
 #pragma unroll 1
     for (int i = 0; i < PASSES; ++i) {
       const SharedAddress place = to + Shape::chunk(row() + i * STEP, chunk());
@@ -188,7 +219,8 @@ class Copier {
   Global<const T> matrix_;
   int64_t stride_;
   int columns_;
-  uint32_t offsets_[PASSES];
+  uint32_t offsets_[PASSES];  // 16 bytes each
+  SharedAddress place_;
 };
 
 // Writes the first `rows` rows of a tile to global memory; this is number `index` of so many threads.
@@ -218,9 +250,9 @@ __device__ inline void write_rows(
 // columns g and g + 8 of the right one, and of every eight along k the two from 2 t on. Which of them is the first
 // k and which the fifth (tf32 has only one number a register) is free, as long as both factors agree.
 //
-// Each factor has four forms, by how it lies in shared memory: its rows along k, or k along its rows ("down"). The
-// first tile of a form is found once; the others are a multiple of 16 rows below it, or at an address that differs
-// in the bits of the chunk, by exclusive or.
+// Each factor has two forms, by how it lies in shared memory of layout L: its rows along k, or k along its rows
+// ("down"). left(), right() and so on give a lane's part of an address, load_left(...) and so on load from there: a
+// number of rows below it and, by L::right_of, of bytes to the right.
 
 template <typename T>
 struct Unit {
@@ -233,45 +265,45 @@ struct Unit {
   };
 
   // (m, k) at row m, column k.
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress left() {
-    return Tile<T, WIDTH>::chunk(lane() % 16, lane() / 16);
+    return L::chunk(lane() % 16, lane() / 16);
   }
   // (m, k) at row k, column m.
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress left_down() {
-    return Tile<T, WIDTH>::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+    return L::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
   }
   // (k, n) at row n, column k.
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress right() {
-    return Tile<T, WIDTH>::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+    return L::chunk(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
   }
   // (k, n) at row k, column n.
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress right_down() {
-    return Tile<T, WIDTH>::chunk(lane() % 16, lane() / 16);
+    return L::chunk(lane() % 16, lane() / 16);
   }
 
-  template <int WIDTH>
+  template <typename L>
   __device__ static Left load_left(SharedAddress a) {
     Left f;
     load_matrices(f.r, a);
     return f;
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static Left load_left_down(SharedAddress a) {
     Left f;
     load_matrices_transposed(f.r, a);
     return f;
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static Right load_right(SharedAddress a) {
     Right f;
     load_matrices(f.r, a);
     return f;
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static Right load_right_down(SharedAddress a) {
     Right f;
     load_matrices_transposed(f.r, a);
@@ -314,44 +346,47 @@ struct Unit<float> {
     float r[4];
   };
 
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress left() {
-    return Tile<float, WIDTH>::element(lane() / 4, lane() % 4 * 2);
+    return L::element(lane() / 4, lane() % 4 * 2);
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress left_down() {
-    return Tile<float, WIDTH>::element(lane() % 4 * 2, lane() / 4);
+    return L::element(lane() % 4 * 2, lane() / 4);
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress right() {
-    return left<WIDTH>();
+    return left<L>();
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static SharedAddress right_down() {
-    return left_down<WIDTH>();
+    return left_down<L>();
   }
 
   // Two rows of pairs, eight rows apart.
-  template <int WIDTH>
+  template <typename L>
   __device__ static Left load_left(SharedAddress a) {
-    const auto x = load_shared<Vector<float, 2>>(a), y = load_shared<Vector<float, 2>>(a + 8 * Tile<float, WIDTH>::PITCH);
+    const auto x = load_shared<Vector<float, 2>>(a), y = load_shared<Vector<float, 2>>(a + 8 * L::PITCH);
     return {{x.at[0], y.at[0], x.at[1], y.at[1]}};
   }
   // Two columns, eight apart, of two neighbouring rows.
-  template <int WIDTH>
+  template <typename L>
   __device__ static Left load_left_down(SharedAddress a) {
-    const SharedAddress below = lower<WIDTH>(a);
+    const SharedAddress below = L::below(a);
     return {
-        {load_shared<float>(a), load_shared<float>(a ^ 32), load_shared<float>(below), load_shared<float>(below ^ 32)}};
+        {load_shared<float>(a),
+         load_shared<float>(L::right_of(a, 32)),
+         load_shared<float>(below),
+         load_shared<float>(L::right_of(below, 32))}};
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static Right load_right(SharedAddress a) {
-    const Left f = load_left<WIDTH>(a);
+    const Left f = load_left<L>(a);
     return {{f.r[0], f.r[2], f.r[1], f.r[3]}};
   }
-  template <int WIDTH>
+  template <typename L>
   __device__ static Right load_right_down(SharedAddress a) {
-    const Left f = load_left_down<WIDTH>(a);
+    const Left f = load_left_down<L>(a);
     return {{f.r[0], f.r[2], f.r[1], f.r[3]}};
   }
 
@@ -360,9 +395,7 @@ struct Unit<float> {
     const auto& x = s[step];
     return {{x[0], x[2], x[1], x[3]}};
   }
-  __device__ static void store_pair(SharedAddress a, float x, float y) {
-    store_shared(a, Vector<float, 2>{{x, y}});
-  }
+  __device__ static void store_pair(SharedAddress a, float x, float y) { store_shared(a, Vector<float, 2>{{x, y}}); }
 
   __device__ static void multiply(float (&c0)[4], float (&c1)[4], const Left& a, const Right& b) {
     uint32_t high[4], low[4];
@@ -373,21 +406,13 @@ struct Unit<float> {
       high[i] = s.high, low[i] = s.low;
       right[i] = Split::of(b.r[i]);
     }
-    const auto half = [&](float(&c)[4], const Split& upper, const Split& lower) {
+    const auto half = [&](float (&c)[4], const Split& upper, const Split& lower) {
       multiply_add_tf32(c, low, upper.high, lower.high);
       multiply_add_tf32(c, high, upper.low, lower.low);
       multiply_add_tf32(c, high, upper.high, lower.high);
     };
     half(c0, right[0], right[1]);
     half(c1, right[2], right[3]);
-  }
-
- private:
-  // The same column one row below an even row: the row's swizzle differs in its lowest bit, or not at all.
-  template <int WIDTH>
-  __device__ static SharedAddress lower(SharedAddress a) {
-    using Shape = Tile<float, WIDTH>;
-    return (a ^ ((Shape::swizzle(0) ^ Shape::swizzle(1)) << 4)) + Shape::PITCH;
   }
 };
 
@@ -420,7 +445,8 @@ struct Scores {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int y = row + 8 * (i / 2), centre = y + place.offset;
-      const int low = p.left < 0 ? 0 : centre - p.left, high = p.right < 0 || centre + p.right >= place.Lk ? place.Lk - 1 : centre + p.right;
+      const int low = p.left < 0 ? 0 : centre - p.left,
+                high = p.right < 0 || centre + p.right >= place.Lk ? place.Lk - 1 : centre + p.right;
 #pragma unroll
       for (int n = 0; n < N; ++n) {
         const int x = column + 8 * n + i % 2;
@@ -436,7 +462,8 @@ struct Scores {
     return 1.0f - t * t;
   }
 
-  // What a probability is multiplied by, for the neighbours in columns column and column + 1, of which the first is even.
+  // What a probability is multiplied by, for the neighbours in columns column and column + 1, of which the first is
+  // even.
   __device__ Vector<float, 2> kept(int row, int column) const {
     const Words words = philox(seed, static_cast<uint32_t>(column) / 4, row, head, batch);
     const bool upper = column % 4 != 0;

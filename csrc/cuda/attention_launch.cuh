@@ -22,7 +22,8 @@ struct Documents {
 };
 
 inline int checked_int(int64_t n, const char* what) {
-  STD_TORCH_CHECK(n >= 0 && n < (int64_t{1} << 31) - 1024, "fastgpt: attention takes less than 2^31 ", what, ", not ", n);
+  STD_TORCH_CHECK(
+      n >= 0 && n < (int64_t{1} << 31) - 1024, "fastgpt: attention takes less than 2^31 ", what, ", not ", n);
   return static_cast<int>(n);
 }
 
@@ -98,11 +99,20 @@ class Attention {
       p.mask.strides = {m.stride(0), m.stride(1), m.stride(2)};
       p.mask.column = m.stride(3);
       switch (m.scalar_type()) {
-        case ScalarType::Bool: p.mask.flags = global<const uint8_t>(m); break;
-        case ScalarType::Float: p.mask.fp32 = global<const float>(m); break;
-        case ScalarType::BFloat16: p.mask.in_bf16 = global<const bf16>(m); break;
-        case ScalarType::Half: p.mask.in_fp16 = global<const fp16>(m); break;
-        default: STD_TORCH_CHECK(false, "fastgpt: attention takes masks of bool, float32, bfloat16 and float16");
+        case ScalarType::Bool:
+          p.mask.flags = global<const uint8_t>(m);
+          break;
+        case ScalarType::Float:
+          p.mask.fp32 = global<const float>(m);
+          break;
+        case ScalarType::BFloat16:
+          p.mask.in_bf16 = global<const bf16>(m);
+          break;
+        case ScalarType::Half:
+          p.mask.in_fp16 = global<const fp16>(m);
+          break;
+        default:
+          STD_TORCH_CHECK(false, "fastgpt: attention takes masks of bool, float32, bfloat16 and float16");
       }
     }
     if (o.slopes.has_value()) {

@@ -39,16 +39,17 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_fwd_kernel(
   const Global<const T> row = logits + n * stride;
   const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
   const float origin = smoothing && columns ? origin_of(x_of(load_vector<1>(row)).at[0]) : 0.0f;
+  const int64_t y = load(tensors.target + n);  // on its way while the row is read
   Statistics mine;
   over_row<FWD_VECTORS>(row, Row<WIDTH<T, true>>(row, columns), [&](int j, const auto& v) {
     const auto x = x_of(v);
     mine.add(x);
     if (smoothing) mine.add_smooth(x, origin, j, tensors);
   });
-  Statistics all = join_row(mine, shared_memory(), 1);
+  const Target target(y, columns, tensors, options);
+  if (thread() == 0 && target.y >= 0) mine.x_target = x_of(load_vector<1>(row + target.y)).at[0];
+  const Statistics all = join_row(mine, shared_memory(), 1);
   if (thread() != 0) return;
-  const Target target(load(tensors.target + n), columns, tensors, options);
-  if (target.y >= 0) all.x_target = x_of(load_vector<1>(row + target.y)).at[0];
   const float log_sum = logf(all.softmax.sum);
   store(loss + n, loss_of<OPTIONS>(all, log_sum, target, origin, columns, tensors, options));
   store(lse + n, lse_of(all, log_sum));

@@ -115,12 +115,41 @@ __device__ inline void store_vector(T* p, const Vector<T, N>& value) {
   *reinterpret_cast<Vector<T, N>*>(p) = value;
 }
 
+// count · size bytes behind p.
+template <typename T>
+__device__ inline T* behind(T* p, uint32_t count, uint32_t size) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{count} * size);
+}
+
 // Others add to the number as well, in any order.
 __device__ inline void atomic_add(float* p, float value) { atomicAdd(p, value); }
+// To two neighbours, the first at a multiple of 8 bytes.
+__device__ inline void atomic_add_pair(float* p, float first, float second) {
+#if __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float2*>(p), make_float2(first, second));
+#else
+  atomicAdd(p, first);
+  atomicAdd(p + 1, second);
+#endif
+}
 
 // ---- shared memory ----
 
 using SharedAddress = uint32_t;
+
+// The same number or pointer, of which the compiler knows nothing: what is made of it is made there, and not kept in
+// registers from before a loop on.
+__device__ inline uint32_t made_anew(uint32_t a) {
+  asm volatile("" : "+r"(a));
+  return a;
+}
+template <typename T>
+__device__ inline T* made_anew(T* p) {
+  asm volatile("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
 
 extern __shared__ __align__(1024) unsigned char fastgpt_shared_memory[];
 
@@ -212,6 +241,8 @@ __device__ inline void sync_warp() { __syncwarp(); }
 __device__ inline void sync_named(int barrier, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
 }
+// The value of lane 0, which is everybody's: the compiler then keeps it once a warp, beside the threads' registers.
+__device__ inline int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 // Another lane's value: that of lane() ^ mask.
 template <typename T>
 __device__ inline T shuffle_xor(T value, int mask) {

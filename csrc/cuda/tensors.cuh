@@ -39,6 +39,11 @@ Global<T> global(const OptionalTensor& x) {
   return x.has_value() ? global<T>(*x) : Global<T>{};
 }
 
+// A contiguous (N, 2) of float32 as N pairs.
+inline Global<Vector<float, 2>> pairs(const Tensor& x) {
+  return global_memory(static_cast<Vector<float, 2>*>(x.data_ptr()), x.numel() / 2);
+}
+
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
   const std::vector<int64_t> sizes(shape);
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);

@@ -133,13 +133,26 @@ template <typename T, int N>
 inline void store_vector(Global<T> p, const Vector<T, N>& value) {
   std::memcpy(p.touch(N, Access::WRITE), &value, sizeof(value));
 }
+template <typename T>
+inline Global<T> behind(Global<T> p, uint32_t count, uint32_t size) {
+  return p + static_cast<int64_t>(uint64_t{count} * size / sizeof(T));
+}
 inline void atomic_add(Global<float> p, float value) { *p.touch(1, Access::ADD) += value; }
+inline void atomic_add_pair(Global<float> p, float first, float second) {
+  float* const at = p.touch(2, Access::ADD);
+  at[0] += first;
+  at[1] += second;
+}
 
 // ---- shared memory ----
 
 using SharedAddress = uint32_t;
 
 inline SharedAddress shared_memory() { return 0; }
+template <typename T>
+inline T made_anew(T a) {
+  return a;
+}
 
 template <typename T>
 inline T load_shared_of(int rank, SharedAddress a) {
@@ -269,6 +282,11 @@ inline T shuffle_xor(T value, int mask) {
     }
   });
   return result.value;
+}
+inline int same_in_warp(int x) {
+  return Machine::get().together("a shuffle from lane 0", x, [&](int** lanes) {
+    for (int l = 1; l < WARP; ++l) *lanes[l] = *lanes[0];
+  });
 }
 inline bool any_lane(bool x) {
   return Machine::get().together("a vote", x, [&](bool** lanes) {
