@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT
-from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
+from bench.sass import ARCHITECTURES, Instruction, basic_blocks, instructions, loops, profile, streaming
 
 SOURCES = ROOT / "csrc" / "cuda"
 TYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
@@ -247,13 +247,11 @@ def _is_wide(instruction: Instruction) -> bool:
 
 
 def streamed(code: list[Instruction]) -> list[Instruction]:
-    """The loop over a row or rows that moves most by 16 bytes, else all that is outside of the loops over what is left."""
-    memory = loops(code, "memory")
-    found = [body for body in memory if any(map(_is_wide, body))]
+    """The loop over a row or rows in which most is moved by 16 bytes; without one, the blocks that move so."""
+    found = [body for body in loops(code, "memory") if any(map(_is_wide, body))]
     if found:
         return max(found, key=lambda body: sum(map(_is_wide, body)) / len(body))
-    inside = {i.address for body in memory for i in body}
-    return [i for i in code if i.address not in inside]
+    return [i for block in basic_blocks(code)[0] if any(map(_is_wide, block)) for i in block]
 
 
 def _elements(body: list[Instruction], least: tuple[int, int], itemsize: int) -> float:
@@ -282,5 +280,5 @@ def scores(kernel: Kernel, arch: str) -> dict[str, float] | None:
 def _exempt(record: dict[str, Any]) -> str | None:
     """Why the matrix instruction of the architecture is not used; a spill is never accepted."""
     if record["hmma"] and record["arch"] != "sm_80":
-        return "mma.sync, the matrix instruction of a warp, on every architecture: Hopper gives it about 60 % of the peak"
+        return "mma.sync, a warp's matrix instruction, on every architecture: Hopper gives it about 60 % of its peak"
     return None
