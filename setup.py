@@ -123,7 +123,10 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
     lines = [
         *("rule compile", "  depfile = $out.d", "  deps = gcc"),
         f"  command = {nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
-        *("rule link", f"  command = {nvcc} -shared -nodlink -Xlinker=--no-as-needed -o $out $in {' '.join(needed)}"),
+        *(
+            "rule link",
+            f"  command = {nvcc} -shared -nodlink -Xlinker=--no-as-needed -o $out $in {' '.join(needed)}",
+        ),
         *(f"build {target}: compile {source}" for source, target in objects.items()),
         f"build {library.resolve()}: link {' '.join(objects.values())}",
     ]

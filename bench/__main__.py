@@ -325,7 +325,8 @@ def _resources(options: argparse.Namespace) -> int:
         chosen = []
         if cubins.problem():
             raise ValueError(f"the CUDA kernels cannot be compiled: {cubins.problem()}")
-    return run(chosen, files, options.arch or ARCHITECTURES, as_json=options.json, write=options.write)
+    architectures = options.arch or ARCHITECTURES
+    return run(chosen, files, options.op, architectures, as_json=options.json, write=options.write)
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -27,9 +27,6 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 Arguments = dict[str, int | str]
 
-# Elements read and written per element of the result, at least, beyond those of `bench.resources`.
-LEAST = {"cross_entropy_with_grad": (1, 1)}
-
 # Matrix products of ROWS × COLUMNS × HEAD for one tile of scores.
 PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
 
@@ -121,7 +118,7 @@ def compile_source(source: Path, arch: str) -> list[Kernel]:
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{source.name} for {arch}: {done.stdout}{done.stderr}")
+            raise RuntimeError(f"{source.name} for {arch}: {(done.stdout + done.stderr)[:4000]}")
         return _read(cubin, parameters(source))
 
 
@@ -134,8 +131,8 @@ def _flags() -> list[str]:
 
 
 def parameters(source: Path) -> dict[str, list[str]]:
-    """The template parameters of each kernel in a file, "typename T" and the like."""
-    text = source.read_text()
+    """The template parameters of each kernel in a file or the headers beside it, "typename T" and the like."""
+    text = "\n".join(path.read_text() for path in (source, *sorted(source.parent.glob("*.cuh"))))
     found = re.findall(r"template <([^<>]*)>\s*__global__[^;{]*?(\w+)_kernel\(", text)
     return {name: [word.strip() for word in words.split(",")] for words, name in found}
 
@@ -154,7 +151,8 @@ def _read(cubin: Path, templates: dict[str, list[str]]) -> list[Kernel]:
     threads = {}
     for name, attributes in bounds:
         found = re.search(r"EIATTR_MAX_THREADS\s+Format:\s+\S+\s+Value:\s+(0x[0-9a-f]+)", attributes)
-        threads[name] = int(found[1], 16) if found else 0
+        assert found, f"{name} has no __launch_bounds__"
+        threads[name] = int(found[1], 16)
     names = "\n".join(name for name, *_ in taken)
     plain = subprocess.run(
         ["c++filt"], input=names, capture_output=True, text=True, check=True
@@ -188,13 +186,14 @@ def _itemsize(arguments: Arguments) -> int:
 
 
 def records(
-    files: Iterable[Path], architectures: Iterable[str] = ARCHITECTURES
+    files: Iterable[Path], architectures: Iterable[str] = ARCHITECTURES, ops: Iterable[str] = ()
 ) -> Iterator[list[dict[str, Any]]]:
-    """Those of each file and architecture as they come, from as many compilers as there are cores."""
+    """Those of each file and architecture as they come, of these ops or all; a compiler on every core."""
+    wanted = set(ops)
     jobs = [(path, arch) for path in files for arch in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done in as_completed([pool.submit(_records, *job) for job in jobs]):
-            yield done.result()
+            yield [r for r in done.result() if not wanted or r["op"] in wanted]
 
 
 def _records(source: Path, arch: str) -> list[dict[str, Any]]:
@@ -203,12 +202,12 @@ def _records(source: Path, arch: str) -> list[dict[str, Any]]:
 
 def record(kernel: Kernel, arch: str) -> dict[str, Any]:
     """One kernel's, with the fields that a Triton kernel's has."""
-    from bench.resources import LEAST as OF_TRITON
-    from bench.resources import blocks, width
+    from bench.resources import LEAST, blocks, width
 
     warps, code = kernel.threads // 32, kernel.code
     shared = SHARED[kernel.name](kernel.arguments) if kernel.name in SHARED else 0
-    least = (OF_TRITON | LEAST).get(kernel.name)
+    # LayerNorm walks over a row several times, in registers: no one loop says what it costs.
+    least = None if kernel.op == "add_layer_norm" else LEAST.get(kernel.name)
     loop, moved = None, None
     if least and not kernel.is_fallback:
         body, itemsize = streamed(code), _itemsize(kernel.arguments)

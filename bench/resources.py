@@ -215,6 +215,7 @@ def _exempt(record: dict[str, Any]) -> str | None:
 def run(
     chosen: list[Configuration],
     files: list[Path],
+    ops: Sequence[str],
     architectures: Sequence[str],
     *,
     as_json: bool,
@@ -225,13 +226,14 @@ def run(
     Args:
         chosen: what of the Triton kernels.
         files: what of csrc/cuda.
+        ops: whose kernels in these files, or all.
         write: the records of a source ("triton", "cuda") that nothing was chosen of stay as they were.
     """
     from tqdm import tqdm
 
     records: list[dict[str, Any]] = []
     with tqdm(total=(len(chosen) + len(files)) * len(architectures), unit="config", disable=None) as bar:
-        for found in chain(resources(chosen, architectures), cubins.records(files, architectures)):
+        for found in chain(resources(chosen, architectures), cubins.records(files, architectures, ops)):
             records += found
             bar.update()
     records = in_order(records)

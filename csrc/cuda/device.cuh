@@ -119,6 +119,13 @@ __device__ inline void store_vector(T* p, const Vector<T, N>& value) {
     *reinterpret_cast<Vector<T, N>*>(p) = value;
 }
 
+// count · size bytes behind p.
+template <typename T>
+__device__ inline T* behind(T* p, uint32_t count, uint32_t size) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{count} * size);
+}
+
 // Others add to the number as well, in any order.
 __device__ inline void atomic_add(float* p, float value) { atomicAdd(p, value); }
 // To two neighbours, the first at a multiple of 8 bytes.
