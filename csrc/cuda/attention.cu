@@ -16,6 +16,7 @@
 // packed; with OPTIONS for masks, softcap, slopes, dropout, other sizes (padded with zeros) and whatever does not begin
 // at multiples of 16 bytes; and that for float32 in three products of tf32.
 #include "attention_launch.cuh"
+#include "tiles.cuh"
 
 namespace fastgpt {
 namespace {
@@ -108,20 +109,13 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
     const auto kept = [](SharedAddress a) { return KEPT ? a : made_anew(a); };
     const SharedAddress q_lane = kept(q_first), k_lane = kept(k_first), v_lane = kept(v_first);
     float s[N][4] = {};
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      typename U::Left left;
+    const auto q_factor = [&](int step) {
       if constexpr (Q_IN_REGISTERS)
-        left = q_kept[step];
+        return q_kept[step];
       else
-        left = U::template load_left<Wide>(Wide::right_of(q_lane, step * 32) + q_base);
-#pragma unroll
-      for (int n = 0; n < N; n += 2) {
-        const auto right =
-            U::template load_right<Wide>(Wide::right_of(k_lane, step * 32) + (memory + stage + S::K + n * 8 * PITCH));
-        U::multiply(s[n], s[n + 1], left, right);
-      }
-    }
+        return left_at<U, Wide>(q_lane, q_base)(step);
+    };
+    add_product<U, STEPS, STEPS>(s, q_factor, right_at<U, Wide>(k_lane, memory + stage + S::K));
     scores.template shape<edge>(s, first + row, start + column);
 
     // The maximum grows, what was summed so far shrinks.
@@ -159,17 +153,8 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
           }
       }
 
-#pragma unroll
-    for (int step = 0; step < COLUMNS / U::K; ++step) {
-      const auto left = U::left_of(s, step);
-#pragma unroll
-      for (int d = 0; d < OWN / 8; d += 2) {
-        constexpr int BYTES = 8 * sizeof(T);
-        const auto right = U::template load_right_down<Wide>(
-            Wide::right_of(v_lane, d * BYTES) + (memory + stage + S::V + step * U::K * PITCH));
-        U::multiply(out[d], out[d + 1], left, right);
-      }
-    }
+    add_product<U, COLUMNS / U::K, COLUMNS / U::K>(
+        out, [&](int step) { return U::left_of(s, step); }, right_down_at<U, Wide>(v_lane, memory + stage + S::V));
   };
 
   int i = 0;

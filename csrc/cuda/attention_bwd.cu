@@ -10,13 +10,14 @@
 // memory by atomic additions, in an order that differs from run to run. Deterministic: a few blocks a head, each with a
 // sum of its own to which it adds in one order; the sums are added up at the end.
 //
-// Before it a pass over out and dout leaves (lse, delta) of each row, after it one turns the sums into dq.
+// Before it a pass over out and dout leaves (lse, delta) of each row, after it one turns the sums into dq
+// (attention_bwd_rows.cuh).
+#include "attention_bwd_rows.cuh"
 #include "attention_launch.cuh"
+#include "tiles.cuh"
 
 namespace fastgpt {
 namespace {
-
-constexpr int PASS_THREADS = 256;
 
 // Rows and columns of a tile, stages of its copies, and warps. With dk and dv a warp has COLUMNS · HEAD / 8 sums, which
 // leaves few registers: the largest that compile without spills.
@@ -39,34 +40,6 @@ struct Shared {
   static constexpr int K = 0, V = COLUMNS * ROW, Q = 2 * COLUMNS * ROW, GRAD = Q + ROWS * ROW, STAGE = 2 * ROWS * ROW;
   static constexpr int P = Q + STAGES<T, HEAD> * STAGE, DS = P + SCORES, BYTES = DS + SCORES;
 };
-
-// ---- before: (lse in units of log 2, delta) of each row ----
-
-template <typename T>
-__global__ void __launch_bounds__(PASS_THREADS) attention_bwd_rows_kernel(
-    const Matrices<const T> outs,
-    const Matrices<const T> grads,
-    const Global<const float> lses,
-    const Global<const float> grad_lses,
-    const Global<Vector<float, 2>> stats,
-    const int64_t rows,
-    const int heads,
-    const int64_t length,
-    const int DV) {
-  const int64_t i = int64_t{block_x()} * (PASS_THREADS / WARP) + warp();  // a warp a row of (B, H, L)
-  if (i >= rows) return;
-  const int64_t row = i % length, head = i / length % heads, batch = i / length / heads;
-  const Global<const T> out = outs.of(batch, head, row), grad = grads.of(batch, head, row);
-  float delta = 0;
-  for (int d = lane(); d < DV; d += WARP) delta += to_float(load(out + d)) * to_float(load(grad + d));
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
-  if (lane() > 0) return;
-  if (grad_lses) delta -= load(grad_lses + i);
-  const float lse = load(lses + i);
-  // A row that sees nothing: exp2(s - inf) is 0.
-  store(stats + i, Vector<float, 2>{{lse == -INFINITE ? INFINITE : lse * static_cast<float>(LOG2E), delta}});
-}
 
 // ---- the pass ----
 
@@ -148,14 +121,14 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 
 #pragma unroll 1
     for (int member = 0; member < p.group; ++member) {
-      const int anew = made_anew(static_cast<uint32_t>(block_x())) / blocks, b = anew / key_heads;
-      const int head = anew % key_heads * p.group + member;
+      const int block = made_anew(static_cast<uint32_t>(block_x())), b = block / blocks / key_heads;
+      const int head = block / blocks % key_heads * p.group + member;
       const Place place(p, b);
       const Copier<T, ROWS, HEAD, THREADS> q(qs.of(b, head, place.first_row), qs.strides.row, p.D);
       const Copier<T, ROWS, HEAD, THREADS> grad(grads.of(b, head, place.first_row), grads.strides.row, p.DV);
       const auto of_rows = made_anew(stats.of(b, head, place.first_row + y));
-      const auto dq = made_anew(
-          sums.of(b, head, place.first_row + y) + (block_x() % blocks * sum_of_block + q_head + lane() % 4 * 2));
+      const auto dq =
+          made_anew(sums.of(b, head, place.first_row + y) + (block % blocks * sum_of_block + q_head + lane() % 4 * 2));
       const Scores<OPTIONS> scores(p, place, b, head);
       const float unit = scores.unit();
 
@@ -170,25 +143,15 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
           row[h] = {{INFINITE, 0.0f}};
           if (!edge || start + y + 8 * h < place.Lq) row[h] = load(rows + 8 * h);
         }
-        const SharedAddress left_at = kept(left_lane), right_at = kept(right_lane), p_at = kept(p_lane);
-        const SharedAddress q_base = memory + (stage + S::Q + y_warp * PITCH),
-                            k_base = memory + (S::K + x_warp * PITCH);
+        const SharedAddress left = kept(left_lane), right = kept(right_lane), p_at = kept(p_lane);
+        const SharedAddress q_warp = memory + (stage + S::Q + y_warp * PITCH);
+        const SharedAddress k_warp = memory + (S::K + x_warp * PITCH);
 #pragma unroll
         for (int part = 0; part < N; part += N / HALVES) {
-          constexpr int M = N / HALVES;
+          constexpr int M = N / HALVES, STEPS = HEAD / U::K;
           float s[M][4] = {}, dp[M][4] = {};
-#pragma unroll(AT_ONCE)
-          for (int step = 0; step < HEAD / U::K; ++step) {
-            const auto left = U::template load_left<Wide>(Wide::right_of(left_at, step * 32) + q_base);
-#pragma unroll
-            for (int n = 0; n < M; n += 2)
-              U::multiply(
-                  s[n],
-                  s[n + 1],
-                  left,
-                  U::template load_right<Wide>(
-                      Wide::right_of(right_at, step * 32) + (k_base + (part + n) * 8 * PITCH)));
-          }
+          add_product<U, STEPS, AT_ONCE>(
+              s, left_at<U, Wide>(left, q_warp), right_at<U, Wide>(right, k_warp + part * 8 * PITCH));
           float bent[OPTIONS ? M : 1][4];
           if constexpr (OPTIONS)
             if (p.softcap > 0.0f) {
@@ -203,19 +166,10 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 #pragma unroll
             for (int i = 0; i < 4; ++i) s[n][i] = exp2_fast(s[n][i] * unit - row[i / 2].at[0]);
 
-#pragma unroll(AT_ONCE)
-          for (int step = 0; step < HEAD / U::K; ++step) {
-            const auto left =
-                U::template load_left<Wide>(Wide::right_of(left_at, step * 32) + (q_base + S::GRAD - S::Q));
-#pragma unroll
-            for (int n = 0; n < M; n += 2)
-              U::multiply(
-                  dp[n],
-                  dp[n + 1],
-                  left,
-                  U::template load_right<Wide>(
-                      Wide::right_of(right_at, step * 32) + (k_base + S::V - S::K + (part + n) * 8 * PITCH)));
-          }
+          add_product<U, STEPS, AT_ONCE>(
+              dp,
+              left_at<U, Wide>(left, q_warp + S::GRAD - S::Q),
+              right_at<U, Wide>(right, k_warp + S::V - S::K + part * 8 * PITCH));
 #pragma unroll
           for (int n = 0; n < M; ++n)
 #pragma unroll
@@ -241,46 +195,18 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
         }
         sync_block();
 
-        const SharedAddress down_at = kept(grad_down_lane), p_down_at = kept(p_down_lane);
-#pragma unroll(AT_ONCE)
-        for (int step = 0; step < ROWS / U::K; ++step) {
-          const SharedAddress base = memory + (stage + S::Q + step * U::K * PITCH);
-          const auto left_p = U::template load_left_down<Square>(p_down_at + step * U::K * Square::PITCH);
-#pragma unroll
-          for (int d = 0; d < OWN / 8; d += 2)
-            U::multiply(
-                dv[d],
-                dv[d + 1],
-                left_p,
-                U::template load_right_down<Wide>(Wide::right_of(down_at, d * 8 * BYTES) + (base + S::GRAD - S::Q)));
-          const auto left_ds =
-              U::template load_left_down<Square>(p_down_at + (S::DS - S::P + step * U::K * Square::PITCH));
-#pragma unroll
-          for (int d = 0; d < OWN / 8; d += 2)
-            U::multiply(
-                dk[d],
-                dk[d + 1],
-                left_ds,
-                U::template load_right_down<Wide>(Wide::right_of(down_at, d * 8 * BYTES) + base));
-        }
+        const SharedAddress down = kept(grad_down_lane), p_down = kept(p_down_lane), q_stage = memory + (stage + S::Q);
+        add_product<U, ROWS / U::K, AT_ONCE>(
+            dv, left_down_at<U, Square>(p_down, 0), right_down_at<U, Wide>(down, q_stage + S::GRAD - S::Q));
         const Global<float> to = behind(dq, start, HEAD * sizeof(float));
-        const SharedAddress ds_at = kept(ds_lane), k_down_at = kept(k_down_lane);
+        const SharedAddress ds = kept(ds_lane), k_down = kept(k_down_lane);
 #pragma unroll
         for (int begin = 0; begin < OWN_Q / 8; begin += DQ_AT_ONCE) {
           float part[DQ_AT_ONCE][4] = {};
-#pragma unroll(AT_ONCE)
-          for (int step = 0; step < COLUMNS / U::K; ++step) {
-            const auto left = U::template load_left<Square>(
-                Square::right_of(ds_at, step * 32) + (memory + (S::DS + y_warp * Square::PITCH)));
-#pragma unroll
-            for (int d = 0; d < DQ_AT_ONCE; d += 2)
-              U::multiply(
-                  part[d],
-                  part[d + 1],
-                  left,
-                  U::template load_right_down<Wide>(
-                      Wide::right_of(k_down_at, (begin + d) * 8 * BYTES) + (k_down_base + step * U::K * PITCH)));
-          }
+          add_product<U, COLUMNS / U::K, AT_ONCE>(
+              part, left_at<U, Square>(ds, memory + (S::DS + y_warp * Square::PITCH)), [&](int step, int d) {
+                return right_down_at<U, Wide>(k_down, k_down_base)(step, begin + d);
+              });
 #pragma unroll
           for (int h = 0; h < 2; ++h)
             if (!edge || start + y + 8 * h < place.Lq) {
@@ -289,6 +215,8 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
                 atomic_add_pair(to + (h * 8 * HEAD + (begin + d) * 8), part[d][2 * h], part[d][2 * h + 1]);
             }
         }
+        add_product<U, ROWS / U::K, AT_ONCE>(
+            dk, left_down_at<U, Square>(p_down, S::DS - S::P), right_down_at<U, Wide>(down, q_stage));
       };
 
       const auto fetch = [&](int i) {
@@ -366,30 +294,6 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
         index,
         THREADS);
     sync_block();
-  }
-}
-
-// ---- after: dq from its sums ----
-
-template <typename T>
-__global__ void __launch_bounds__(PASS_THREADS) attention_bwd_dq_kernel(
-    const Global<const float> sums,
-    const Matrices<T> dqs,
-    const int64_t rows,
-    const int heads,
-    const int64_t length,
-    const int D,
-    const int width,
-    const int64_t sum_of_block,
-    const int sums_count,
-    const float scale) {
-  const int64_t i = int64_t{block_x()} * (PASS_THREADS / WARP) + warp();
-  if (i >= rows) return;
-  const Global<T> dq = dqs.of(i / length / heads, i / length % heads, i % length);
-  for (int d = lane(); d < D; d += WARP) {
-    float sum = 0;
-    for (int n = 0; n < sums_count; ++n) sum += load(sums + (n * sum_of_block + i * width + d));
-    store(dq + d, from_float<T>(sum * scale));
   }
 }
 

@@ -31,11 +31,6 @@ struct LossTensors {
   Global<const float> weight, weight_sum;
 };
 
-struct Fast {
-  __device__ static float exp2(float x) { return exp2_fast(x); }
-  __device__ static float rsqrt(float x) { return rsqrt_fast(x); }
-};
-
 // ---- a row's elements ----
 //
 // Rows of an odd length (V = 50257) start at odd addresses, where 16 bytes cannot be moved at once. So a row is its

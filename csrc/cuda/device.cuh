@@ -75,6 +75,12 @@ __device__ inline float reciprocal_fast(float x) {
   return y;
 }
 
+// The same as formulas.h asks for them.
+struct Fast {
+  __device__ static float exp2(float x) { return exp2_fast(x); }
+  __device__ static float rsqrt(float x) { return rsqrt_fast(x); }
+};
+
 // ---- global memory ----
 
 template <typename T>

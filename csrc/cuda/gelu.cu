@@ -20,11 +20,6 @@ constexpr int ROWS_PER_PARTIAL = 64;  // dbias' partial sums are then 1/64 of th
 template <typename T, bool WIDE>
 constexpr int WIDTH = WIDE ? 16 / sizeof(T) : 1;
 
-struct Fast {
-  __device__ static float exp2(float x) { return exp2_fast(x); }
-  __device__ static float rsqrt(float x) { return rsqrt_fast(x); }
-};
-
 template <bool TANH>
 __device__ inline float gelu_of(float x) {
   return x * share_and_slope<TANH, Fast>(x).share;

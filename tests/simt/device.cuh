@@ -68,6 +68,11 @@ inline float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
 inline float rsqrt_fast(float x) { return flushed(1.0f / std::sqrt(flushed(x))); }
 inline float reciprocal_fast(float x) { return flushed(1.0f / flushed(x)); }
 
+struct Fast {
+  static float exp2(float x) { return exp2_fast(x); }
+  static float rsqrt(float x) { return rsqrt_fast(x); }
+};
+
 // ---- global memory ----
 
 // A pointer that knows its tensor.
