@@ -256,8 +256,8 @@ PLANTED = [
     ("attention", "attention.cu", "wait_copies<0>();\n    sync_block();", "wait_copies<0>();", f"{RACE}|{UNWRITTEN}"),
     ("attention", "attention.cu", "wait_copies<0>();\n    sync", "wait_copies<1>();\n    sync", "copy is on its way"),
     ("attention", "attention.cuh", "x >= low && x <= high", "x >= low && x < high", WRONG),
-    ("attention", "attention.cuh", "i * STEP < rows", "i * STEP <= rows", OUTSIDE),
-    ("attention 400 64", "attention.cuh", "swizzle(i * STEP) << 4", "swizzle(i) << 4", f"{RACE}|{UNWRITTEN}|way"),
+    ("attention", "tiles.cuh", "i * STEP < rows", "i * STEP <= rows", OUTSIDE),
+    ("attention 400 64", "tiles.cuh", "swizzle(i * STEP) << 4", "swizzle(i) << 4", f"{RACE}|{UNWRITTEN}|way"),
 ]  # fmt: skip
 QUICK = 3
 
