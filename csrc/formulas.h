@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define FASTGPT_ANYWHERE __host__ __device__ __forceinline__
+#define FASTGPT_UNROLLED _Pragma("unroll")
 #else
 #define FASTGPT_ANYWHERE inline
+#define FASTGPT_UNROLLED _Pragma("GCC unroll 16")
 #endif
 
 namespace fastgpt {
@@ -35,12 +37,12 @@ inline double share_of(double z) {
 // gelu'(x), by the formula.
 template <bool TANH>
 inline double slope_of(double z) {
-  // Beyond |z| = 20 (or 40) the slope is 0 or 1 to the last bit; z² of a larger z would overflow to inf·0.
+  // Beyond |z| = 20 (or 40) the slope is 0 or 1 to the last bit; z² of a larger z would overflow to inf·0. NaN stays.
   if constexpr (TANH) {
-    const double c = std::fmin(std::fmax(z, -20.0), 20.0), t = std::tanh(SQRT_2_OVER_PI * (c + CUBIC * c * c * c));
+    const double c = z < -20 ? -20 : z > 20 ? 20 : z, t = std::tanh(SQRT_2_OVER_PI * (c + CUBIC * c * c * c));
     return 0.5 * (1 + t) + 0.5 * c * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * CUBIC * c * c);
   } else {
-    const double c = std::fmin(std::fmax(z, -40.0), 40.0);
+    const double c = z < -40 ? -40 : z > 40 ? 40 : z;
     return 0.5 * std::erfc(-c * SQRT_1_2) + c * INV_SQRT_2PI * std::exp(-0.5 * c * c);
   }
 }
@@ -121,7 +123,7 @@ struct Words {
 FASTGPT_ANYWHERE Words philox(uint64_t seed, uint32_t quad, uint32_t row, uint32_t head, uint32_t batch) {
   uint32_t a = quad, b = row, c = head, d = batch;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#pragma GCC unroll 10
+  FASTGPT_UNROLLED
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t{0xD2511F53} * a, p1 = uint64_t{0xCD9E8D57} * c;
     a = static_cast<uint32_t>(p1 >> 32) ^ b ^ k0;

@@ -111,14 +111,18 @@ __device__ inline void store(T* p, V value) {
   *p = value;
 }
 
-// N neighbours at once; p is a multiple of their size.
+// N neighbours at once; p is a multiple of their size. 16 bytes are stored by an instruction that is asked for by name:
+// left to itself, the compiler makes four of them in some loops.
 template <int N, typename T>
 __device__ inline Vector<T, N> load_vector(const T* p) {
   return *reinterpret_cast<const Vector<T, N>*>(p);
 }
 template <typename T, int N>
 __device__ inline void store_vector(T* p, const Vector<T, N>& value) {
-  *reinterpret_cast<Vector<T, N>*>(p) = value;
+  if constexpr (sizeof(value) == 16)
+    __stwb(reinterpret_cast<uint4*>(p), __builtin_bit_cast(uint4, value));
+  else
+    *reinterpret_cast<Vector<T, N>*>(p) = value;
 }
 
 // count · size bytes behind p.

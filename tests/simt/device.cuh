@@ -1,7 +1,8 @@
 // The names of csrc/cuda/device.cuh with a meaning for the host: what they do to simt::Machine.
 //
 // Matrix instructions are written from the figures of the PTX ISA (sections "mma" and "ldmatrix"), not from what the
-// kernels expect of them. The place for TMA, mbarrier and wgmma is here too, once kernels use them.
+// kernels expect of them; their sums are exact and rounded once, which is more than the hardware promises. The place
+// for TMA, mbarrier and wgmma is here too, once kernels use them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -186,11 +187,6 @@ inline void wait_copies() {
 
 // ---- the matrix units ----
 
-struct Rows {
-  SharedAddress row;
-  uint32_t r[4];
-};
-
 inline void load_matrices_as(uint32_t (&r)[4], SharedAddress row, bool transposed, const char* name) {
   // Each lane reads its own row; the elements are then handed out.
   struct Slot {
@@ -277,11 +273,20 @@ inline int cluster_rank() { return Machine::get().self().rank; }
 
 template <typename T>
 inline T shuffle_xor(T value, int mask) {
-  return Machine::get().together("a shuffle", value, [&](T** lanes) {
+  struct Slot {
+    T value;
+    int mask;
+  };
+  const Slot result = Machine::get().together("a shuffle", Slot{value, mask}, [&](Slot** lanes) {
     T all[WARP];
-    for (int l = 0; l < WARP; ++l) all[l] = *lanes[l];
-    for (int l = 0; l < WARP; ++l) *lanes[l] = all[l ^ mask];
+    for (int l = 0; l < WARP; ++l) all[l] = lanes[l]->value;
+    for (int l = 0; l < WARP; ++l) {
+      const int from = l ^ lanes[l]->mask;
+      if (from < 0 || from >= WARP) simt::fault("a shuffle from lane ", from);
+      lanes[l]->value = all[from];
+    }
   });
+  return result.value;
 }
 inline int same_in_warp(int x) {
   return Machine::get().together("a shuffle from lane 0", x, [&](int** lanes) {

@@ -26,7 +26,17 @@ FOLDER = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 FLAGS = (
-    *("-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-Wno-unknown-pragmas", "-ffp-contract=off"),
+    *(
+        "-std=c++20",
+        "-O2",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-x",
+        "c++",
+        "-Wno-unknown-pragmas",
+        "-ffp-contract=off",
+    ),
     # A register array has bounds too; what is outside of one ends the process, with a sentence.
     *("-fsanitize=bounds", "-fno-sanitize-recover=bounds"),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{FOLDER}", f"-isystem{TORCH}/include"),
@@ -94,8 +104,8 @@ def running() -> Iterator[None]:
     library()
     real = backends._cached_machine_refusal
 
-    def refusal(op: str, backend: str, device: str) -> str | None:
-        return None if (backend, device) == ("cuda", "cpu") else real(op, backend, device)
+    def refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
+        return None if (backend, device) == ("cuda", "cpu") else real(op, backend, device, number)
 
     with mock.patch.object(backends, "_cached_machine_refusal", refusal):
         yield
