@@ -123,6 +123,7 @@ class SharedMemory {
   struct Cell {
     static constexpr uint8_t NEVER = 0, WRITTEN = 1, ON_ITS_WAY = 2;
     uint8_t state = NEVER;
+    bool read = false;  // since it was written; a write that follows one has seen the reads before that, too
     uint32_t written_at = 0;
     const Who* writer = nullptr;
   };
@@ -161,17 +162,18 @@ class SharedMemory {
     if (cells_[c].state == Cell::NEVER) fault_at(c, "a read before any write");
     Read& last = reads_[static_cast<size_t>(c) * order_->warps() + me.warp];
     const uint32_t lane = me.lane(), now = order_->now(me.warp);
+    cells_[c].read = true;
     last = {now, last.at == now && last.lane != lane ? SEVERAL : lane};
   }
   void write(const Who& me, uint32_t c) {
     check_after_write(me, c, "a write");
-    for (int w = 0; w < order_->warps(); ++w) {
+    for (int w = 0; cells_[c].read && w < order_->warps(); ++w) {
       const Read& last = reads_[static_cast<size_t>(c) * order_->warps() + w];
       if (!last.at || order_->seen(me.warp, w, last.at)) continue;
       if (w == me.warp && last.lane == static_cast<uint32_t>(me.lane())) continue;
       fault_at(c, "a write races with a read by warp ", w);
     }
-    cells_[c] = {Cell::WRITTEN, order_->now(me.warp), &me};
+    cells_[c] = {Cell::WRITTEN, false, order_->now(me.warp), &me};
   }
 
   int rank_ = 0, own_warps_ = 0, live_ = 0;
