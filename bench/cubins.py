@@ -216,7 +216,9 @@ def record(kernel: Kernel, arch: str) -> dict[str, Any]:
             through = sum(width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * warps
             loop = streaming(body, warps, elements, sum(least) * itemsize, arch)
             moved = {"moved": round(through / elements, 4), "least": float(sum(least) * itemsize)}
-    elif kernel.name in PRODUCTS:
+    elif (
+        kernel.name in PRODUCTS and not kernel.arguments["OPTIONS"]
+    ):  # whose loop has the code of every option
         loop = scores(kernel, arch)
     found: dict[str, Any] = {
         "kernel": kernel.name,

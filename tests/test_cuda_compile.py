@@ -118,7 +118,7 @@ def test_attention_uses_the_matrix_units():
     assert products
     for record in products:
         assert record["hmma"] + record["hgmma"] + record["utchmma"] > 0, key(record)
-        assert record["loop"] is not None, key(record)
+        assert record["loop"] is not None or "options" in record["config"], key(record)
         assert record["arch"] == "sm_80" or record["exempt"], key(record)
 
 

@@ -91,13 +91,18 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     for (int k = 0; k < N; ++k) total[0] += to_float(v.at[k]);
   };
   if constexpr (IN_REGISTERS) {
-    Inputs in[HELD];  // all on their way before the first sum is stored
+    // All on their way before the first sum is stored; half of them where two types leave no registers for that.
+    constexpr int AHEAD = std::is_same_v<X, R> ? HELD : HELD / 2;
 #pragma unroll
-    for (int h = 0; h < HELD; ++h)
-      if (const int i = team.thread + h * row_threads; i < vectors) in[h] = read(i);
+    for (int part = 0; part < HELD; part += AHEAD) {
+      Inputs in[AHEAD];
 #pragma unroll
-    for (int h = 0; h < HELD; ++h)
-      if (const int i = team.thread + h * row_threads; i < vectors) add_up(held[h] = add(i, in[h]));
+      for (int h = 0; h < AHEAD; ++h)
+        if (const int i = team.thread + (part + h) * row_threads; i < vectors) in[h] = read(i);
+#pragma unroll
+      for (int h = 0; h < AHEAD; ++h)
+        if (const int i = team.thread + (part + h) * row_threads; i < vectors) add_up(held[part + h] = add(i, in[h]));
+    }
   } else {
     for (int i = team.thread; i < vectors; i += row_threads) add_up(add(i, read(i)));
   }
