@@ -1,16 +1,20 @@
 """Builds fastgpt: the package, and with PyTorch at hand its compiled kernels.
 
 Metadata is in pyproject.toml. Here: where the packages lie, and the extensions —
-`fastgpt._C` (build info) and one library of CPU kernels per instruction set, of which
-`fastgpt.extension` loads the one that fits. Nothing is ever compiled for "native".
+`fastgpt._C` (build info), one library of CPU kernels per instruction set, of which `fastgpt.extension`
+loads the one that fits, and where there is nvcc one of CUDA kernels. Nothing is ever compiled for "native".
 """
 
 import os
 import platform
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 CPU_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -44,6 +48,92 @@ SANITIZE_COMPILING = [
     *SANITIZE,
 ]
 
+# The CUDA kernels are compiled for these unless TORCH_CUDA_ARCH_LIST or --cuda-architectures says otherwise. The last
+# is PTX, for whatever comes later: of 9.0, since the launchers expect of every GPU from there on that it has clusters.
+CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "compute_90")
+NVCC_FLAGS = [
+    *("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"),
+    # PyTorch's stable ABI, of 2.11: one library for every later PyTorch, and no symbol that this one lacks.
+    *("--expt-extended-lambda", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+]
+
+
+def find_nvcc() -> str | None:
+    """CUDA_HOME's, else that on the path, else the usual place's."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, map(shutil.which, found)), None)
+
+
+def cuda_architectures(asked: str, nvcc: str) -> list[str]:
+    """From a list as in TORCH_CUDA_ARCH_LIST ("8.0;9.0a") to nvcc's names; what cannot be is left out, and said."""
+    known = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
+    ).stdout.split()
+    names = list(CUDA_ARCHITECTURES)
+    if asked:
+        names = []
+        for word in re.split(r"[;,\s]+", asked.strip(" ;,")):
+            found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+            if not found:
+                raise SystemExit(f"fastgpt: {word!r} is no architecture; write 8.0, 9.0a or 9.0+PTX")
+            major, minor, kind, ptx = found.groups()
+            names += [f"sm_{major}{minor}{kind}"] + [f"compute_{major}{minor}{kind}"] * (ptx is not None)
+    usable = []
+    for name in dict.fromkeys(names):
+        number = int(re.sub(r"\D", "", name))
+        if f"compute_{number}" not in known:
+            print(f"fastgpt: no CUDA kernels for {name}, which this nvcc does not know")
+        elif number < 80 or (name.startswith("compute") and number < 90):
+            print(f"fastgpt: no CUDA kernels for {name}: they need 8.0, as PTX 9.0")
+        else:
+            usable.append(name)
+    if not usable:
+        raise SystemExit(f"fastgpt: none of the architectures {asked!r} can be compiled for")
+    return usable
+
+
+def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str], torch_folder: Path) -> None:
+    """All of csrc/cuda as one library without Python, by ninja. That it runs shows only where there is a GPU."""
+    folder.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    # What `fastgpt.extension` reads of the library without loading it.
+    note = folder / "architectures.cpp"
+    text = f"fastgpt architectures: {' '.join(architectures)};"
+    note.write_text(f'extern "C" __attribute__((used)) const char fastgpt_architectures[] = "{text}";\n')
+    libraries = [torch_folder / "lib"]
+    if not (torch_folder / "lib" / "libtorch_cuda.so").exists():  # its name will do
+        stub = folder / "stub" / "libtorch_cuda.so"
+        stub.parent.mkdir(exist_ok=True)
+        subprocess.run(
+            ["g++", "-shared", "-Wl,-soname,libtorch_cuda.so", "-xc++", os.devnull, "-o", stub], check=True
+        )
+        libraries.append(stub.parent)
+    codes = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
+    flags = [
+        *NVCC_FLAGS,
+        *codes,
+        "--threads=4",
+        f"-I{Path('csrc/cuda').resolve()}",
+        f"-I{torch_folder / 'include'}",
+    ]
+    needed = [*(f"-L{path}" for path in libraries), "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
+    sources = [*sorted(Path("csrc/cuda").resolve().glob("*.cu")), note.resolve()]
+    objects = {source: f"{source.stem}.o" for source in sources}
+    lines = [
+        *("rule compile", "  depfile = $out.d", "  deps = gcc"),
+        f"  command = {nvcc} {' '.join(flags)} -MD -MF $out.d -c $in -o $out",
+        *(
+            "rule link",
+            f"  command = {nvcc} -shared -nodlink -Xlinker=--no-as-needed -o $out $in {' '.join(needed)}",
+        ),
+        *(f"build {target}: compile {source}" for source, target in objects.items()),
+        f"build {library.resolve()}: link {' '.join(objects.values())}",
+    ]
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs], check=True)
+
 
 def compiled() -> dict:
     """The ext_modules and cmdclass arguments of `setup`; empty without PyTorch (a pure-Python install)."""
@@ -62,14 +152,37 @@ def compiled() -> dict:
             *BuildExtension.user_options,
             ("sanitize", None, "let the kernels check their reads, writes and arithmetic (gcc)"),
             ("variants=", None, "the instruction sets to build for (all of them)"),
+            (
+                "cuda",
+                None,
+                "build the CUDA kernels though this PyTorch is not for CUDA (to be carried to one that is)",
+            ),
+            ("cuda-architectures=", None, 'what to compile them for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0a"'),
         ]
-        boolean_options: ClassVar = [*BuildExtension.boolean_options, "sanitize"]
+        boolean_options: ClassVar = [*BuildExtension.boolean_options, "sanitize", "cuda"]
 
         def initialize_options(self) -> None:
             super().initialize_options()
             self.sanitize, self.variants = False, " ".join(CPU_VARIANTS)
+            self.cuda, self.cuda_architectures = False, os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            self.nvcc = find_nvcc() if self.cuda or torch.version.cuda else None
+            if self.cuda and not self.nvcc:
+                raise SystemExit("fastgpt: --cuda needs nvcc, on the PATH or in CUDA_HOME")
+            self.compiled_for = cuda_architectures(self.cuda_architectures, self.nvcc) if self.nvcc else []
+            self.extensions = [e for e in self.extensions if self.nvcc or e.name != "fastgpt._cuda"]
 
         def build_extension(self, extension) -> None:
+            if extension.name == "fastgpt._cuda":
+                library = Path(self.get_ext_fullpath(extension.name))
+                folder = Path(self.build_temp) / extension.name
+                return build_cuda(library, folder, self.nvcc, self.compiled_for, Path(torch.__file__).parent)
+            if extension.name == "fastgpt._C":
+                extension.define_macros.append(
+                    ("FASTGPT_CUDA_ARCHITECTURES", f'"{" ".join(self.compiled_for)}"')
+                )
             variant = extension.name.partition("._cpu_")[2]
             if variant and variant not in self.variants.split():
                 return
@@ -104,6 +217,7 @@ def compiled() -> dict:
                 extra_compile_args=[*CXX_FLAGS, *flags],
             )
         )
+    extensions.append(Extension("fastgpt._cuda", []))
     cmdclass = {"build_ext": BuildVariants.with_options(no_python_abi_suffix=True, use_ninja=True)}
     return {"ext_modules": extensions, "cmdclass": cmdclass}
 

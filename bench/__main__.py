@@ -84,12 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--commit", help="what commit this is, where there is no .git to ask")
 
     taken = commands.add_parser(
-        "resources", help="what each Triton kernel takes of three generations of GPUs; needs none"
+        "resources", help="what each GPU kernel takes of three generations of GPUs; needs none"
     )
     taken.set_defaults(run=_resources)
     taken.add_argument("op", nargs="*", help="only the kernels of these ops")
     taken.add_argument(
         "--arch", action="append", metavar="NAME", help="only this one: sm_80, sm_90a, sm_100a"
+    )
+    taken.add_argument(
+        "--source",
+        choices=("triton", "cuda"),
+        help="only these (default: both, those in CUDA C++ where nvcc is)",
     )
     taken.add_argument("--json", action="store_true", help="print the records instead of the table")
     taken.add_argument("--write", action="store_true", help="also write them to bench/results/resources.json")
@@ -300,6 +305,7 @@ def _resources(options: argparse.Namespace) -> int:
         print(
             "TRITON_INTERPRET is set; resources needs Triton's compiler and goes without it", file=sys.stderr
         )
+    from bench import cubins
     from bench.launches import configurations
     from bench.resources import run
     from bench.sass import ARCHITECTURES
@@ -312,7 +318,15 @@ def _resources(options: argparse.Namespace) -> int:
             "--write is for all ops and architectures at once: leave out what chooses among them"
         )
     chosen = [c for c in configurations() if c.op in (options.op or known)]
-    return run(chosen, options.arch or ARCHITECTURES, as_json=options.json, write=options.write)
+    files = cubins.sources(options.op)
+    if options.source == "triton" or (cubins.problem() and options.source is None):
+        files = []
+    elif options.source == "cuda":
+        chosen = []
+        if cubins.problem():
+            raise ValueError(f"the CUDA kernels cannot be compiled: {cubins.problem()}")
+    architectures = options.arch or ARCHITECTURES
+    return run(chosen, files, options.op, architectures, as_json=options.json, write=options.write)
 
 
 def _tune(options: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """What each kernel takes of a GPU, read from its machine code:  python -m bench resources
 
-Every kernel × configuration in use × architecture is compiled ahead of time, on any machine. From the cubin come
+Every kernel × configuration in use × architecture is compiled ahead of time, on any machine; those in CUDA C++, of
+which `bench.cubins` reads the same, where nvcc is. From the cubin come
 registers, shared memory, stack and spills, and how many programs fit into a multiprocessor; from the innermost loop of
 the attention kernels the instructions per score element, from the whole of a linear layer's those per result, and the
 bounds they set on the share of the matrix units' peak (`bench.sass`); from the other kernels the bytes they move per
@@ -16,11 +17,13 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bench import cubins
 from bench.launches import Compiled, Configuration, compiled, configurations
 from bench.machine import ROOT
 from bench.records import save
@@ -71,8 +74,8 @@ def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[s
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.cubin)
         file.flush()
-        usage = _tool("--dump-resource-usage", file.name)
-        code = instructions(_tool("--dump-sass", file.name))
+        usage = tool("--dump-resource-usage", file.name)
+        code = instructions(tool("--dump-sass", file.name))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     registers, stack = map(int, found.groups())
@@ -90,7 +93,7 @@ def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[s
         "spills": sum(i.opcode.startswith(("LDL", "STL")) for i in code),
         "stack": stack,
         "shared": kernel.shared,
-        "blocks_per_sm": _blocks(registers, kernel.warps, kernel.shared, arch),
+        "blocks_per_sm": blocks(registers, kernel.warps, kernel.shared, arch),
         "hgmma": sum(i.opcode.startswith("HGMMA") for i in code),
         "utchmma": sum(i.opcode.startswith("UTCHMMA") for i in code),
         "hmma": sum(i.opcode.startswith("HMMA") for i in code),
@@ -102,15 +105,16 @@ def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[s
     return record | {"exempt": _exempt(record)}
 
 
-def _tool(option: str, path: str) -> str:
+def tool(option: str, path: str) -> str:
+    """What cuobjdump says of a cubin; Triton brings it along."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _blocks(registers: int, warps: int, shared: int, arch: str) -> int:
-    """Programs that fit into a multiprocessor; registers are given to warps by 256."""
+def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
+    """Programs (or blocks) that fit into a multiprocessor; registers are given to warps by 256."""
     all_registers, all_shared, threads, most = MULTIPROCESSOR[arch]
     a_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -172,12 +176,12 @@ def _streaming(kernel: Compiled, body: list[Instruction], arch: str) -> dict[str
 
 def _moved(kernel: Compiled, body: list[Instruction]) -> dict[str, float]:
     """Bytes that a kernel moves per element, parameters of its rows included, and the least that it could."""
-    moved = sum(_width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
+    moved = sum(width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
     tile = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
     return {"moved": moved / tile, "least": float(sum(LEAST[kernel.kernel]) * kernel.itemsize)}
 
 
-def _width(instruction: Instruction) -> int:
+def width(instruction: Instruction) -> int:
     """Bytes a thread of a load or store."""
     widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
     return next((widths[part] for part in instruction.opcode.split(".") if part in widths), 4)
@@ -208,26 +212,49 @@ def _exempt(record: dict[str, Any]) -> str | None:
 # ---- the command ----
 
 
-def run(chosen: list[Configuration], architectures: Sequence[str], *, as_json: bool, write: bool) -> int:
-    """Compile, show progress, print the table or the records; with `write` also into the results."""
+def run(
+    chosen: list[Configuration],
+    files: list[Path],
+    ops: Sequence[str],
+    architectures: Sequence[str],
+    *,
+    as_json: bool,
+    write: bool,
+) -> int:
+    """Compile, show progress, print the table or the records; with `write` also into the results.
+
+    Args:
+        chosen: what of the Triton kernels.
+        files: what of csrc/cuda.
+        ops: whose kernels in these files, or all.
+        write: the records of a source ("triton", "cuda") that nothing was chosen of stay as they were.
+    """
     from tqdm import tqdm
 
     records: list[dict[str, Any]] = []
-    with tqdm(total=len(chosen) * len(architectures), unit="config", disable=None) as bar:
-        for found in resources(chosen, architectures):
+    with tqdm(total=(len(chosen) + len(files)) * len(architectures), unit="config", disable=None) as bar:
+        for found in chain(resources(chosen, architectures), cubins.records(files, architectures, ops)):
             records += found
             bar.update()
     records = in_order(records)
     if write:
-        save(PATH, records)
+        new = {"triton": bool(chosen), "cuda": bool(files)}
+        kept = [r for r in json.loads(PATH.read_text()) if not new[r["source"]]] if PATH.exists() else []
+        save(PATH, in_order([*kept, *records]))
     print(json.dumps(records, indent=1) if as_json else table(records))
     return 0
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In an order that does not depend on which was compiled first."""
+    """In an order that does not depend on which was compiled first: Triton's kernels, then those in CUDA C++."""
     order = {(c.op, c.name): n for n, c in enumerate(configurations())}
-    return sorted(records, key=lambda r: (order[r["op"], r["config"].split(";")[0]], r["arch"], r["kernel"]))
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        if r["source"] == "cuda":
+            return (1, r["kernel"], r["config"], r["arch"])
+        return (0, order[r["op"], r["config"].split(";")[0]], r["arch"], r["kernel"])
+
+    return sorted(records, key=place)
 
 
 def table(records: list[dict[str, Any]]) -> str:

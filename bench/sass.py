@@ -93,7 +93,7 @@ def loops(code: list[Instruction], *having: str) -> list[list[Instruction]]:
 
     A jump backwards alone is no loop: waiting for memory is done in blocks at the end of the code that jump back.
     """
-    blocks, successors = _blocks(code)
+    blocks, successors = basic_blocks(code)
     dominators = _dominators(successors)
     found = []
     for head in range(len(blocks)):
@@ -105,7 +105,7 @@ def loops(code: list[Instruction], *having: str) -> list[list[Instruction]]:
     return [[i for b in sorted(body) for i in blocks[b]] for body in inner]
 
 
-def _blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
+def basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
     """The basic blocks, and the numbers of those that may follow each."""
     targets = {i.address: i.target for i in code if i.target is not None}
     starts = {code[0].address, *targets.values()} if code else set()

@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -18,7 +20,9 @@ pybind11::dict build_info() {
 #else
   info["compiler"] = "gcc " __VERSION__;
 #endif
-  info["cuda_architectures"] = std::vector<std::string>{};
+  std::istringstream architectures(FASTGPT_CUDA_ARCHITECTURES);
+  info["cuda_architectures"] =
+      std::vector<std::string>{std::istream_iterator<std::string>(architectures), std::istream_iterator<std::string>()};
   return info;
 }
 

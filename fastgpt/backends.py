@@ -30,7 +30,7 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 # The first backend in the row that can run the case serves it under "auto".
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
 }
 
 OPS = (
@@ -178,7 +178,7 @@ def _machine_availability(backend: str) -> Availability:
         return Availability(
             False, "no CUDA GPU is visible (TRITON_INTERPRET=1 interprets the kernels on a CPU)"
         )
-    return Availability(False, "the CUDA C++ kernels are not part of this version")
+    return Availability(extension.cuda_loaded(), extension.cuda_problem())
 
 
 def available_backends(op: str) -> dict[str, Availability]:
@@ -192,9 +192,9 @@ def available_backends(op: str) -> dict[str, Availability]:
     return {backend: _machine_availability(backend) for backend in BACKENDS}
 
 
-def _machine_refusal(op: str, backend: str, device: str) -> str | None:
+def _machine_refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
     """`_refusal` for what does not depend on the case. Dynamo calls it and takes the answer as a constant."""
-    return _cached_machine_refusal(op, backend, device)
+    return _cached_machine_refusal(op, backend, device, number)
 
 
 # What `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo, and Triton with it.
@@ -202,7 +202,7 @@ _machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _cached_machine_refusal(op: str, backend: str, device: str) -> str | None:
+def _cached_machine_refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
     available = available_backends(op)[backend]
     if not available:
         return available.reason
@@ -210,12 +210,16 @@ def _cached_machine_refusal(op: str, backend: str, device: str) -> str | None:
         return f"the tensors are on {device} and cpp serves the CPU"
     if backend == "triton" and device != "cuda" and not triton_interpreted():
         return f"the tensors are on {device} and triton serves CUDA GPUs"
+    if backend == "cuda" and device != "cuda":
+        return f"the tensors are on {device} and cuda serves CUDA GPUs"
+    if backend == "cuda":  # one of the GPUs has kernels, which need not be this one
+        return extension.cuda_problem(number) or None
     return None
 
 
-def _refusal(op: str, backend: str, device: str, case: Callable[[str], str | None]) -> str | None:
+def _refusal(op: str, backend: str, device: torch.device, case: Callable[[str], str | None]) -> str | None:
     """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
-    reason = _machine_refusal(op, backend, device)
+    reason = _machine_refusal(op, backend, device.type, device.index)
     return case(backend) if reason is None else reason
 
 
@@ -236,19 +240,19 @@ def select(op: str, device: torch.device, case: Callable[[str], str | None], *, 
     if not torch.compiler.is_compiling() and _thread.recording is not None:
         return _select_recording(op, device, case, drop_in)
     if asked != "auto":
-        reason = _refusal(op, asked, device.type, case)
+        reason = _refusal(op, asked, device, case)
         if reason is not None:
             raise BackendUnavailable(f"{op} cannot run on the {asked} backend: {reason}")
         return asked
     for backend in PREFERENCE.get(device.type, ("reference",)):
         if backend == "reference" and drop_in:
             break
-        if _refusal(op, backend, device.type, case) is None:
+        if _refusal(op, backend, device, case) is None:
             return backend
     if drop_in:
         return PYTORCH
     # Only the reference itself can have refused here, and it says why.
-    raise BackendUnavailable(f"{op} cannot run: {_refusal(op, 'reference', device.type, case)}")
+    raise BackendUnavailable(f"{op} cannot run: {_refusal(op, 'reference', device, case)}")
 
 
 def _select_recording(op: str, device: torch.device, case: Callable[[str], str | None], drop_in: bool) -> str:
@@ -265,7 +269,7 @@ def _select_recording(op: str, device: torch.device, case: Callable[[str], str |
         for backend in BACKENDS:
             if backend == chosen:
                 continue
-            reason = _refusal(op, backend, device.type, case)
+            reason = _refusal(op, backend, device, case)
             if reason is None and current_backend() != "auto":
                 reason = f"use_backend({current_backend()!r}) is in force"
             elif reason is None and backend in order and chosen in order:

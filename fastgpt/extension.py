@@ -1,15 +1,19 @@
-"""Loads the compiled C++ ops: `fastgpt._C` (build info) and the library for this CPU.
+"""Loads the compiled ops: `fastgpt._C` (build info), the library for this CPU, and that of the CUDA kernels.
 
 The kernels in csrc/cpu are compiled several times, each time for another instruction set, into a
 library of its own; exactly one of them is loaded, so that code for one CPU can never leak into
 another. PyTorch's own ATEN_CPU_CAPABILITY (default, avx2, avx512) caps the choice, as it does
 for PyTorch's kernels.
+
+The kernels in csrc/cuda are one library, `_cuda.so`, for several architectures of GPUs and for any PyTorch from
+2.11 on. It is loaded where a GPU is that it has kernels for; a GPU without is refused by name, before any launch.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +73,94 @@ def problem() -> str:
     return _load()[1]
 
 
+# ---- CUDA ----
+
+CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What the CUDA kernels were compiled for: "sm_80" for GPUs, "compute_90" as PTX; read without loading them."""
+    if not CUDA_LIBRARY.exists():
+        return ()
+    found = re.search(rb"fastgpt architectures: ([a-z0-9_ ]*);", CUDA_LIBRARY.read_bytes())
+    return tuple(found[1].decode().split()) if found else ()
+
+
+def has_kernels_for(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
+    """Whether a GPU of this compute capability runs code for one of these architectures.
+
+    Code for X.Y (sm_XY) runs on X.Z with Z >= Y, PTX (compute_XY) on whatever is no older. What is marked "a" runs
+    on exactly that GPU, what is marked "f" on its family, for which X.Z with Z >= Y is taken.
+    """
+    for name in architectures:
+        kind, _, number = name.partition("_")
+        mark = number[-1] if number[-1] in "af" else ""
+        major, minor = divmod(int(number.rstrip("af")), 10)
+        same_major = capability[0] == major and capability[1] >= minor
+        if mark == "a":
+            fits = capability == (major, minor)
+        else:
+            fits = capability >= (major, minor) if kind == "compute" and not mark else same_major
+        if fits:
+            return True
+    return False
+
+
+@functools.cache
+def _cuda_problem_of_machine() -> str:
+    """Why no GPU here can have CUDA kernels, or nothing."""
+    if not CUDA_LIBRARY.exists():
+        return (
+            f"the CUDA kernels are not built; where nvcc and a PyTorch with CUDA are, build them with: {MEND}"
+        )
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA; install one with it (https://pytorch.org), "
+            f"then: {MEND}"
+        )
+    if not torch.cuda.is_available():
+        return "no CUDA GPU is visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
+    return ""
+
+
+@functools.cache
+def _load_cuda() -> str:
+    """Loads the library, once; why it does not load, or nothing."""
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY))
+    except OSError as error:
+        return f"{CUDA_LIBRARY.name} does not load ({error}); rebuild with: {MEND}"
+    return ""
+
+
+@functools.cache
+def cuda_problem(device: int | None = None) -> str:
+    """Why the CUDA ops are not there, with what mends it; empty if they are.
+
+    Args:
+        device: the GPU's number; without one, any GPU that they run on will do.
+    """
+    if problem := _cuda_problem_of_machine():
+        return problem
+    devices = range(torch.cuda.device_count()) if device is None else [device]
+    built = cuda_architectures()
+    unfit = ""
+    for i in devices:
+        capability = torch.cuda.get_device_capability(i)
+        if has_kernels_for(capability, built):
+            return _load_cuda()
+        unfit = unfit or f"{torch.cuda.get_device_name(i)} is sm_{capability[0]}{capability[1]}"
+    mend = "rebuild with TORCH_CUDA_ARCH_LIST naming it (8.0 and later): "
+    return f"{unfit} and the CUDA kernels are compiled for {', '.join(built) or 'nothing'}; {mend}{MEND}"
+
+
+def cuda_loaded(device: int | None = None) -> bool:
+    """Whether the CUDA ops are registered, and have kernels for the GPU with this number (for any, without one)."""
+    return not cuda_problem(device)
+
+
 def build_info() -> dict[str, Any]:
-    """How the extension was built (torch, compiler, variants); empty if it is missing."""
+    """How the extension was built (torch, compiler, variants, CUDA architectures); empty if it is missing."""
     try:
         import fastgpt._C as _C
     except ImportError:

@@ -37,10 +37,9 @@ def report() -> str:
     built = extension.build_info()
     lines += ["", "compiled kernels"]
     if built:
-        architectures = ", ".join(built["cuda_architectures"]) or "none"
         lines.append(f"  built for     torch {built['torch']} with {built['compiler']}")
         lines.append(f"  cpu variants  {built['variants']} (in use: {extension.variant() or 'none'})")
-        lines.append(f"  cuda          {architectures}")
+    lines.append(f"  cuda          {', '.join(extension.cuda_architectures()) or 'none'}")
     if extension.problem():
         lines.append(f"  {extension.problem()}")
 

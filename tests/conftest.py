@@ -58,11 +58,21 @@ def _fresh_randomness_and_threads():
     torch.manual_seed(seed)
 
 
-@pytest.fixture(params=[b for b in BACKENDS if b != "cuda"])
+@pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Each backend in turn, in force for the test."""
-    if request.param == "cpp" and request.config.getoption("--device") == "cuda":
+    """Each backend in turn, in force for the test; on the CPU, the CUDA kernels run in the emulator."""
+    on_gpu = request.config.getoption("--device") == "cuda"
+    if request.param == "cpp" and on_gpu:
         pytest.skip("the C++ kernels are the CPU's")
+    if request.param == "cuda" and not on_gpu:
+        from simt import emulator
+
+        if emulator.problem():
+            pytest.skip(emulator.problem())
+        emulator.seed(torch.initial_seed())
+        with emulator.running(), fastgpt.use_backend("cuda"):
+            yield "cuda"
+        return
     available = fastgpt.available_backends("gelu")[request.param]
     if not available:
         pytest.skip(available.reason)

@@ -6,11 +6,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastgpt.testing import poisoned_memory, run_with_gradients
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_BACKENDS = ("triton", "cuda")
 
 
 def dtypes_of(backend):
     """float64 is served by cpp and reference."""
-    return DTYPES[:3] if backend == "triton" else DTYPES
+    return DTYPES[:3] if backend in GPU_BACKENDS else DTYPES
 
 
 def check_every_slot_is_written(function, inputs):

@@ -60,6 +60,60 @@ def test_any_shape_and_stride(backend, rows, size, layout, dtype, weighted, bias
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_rows_of_any_size(backend, dtype, offset):
+    """From one warp's to more than a block holds, where vectors of 16 bytes can be moved and where not."""
+
+    def at_an_offset(*shape):
+        memory = torch.randn(offset + torch.Size(shape).numel()).to(dtype)
+        return memory[offset:].view(shape).requires_grad_()
+
+    for size in (8, 256, 264, 1016, 1024, 1032, 4096, 4104, 8200, 16392):
+        arguments = [at_an_offset(3, size), at_an_offset(3, size), at_an_offset(size), at_an_offset(size)]
+        check_error_rule(ops.add_layer_norm, pytorch, arguments)
+
+
+@pytest.mark.parametrize("shape", [(4700, 512), (3200, 8)])
+def test_more_rows_than_partial_sums(backend, shape):
+    """A team of threads comes to several rows, its sums over them in two stages."""
+    if backend == "triton" and not torch.empty(0).is_cuda:
+        pytest.skip("the interpreter takes 20 seconds")
+    check_error_rule(ops.add_layer_norm, pytorch, inputs(shape, torch.bfloat16, "contiguous"))
+
+
+@given(
+    x_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    residual_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    vector_dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    size=st.sampled_from([5, 8, 64, 1100]),
+)
+def test_any_mixture_of_dtypes(backend, x_dtype, residual_dtype, vector_dtype, size):
+    """Against float64 from the rounded sum on: what follows it is rounded once."""
+    x, residual = torch.randn(4, size).to(x_dtype), torch.randn(4, size).to(residual_dtype)
+    weight, bias = (torch.randn(size).to(vector_dtype) for _ in range(2))
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    normed, total = ops.add_layer_norm(*leaves)
+    assert torch.equal(total, x + residual)
+    exact_leaves = [t.detach().double().requires_grad_() for t in (x + residual, weight, bias)]
+    expected = T.layer_norm(exact_leaves[0], (size,), *exact_leaves[1:])
+    torch.testing.assert_close(normed, expected.to(total.dtype))
+    grad = torch.randn_like(normed)
+    found = torch.autograd.grad(normed, leaves, grad)
+    dsum, dweight, dbias = torch.autograd.grad(expected, exact_leaves, grad.double())
+    for got, exact, leaf in zip(found, (dsum, dsum, dweight, dbias), leaves, strict=True):
+        torch.testing.assert_close(got, exact.to(leaf.dtype))
+
+
+def test_no_rows_and_no_columns(backend):
+    for shape in ((0, 7), (3, 0)):
+        arguments = inputs(shape, torch.float32, "contiguous")
+        normed, total = ops.add_layer_norm(*arguments)
+        assert normed.shape == total.shape == shape
+        for grad, leaf in zip(torch.autograd.grad(normed, arguments, normed), arguments, strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
+
+
 def test_without_a_residual_it_is_layer_norm(backend):
     def ours(x, w, b):
         return ops.add_layer_norm(x, None, w, b)[0]

@@ -13,6 +13,7 @@ from contract import (
 from hypothesis import given
 from hypothesis import strategies as st
 from plain_attention import composed_varlen
+from simt import emulator
 
 import fastgpt
 from fastgpt import ops
@@ -339,6 +340,10 @@ def test_large_heads_go_to_the_reference():
     ],
 )
 def test_document_bounds_are_checked(backend, cu, message):
+    if backend == "cuda":
+        pytest.skip(
+            "bounds on a GPU are read there, where nothing outside the tensors is touched: the next test"
+        )
     q, right = torch.randn(11, 2, 8), torch.full_like(cu, 11).scatter(0, torch.tensor([0]), 0)
     options = (None, None, 11, 11, 0.3, False, -1, -1, 0.0, 0.0)
     out, lse = torch.zeros(11, 2, 8), torch.zeros(2, 11)
@@ -349,6 +354,21 @@ def test_document_bounds_are_checked(backend, cu, message):
             registered("attention_varlen_bwd", backend)(
                 out, None, q, q, q, out, lse, cu_q, cu_k, *options, False
             )
+
+
+@pytest.mark.skipif(bool(emulator.problem()), reason=emulator.problem())
+@pytest.mark.parametrize(
+    "cu", [[0, 5, 12], [0, 5, 2**62], [0, -4, 11], [-(2**62), 5, 11], [1, 5, 11], [0, 12, 12]]
+)
+def test_cuda_kernels_keep_within_the_tensors_whatever_the_bounds_say(cu):
+    """The emulator reports any access outside."""
+    right, wrong = torch.tensor([0, 5, 11]), torch.tensor(cu)
+    q, k, v = (torch.randn(11, 2, 8, requires_grad=True) for _ in "qkv")
+    with emulator.running(), fastgpt.use_backend("cuda"):
+        for cu_q, cu_k in ((wrong, right), (right, wrong), (wrong, wrong)):
+            out = ops.attention_varlen(q, k, v, cu_q, cu_k, 11, 11, causal="lower_right")
+            assert out.isfinite().all()
+            assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
 CU = torch.tensor([0, 4])

@@ -1,6 +1,7 @@
 """The choice of backend: use_backend, available_backends, explain, and what happens where a backend is missing."""
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,11 +12,15 @@ import torch.nn.functional as T
 from dropin import NAMES, example
 
 import fastgpt
+from fastgpt import backends, extension, ops
 from fastgpt import functional as F
-from fastgpt import ops
 from fastgpt.backends import BACKENDS, OPS, current_backend
 
 CPP = bool(fastgpt.available_backends("gelu")["cpp"])
+# Why not "cuda", on tensors of the CPU.
+NO_CUDA = (
+    "CUDA kernels are not built|is a build without CUDA|no CUDA GPU is visible|are on cpu and cuda serves"
+)
 needs_cpp = pytest.mark.skipif(not CPP, reason="the C++ kernels are not built")
 
 
@@ -140,7 +145,7 @@ def test_every_op_lists_every_backend_with_a_reason_where_it_is_missing():
         for answer in available.values():
             assert bool(answer) is answer.available
             assert answer.available or len(answer.reason) > 10
-        assert not available["cuda"]
+        assert bool(available["cuda"]) is extension.cuda_loaded()
 
 
 def test_unknown_op_is_a_value_error_with_the_names():
@@ -191,7 +196,7 @@ def test_explain_of_a_refused_call_names_no_backend():
     with fastgpt.use_backend("cuda"):
         answer = fastgpt.explain(ops.gelu, torch.randn(3))
     assert answer.backend is None
-    assert "not part of this version" in answer.reasons["cuda"]
+    assert re.search(NO_CUDA, answer.reasons["cuda"])
     assert str(answer).startswith("gelu: no backend can run this")
 
 
@@ -206,13 +211,10 @@ def test_explain_lets_other_errors_through_and_leaves_nothing_behind():
     assert current_backend() == "auto"
 
 
-def test_cuda_is_refused_with_the_reason():
+def test_cuda_is_refused_on_the_cpu_with_the_reason():
     for name in NAMES:
         arguments, options = example(name)
-        with (
-            fastgpt.use_backend("cuda"),
-            pytest.raises(fastgpt.BackendUnavailable, match="not part of this version"),
-        ):
+        with fastgpt.use_backend("cuda"), pytest.raises(fastgpt.BackendUnavailable, match=NO_CUDA):
             getattr(F, name)(*arguments, **options)
 
 
@@ -268,8 +270,37 @@ def test_compiled_code_follows_use_backend(function):
     assert "gelu_fwd_cpp" in used[0]
     assert "gelu_fwd_reference" in used[1]
     assert "gelu_fwd_cpp" in used[2]
-    with fastgpt.use_backend("cuda"), pytest.raises(Exception, match="not part of this version"):
+    with fastgpt.use_backend("cuda"), pytest.raises(Exception, match=NO_CUDA):
         compiled(x)
+
+
+@pytest.mark.parametrize(
+    ("problems", "triton", "expected"),
+    [
+        ({}, True, "triton"),
+        ({}, False, "cuda"),
+        ({1: "sm_75 and the CUDA kernels are compiled for sm_80"}, False, "reference"),
+    ],
+)
+def test_on_a_gpu_triton_comes_first_then_cuda_then_the_reference(problems, triton, expected, monkeypatch):
+    """Also where another GPU of the machine has kernels and this one has not."""
+    monkeypatch.setattr(extension, "cuda_problem", lambda number=None: problems.get(number, ""))
+    monkeypatch.setattr(extension, "cuda_loaded", lambda number=None: not extension.cuda_problem(number))
+    monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: True)
+    if not triton:
+        monkeypatch.setattr(backends, "_installed", lambda package: package != "triton")
+    backends._cached_machine_refusal.cache_clear()
+    try:
+        device = torch.device("cuda", 1)
+        assert backends.select("gelu", device, lambda backend: None) == expected
+        with fastgpt.use_backend("cuda"):
+            if problems:
+                with pytest.raises(fastgpt.BackendUnavailable, match=r"cuda backend: sm_75 and"):
+                    backends.select("gelu", device, lambda backend: None)
+            else:
+                assert backends.select("gelu", device, lambda backend: None) == "cuda"
+    finally:
+        backends._cached_machine_refusal.cache_clear()
 
 
 WITHOUT_THE_EXTENSION = """

@@ -71,9 +71,11 @@ def test_gpu_run_without_a_gpu_says_so(capsys):
 def test_stages_come_in_the_order_of_what_matters():
     found = gpu.stages(rehearse=False, built="why")
     names = [stage.name for stage in found]
-    assert names[:6] == ["build", "tests", "sanitizer", "attention", "cross_entropy", "train"]
+    sanitizers = ["sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck"]
+    assert names[:8] == ["build", "tests", *sanitizers, "attention", "cross_entropy", "train"]
     assert names[-2:] == ["scaling", "ncu"]
-    assert found[3].command[3:5] == ["--shape", "16x12x1024x64"]  # GPT-2's
+    assert all(stage.command[-2:] == ["--backend", "cuda"] for stage in found[2:5])
+    assert found[5].command[3:5] == ["--shape", "16x12x1024x64"]  # GPT-2's
     assert "--no-deps" in found[0].command and "--no-build-isolation" in found[0].command
     assert set(OPS) <= set(names)
 

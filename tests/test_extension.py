@@ -1,4 +1,4 @@
-"""The compiled libraries: one per instruction set, each right, none with instructions of another."""
+"""The compiled libraries: one per instruction set, each right, none with instructions of another; that for CUDA."""
 
 import os
 import re
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastgpt
 from fastgpt import extension
@@ -15,7 +16,7 @@ from fastgpt import extension
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(fastgpt.__file__).parent
 
-pytestmark = pytest.mark.skipif(not extension.loaded(), reason="the C++ kernels are not built")
+needs_cpp = pytest.mark.skipif(not extension.loaded(), reason="the C++ kernels are not built")
 
 # ATEN_CPU_CAPABILITY and the variants it allows, the best first.
 CAPS = {"default": ("plain",), "avx2": ("avx2", "plain"), "avx512": extension.VARIANTS}
@@ -50,6 +51,7 @@ print(extension.variant(), *loaded)
 """
 
 
+@needs_cpp
 @pytest.mark.parametrize("cap", CAPS)
 def test_every_op_is_right_on_the_variant_and_no_other_is_loaded(cap):
     from fastgpt import _C
@@ -63,6 +65,7 @@ def test_every_op_is_right_on_the_variant_and_no_other_is_loaded(cap):
     assert done.stdout.split() == [best, f"_cpu_{best}.so"]
 
 
+@needs_cpp
 def test_every_variant_in_the_build_is_there():
     """A variant that this CPU cannot run is built all the same."""
     named = extension.build_info()["variants"].split()
@@ -79,6 +82,7 @@ FORBIDDEN = {
 }
 
 
+@needs_cpp
 @pytest.mark.parametrize("variant", FORBIDDEN)
 def test_library_holds_no_instruction_of_a_better_variant(variant):
     library = PACKAGE / f"_cpu_{variant}.so"
@@ -92,6 +96,7 @@ def test_library_holds_no_instruction_of_a_better_variant(variant):
     assert not found, f"{len(found)} lines, such as {found[0]}"
 
 
+@needs_cpp
 @pytest.mark.parametrize(
     ("variant", "own"),
     [("avx2", r"%ymm\d"), ("avx512", r"%zmm\d"), ("avx512_bf16", r"%zmm\d")],
@@ -115,3 +120,143 @@ def test_nothing_is_compiled_for_the_build_machine_or_with_fast_math():
         if path.suffix == ".py":
             code = [line for line in code if line.startswith(" ") or "=" in line]  # not the docstring's prose
         assert not [line for line in code if flag.search(line)], path
+
+
+# ---- the CUDA library ----
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "fits"),
+    [
+        ((8, 0), "sm_80", True),
+        ((8, 6), "sm_80", True),
+        ((8, 0), "sm_86", False),
+        ((7, 5), "sm_80 sm_90a sm_100a compute_90", False),
+        ((9, 0), "sm_80 sm_100a", False),
+        ((9, 0), "sm_90a", True),
+        ((10, 0), "sm_90a", False),
+        ((10, 0), "sm_100a", True),
+        ((10, 3), "sm_100a", False),
+        ((10, 3), "sm_100f", True),
+        ((12, 0), "sm_100f compute_100f", False),
+        ((12, 0), "sm_80 sm_90a sm_100a compute_90", True),
+        ((10, 3), "compute_90", True),
+        ((8, 6), "compute_90", False),
+        ((12, 0), "compute_90a", False),
+        ((9, 0), "", False),
+    ],
+)
+def test_which_gpu_runs_what(capability, architectures, fits):
+    assert extension.has_kernels_for(capability, tuple(architectures.split())) is fits
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """Sets up a machine with GPUs of these compute capabilities and a library compiled for sm_80 and sm_90a."""
+
+    def clear():
+        for function in (extension._cuda_problem_of_machine, extension._load_cuda, extension.cuda_problem):
+            function.cache_clear()
+
+    def machine(*capabilities, cuda="13.0"):
+        library = tmp_path / "_cuda.so"
+        library.write_bytes(b"\x7fELF...fastgpt architectures: sm_80 sm_90a;\0...")
+        monkeypatch.setattr(extension, "CUDA_LIBRARY", library)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"NVIDIA X{i}")
+        loaded = []
+        monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+        clear()
+        return loaded
+
+    yield machine
+    monkeypatch.undo()
+    clear()
+
+
+def test_library_is_loaded_once_for_the_gpus_it_has_kernels_for(gpus):
+    loaded = gpus((7, 5), (8, 6), (9, 0))
+    assert loaded == []
+    assert extension.cuda_loaded() and extension.cuda_problem() == ""
+    assert extension.cuda_loaded(1) and extension.cuda_loaded(2)
+    assert len(loaded) == 1
+    assert not extension.cuda_loaded(0)
+    assert extension.cuda_problem(0).startswith(
+        "NVIDIA X0 is sm_75 and the CUDA kernels are compiled for sm_80, sm_90a; rebuild with TORCH_CUDA_ARCH_LIST"
+    )
+
+
+def test_unsupported_gpu_is_refused_by_name_and_nothing_is_loaded(gpus):
+    loaded = gpus((12, 0))
+    assert (
+        "NVIDIA X0 is sm_120 and the CUDA kernels are compiled for sm_80, sm_90a" in extension.cuda_problem()
+    )
+    assert "--no-build-isolation" in extension.cuda_problem()
+    assert loaded == []
+
+
+def test_without_a_gpu_the_reason_says_so(gpus):
+    loaded = gpus()
+    assert extension.cuda_problem().startswith("no CUDA GPU is visible")
+    assert loaded == []
+
+
+def test_under_a_pytorch_without_cuda_the_reason_says_so(gpus):
+    gpus((9, 0), cuda=None)
+    assert f"torch {torch.__version__} is a build without CUDA" in extension.cuda_problem()
+
+
+def test_without_the_library_the_reason_says_how_to_build_it(gpus, monkeypatch, tmp_path):
+    gpus((9, 0))
+    monkeypatch.setattr(extension, "CUDA_LIBRARY", tmp_path / "none.so")
+    assert extension.cuda_architectures() == ()
+    assert extension.cuda_problem().startswith("the CUDA kernels are not built; where nvcc")
+    assert "--no-build-isolation" in extension.cuda_problem()
+
+
+def test_library_that_does_not_load_is_a_reason_not_an_error(gpus, monkeypatch):
+    def fails(path):
+        raise OSError("undefined symbol: aoti_torch_of_tomorrow")
+
+    gpus((9, 0))
+    monkeypatch.setattr(torch.ops, "load_library", fails)
+    assert "_cuda.so does not load (undefined symbol: aoti_torch_of_tomorrow)" in extension.cuda_problem()
+
+
+def test_availability_and_info_say_what_is_wrong_with_cuda():
+    from fastgpt import info
+
+    available = fastgpt.available_backends("gelu")["cuda"]
+    assert (bool(available), available.reason) == (extension.cuda_loaded(), extension.cuda_problem())
+    report = info.report()
+    assert ", ".join(extension.cuda_architectures()) in report
+    assert available or available.reason in report
+
+
+# What the CUDA library may ask of others: PyTorch's stable ABI, the C and C++ libraries, the loader.
+STABLE = re.compile(
+    r"(aoti_torch_\w+|torch_\w+)$"  # of libtorch_cpu and libtorch_cuda
+    r"|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
+    r"|_ZN[KRO]*St\w+$"  # members of std, which libtorch exports too, without a version
+    r"|(__gmon_start__|_ITM_\w+)$"
+)
+
+
+def test_cuda_library_asks_for_nothing_but_the_stable_abi():
+    """Or it would not load under another PyTorch than the one it was built with."""
+    library = extension.CUDA_LIBRARY
+    if not library.exists():
+        pytest.skip("the CUDA kernels are not built (setup.py build_ext --cuda)")
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    assert extension.cuda_architectures() == tuple(extension.build_info()["cuda_architectures"])
+    run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    undefined = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", library).splitlines()]
+    assert "aoti_torch_get_current_cuda_stream" in undefined
+    assert not [symbol for symbol in undefined if not STABLE.match(symbol)]
+    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library))
+    assert {"libtorch_cpu.so", "libtorch_cuda.so", "libc10.so"} <= set(needed)
+    assert not [name for name in needed if name.startswith(("libcudart", "libpython"))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as T
-from contract import check_compiles_once
+from contract import GPU_BACKENDS, check_compiles_once
 from dropin import NAMES, check_same, check_same_error, classes, example, leaf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -160,14 +160,14 @@ def test_forward_mode_differentiation_falls_back(name):
 @FIVE
 @sdpa_kernel(SDPBackend.MATH)
 def test_double_backward_is_pytorchs(backend, name):
-    arguments, options = example(name, torch.float32 if backend == "triton" else torch.float64)
+    arguments, options = example(name, torch.float32 if backend in GPU_BACKENDS else torch.float64)
     tensors = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
     found = []
     for module in (F, T):
         result = getattr(module, name)(*arguments, **options)
         grads = torch.autograd.grad((result * result).sum(), tensors, create_graph=True)
         found.append(torch.autograd.grad(sum((g * g).sum() for g in grads), tensors))
-    tolerance = 1e-4 if backend == "triton" else 1e-10
+    tolerance = 1e-4 if backend in GPU_BACKENDS else 1e-10
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 

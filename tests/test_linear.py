@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as T
 from contract import (
+    GPU_BACKENDS,
     check_compiles_once,
     check_every_slot_is_written,
     check_opcheck,
@@ -89,7 +90,7 @@ def test_autocast_acts_as_on_linear(backend, rows, bias):
         assert ops.linear(*arguments).dtype == torch.bfloat16
         x, weight, *_ = arguments
         assert ops.linear(x.bfloat16(), weight).dtype == torch.bfloat16  # mixed, as a block's are
-        if backend != "triton":
+        if backend not in GPU_BACKENDS:
             doubles = [t.double() for t in arguments]
             torch.testing.assert_close(ops.linear(*doubles), pytorch(*doubles))  # which autocast leaves alone
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
@@ -197,7 +198,7 @@ def test_gradcheck_in_float64(bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_second_derivatives(backend, bias):
-    if backend == "triton":
+    if backend in GPU_BACKENDS:
         pytest.skip("gradgradcheck needs float64, which the GPU backends refuse")
     assert torch.autograd.gradgradcheck(ops.linear, inputs((2,), 3, 2, torch.float64, bias))
 

@@ -1,5 +1,6 @@
 """Linear + cross-entropy: every backend against PyTorch by the error rule, its memory, and the corners."""
 
+import os
 import subprocess
 import sys
 
@@ -208,6 +209,29 @@ def test_never_holds_the_logits():
     """Peak memory of forward and backward grows by less than 15 % of what the logits would take (512 MiB)."""
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(run.stdout) < 0.15
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch, fastgpt
+from simt import emulator
+with emulator.running(), fastgpt.use_backend("cuda"):
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(12, 8, requires_grad=True)
+    for reduction in ("mean", "none"):
+        loss = fastgpt.ops.linear_cross_entropy(hidden, weight, torch.arange(5), reduction=reduction, chunk=2)
+        loss.sum().backward()
+    fastgpt.ops.linear_gelu(hidden, weight).sum().backward()
+"""
+
+
+def test_the_cuda_backend_needs_no_triton():
+    from simt import emulator
+
+    if emulator.problem():
+        pytest.skip(emulator.problem())
+    path = {"PYTHONPATH": os.pathsep.join(("tests", os.environ.get("PYTHONPATH", "")))}
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, env=os.environ | path)
 
 
 def test_every_slot_is_written(backend):

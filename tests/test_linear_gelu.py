@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as T
 from contract import (
+    GPU_BACKENDS,
     check_compiles_once,
     check_every_slot_is_written,
     check_opcheck,
@@ -223,7 +224,7 @@ def test_autocast_acts_as_on_linear_then_gelu(backend, bias):
         assert ours(*arguments).dtype == pytorch(*arguments).dtype == torch.bfloat16
         x, weight, *_ = arguments
         assert ops.linear_gelu(x.bfloat16(), weight).dtype == torch.bfloat16  # mixed, as a block's are
-        if backend != "triton":
+        if backend not in GPU_BACKENDS:
             doubles = [t.double() for t in arguments]
             torch.testing.assert_close(ours(*doubles), pytorch(*doubles))  # which autocast leaves alone
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=False):
@@ -267,7 +268,7 @@ def test_gradcheck_in_float64(approximate, bias):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_second_derivatives(backend, bias):
-    if backend == "triton":
+    if backend in GPU_BACKENDS:
         pytest.skip("gradgradcheck needs float64, which the GPU backends refuse")
     assert torch.autograd.gradgradcheck(ops.linear_gelu, inputs((2,), 3, 2, torch.float64, bias))
 

@@ -1,6 +1,7 @@
 """What a user installs: the wheel, the sdist, and importing without the optional packages."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import tarfile
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -152,3 +154,68 @@ def test_importing_fastgpt_imports_nothing_optional_and_not_dynamo():
         "print(*sorted(new & lazy))"
     )
     assert run([sys.executable, "-c", script]).split() == []
+
+
+# ---- building the CUDA kernels ----
+
+
+@pytest.fixture
+def setup_py(monkeypatch):
+    """What setup.py defines."""
+    monkeypatch.chdir(ROOT)
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path("setup.py")
+
+
+@pytest.fixture
+def nvcc(tmp_path):
+    """A compiler that knows compute_75 to compute_100."""
+    path = tmp_path / "nvcc"
+    path.write_text("#!/bin/sh\nfor n in 75 80 86 90 100; do echo compute_$n; done\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "said"),
+    [
+        ("", "sm_80 sm_90a sm_100a compute_90", ""),
+        ("8.0;9.0a", "sm_80 sm_90a", ""),
+        ("9.0a, 8.0 8.0", "sm_90a sm_80", ""),
+        ("9.0+PTX", "sm_90 compute_90", ""),
+        ("7.5 8.6 9.0 12.0+PTX", "sm_86 sm_90", "no CUDA kernels for sm_75: they need 8.0"),
+        ("8.0+PTX", "sm_80", "no CUDA kernels for compute_80: they need 8.0, as PTX 9.0"),
+        ("8.0 12.0", "sm_80", "no CUDA kernels for sm_120, which this nvcc does not know"),
+    ],
+)
+def test_architectures_asked_for(setup_py, nvcc, capsys, asked, names, said):
+    assert setup_py["cuda_architectures"](asked, nvcc) == names.split()
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"), [("Ampere", "'Ampere' is no architecture"), ("7.5", "none of the architectures '7.5'")]
+)
+def test_architectures_that_cannot_be_are_refused(setup_py, nvcc, asked, said):
+    with pytest.raises(SystemExit, match=said):
+        setup_py["cuda_architectures"](asked, nvcc)
+
+
+def test_cuda_library_is_built_for_what_was_asked_and_needs_pytorch_by_name(setup_py, tmp_path, monkeypatch):
+    """Of a source of one kernel; all of them take minutes (`setup.py build_ext --cuda`)."""
+    nvcc = setup_py["find_nvcc"]()
+    if nvcc is None or shutil.which("readelf") is None:
+        pytest.skip("nvcc or readelf is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAX_JOBS", "1")
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    source = 'extern "C" __attribute__((visibility("default"))) int one() { return 1; }\n__global__ void kernel() {}\n'
+    (tmp_path / "csrc" / "cuda" / "one.cu").write_text(source)
+    library = tmp_path / "lib" / "_cuda.so"
+    torch_folder = Path(find_spec("torch").origin).parent
+    setup_py["build_cuda"](library, tmp_path / "temp", nvcc, ["sm_80", "compute_90"], torch_folder)
+    monkeypatch.setattr(extension, "CUDA_LIBRARY", library)
+    assert extension.cuda_architectures() == ("sm_80", "compute_90")
+    needed = run(["readelf", "-d", library])
+    assert all(f"[{name}.so]" in needed for name in ("libtorch_cpu", "libtorch_cuda", "libc10"))
+    assert "libcudart" not in needed

@@ -1,40 +1,17 @@
-// GELU's factor y/x and its slope dy/dx: in double by their formulas, in float from tables made of these.
+// GELU's factor y/x and its slope dy/dx in float, from tables made of their formulas in double (formulas.h).
 //
 // Both are functions f with f(x) = 1 - f(-x), so that the tail f(-|x|) is all there is to know. Its graph is cut into
 // pieces of width 1/density around the multiples of that, on each of which a polynomial of degree 5 meets f in six
 // Chebyshev nodes: a vector looks its coefficients up and needs neither an exponential nor a division. The tables
-// are made when the library is loaded, from the formulas in double. Beyond the table's end f is less than 2e-8 (y/x) or
-// 1.2e-7 (dy/dx) from its limit. The largest absolute errors, rounding included: y/x 6.6e-8 (erf), 5.2e-8 (tanh), dy/dx
-// 1.2e-7; tests/test_gelu.py holds the kernels to them.
+// are made when the library is loaded. Beyond the table's end f is less than 2e-8 (y/x) or 1.2e-7 (dy/dx) from its
+// limit. The largest absolute errors, rounding included: y/x 6.6e-8 (erf), 5.2e-8 (tanh), dy/dx 1.2e-7;
+// tests/test_gelu.py holds the kernels to them.
 #pragma once
 
+#include "../formulas.h"
 #include "vector.h"
 
 namespace fastgpt {
-
-constexpr double SQRT_2_OVER_PI = 0.79788456080286535588;
-constexpr double CUBIC = 0.044715;
-constexpr double INV_SQRT_2PI = 0.39894228040143267794;
-constexpr double SQRT_1_2 = 0.70710678118654752440;
-
-// ---- the formulas ----
-
-template <bool TANH>
-inline double share_of(double z) {
-  return TANH ? 0.5 + 0.5 * std::tanh(SQRT_2_OVER_PI * (z + CUBIC * z * z * z)) : 0.5 * std::erfc(-z * SQRT_1_2);
-}
-
-template <bool TANH>
-inline double slope_of(double z) {
-  // Beyond |z| = 20 (or 40) the slope is 0 or 1 to the last bit; z² of a larger z would overflow to inf·0.
-  if constexpr (TANH) {
-    const double c = std::min(std::max(z, -20.0), 20.0), t = std::tanh(SQRT_2_OVER_PI * (c + CUBIC * c * c * c));
-    return 0.5 * (1 + t) + 0.5 * c * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * CUBIC * c * c);
-  } else {
-    const double c = std::min(std::max(z, -40.0), 40.0);
-    return 0.5 * std::erfc(-c * SQRT_1_2) + c * INV_SQRT_2PI * std::exp(-0.5 * c * c);
-  }
-}
 
 // ---- the tables ----
 

@@ -1,8 +1,9 @@
 """Registers the ops: one schema an op, one fake, an implementation per backend.
 
 For an op X and each backend b the library `fastgpt` holds `X_fwd_b` and `X_bwd_b`, all with X's
-one schema. The reference and Triton are Python and registered here; compiled libraries supply
-theirs with TORCH_LIBRARY_IMPL. The implementations are opaque to `torch.compile`.
+one schema. The reference and Triton are Python and registered here, as is what the CUDA backend makes of
+PyTorch's products; compiled libraries supply theirs with TORCH_LIBRARY_IMPL. The implementations are opaque to
+`torch.compile`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def define(
     fake: Kernel,
     reference: Kernel,
     module: str | None,
+    cuda: str | None = None,
     check: Kernel | None = None,
 ) -> dict[str, Kernel]:
     """Defines `fastgpt::{name}_{backend}` for every backend and returns the overloads by backend.
@@ -39,7 +41,9 @@ def define(
         fake: computes the results' shapes, dtypes and strides from fake tensors.
         reference: the implementation of the reference backend.
         module: the file in `fastgpt.kernels` whose function `name` is Triton's launcher, or None.
-        check: called with the arguments before Triton's launcher, for what only the values can tell.
+        cuda: "file.function" in `fastgpt.kernels`, the launcher of the CUDA backend where that is Python; it does not
+            import Triton. None where the compiled library has the op.
+        check: called with the arguments before a launcher in Python, for what only the values can tell.
     """
     overloads = {}
     for backend in BACKENDS:
@@ -48,16 +52,17 @@ def define(
         torch.library.register_fake(f"fastgpt::{op}", fake, lib=_library)
         overloads[backend] = getattr(torch.ops.fastgpt, op).default
     _library.impl(f"{name}_reference", _without_autocast(reference), "CompositeExplicitAutograd")
-    if module is not None:
-        _library.impl(
-            f"{name}_triton", _without_autocast(_lazy(module, name, check)), "CompositeExplicitAutograd"
-        )
+    launchers = {"triton": None if module is None else f"{module}.{name}", "cuda": cuda}
+    for backend, launcher in launchers.items():
+        if launcher is not None:
+            run = _without_autocast(_lazy(launcher, check))
+            _library.impl(f"{name}_{backend}", run, "CompositeExplicitAutograd")
     return overloads
 
 
-def _lazy(module: str, function: str, check: Kernel | None) -> Kernel:
-    """The launcher `fastgpt.kernels.{module}.{function}`, imported (and Triton with it) at the first call."""
-
+def _lazy(path: str, check: Kernel | None) -> Kernel:
+    """The launcher `fastgpt.kernels.{path}`, imported (and Triton with it, if that is its) at the first call."""
+    module, _, function = path.partition(".")
     launcher: Kernel | None = None
 
     def run(*args: Any) -> Any:

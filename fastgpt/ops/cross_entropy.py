@@ -51,6 +51,13 @@ def _reference_bwd_inplace(
     logits.copy_(_reference_bwd(grad_loss, grad_lse, logits, target, lse, *options))
 
 
+def _reference_with_grad_inplace(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    options = rest[:-1]
+    loss, lse = _reference_fwd(logits, target, *options)
+    _reference_bwd_inplace(torch.ones_like(loss), None, logits, target, lse, *options)
+    return loss, lse
+
+
 _FWD = define(
     "cross_entropy_fwd",
     f"(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -72,6 +79,16 @@ _BWD_INPLACE = define(
     fake=lambda *_: None,
     reference=_reference_bwd_inplace,
     module="cross_entropy",
+)
+# Loss, lse, and over the logits the gradient of the sum of the losses. block_bytes: how much of a row a block of the
+# CUDA kernel may keep, 0 for its own choice.
+_WITH_GRAD_INPLACE = define(
+    "cross_entropy_with_grad_inplace",
+    f"(Tensor(a!) logits, Tensor target, {_OPTIONS}, int block_bytes) -> (Tensor, Tensor)",
+    fake=_fake_fwd,
+    reference=_reference_with_grad_inplace,
+    module="cross_entropy",
+    check=lambda logits, target, weight, ignore, *_: check_targets(target, logits.shape[1], ignore),
 )
 
 

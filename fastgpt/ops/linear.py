@@ -51,6 +51,7 @@ LINEAR_FWD = define(
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     reference=reference.linear,
     module="linear",
+    cuda="linear.linear_fwd",
 )
 LINEAR_BWD = define(
     "linear_bwd",
@@ -58,6 +59,7 @@ LINEAR_BWD = define(
     fake=_fake_bwd,
     reference=_reference_bwd,
     module="linear",
+    cuda="linear.linear_bwd",
 )
 
 

@@ -94,6 +94,7 @@ _FWD = define(
     fake=_fake_fwd,
     reference=_reference_fwd,
     module="linear_cross_entropy",
+    cuda="linear_cross_entropy.linear_cross_entropy_fwd_cuda",
     check=lambda h, weight, b, target, cw, ignore, *_: check_targets(target, weight.shape[0], ignore),
 )
 _BWD = define(
@@ -103,6 +104,7 @@ _BWD = define(
     fake=_fake_bwd,
     reference=_reference_bwd,
     module="linear_cross_entropy",
+    cuda="linear_cross_entropy.linear_cross_entropy_bwd_cuda",
 )
 
 

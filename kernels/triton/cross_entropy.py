@@ -287,7 +287,10 @@ def cross_entropy_fwd(
     N, V = logits.shape
     loss = logits.new_empty(N, dtype=torch.float32)
     lse = logits.new_empty(N, dtype=torch.float64)
-    if N:
+    if not V:  # the sum of no exponentials; no target is a class
+        loss.copy_(torch.where(target == ignore_index, 0.0, torch.nan))
+        lse.fill_(-torch.inf)
+    elif N:
         block, warps = _tile("cross_entropy_fwd", logits, label_smoothing, softcap)
         with on_device_of(logits):
             _cross_entropy_fwd[(N,)](
@@ -345,6 +348,23 @@ def cross_entropy_bwd_inplace(
     """Writes the gradient over the logits: each element is read before it is written, by the same thread."""
     options = (weight, ignore_index, label_smoothing, z_loss, softcap)
     _launch_bwd(logits, grad_loss, grad_lse, logits, target, lse, *options)
+
+
+def cross_entropy_with_grad_inplace(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    block_bytes: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss, lse, and over the logits the gradient of loss.sum()."""
+    options = (weight, ignore_index, label_smoothing, z_loss, softcap)
+    loss, lse = cross_entropy_fwd(logits, target, *options)
+    _launch_bwd(logits, torch.ones_like(loss), None, logits, target, lse, *options)
+    return loss, lse
 
 
 def _launch_bwd(

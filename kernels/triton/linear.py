@@ -1,4 +1,4 @@
-"""A linear layer on the GPU: the products are PyTorch's.
+"""A linear layer on the GPU, for Triton and CUDA alike: the products are PyTorch's.
 
 x (M, K), weight (N, K), bias (N,), weight and bias in x's dtype or in float32:
     y = x @ weight.T + bias;  dx = dy @ weight;  dweight = dy.T @ x;  dbias = sum of dy over rows

@@ -10,16 +10,18 @@ the row gradient 1, which no caller has to be asked for, forward and backward ta
 four. Any other row gradient goes through `linear_cross_entropy_bwd`, which computes each chunk's logits
 again.
 
-The products are PyTorch's (cuBLAS). Statistics and sums over chunks are fp32.
+The products are PyTorch's (cuBLAS). Statistics and sums over chunks are fp32. The kernels are Triton's, or those of
+csrc/cuda/cross_entropy.cu, which takes a chunk's logits through loss and gradient in one read and one write; nothing
+of Triton is imported for those.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
-
-from fastgpt.kernels.common import cdiv
-from fastgpt.kernels.cross_entropy import cross_entropy_bwd_inplace, cross_entropy_fwd
 
 # Rows of a chunk. dweight (V, D) is fp32 and read and written once a chunk: 8 V D bytes beside 6 C V D FLOPs
 # of the three products, which at 800 TFLOP/s and 4.8 TB/s is 220 / C of their time, 5 % at C = 4096; a
@@ -30,18 +32,63 @@ CHUNK_BYTES = 2**29
 ROW_MULTIPLE = 128  # a tile of the products
 
 
+class Kernels(NamedTuple):
+    """The cross-entropy of a chunk's logits: the loss, the gradient over the logits, and both."""
+
+    fwd: Callable[..., Any]
+    bwd_inplace: Callable[..., Any]
+    with_grad_inplace: Callable[..., Any]
+
+
+def _triton() -> Kernels:
+    from fastgpt.kernels import cross_entropy as module
+
+    return Kernels(
+        module.cross_entropy_fwd, module.cross_entropy_bwd_inplace, module.cross_entropy_with_grad_inplace
+    )
+
+
+def _cuda() -> Kernels:
+    ops = torch.ops.fastgpt
+    return Kernels(
+        ops.cross_entropy_fwd_cuda.default,
+        ops.cross_entropy_bwd_inplace_cuda.default,
+        ops.cross_entropy_with_grad_inplace_cuda.default,
+    )
+
+
+def linear_cross_entropy_fwd(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward(_triton(), *arguments)
+
+
+def linear_cross_entropy_bwd(*arguments: Any) -> tuple[Tensor, ...]:
+    return _backward(_triton(), *arguments)
+
+
+def linear_cross_entropy_fwd_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward(_cuda(), *arguments)
+
+
+def linear_cross_entropy_bwd_cuda(*arguments: Any) -> tuple[Tensor, ...]:
+    return _backward(_cuda(), *arguments)
+
+
 def chunk_rows(N: int, V: int, itemsize: int, chunk: int) -> int:
     """Rows of a chunk: `chunk` if it is positive, else chunks of equal size within the two bounds above."""
     if chunk > 0:
         return min(chunk, max(N, 1))
     most = max(min(CHUNK_ROWS, CHUNK_BYTES // (max(V, 1) * itemsize)), ROW_MULTIPLE)
-    even = cdiv(N, max(cdiv(N, most), 1))
-    return max(min(cdiv(even, ROW_MULTIPLE) * ROW_MULTIPLE, N), 1)
+    even = _cdiv(N, max(_cdiv(N, most), 1))
+    return max(min(_cdiv(even, ROW_MULTIPLE) * ROW_MULTIPLE, N), 1)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 def _logits_buffer(hidden: Tensor, V: int, rows: int) -> Tensor:
     """(rows, V) with rows that start at multiples of 16 elements, which the products' fast loads need."""
-    return hidden.new_empty(rows, cdiv(V, 16) * 16)[:, :V]
+    return hidden.new_empty(rows, _cdiv(V, 16) * 16)[:, :V]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
@@ -72,7 +119,8 @@ def _add_mm_fp32(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.addmm_(a.float(), b.float())
 
 
-def linear_cross_entropy_fwd(
+def _forward(
+    kernels: Kernels,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -97,22 +145,23 @@ def linear_cross_entropy_fwd(
 
     rows = chunk_rows(N, V, hidden.element_size(), chunk)
     buffer = _logits_buffer(hidden, V, rows)
-    ones = torch.ones(rows if with_grad else 0, **fp32)
     for start in range(0, N, rows):
         part = slice(start, min(start + rows, N))
         h, y = hidden[part], target[part]
         logits = _logits(h, weight, bias, buffer)
-        loss[part], lse[part] = cross_entropy_fwd(logits, y, *options)
         if with_grad:
-            cross_entropy_bwd_inplace(ones[: h.shape[0]], None, logits, y, lse[part], *options)
+            loss[part], lse[part] = kernels.with_grad_inplace(logits, y, *options, 0)
             _mm_fp32(logits, weight, dhidden[part])
             _add_mm_fp32(dweight, logits.t(), h)
             if bias is not None:
                 dbias += logits.sum(0, dtype=torch.float32)
+        else:
+            loss[part], lse[part] = kernels.fwd(logits, y, *options)
     return loss, lse, dhidden, dweight, dbias
 
 
-def linear_cross_entropy_bwd(
+def _backward(
+    kernels: Kernels,
     grad_loss: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -139,7 +188,7 @@ def linear_cross_entropy_bwd(
         part = slice(start, min(start + rows, N))
         h = hidden[part]
         logits = _logits(h, weight, bias, buffer)
-        cross_entropy_bwd_inplace(grad_loss[part], None, logits, target[part], lse[part], *options)
+        kernels.bwd_inplace(grad_loss[part], None, logits, target[part], lse[part], *options)
         torch.mm(logits, weight, out=dhidden[part])
         _add_mm_fp32(dweight, logits.t(), h)
         if bias is not None:

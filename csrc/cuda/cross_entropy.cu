@@ -1,0 +1,369 @@
+// Softmax cross-entropy over rows of logits, forward, backward, and both at once; the formulas are in
+// cross_entropy.cuh.
+//
+// Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) float32, loss (N,) float32, lse (N,)
+// float64. Bytes moved: forward one read of the logits, backward one read and one write; p is recomputed from lse. A
+// block takes a row, 16 bytes a thread at a time; each thread keeps a running maximum and sum of its own, and the
+// threads meet at the end of the row.
+//
+// Where the row's gradient is that of the sum of the losses, all of it takes one read and one write: the row waits in
+// shared memory for its lse. A row that is too long for a block (V = 50257 in float32) is cut between the blocks of a
+// cluster, which read each other's statistics; one that is too long for a cluster is read twice.
+#include "cross_entropy.cuh"
+
+namespace fastgpt {
+namespace {
+
+// A thread's vectors that are on their way at once: with 1024 threads a multiprocessor 64 and 32 KiB, with 2048 twice
+// that.
+constexpr int FWD_VECTORS = 4, BWD_VECTORS = 2;
+constexpr int STAGES = 4;  // of a row's way into shared memory: it is looked at while the rest is on its way
+
+// Elements in a vector: 16 bytes, or one element where 16 bytes of logits and gradient do not lie alike.
+template <typename T, bool WIDE>
+constexpr int WIDTH = WIDE ? 16 / sizeof(T) : 1;
+
+// ---- forward ----
+
+template <typename T, bool OPTIONS>
+__global__ void __launch_bounds__(ROW_THREADS) cross_entropy_fwd_kernel(
+    Global<const T> logits,
+    LossTensors tensors,
+    Global<float> loss,
+    Global<double> lse,
+    int64_t stride,
+    int columns,
+    LossOptions options) {
+  const int64_t n = block_x();
+  const auto x_of = [&](const auto& v) { return values<OPTIONS>(v, options); };
+  const Global<const T> row = logits + n * stride;
+  const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
+  const float origin = smoothing && columns ? origin_of(x_of(load_vector<1>(row)).at[0]) : 0.0f;
+  const int64_t y = load(tensors.target + n);  // on its way while the row is read
+  Statistics mine;
+  over_row<FWD_VECTORS>(row, Row<WIDTH<T, true>>(row, columns), [&](int j, const auto& v) {
+    const auto x = x_of(v);
+    mine.add(x);
+    if (smoothing) mine.add_smooth(x, origin, j, tensors);
+  });
+  const Target target(y, columns, tensors, options);
+  if (thread() == 0 && target.y >= 0) mine.x_target = x_of(load_vector<1>(row + target.y)).at[0];
+  const Statistics all = join_row(mine, shared_memory(), 1);
+  if (thread() != 0) return;
+  const float log_sum = logf(all.softmax.sum);
+  store(loss + n, loss_of<OPTIONS>(all, log_sum, target, origin, columns, tensors, options));
+  store(lse + n, lse_of(all, log_sum));
+}
+
+// ---- backward ----
+
+// dlogits may be logits: a thread has read what it writes over. Without grad_loss that is 1.
+template <typename T, bool OPTIONS, bool WIDE>
+__global__ void __launch_bounds__(ROW_THREADS) cross_entropy_bwd_kernel(
+    Global<const float> grad_loss,
+    Global<const float> grad_lse,
+    Global<const T> logits,
+    LossTensors tensors,
+    Global<const double> lse,
+    Global<T> dlogits,
+    int64_t stride,
+    int64_t stride_d,
+    int columns,
+    LossOptions options) {
+  const int64_t n = block_x();
+  const Target target(load(tensors.target + n), columns, tensors, options);
+  const float grad = grad_loss ? load(grad_loss + n) : 1.0f;
+  Gradient g = Gradient::of<OPTIONS>(target, load(lse + n), grad, columns, tensors, options);
+  if (grad_lse) g.add_grad_lse(load(grad_lse + n));
+  const Global<const T> row = logits + n * stride;
+  const Global<T> row_d = dlogits + n * stride_d;
+  over_row<BWD_VECTORS>(row, Row<WIDTH<T, WIDE>>(row, columns), [&](int j, const auto& v) {
+    store_vector(row_d + j, g.at<OPTIONS, T>(values<OPTIONS>(v, options), j, tensors, options));
+  });
+}
+
+// ---- both ----
+
+// A block takes the vectors [first, first + count) of a row, and the first one the edges, in registers.
+// Shared memory: the warps' statistics, then the vectors.
+template <typename T, bool OPTIONS>
+__global__ void __launch_bounds__(ROW_THREADS) cross_entropy_with_grad_kernel(
+    Global<T> logits,
+    LossTensors tensors,
+    Global<float> loss,
+    Global<double> lse,
+    int64_t stride,
+    int columns,
+    LossOptions options,
+    int blocks) {
+  constexpr int N = WIDTH<T, true>;
+  const int64_t n = block_x() / blocks;
+  const int rank = blocks > 1 ? cluster_rank() : 0, step = threads();
+  const Global<T> row = logits + n * stride;
+  const Row<N> r(row, columns);
+  const int part = (r.vectors + blocks - 1) / blocks, first = part * rank < r.vectors ? part * rank : r.vectors;
+  const int count = r.vectors - first < part ? r.vectors - first : part;
+  const SharedAddress slots = shared_memory(), kept = slots + SLOTS;
+  const bool has_edge = rank == 0 && thread() < r.edges;
+  Vector<T, 1> edge{};
+  if (has_edge) edge = load_vector<1>(row + r.edge(thread()));
+
+  // Vectors of a stage, for the block. A thread gets those that it copies itself: no barrier is needed.
+  const int stage_vectors = ((count + step - 1) / step + STAGES - 1) / STAGES * step;
+  const auto over_stage = [&](int stage, auto&& f) {
+    const int end = (stage + 1) * stage_vectors < count ? (stage + 1) * stage_vectors : count;
+    for (int i = stage * stage_vectors + thread(); i < end; i += step) f(i, kept + 16 * i);
+  };
+  for (int stage = 0; stage < STAGES; ++stage) {
+    over_stage(stage, [&](int i, SharedAddress to) { copy_async(to, row + r.vector(first + i)); });
+    commit_copies();
+  }
+  const Target target(load(tensors.target + n), columns, tensors, options);
+  Statistics mine;
+  const auto look = [&](int j, const auto& v) {
+    constexpr int COUNT = sizeof(v) / sizeof(T);
+    const auto x = values<OPTIONS>(v, options);
+    mine.add(x);
+    if (static_cast<unsigned>(target.y - j) < static_cast<unsigned>(COUNT)) {
+#pragma unroll
+      for (int k = 0; k < COUNT; ++k) mine.x_target += k == target.y - j ? x.at[k] : 0.0f;
+    }
+  };
+  const auto look_at_stage = [&](auto later) {
+    wait_copies<later>();
+    over_stage(
+        STAGES - 1 - later, [&](int i, SharedAddress at) { look(r.vector(first + i), load_shared<Vector<T, N>>(at)); });
+  };
+  static_assert(STAGES == 4);
+  look_at_stage(std::integral_constant<int, 3>{});
+  look_at_stage(std::integral_constant<int, 2>{});
+  look_at_stage(std::integral_constant<int, 1>{});
+  look_at_stage(std::integral_constant<int, 0>{});
+  if (has_edge) look(r.edge(thread()), edge);
+  Statistics all = join_row(mine, slots, blocks);
+
+  const float log_sum = logf(all.softmax.sum);
+  const Gradient g = Gradient::of<OPTIONS>(target, lse_of(all, log_sum), 1.0f, columns, tensors, options);
+  const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
+  const float origin = origin_of(g.high);
+  Statistics later;  // the smoothing sum, whose origin is known by now
+  const auto turn = [&](int j, const auto& v) {
+    const auto x = values<OPTIONS>(v, options);
+    if (smoothing) later.add_smooth(x, origin, j, tensors);
+    store_vector(row + j, g.at<OPTIONS, T>(x, j, tensors, options));
+  };
+#pragma unroll 2
+  for (int i = thread(); i < count; i += step) turn(r.vector(first + i), load_shared<Vector<T, N>>(kept + 16 * i));
+  if (has_edge) turn(r.edge(thread()), edge);
+  if (smoothing) {
+    meet(blocks);  // the slots have been read
+    all.smooth = join_row(later, slots, blocks).smooth;
+  }
+  if (rank == 0 && thread() == 0) {
+    store(loss + n, loss_of<OPTIONS>(all, log_sum, target, origin, columns, tensors, options));
+    store(lse + n, lse_of(all, log_sum));
+  }
+  if (blocks > 1) sync_cluster();  // before anyone's shared memory goes
+}
+
+// ---- launchers ----
+
+// What a loss is asked with, made ready for the kernels.
+struct Call {
+  LossTensors tensors;
+  LossOptions options;
+  OptionalTensor weight_sum;  // whose memory `tensors` refers to
+  int64_t rows;
+  int columns;
+  Launch shape;  // a block a row
+
+  Call(
+      const Tensor& logits,
+      const Tensor& target,
+      const OptionalTensor& weight,
+      int64_t ignore_index,
+      double label_smoothing,
+      double z_loss,
+      double softcap)
+      : options{
+            ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss), static_cast<float>(softcap)},
+        rows(logits.size(0)) {
+    STD_TORCH_CHECK(logits.size(1) < (int64_t{1} << 31) - 4096, "fastgpt: cross_entropy takes less than 2^31 classes");
+    columns = static_cast<int>(logits.size(1));
+    if (weight.has_value() && label_smoothing != 0) weight_sum = sum_rows(*weight);
+    tensors = {global<const int64_t>(target), global<const float>(weight), global<const float>(weight_sum)};
+    shape = {.x = rows, .threads = threads_for(cdiv(columns, 16 / logits.element_size())), .shared = SLOTS};
+  }
+  bool has_options() const { return options.label_smoothing != 0.0f || options.softcap != 0.0f; }
+
+  // Whole warps, as many as there are vectors for.
+  static int threads_for(int64_t vectors) {
+    return static_cast<int>(std::clamp<int64_t>(cdiv(vectors, WARP) * WARP, WARP, ROW_THREADS));
+  }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Call& call) {
+  Tensor loss = empty(logits, {call.rows}, ScalarType::Float), lse = empty(logits, {call.rows}, ScalarType::Double);
+  if (call.rows)
+    dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
+      choose(call.has_options(), [&](auto has_options) {
+        using T = decltype(element);
+        launch<cross_entropy_fwd_kernel<T, has_options>>(
+            device_of(logits),
+            "cross_entropy_fwd",
+            call.shape,
+            global<const T>(logits),
+            call.tensors,
+            global<float>(loss),
+            global<double>(lse),
+            logits.stride(0),
+            call.columns,
+            call.options);
+      });
+    });
+  return {loss, lse};
+}
+
+void backward(
+    const OptionalTensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    const Tensor& logits,
+    const Tensor& lse,
+    const Tensor& dlogits,
+    const Call& call) {
+  if (logits.numel() == 0) return;
+  // Whether a vector of the logits, wherever its row begins, is one of the gradient.
+  const auto place = [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16; };
+  const int64_t apart = (logits.stride(0) - dlogits.stride(0)) * static_cast<int64_t>(logits.element_size());
+  const bool alike = place(logits) == place(dlogits) && (call.rows == 1 || apart % 16 == 0);
+  dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
+    choose(call.has_options(), [&](auto has_options) {
+      choose(alike, [&](auto wide) {
+        using T = decltype(element);
+        launch<cross_entropy_bwd_kernel<T, has_options, wide>>(
+            device_of(logits),
+            "cross_entropy_bwd",
+            call.shape,
+            global<const float>(grad_loss),
+            global<const float>(grad_lse),
+            global<const T>(logits),
+            call.tensors,
+            global<const double>(lse),
+            global<T>(dlogits),
+            logits.stride(0),
+            dlogits.stride(0),
+            call.columns,
+            call.options);
+      });
+    });
+  });
+}
+
+// Vectors of a row that each of its blocks keeps.
+int64_t vectors_a_block(int64_t row_bytes, int64_t blocks) { return cdiv(cdiv(row_bytes, 16), blocks); }
+
+// How many blocks share a row, or 0 if no cluster has the room. Two blocks shall fit into a multiprocessor, so that one
+// copies while the other computes: half of what a block may have, less what is reserved for each.
+int64_t blocks_for(const Device& device, int64_t row_bytes, int64_t block_bytes) {
+  constexpr int RESERVED = 1024;
+  const int64_t all = device.shared_bytes() - SLOTS, half = (device.shared_bytes() - RESERVED) / 2 - SLOTS;
+  const int64_t few = block_bytes > 0 ? std::min(block_bytes, all) : half, most = device.has_clusters() ? 8 : 1;
+  for (int64_t blocks = 1; blocks <= most; blocks *= 2)
+    if (16 * vectors_a_block(row_bytes, blocks) <= few) return blocks;
+  return block_bytes <= 0 && 16 * vectors_a_block(row_bytes, most) <= all ? most : 0;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_fwd(
+    const Tensor& logits,
+    const Tensor& target,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap) {
+  return forward(logits, Call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap));
+}
+
+Tensor cross_entropy_bwd(
+    const Tensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    const Tensor& logits,
+    const Tensor& target,
+    const Tensor& lse,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap) {
+  Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
+  const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  backward(grad_loss, grad_lse, logits, lse, dlogits, call);
+  return dlogits;
+}
+
+void cross_entropy_bwd_inplace(
+    const Tensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    const Tensor& logits,
+    const Tensor& target,
+    const Tensor& lse,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap) {
+  const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  backward(grad_loss, grad_lse, logits, lse, logits, call);
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_with_grad_inplace(
+    const Tensor& logits,
+    const Tensor& target,
+    const OptionalTensor& weight,
+    int64_t ignore_index,
+    double label_smoothing,
+    double z_loss,
+    double softcap,
+    int64_t block_bytes) {
+  const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  const Device device = device_of(logits);
+  const int64_t row_bytes = call.columns * logits.element_size();
+  const int blocks = static_cast<int>(blocks_for(device, row_bytes, block_bytes));
+  if (call.rows == 0 || blocks == 0) {
+    const auto [loss, lse] = forward(logits, call);
+    backward({}, {}, logits, lse, logits, call);
+    return {loss, lse};
+  }
+  Tensor loss = empty(logits, {call.rows}, ScalarType::Float), lse = empty(logits, {call.rows}, ScalarType::Double);
+  const int64_t vectors = vectors_a_block(row_bytes, blocks);
+  Launch shape{.x = call.rows * blocks, .threads = Call::threads_for(vectors), .cluster = blocks};
+  shape.shared = static_cast<int>(SLOTS + 16 * vectors);
+  dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
+    choose(call.has_options(), [&](auto has_options) {
+      using T = decltype(element);
+      launch<cross_entropy_with_grad_kernel<T, has_options>>(
+          device,
+          "cross_entropy_with_grad",
+          shape,
+          global<T>(logits),
+          call.tensors,
+          global<float>(loss),
+          global<double>(lse),
+          logits.stride(0),
+          call.columns,
+          call.options,
+          blocks);
+    });
+  });
+  return {loss, lse};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_DISPATCH_KEY, m) {
+  m.impl("cross_entropy_fwd_cuda", TORCH_BOX(&cross_entropy_fwd));
+  m.impl("cross_entropy_bwd_cuda", TORCH_BOX(&cross_entropy_bwd));
+  m.impl("cross_entropy_bwd_inplace_cuda", TORCH_BOX(&cross_entropy_bwd_inplace));
+  m.impl("cross_entropy_with_grad_inplace_cuda", TORCH_BOX(&cross_entropy_with_grad_inplace));
+}
+
+}  // namespace
+}  // namespace fastgpt

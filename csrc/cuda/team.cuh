@@ -1,0 +1,63 @@
+// The threads that have a row between them: sums over them, and float32 vectors of any width.
+#pragma once
+
+#include "tensors.cuh"
+
+namespace fastgpt {
+
+// N neighbours, at most 16 bytes at once.
+template <int N, typename T>
+__device__ inline Vector<float, N> load_floats(Global<T> p) {
+  constexpr int MOST = 16 / sizeof(T), PART = N < MOST ? N : MOST;
+  Vector<float, N> x;
+#pragma unroll
+  for (int part = 0; part < N; part += PART) {
+    const auto v = load_vector<PART>(p + part);
+#pragma unroll
+    for (int k = 0; k < PART; ++k) x.at[part + k] = to_float(v.at[k]);
+  }
+  return x;
+}
+template <int N>
+__device__ inline void add_floats(Global<float> p, const Vector<float, N>& more) {
+  constexpr int PART = N < 4 ? N : 4;
+#pragma unroll
+  for (int part = 0; part < N; part += PART) {
+    auto v = load_vector<PART>(p + part);
+#pragma unroll
+    for (int k = 0; k < PART; ++k) v.at[k] += more.at[part + k];
+    store_vector(p + part, v);
+  }
+}
+
+// The threads of a row, whole warps of a block.
+struct Team {
+  int thread, threads, first_warp;
+  int barrier;  // 0 where they are all of the block
+
+  // The sums of x over the threads, in slots of shared memory: COUNT numbers a warp.
+  template <int COUNT>
+  __device__ void sum(float (&x)[COUNT], SharedAddress slots) const {
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c)
+#pragma unroll
+      for (int mask = WARP / 2; mask > 0; mask /= 2) x[c] += shuffle_xor(x[c], mask);
+    if (threads == WARP) return;
+    if (lane() == 0)
+#pragma unroll
+      for (int c = 0; c < COUNT; ++c) store_shared(slots + 4 * (COUNT * warp() + c), x[c]);
+    if (barrier)
+      sync_named(barrier, threads);
+    else
+      sync_block();
+#pragma unroll
+    for (int c = 0; c < COUNT; ++c) {
+      x[c] = 0;
+      for (int w = 0; w < threads / WARP; ++w) x[c] += load_shared<float>(slots + 4 * (COUNT * (first_warp + w) + c));
+    }
+  }
+};
+
+constexpr int SLOTS = 4 * 32;  // bytes of shared memory: a number for each warp of a block
+
+}  // namespace fastgpt

@@ -1,0 +1,90 @@
+// PyTorch's tensors at the kernels' door: through the stable ABI (2.11 and later), so that one library serves them all.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <device.cuh>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace fastgpt {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Device device_of(const Tensor& x) { return Device(x.get_device_index()); }
+
+// The memory that the elements of a tensor lie in.
+template <typename T>
+Global<T> global(const Tensor& x) {
+  int64_t extent = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) {
+    if (x.size(d) == 0) return Global<T>{};
+    extent += (x.size(d) - 1) * x.stride(d);
+  }
+  return global_memory(static_cast<T*>(x.data_ptr()), extent);
+}
+
+template <typename T>
+Global<T> global(const OptionalTensor& x) {
+  return x.has_value() ? global<T>(*x) : Global<T>{};
+}
+
+// A contiguous (N, 2) of float32 as N pairs.
+inline Global<Vector<float, 2>> pairs(const Tensor& x) {
+  return global_memory(static_cast<Vector<float, 2>*>(x.data_ptr()), x.numel() / 2);
+}
+
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  const std::vector<int64_t> sizes(shape);
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+}
+
+inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  const std::vector<int64_t> sizes(shape);
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+}
+
+// Sums over the first dimension.
+inline Tensor sum_rows(const Tensor& x) {
+  const int64_t first[] = {0};
+  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(first, 1));
+}
+
+// Whether 16 bytes can be moved at once from where the tensors begin.
+template <typename... Tensors>
+bool aligned(const Tensors&... x) {
+  return ((reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0) && ...);
+}
+
+// Calls f with a number of the tensor's element type.
+template <typename F>
+auto dispatch(ScalarType dtype, const char* op, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(bf16{});
+    case ScalarType::Half:
+      return f(fp16{});
+    default:
+      STD_TORCH_CHECK(false, "fastgpt: ", op, " takes float32, bfloat16 and float16");
+  }
+}
+
+// Calls f with a constant of the value, std::true_type or std::false_type.
+template <typename F>
+auto choose(bool value, F&& f) {
+  return value ? f(std::true_type{}) : f(std::false_type{});
+}
+
+}  // namespace fastgpt

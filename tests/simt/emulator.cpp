@@ -1,0 +1,5 @@
+// What Python asks of the emulator.
+#include "machine.h"
+
+extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) { simt::Machine::get().seed = seed; }
+extern "C" __attribute__((visibility("default"))) uint64_t simt_launches() { return simt::Machine::get().launches; }

@@ -1,0 +1,393 @@
+// A machine of threads, warps, blocks and clusters on one thread of the host, that checks what kernels do.
+//
+// Each CUDA thread is a fiber. Warps take turns in a random order that a seed decides; a fiber runs until it waits for
+// others: for the lanes of its warp at what a warp does together, for a barrier. Clusters run one after another, the
+// blocks of one together. A fault ends the launch with a sentence:
+//   - a launch that CUDA would refuse;
+//   - an access outside a tensor or outside the block's shared memory, or not aligned to its size;
+//   - a read of shared memory that no one has written, or a touch where an asynchronous copy is on its way; copies that
+//     were never waited for;
+//   - a race: two accesses of one location, one of them a write, that no barrier puts in an order. Of global memory:
+//     a location that one thread writes and another touches in the same launch, unless both add atomically;
+//   - another block's shared memory touched when that block may have ended;
+//   - a deadlock, with who waits for what; lanes of a warp that do different things together.
+//
+// Stricter than the hardware: at every barrier the lanes of a warp have to come all, which those that have ended
+// cannot. What it does not see: how long anything takes, and values that two lanes would need from one register.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <functional>
+#include <map>
+#include <mutex>
+#include <random>
+
+#include "memory.h"
+
+namespace simt {
+
+// ---- fibers ----
+
+// Saves the registers that a call must keep on the stack of `from`, and goes on with the stack `to`.
+extern "C" void simt_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.weak simt_switch
+.type simt_switch, @function
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size simt_switch, .-simt_switch
+)");
+#else
+#error "the SIMT emulator switches stacks in x86-64 assembly; add the same few lines for this machine"
+#endif
+
+// Stacks are kept for the next launch. Below each lies a page that no one may touch: who needs more dies there.
+class Stacks {
+ public:
+  static constexpr size_t BYTES = 128 << 10, GUARD = 4096;
+
+  void* take() {
+    if (free_.empty()) {
+      void* fresh = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (fresh == MAP_FAILED || mprotect(fresh, GUARD, PROT_NONE)) fault("no memory for a thread's stack");
+      return fresh;
+    }
+    void* kept = free_.back();
+    free_.pop_back();
+    return kept;
+  }
+  void give_back(void* stack) { free_.push_back(stack); }
+
+ private:
+  std::vector<void*> free_;
+};
+
+struct Copy {
+  uint32_t to;
+  const void* from;  // null: zeros
+};
+
+struct Thread : Who {
+  void* stack = nullptr;
+  void* stack_pointer = nullptr;
+  const char* waits_for = nullptr;  // null while it can run
+  int barrier = 0, count = 0;       // where that is a named one
+  bool done = false;
+  std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last one is open
+};
+
+// What lanes do together: each leaves a value, the last to come works on all of them.
+struct Warp {
+  static constexpr size_t SLOT = 64;
+  alignas(16) unsigned char slots[WARP][SLOT];
+  const char* meeting = nullptr;
+  int arrived = 0, running = 0;
+  std::vector<Thread*> lanes;
+};
+
+struct Barrier {
+  int count = 0;           // of threads that it is for this time
+  std::vector<int> warps;  // that wait there
+};
+
+struct Block {
+  int64_t x, y, z;
+  SharedMemory shared;
+};
+
+// ---- the machine ----
+
+class Machine {
+ public:
+  static Machine& get() {
+    static Machine machine;
+    return machine;
+  }
+
+  uint64_t seed = 0;  // of the order in which warps run
+  uint64_t launches = 0;
+
+  struct Shape {
+    int64_t x, y, z;
+    int threads, shared, cluster;
+  };
+  static constexpr int MOST_SHARED = 227 << 10;
+
+  void launch(const char* name, const Shape& shape, std::function<void()> kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    shape_ = shape;
+    kernel_ = std::move(kernel);
+    ++launches;
+    random_.seed(seed);
+    global_.reset();
+    problem_.clear();
+    uint64_t first = 1;
+    try {
+      check(shape);
+      for (int64_t z = 0; z < shape.z; ++z)
+        for (int64_t y = 0; y < shape.y; ++y)
+          for (int64_t x = 0; x < shape.x; x += shape.cluster, first += threads_.size()) run_cluster(x, y, z, first);
+    } catch (const Fault& error) {
+      problem_ = error.what();
+    }
+    self_ = nullptr;
+    if (!problem_.empty()) throw std::runtime_error(std::string("simt: ") + name + ": " + problem_);
+  }
+
+  // -- of the running thread --
+
+  const Thread& self() const { return *self_; }
+  const Block& block() const { return blocks_[self_->rank]; }
+  const Shape& shape() const { return shape_; }
+
+  // Shared memory of the block with this rank; `size` bytes that are read or written.
+  unsigned char* shared(int rank, uint32_t address, uint32_t size, Access access) {
+    if (rank < 0 || rank >= shape_.cluster) fault("block ", rank, " of a cluster of ", shape_.cluster);
+    return blocks_[rank].shared.touch(*self_, address, size, access);
+  }
+  // `size` bytes of global memory at p, which belongs to a tensor from begin to end.
+  void global(const void* p, size_t size, const void* begin, const void* end, Access access) {
+    global_.touch(*self_, p, size, begin, end, access);
+  }
+
+  void copy(uint32_t to, const void* from) {
+    blocks_[self_->rank].shared.copy_begins(*self_, to);
+    if (self_->groups.empty()) self_->groups.emplace_back();
+    self_->groups.back().push_back({to, from});
+  }
+  void commit() {
+    if (self_->groups.empty()) self_->groups.emplace_back();
+    self_->groups.emplace_back();
+  }
+  // The copies of all closed groups but the last `left` land now, and not before.
+  void wait_for_copies(int left) {
+    const int closed = static_cast<int>(self_->groups.size()) - 1;
+    for (int g = 0; g < closed - left; ++g) {
+      for (const Copy& c : self_->groups.front()) blocks_[self_->rank].shared.copy_lands(*self_, c.to, c.from);
+      self_->groups.erase(self_->groups.begin());
+    }
+  }
+
+  // What the lanes of a warp do together, `work` on all their values; returns this lane's.
+  template <typename T, typename F>
+  T together(const char* what, const T& mine, F&& work) {
+    static_assert(sizeof(T) <= Warp::SLOT);
+    Warp& w = warps_[self_->warp];
+    Thread* const me = self_;
+    if (!last_of_warp(what, &mine, sizeof(T))) {
+      wait(what);
+    } else {
+      T* all[WARP];
+      for (int l = 0; l < WARP; ++l) all[l] = reinterpret_cast<T*>(w.slots[l]);
+      work(all);
+      wake(me->warp);
+    }
+    T result;
+    std::memcpy(&result, w.slots[me->lane()], sizeof(T));
+    return result;
+  }
+
+  void sync_warp() {
+    together("__syncwarp", 0, [&](int**) { order_.end_period(self_->warp); });
+  }
+  void sync_block() { meet(self_->rank, 0, shape_.threads, "__syncthreads"); }
+  void sync_named(int number, int count) {
+    if (number < 1 || number > 15 || count < WARP || count % WARP || count > shape_.threads)
+      fault("named barrier ", number, " of ", count, " threads, of which a block of ", shape_.threads, " has none");
+    meet(self_->rank, number, count, "named barrier");
+  }
+  void sync_cluster() { meet(-1, 0, shape_.threads * shape_.cluster, "the cluster's barrier"); }
+
+ private:
+  // -- running --
+
+  static void check(const Shape& s) {
+    if (s.x < 1 || s.y < 1 || s.z < 1 || s.x >= int64_t{1} << 31 || s.y >= 65536 || s.z >= 65536)
+      fault("a grid of ", s.x, " × ", s.y, " × ", s.z, " blocks");
+    if (s.threads < WARP || s.threads > 1024 || s.threads % WARP) fault("a block of ", s.threads, " threads");
+    if (s.cluster < 1 || s.cluster > 8 || s.x % s.cluster)
+      fault("clusters of ", s.cluster, " blocks in a grid of ", s.x);
+    if (s.shared < 0 || s.shared > MOST_SHARED) fault("a block of ", s.shared, " bytes of shared memory");
+  }
+
+  // The blocks from (x, y, z) on that are a cluster; their first thread has the number `first`.
+  void run_cluster(int64_t x, int64_t y, int64_t z, uint64_t first) {
+    const int count = shape_.threads * shape_.cluster, all_warps = count / WARP;
+    order_.reset(all_warps);
+    blocks_.resize(shape_.cluster);
+    threads_.assign(count, {});
+    warps_.assign(all_warps, {});
+    barriers_.clear();
+    for (int rank = 0; rank < shape_.cluster; ++rank) {
+      Block& b = blocks_[rank];
+      b.x = x + rank, b.y = y, b.z = z;
+      b.shared.reset(rank, shape_.shared, shape_.threads, order_);
+    }
+    for (int i = 0; i < count; ++i) {
+      Thread& t = threads_[i];
+      t.rank = i / shape_.threads;
+      t.index = i % shape_.threads;
+      t.warp = i / WARP;
+      t.number = first + i;
+      prepare(t);
+      warps_[t.warp].lanes.push_back(&t);
+      ++warps_[t.warp].running;
+    }
+    live_ = count;
+    std::vector<int> ready;
+    while (live_ && problem_.empty()) {
+      ready.clear();
+      for (int w = 0; w < all_warps; ++w)
+        if (warps_[w].running) ready.push_back(w);
+      if (ready.empty()) {
+        problem_ = deadlock();
+        break;
+      }
+      Warp& w = warps_[ready[random_() % ready.size()]];
+      for (Thread* t : w.lanes)
+        if (!t->done && !t->waits_for && problem_.empty()) {
+          self_ = t;
+          simt_switch(&scheduler_, t->stack_pointer);
+        }
+    }
+    for (Thread& t : threads_) stacks_.give_back(t.stack);
+    if (!problem_.empty()) throw Fault(problem_);
+  }
+
+  // A stack that looks as if its owner had just called simt_switch, from the beginning of `body`.
+  void prepare(Thread& t) {
+    t.stack = stacks_.take();
+    void** top = reinterpret_cast<void**>(static_cast<char*>(t.stack) + Stacks::BYTES) - 1;
+    *top = nullptr;
+    *--top = reinterpret_cast<void*>(&Machine::body);
+    for (int r = 0; r < 6; ++r) *--top = nullptr;
+    t.stack_pointer = top;
+  }
+
+  // The life of a thread. What it throws must not leave its stack.
+  static void body() {
+    Machine& m = get();
+    try {
+      m.kernel_();
+      for (const auto& group : m.self_->groups)
+        if (!group.empty()) fault("it ends while copies are on their way");
+      m.blocks_[m.self_->rank].shared.thread_ends();
+    } catch (const std::exception& error) {
+      const Block& b = m.block();
+      std::ostringstream said;
+      said << "block (" << b.x << ", " << b.y << ", " << b.z << ") thread " << m.self_->index << ": " << error.what();
+      m.problem_ = said.str();
+    }
+    m.self_->done = true;
+    --m.live_;
+    --m.warps_[m.self_->warp].running;
+    void* never;
+    simt_switch(&never, m.scheduler_);
+  }
+
+  void wait(const char* what) {
+    Thread* const me = self_;
+    me->waits_for = what;
+    --warps_[me->warp].running;
+    simt_switch(&me->stack_pointer, scheduler_);
+  }
+  // All lanes of a warp that wait.
+  void wake(int warp) {
+    for (Thread* t : warps_[warp].lanes)
+      if (t->waits_for) {
+        t->waits_for = nullptr;
+        ++warps_[warp].running;
+      }
+  }
+
+  // Leaves this lane's value where the others find it; whether it is the last of its warp to come.
+  bool last_of_warp(const char* what, const void* mine, size_t size) {
+    Warp& w = warps_[self_->warp];
+    if (w.arrived && std::strcmp(w.meeting, what) != 0)
+      fault("lanes of one warp are at ", w.meeting, " and at ", what, " at the same time");
+    w.meeting = what;
+    std::memcpy(w.slots[self_->lane()], mine, size);
+    if (++w.arrived < WARP) return false;
+    w.arrived = 0;
+    return true;
+  }
+
+  // A barrier of a block (number 0: all of it), or with rank -1 the cluster's. A warp comes as a whole.
+  void meet(int rank, int number, int count, const char* what) {
+    const int mine[2] = {number, count};
+    self_->barrier = number, self_->count = count;
+    if (last_of_warp(what, mine, sizeof(mine))) {
+      const Warp& w = warps_[self_->warp];
+      for (int l = 0; l < WARP; ++l)
+        if (std::memcmp(w.slots[l], mine, sizeof(mine)) != 0) fault("lanes of one warp are at different barriers");
+      Barrier& barrier = barriers_[{rank, number}];
+      if (barrier.warps.empty()) barrier.count = count;
+      if (barrier.count != count)
+        fault("named barrier ", number, " of ", count, " threads, where others wait for ", barrier.count);
+      barrier.warps.push_back(self_->warp);
+      if (static_cast<int>(barrier.warps.size()) * WARP == count) {
+        order_.meet(barrier.warps);
+        for (int arrived : barrier.warps) wake(arrived);
+        barrier.warps.clear();
+        return;
+      }
+    }
+    wait(what);
+  }
+
+  std::string deadlock() const {
+    const auto state = [](const Thread& t) {
+      std::ostringstream said;
+      said << (t.done ? "have ended" : "wait for ") << (t.done ? "" : t.waits_for);
+      if (!t.done && std::strcmp(t.waits_for, "named barrier") == 0)
+        said << " " << t.barrier << " of " << t.count << " threads";
+      return said.str();
+    };
+    std::ostringstream said;
+    said << "nobody can go on";
+    for (size_t first = 0, next; first < threads_.size(); first = next) {
+      const Thread& t = threads_[first];
+      for (next = first + 1; next < threads_.size(); ++next)
+        if (threads_[next].rank != t.rank || state(threads_[next]) != state(t)) break;
+      const Block& b = blocks_[t.rank];
+      said << "; block (" << b.x << ", " << b.y << ", " << b.z << ") threads " << t.index << " to "
+           << threads_[next - 1].index << " " << state(t);
+    }
+    return said.str();
+  }
+
+  std::mutex mutex_;
+  Shape shape_{};
+  std::function<void()> kernel_;
+  std::mt19937_64 random_;
+  Stacks stacks_;
+  Clocks order_;
+  std::vector<Block> blocks_;
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  std::map<std::pair<int, int>, Barrier> barriers_;  // by a block's rank and a number
+  GlobalMemory global_;
+  Thread* self_ = nullptr;
+  void* scheduler_ = nullptr;
+  int live_ = 0;
+  std::string problem_;
+};
+
+}  // namespace simt
