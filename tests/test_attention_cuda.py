@@ -1,0 +1,99 @@
+"""The CUDA attention kernels at shapes of several whole tiles, which the tests of all backends are too small for.
+
+Heads of 64 and 128 columns whose rows begin at multiples of 16 bytes go to the kernels without options, whose first
+loop has no masks; one column less, an odd stride, or any option, and the general ones serve.
+"""
+
+import pytest
+import torch
+from plain_attention import composed, composed_varlen
+from simt import emulator
+
+import fastgpt
+from fastgpt import ops
+from fastgpt.testing import check_error_rule, run_with_gradients, strided
+
+pytestmark = pytest.mark.skipif(bool(emulator.problem()), reason=emulator.problem())
+
+
+@pytest.fixture(autouse=True)
+def _emulated():
+    emulator.seed(torch.initial_seed())
+    with emulator.running(), fastgpt.use_backend("cuda"):
+        yield
+
+
+def head_major(batch, heads, rows, size, dtype):
+    """As a layer's output is split into heads: rows of all heads lie side by side."""
+    return strided((batch, rows, heads, size), dtype, "contiguous").transpose(1, 2).detach().requires_grad_()
+
+
+def inputs(dtype, heads, kv_heads, rows, columns, size):
+    shapes = ((heads, rows), (kv_heads, columns), (kv_heads, columns))
+    return [head_major(1, h, n, size, dtype) for h, n in shapes]
+
+
+# (options, heads, key heads, rows, columns): several tiles of 64 or 128 of either, whole and not.
+CASES = {
+    "causal": ({"causal": "upper_left"}, 1, 1, 300, 300),
+    "whole tiles": ({}, 1, 1, 128, 384),
+    "grouped, fewer rows": ({"causal": "lower_right"}, 4, 2, 70, 330),
+    "window": ({"causal": "lower_right", "window": (150, -1)}, 1, 1, 140, 400),
+    "window on both sides": ({"window": (40, 170)}, 1, 1, 200, 300),
+    "negative scale": ({"scale": -0.1, "causal": "upper_left"}, 1, 1, 140, 140),
+    "dropout": ({"dropout_p": 0.2, "seed": 7, "causal": "upper_left"}, 1, 1, 140, 140),
+}
+
+
+@pytest.mark.parametrize("size", [64, 72, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_many_tiles_obey_the_error_rule(case, dtype, size):
+    options, *shape = CASES[case]
+    check_error_rule(
+        lambda q, k, v: ops.attention(q, k, v, **options),
+        lambda q, k, v: composed(q, k, v, **options),
+        inputs(dtype, *shape, size),
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 256), *((torch.float32, n) for n in (64, 128, 256))]
+)
+def test_large_heads_and_float32_obey_the_error_rule(dtype, size):
+    options, *shape = CASES["causal"]
+    check_error_rule(
+        lambda q, k, v: ops.attention(q, k, v, **options),
+        lambda q, k, v: composed(q, k, v, **options),
+        inputs(dtype, *shape, size),
+    )
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_packed_documents_of_many_tiles_get_what_they_get_alone(size):
+    lengths = (200, 0, 1, 131)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    tensors = [strided((sum(lengths), h, size), torch.bfloat16, "contiguous") for h in (2, 1, 1)]
+    check_error_rule(
+        lambda q, k, v: ops.attention_varlen(q, k, v, cu, cu, 200, 200, causal="upper_left"),
+        lambda q, k, v: composed_varlen(q, k, v, lengths, lengths, causal="upper_left"),
+        tensors,
+    )
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_order_of_warps_changes_no_result_but_dq_by_roundings(size):
+    tensors = inputs(torch.bfloat16, 2, 1, 200, 300, size)
+    ours = lambda q, k, v: ops.attention(q, k, v, causal="lower_right")  # noqa: E731
+    fixed = lambda q, k, v: ops.attention(q, k, v, causal="lower_right", deterministic=True)  # noqa: E731
+    found = []
+    for seed in range(6):
+        emulator.seed(seed)
+        found.append((run_with_gradients(ours, tensors, None), run_with_gradients(fixed, tensors, None)))
+    for (out, (dq, dk, dv)), (fixed_out, fixed_grads) in found:
+        (first_out, first_grads), first_fixed = found[0]
+        assert torch.equal(out[0], first_out[0])
+        assert all(map(torch.equal, (dk, dv), first_grads[1:]))
+        torch.testing.assert_close(dq, first_grads[0])
+        assert torch.equal(fixed_out[0], first_fixed[0][0])
+        assert all(map(torch.equal, fixed_grads, first_fixed[1]))
