@@ -257,6 +257,14 @@ PLANTED = [
     ("attention", "attention.cu", "wait_copies<0>();\n    sync", "wait_copies<1>();\n    sync", "copy is on its way"),
     ("attention", "attention.cuh", "x >= low && x <= high", "x >= low && x < high", WRONG),
     ("attention", "tiles.cuh", "i * STEP < rows", "i * STEP <= rows", OUTSIDE),
+    ("attention", "tiles.cuh", "return row / (8 / PERIOD) % PERIOD;",
+     "return (row + 1) / (8 / PERIOD) % PERIOD;", WRONG),
+    ("attention", "attention_bwd.cu", "sync_block();\n\n        const SharedAddress down", "const SharedAddress down",
+     f"{RACE}|{UNWRITTEN}"),
+    ("attention", "attention_bwd.cu", "++h)\n            if (!edge || start + y + 8 * h < place.Lq) {",
+     "++h) {", OUTSIDE),
+    ("attention 300 64", "attention_bwd.cu", "work(std::false_type{}, stage, start);\n          arrive();",
+     "work(std::false_type{}, stage, start);\n          wait_copies<0>();", RACE),
     ("attention 400 64", "tiles.cuh", "swizzle(i * STEP) << 4", "swizzle(i) << 4", f"{RACE}|{UNWRITTEN}|way"),
 ]  # fmt: skip
 QUICK = 3
