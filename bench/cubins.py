@@ -218,7 +218,7 @@ def record(kernel: Kernel, arch: str) -> dict[str, Any]:
             moved = {"moved": round(through / elements, 4), "least": float(sum(least) * itemsize)}
     elif (
         kernel.name in PRODUCTS and not kernel.arguments["OPTIONS"]
-    ):  # whose loop has the code of every option
+    ):  # the loop of those has all options' code
         loop = scores(kernel, arch)
     found: dict[str, Any] = {
         "kernel": kernel.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
@@ -39,7 +40,7 @@ def readme_block(results_dir: Path) -> str:
         gpu |= facts["cuda"] is not None and not facts["rehearsal"]
         about = f"torch {facts['torch']}, commit {commit(facts)}, {facts['threads']} threads, heap: {facts['heap']}."
         trial = " A rehearsal: its numbers say nothing." if facts["rehearsal"] else ""
-        how = f"`{facts['command']}`, forward + backward, medians:"
+        how = f"`{re.sub(r' --out [^ ]+', '', facts['command'])}`, forward + backward, medians:"
         about = f"**{_markdown(facts['device'])}**: {_markdown(about)}{trial} {how}"
         parts.append(about)
         parts.append(tables(records))

@@ -251,11 +251,7 @@ void launch_fwd(
 
 void forward(Attention a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
   if (a.longest_q == 0 || a.batches == 0 || a.problem.heads == 0) return;
-  a.align({q, k, v, out});
-  // Parts of 99 KiB have the smaller tiles of the options for everything.
-  constexpr int SMALL = 99 * 1024;
-  const bool plain = a.is_plain(q) && (a.problem.D == 64 || device_of(q).shared_bytes() > SMALL);
-  with_kernel(a.problem, q, plain, [&](auto element, auto head, auto options) {
+  with_kernel(a, q, {q, k, v, out}, [&](auto element, auto head, auto options) {
     launch_fwd<decltype(element), head, options>(a, q, k, v, out, lse);
   });
 }

@@ -1,5 +1,5 @@
-// What the attention kernels share: tiles in shared memory, the factors of a product as the matrix unit wants them,
-// which tiles are visited, and the scores of a tile. The mathematics is in attention.cu and attention_bwd.cu.
+// What the attention kernels share: what a launch is about, which tiles are visited, and the scores of a tile. The
+// mathematics is in attention.cu and attention_bwd.cu.
 #pragma once
 
 #include "../formulas.h"
@@ -133,7 +133,8 @@ struct Scores {
     }
   }
 
-  // What `shape` leaves has to be multiplied by this to be in units of log 2: without options a sum of the exponent's.
+  // What `shape` leaves has to be multiplied by this to be in units of log 2: without options one multiplication serves
+  // the scale as well.
   __device__ float unit() const { return OPTIONS ? 1.0f : p.scale * static_cast<float>(LOG2E); }
 
   // Products to scores, -inf where nothing is seen. EDGE: of a tile that not every row sees whole.

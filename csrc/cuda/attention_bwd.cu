@@ -1,8 +1,10 @@
 // Attention, backward; the mathematics of the forward, and its names, are in attention.cu.
 //
 //   p_ij = exp(s_ij - lse_i);   delta_i = Σ_d out_id dout_id - dlse_i;   dp_ij = dout_i·v_j
-//   dv_j = Σ_i p_ij dout_i;   ds_ij = p_ij (dp_ij - delta_i);   dk_j = scale Σ_i ds_ij q_i;   dq_i = scale Σ_j ds_ij
-//   k_j (with dropout p_ij of dv, and dp_ij, times the mask; with a softcap ds_ij times its derivative)
+//   dv_j = Σ_i p_ij dout_i;   ds_ij = p_ij (dp_ij - delta_i)
+//   dk_j = scale Σ_i ds_ij q_i;   dq_i = scale Σ_j ds_ij k_j
+//
+// With dropout p_ij of dv, and dp_ij, are multiplied by the mask; with a softcap ds_ij by its derivative.
 //
 // One pass, five products a tile: a block takes COLUMNS columns of a key head and walks over the tiles of ROWS rows
 // that see them, of each query head of the group. dk and dv stay in registers. p and ds go through shared memory, from
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
     const int last = (first + COLUMNS < place.Lk ? first + COLUMNS : place.Lk) - 1;
     Visited<ROWS> tiles(
         first, last, place.Lq, p.right >= 0, -place.offset - p.right, p.left >= 0, p.left - place.offset);
-    // Columns past the end are seen by no row.
+    // A column past the end is seen by no row: where all scores are far below zero, exp(0 - lse) would be infinite.
     if (first + COLUMNS > place.Lk) tiles.all_edges();
     float dk[OWN / 8][4] = {}, dv[OWN / 8][4] = {};
 
@@ -370,10 +372,7 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
 }
 
 void backward(Attention a, const Gradients& g, const Tensor& q, const Tensor& k, const Tensor& v) {
-  a.align({q, k, v, g.grad_out, g.dk, g.dv});
-  constexpr int SMALL = 99 * 1024;
-  const bool plain = a.is_plain(q) && (a.problem.D == 64 || device_of(q).shared_bytes() > SMALL);
-  with_kernel(a.problem, q, plain, [&](auto element, auto head, auto options) {
+  with_kernel(a, q, {q, k, v, g.grad_out, g.dk, g.dv}, [&](auto element, auto head, auto options) {
     launch_bwd<decltype(element), head, options>(a, g, q, k, v);
   });
 }

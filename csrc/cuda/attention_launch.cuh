@@ -60,8 +60,10 @@ class Attention {
   bool is_plain(const Tensor& q) const {
     const Problem& p = problem;
     const bool padded = p.D != p.DV || (p.D != 64 && p.D != 128);
-    return q.element_size() == 2 && p.aligned && !padded && p.scale > 0 && p.softcap == 0 && !p.seed && !p.slopes &&
-           !masked_;
+    // Where there are but 99 KiB of shared memory, 128 columns have the smaller tiles of the options.
+    const bool fits = p.D == 64 || device_of(q).shared_bytes() > 99 * 1024;
+    return q.element_size() == 2 && p.aligned && !padded && fits && p.scale > 0 && p.softcap == 0 && !p.seed &&
+           !p.slopes && !masked_;
   }
 
   // Looks whether all rows of these tensors begin at multiples of 16 bytes.
@@ -148,10 +150,13 @@ inline void check_shared_memory(const Device& device, const char* kernel, int by
       "; use_backend(\"triton\") serves it");
 }
 
-// Calls f with the kernel's compile-time arguments: element type, columns of a head (padded), whether with options.
+// Calls f with the compile-time arguments of the kernel for these tensors: element type, columns of a head (padded),
+// whether with options.
 template <typename F>
-void with_kernel(const Problem& p, const Tensor& q, bool plain, F&& f) {
-  const int size = std::max(p.D, p.DV);
+void with_kernel(Attention& a, const Tensor& q, std::initializer_list<Tensor> tensors, F&& f) {
+  a.align(tensors);
+  const bool plain = a.is_plain(q);
+  const int size = std::max(a.problem.D, a.problem.DV);
   STD_TORCH_CHECK(size <= 256, "fastgpt: attention goes up to a head_dim of 256, not ", size);
   dispatch(q.scalar_type(), "attention", [&](auto element) {
     const auto of_size = [&](auto head) {

@@ -69,11 +69,6 @@ __device__ inline float rsqrt_fast(float x) {
   asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-__device__ inline float reciprocal_fast(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // The same as formulas.h asks for them.
 struct Fast {
@@ -242,7 +237,6 @@ __device__ inline int warp() { return threadIdx.x / WARP; }
 __device__ inline int threads() { return blockDim.x; }
 __device__ inline int block_x() { return blockIdx.x; }
 __device__ inline int block_y() { return blockIdx.y; }
-__device__ inline int block_z() { return blockIdx.z; }
 __device__ inline int blocks_x() { return gridDim.x; }
 
 __device__ inline void sync_block() { __syncthreads(); }

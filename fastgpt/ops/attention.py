@@ -262,8 +262,8 @@ def attention(
         out = dropout(softmax(mask(softcap(scale·q·kᵀ) - alibi)))·v
 
     Args:
-        q: (B, H, Lq, D), any strides; float32, bfloat16, float16, float64. On a GPU the products of float32 are
-            rounded to tf32 where PyTorch's may be (`torch.backends.cuda.matmul.fp32_precision`), else IEEE.
+        q: (B, H, Lq, D), any strides; float32, bfloat16, float16, float64. Triton rounds the products of float32 to
+            tf32 where PyTorch's may be (`torch.backends.cuda.matmul.fp32_precision`), else none does.
         k, v: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), q's dtype; Hk divides H (grouped queries).
         scale: of the scores; None for 1/√D.
         causal: "none"; "upper_left": row i sees columns j ≤ i; "lower_right": j ≤ i + Lk - Lq.
@@ -276,8 +276,9 @@ def attention(
             the element's place (`fastgpt.reference.dropout_keep`), the same on every backend.
         seed: an int, an int64 tensor of one element, or None to draw one from torch's generator.
         return_lse: also return the log-sum-exp of the scores, differentiable.
-        deterministic: the same bits in every run, as under `torch.use_deterministic_algorithms`. Triton's backward
-            then takes seven matrix products a tile instead of five; the other backends always keep that promise.
+        deterministic: the same bits in every run, as under `torch.use_deterministic_algorithms`. On a GPU dq is
+            otherwise added up by atomic additions; Triton then takes seven matrix products a tile instead of five,
+            CUDA C++ fewer blocks. The reference and C++ always keep that promise.
 
     Returns:
         (B, H, Lq, Dv) in q's dtype, a view of a contiguous (B, Lq, H, Dv); with return_lse also

@@ -198,7 +198,8 @@ def cross_entropy(
     Raises:
         TypeError: an argument is not a tensor of a dtype said above.
         ValueError: shapes, devices or options do not fit.
-        IndexError: a target is out of range.
+        IndexError: a target is out of range, on the CPU. On a GPU, where asking would wait for it, the loss and
+            gradient of that row are NaN; nothing is read through the target.
         BackendUnavailable: the backend asked for cannot run this case.
     """
     check_tensors("cross_entropy", logits=logits, target=target, weight=weight)

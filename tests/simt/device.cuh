@@ -66,7 +66,6 @@ inline float float_of(uint32_t bits) {
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.0f * x : x; }
 inline float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
 inline float rsqrt_fast(float x) { return flushed(1.0f / std::sqrt(flushed(x))); }
-inline float reciprocal_fast(float x) { return flushed(1.0f / flushed(x)); }
 
 struct Fast {
   static float exp2(float x) { return exp2_fast(x); }
@@ -262,7 +261,6 @@ inline int warp() { return Machine::get().self().index / WARP; }
 inline int threads() { return Machine::get().shape().threads; }
 inline int block_x() { return static_cast<int>(Machine::get().block().x); }
 inline int block_y() { return static_cast<int>(Machine::get().block().y); }
-inline int block_z() { return static_cast<int>(Machine::get().block().z); }
 inline int blocks_x() { return static_cast<int>(Machine::get().shape().x); }
 
 inline void sync_block() { Machine::get().sync_block(); }
