@@ -5,9 +5,11 @@ Hand-written fused kernels behind the interface people already use:
     from fastgpt import functional as F    # was: import torch.nn.functional as F
     from fastgpt import ops                # the ops, with everything the drop-in has no room for
     from fastgpt.model import GPT          # a thin GPT standing on them
+    fastgpt.accelerate(model)              # for a model that somebody else wrote
 """
 
 from fastgpt import extension, functional, ops
+from fastgpt.accelerate import accelerate, restore
 from fastgpt.backends import (
     Availability,
     BackendUnavailable,
@@ -16,6 +18,7 @@ from fastgpt.backends import (
     explain,
     use_backend,
 )
+from fastgpt.patch import patch_functional
 
 __version__ = "0.1.0"
 
@@ -25,9 +28,12 @@ __all__ = [
     "Availability",
     "BackendUnavailable",
     "Explanation",
+    "accelerate",
     "available_backends",
     "explain",
     "functional",
     "ops",
+    "patch_functional",
+    "restore",
     "use_backend",
 ]

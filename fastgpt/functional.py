@@ -22,6 +22,13 @@ from fastgpt.ops._checks import FLOATS, autocast_dtype
 from fastgpt.ops._checks import no_float64_on_gpu_backends as _no_float64
 from fastgpt.ops.attention import refusal as _attention_refusal
 
+# PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
+PYTORCH_GELU = _torch.gelu
+_pytorch_layer_norm = _torch.layer_norm
+_pytorch_scaled_dot_product_attention = _torch.scaled_dot_product_attention
+PYTORCH_CROSS_ENTROPY = _torch.cross_entropy
+_pytorch_linear_cross_entropy = getattr(_torch, "linear_cross_entropy", None)  # from PyTorch 2.13 on
+
 
 def __getattr__(name: str) -> Any:
     return getattr(_torch, name)
@@ -31,7 +38,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(_torch)})
 
 
-def _plain(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
+def plain_reason(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
     """Why these arguments are PyTorch's business alone (not dense floating tensors, say), or None."""
     for tensor in (*required, *(t for t in optional if t is not None)):
         if type(tensor) not in (Tensor, torch.nn.Parameter):  # a subclass may define what a function does
@@ -60,7 +67,7 @@ def _autocast_to(tensor: Tensor) -> torch.dtype:
     return tensor.dtype if cast is None or tensor.dtype == torch.float64 else cast
 
 
-def _goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[str], str | None]) -> bool:
+def goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[str], str | None]) -> bool:
     """Whether `torch.nn.functional` serves the call; `reason` is why no fastgpt backend can, if so."""
     device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
     return select(op, device, (lambda _: reason) if reason else case, drop_in=True) == PYTORCH
@@ -68,11 +75,11 @@ def _goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[s
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """`torch.nn.functional.gelu` on fastgpt's kernels; see `fastgpt.ops.gelu`."""
-    reason = _plain(input)
+    reason = plain_reason(input)
     if reason is None and approximate not in ("none", "tanh"):
         reason = "approximate is neither 'none' nor 'tanh'"
-    if _goes_to_pytorch("gelu", input, reason, lambda b: _no_float64(b, input.dtype)):
-        return _torch.gelu(input, approximate=approximate)
+    if goes_to_pytorch("gelu", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return PYTORCH_GELU(input, approximate=approximate)
     if input.is_contiguous():
         return ops.gelu(input, approximate)
     # PyTorch keeps the order of the dimensions in memory (channels last, transposed): so does the drop-in.
@@ -89,7 +96,7 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` on fastgpt's kernels; see `fastgpt.ops.add_layer_norm`."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else ()
-    reason = _plain(input, optional=(weight, bias))
+    reason = plain_reason(input, optional=(weight, bias))
     if reason is None:
         parameters = [t for t in (weight, bias) if t is not None]
         if (
@@ -108,8 +115,8 @@ def layer_norm(
             reason = f"eps is a {type(eps).__name__}"
         elif input.numel() == 0:
             reason = "the input is empty"
-    if _goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
-        return _torch.layer_norm(input, normalized_shape, weight, bias, eps)
+    if goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return _pytorch_layer_norm(input, normalized_shape, weight, bias, eps)
     if (
         input.is_cuda and autocast_dtype(input.device) is not None
     ):  # in autocast's float32 list there, not on the CPU
@@ -136,12 +143,12 @@ def scaled_dot_product_attention(
     four dimensions. The dropout masks come from another generator than PyTorch's, so that they
     differ from PyTorch's for the same seed.
     """
-    reason = _plain(query, key, value, optional=(attn_mask,)) or _attention_reason(
+    reason = plain_reason(query, key, value, optional=(attn_mask,)) or _attention_reason(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     case = lambda b: _attention_refusal(b, query, value, attn_mask)  # noqa: E731
-    if _goes_to_pytorch("attention", query, reason, case):
-        return _torch.scaled_dot_product_attention(
+    if goes_to_pytorch("attention", query, reason, case):
+        return _pytorch_scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     shape, contiguous = query.shape, query.is_contiguous()
@@ -213,7 +220,7 @@ def cross_entropy(
     Class indices with any number of dimensions run on the kernels, as (N, C), (C) or (N, C, d1, ...);
     class probabilities go to PyTorch.
     """
-    reason = _plain(input, target, optional=(weight,)) or _loss_reason(
+    reason = plain_reason(input, target, optional=(weight,)) or _loss_reason(
         target, weight, input.dtype, size_average, ignore_index, reduce, reduction, label_smoothing
     )
     if reason is None:
@@ -226,8 +233,8 @@ def cross_entropy(
             reason = "weight does not have one entry a class"
         elif input.shape[classes] == 0:
             reason = "there are no classes"
-    if _goes_to_pytorch("cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
-        return _torch.cross_entropy(
+    if goes_to_pytorch("cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return PYTORCH_CROSS_ENTROPY(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
     if input.dim() > 2:
@@ -261,7 +268,7 @@ def linear_cross_entropy(
     `options` go to PyTorch, or, before 2.13, to `linear` followed by `cross_entropy`.
     """
     ignored = -100 if ignore_index is None else ignore_index
-    reason = _plain(input, linear_weight, target, optional=(linear_bias, weight)) or _loss_reason(
+    reason = plain_reason(input, linear_weight, target, optional=(linear_bias, weight)) or _loss_reason(
         target, weight, input.dtype, None, ignored, None, reduction, label_smoothing
     )
     if reason is None:
@@ -279,10 +286,10 @@ def linear_cross_entropy(
             reason = "the dtypes differ"
         elif linear_weight.shape[0] == 0:
             reason = "there are no classes"
-    if _goes_to_pytorch("linear_cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
+    if goes_to_pytorch("linear_cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
         keywords: dict[str, Any] = dict(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
-        if hasattr(_torch, "linear_cross_entropy"):
-            return _torch.linear_cross_entropy(
+        if _pytorch_linear_cross_entropy is not None:
+            return _pytorch_linear_cross_entropy(
                 input,
                 linear_weight,
                 target,
@@ -292,7 +299,7 @@ def linear_cross_entropy(
                 **keywords,
             )
         logits = _torch.linear(input, linear_weight, linear_bias)
-        return _torch.cross_entropy(logits, target, ignore_index=ignored, **keywords)
+        return PYTORCH_CROSS_ENTROPY(logits, target, ignore_index=ignored, **keywords)
     return ops.linear_cross_entropy(
         input,
         linear_weight,

@@ -131,7 +131,9 @@ def test_no_dropout_for_zero_and_nothing_left_for_one(backend):
 def test_dropout_keeps_the_mean_and_drops_its_share(backend):
     """With equal scores and v the identity, the output is the probabilities themselves: 0 or 1/(n·(1 - p))."""
     n, p = 32, 0.3
-    batch = 40 if backend in ("cpp", "reference") else 12  # 24 masks: some element dropped by all, once in 10^9 runs
+    batch = (
+        40 if backend in ("cpp", "reference") else 12
+    )  # 24 masks: some element dropped by all, once in 10^9 runs
     q, k, v = torch.zeros(batch, 2, n, 8), torch.zeros(batch, 2, n, 8), torch.eye(n).expand(batch, 2, n, n)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
     kept = out != 0

@@ -144,6 +144,13 @@ def mean_denominator(dtype: torch.dtype, target: Tensor, weight: Tensor | None, 
     return torch.where(valid, weight.to(dtype)[torch.where(valid, target, 0)], 0).sum()
 
 
+def dtype_of_loss(values: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """What is asked for, or what PyTorch gives for logits, or a hidden state, like `values`."""
+    if asked is not None:
+        return asked
+    return values.dtype if autocast_dtype(values.device) is None else accumulator(values.dtype)
+
+
 def check_loss_options(
     op: str, target: Tensor, reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any
 ) -> None:
@@ -171,6 +178,7 @@ def cross_entropy(
     softcap: float | None = None,
     return_lse: bool = False,
     inplace_backward: bool = False,
+    loss_dtype: torch.dtype | None = None,
 ) -> Any:
     """Softmax cross-entropy with class indices, in one read of the logits.
 
@@ -190,9 +198,11 @@ def cross_entropy(
         return_lse: also return the log-sum-exp of each row, differentiable.
         inplace_backward: the backward writes the gradient over the logits, saving their size in
             memory. The logits must not be used afterwards, by you or by another op's backward.
+        loss_dtype: of the loss, which is computed in float32 (float64 for float64) and rounded once; None for the
+            logits' dtype, or float32 under autocast, as PyTorch has it.
 
     Returns:
-        The loss, scalar or (...), in the logits' dtype (float32 under autocast); with return_lse
+        The loss, scalar or (...); with return_lse
         also the log-sum-exp (...), float32 (float64 for float64).
 
     Raises:
@@ -223,6 +233,5 @@ def cross_entropy(
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
     loss, lse = _CrossEntropy.apply(rows, flat, weight, options, inplace_backward, backend)
     loss = reduce_rows(loss.view(target.shape), target, weight, ignore_index, reduction)
-    if autocast_dtype(logits.device) is None:
-        loss = loss.to(logits.dtype)
+    loss = loss.to(dtype_of_loss(logits, loss_dtype))
     return (loss, lse.view(target.shape).to(accumulator(logits.dtype))) if return_lse else loss

@@ -18,7 +18,12 @@ from fastgpt.ops._checks import (
     no_float64_on_gpu_backends,
 )
 from fastgpt.ops._library import define, is_batched, twice_differentiable, vjp
-from fastgpt.ops.cross_entropy import check_loss_options, mean_denominator, reduce_rows
+from fastgpt.ops.cross_entropy import (
+    check_loss_options,
+    dtype_of_loss,
+    mean_denominator,
+    reduce_rows,
+)
 from fastgpt.reference.cross_entropy import check_targets
 from fastgpt.reference.precision import accumulator
 
@@ -194,6 +199,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     chunk: int | None = None,
+    loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`cross_entropy(hidden @ weight.T + bias, target)` that never holds more than a chunk of the logits.
 
@@ -208,9 +214,10 @@ def linear_cross_entropy(
         class_weight: (V,) weights of the classes in the loss; no gradient flows to them.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as `cross_entropy`.
         chunk: rows of logits held at a time; None lets the backend choose.
+        loss_dtype: as `cross_entropy`.
 
     Returns:
-        The loss, scalar or (...), in hidden's dtype (float32 under autocast).
+        The loss, scalar or (...).
 
     Raises:
         TypeError, ValueError, IndexError, BackendUnavailable: as `cross_entropy`.
@@ -254,4 +261,4 @@ def linear_cross_entropy(
     )
     if reduction == "none":
         loss = loss.view(target.shape)
-    return loss if cast is not None else loss.to(hidden.dtype)
+    return loss.to(dtype_of_loss(hidden, loss_dtype))

@@ -1,0 +1,227 @@
+"""`accelerate(model)`: a model that somebody else wrote, on fastgpt's kernels; `restore(model)` undoes it.
+
+What can be replaced, and by what, is in `fastgpt.integrations`, one file a family of models.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fastgpt.integrations import replacements
+from fastgpt.integrations.replacement import Replacement
+
+_RECORD = "_fastgpt_accelerated"  # on the model: what the modules' classes do not say
+
+# A module with such a name that is left as it was is worth a line of the report.
+_NOTEWORTHY = re.compile(r"attention|attn|crossentropy|gelu|layer_?norm", re.IGNORECASE)
+_UNKNOWN = (
+    "no replacement is known for it; does it call torch.nn.functional? fastgpt.patch_functional serves that"
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of the modules of one class.
+
+    kind:   the class's name.
+    where:  the modules' names, each number in them written as "*".
+    detail: the op they run on; or, of those that were left, why.
+    count:  how many they are.
+    """
+
+    kind: str
+    where: str
+    detail: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `accelerate` replaced by what, and what it left and why; prints as a table. `model` is the model."""
+
+    model: nn.Module
+    replaced: tuple[Entry, ...]
+    left: tuple[Entry, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.note] if self.note else []
+        for title, entries in (("replaced", self.replaced), ("left as it was", self.left)):
+            if entries:
+                lines.append(title)
+                kind, where = (max(len(getattr(e, key)) for e in entries) for key in ("kind", "where"))
+                lines += [f"{e.count:>6} × {e.kind:<{kind}}  {e.where:<{where}}  {e.detail}" for e in entries]
+        return "\n".join(lines) or "nothing in this model is of a kind that fastgpt replaces"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}\n{self}\n>"
+
+
+class _Work:
+    """One call of `accelerate`: what has been done, how to undo it, and what was left."""
+
+    def __init__(self, model: nn.Module, options: dict[str, bool]) -> None:
+        self.model, self.options = model, options
+        self.table = replacements()
+        self.replaced: Counter[tuple[str, str, str]] = Counter()
+        self.left: Counter[tuple[str, str, str]] = Counter()
+        self.undo: list[Callable[[], Any]] = []
+
+    def all(self) -> None:
+        record: dict[str, Any] = {}
+        self.undo.append(lambda: delattr(self.model, _RECORD))
+        setattr(self.model, _RECORD, record)
+        known = self._transformers(record) if "transformers" in sys.modules else set()
+        for name, module in reversed(list(self.model.named_modules())):  # what is inside comes first
+            if not isinstance(module, Replacement):
+                self._module(name, module, known)
+
+    def _transformers(self, record: dict[str, Any]) -> set[nn.Module]:
+        """Attention and losses by transformers' own switches; returns the modules whose attention is done with."""
+        from fastgpt.integrations import attention, language_model
+
+        done: set[nn.Module] = set()
+        for name, model in attention.outermost(self.model):
+            inside = attention.configured(model)
+            reason = None if self.options["attention"] else "attention=False was asked for"
+            for inner, part in inside:
+                reason = reason or attention.refusal(part, inner)
+            if reason is not None:
+                self._note(self.left, "attention", name, reason)
+            else:
+                before = {inner: part.config._attn_implementation for inner, part in inside}
+                record.setdefault("attention", {})[name] = before
+                self.undo.append(lambda m=model, b=before: attention.give_back(m, b))  # type: ignore[misc]
+                model.set_attn_implementation(attention.NAME)
+                self._note(self.replaced, "AttentionInterface", name, attention.runs(before))
+            done |= {m for m in model.modules() if attention.uses_interface(m)}
+        if self.options["cross_entropy"]:
+            for name, model in language_model.with_causal_loss(self.model):
+                if type(model) not in self.table:
+                    self.undo.append(lambda m=model: delattr(m, "_loss_function"))  # type: ignore[misc]
+                    model.loss_function = language_model.causal_loss_of_logits
+                    self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
+        return done
+
+    def _module(self, name: str, module: nn.Module, known: set[nn.Module]) -> None:
+        cls = self.table.get(type(module))
+        if cls is None:
+            of = next((c for c in type(module).__mro__ if c in self.table), None)
+            kind = type(module).__name__
+            if of is not None:
+                self._note(
+                    self.left, kind, name, f"a {of.__name__} of its own kind: it may compute something else"
+                )
+            elif module not in known and _NOTEWORTHY.search(kind):
+                self._note(self.left, kind, name, _UNKNOWN)
+            return
+        reason = None if self.options[cls.option] else f"{cls.option}=False was asked for"
+        reason = reason or self._given(cls, module) or cls.refusal(module)
+        parts = {part: (module.get_submodule(part), new) for part, new in cls.parts().items()}
+        for part, (inner, new) in parts.items():
+            if reason is None and self._given(new, inner) is not None:
+                reason = f"{part}: {self._given(new, inner)}"
+        if reason is not None:
+            self._note(self.left, type(module).__name__, name, reason)
+            return
+        self._note(self.replaced, type(module).__name__, name, cls.runs)
+        for inner, new in ((module, cls), *parts.values()):
+            former = type(inner)
+            self.undo.append(lambda m=inner, former=former: setattr(m, "__class__", former))  # type: ignore[misc]
+            setattr(inner, "__class__", new)  # noqa: B010
+
+    def _given(self, cls: type[Replacement], module: nn.Module) -> str | None:
+        """Why a module cannot be given the class, or None."""
+        if type(module) is not cls.replaces:
+            return f"it is a {type(module).__name__}, not a {cls.replaces.__name__}"
+        return "its forward was replaced on the module itself" if "forward" in vars(module) else None
+
+    def _note(self, entries: Counter[tuple[str, str, str]], kind: str, name: str, detail: str) -> None:
+        entries[kind, re.sub(r"\b\d+\b", "*", name) or "the model", detail] += 1
+
+    def report(self) -> Report:
+        def entries(counted: Counter[tuple[str, str, str]]) -> tuple[Entry, ...]:
+            return tuple(Entry(*key, n) for key, n in reversed(counted.items()))
+
+        return Report(self.model, entries(self.replaced), entries(self.left))
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    attention: bool = True,
+    cross_entropy: bool = True,
+    gelu: bool = True,
+    layer_norm: bool = True,
+) -> Report:
+    """Run a model's attention, losses, GELUs and LayerNorms on fastgpt's kernels, in place.
+
+    Parameters, buffers, hooks and the keys of the state dict stay what they are; a model computes the same, up to
+    rounding (with dropout: from other random numbers, of the same distribution). What is not known exactly is left
+    alone. Do it before `torch.compile`, DDP or `fully_shard`.
+
+    In training a language model of transformers whose head and loss are fused (the report says
+    linear_cross_entropy) returns a loss and no logits: they are never made. It returns both in evaluation, with
+    `return_dict=False`, and with `cross_entropy=False`. `label_smoothing=` beside `labels=` is understood.
+
+    Args:
+        model: PyTorch's own modules and models of transformers are known; see `fastgpt.integrations`.
+        attention, cross_entropy, gelu, layer_norm: what to replace.
+
+    Returns:
+        What was replaced by what, and what was left and why; it prints as a table, and `.model` is the model. For
+        a model that is accelerated already nothing is done, and the report says so.
+
+    Raises:
+        TypeError: model is no module. Whatever is raised, the model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, not a {type(model).__name__}")
+    if any(_RECORD in vars(module) for module in model.modules()):
+        note = "nothing done: the model is accelerated already (fastgpt.restore(model) undoes that)"
+        return Report(model, (), (), note)
+    options = dict(attention=attention, cross_entropy=cross_entropy, gelu=gelu, layer_norm=layer_norm)
+    work = _Work(model, options)
+    try:
+        work.all()
+    except BaseException:
+        for undo in reversed(work.undo):
+            undo()
+        raise
+    return work.report()
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `accelerate`: the same classes, switches and results as before. Parameters keep what they have learned.
+
+    Raises:
+        ValueError: the model was not accelerated, or was wrapped in other classes since (`fully_shard`).
+    """
+    record = vars(model).get(_RECORD) if isinstance(model, nn.Module) else None
+    if record is None:
+        raise ValueError("this model was not accelerated, so there is nothing to restore")
+    replaced = [module for module in model.modules() if isinstance(module, Replacement)]
+    for module in replaced:
+        if "replaces" not in vars(type(module)):
+            raise ValueError(
+                f"a {type(module).__name__} was given another class since accelerate (by fully_shard?): "
+                "it cannot be restored"
+            )
+    if "transformers" in sys.modules:
+        from fastgpt.integrations import attention, language_model
+
+        for name, before in record.get("attention", {}).items():
+            attention.give_back(model.get_submodule(name), before)
+        for part in model.modules():
+            if vars(part).get("_loss_function") is language_model.causal_loss_of_logits:
+                del part._loss_function
+    for module in replaced:
+        setattr(module, "__class__", type(module).replaces)  # noqa: B010  (as mypy wants it)
+    delattr(model, _RECORD)

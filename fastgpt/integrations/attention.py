@@ -1,0 +1,180 @@
+"""Attention of every model of transformers that takes its attention from `AttentionInterface`, by that interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from fastgpt import functional, ops
+
+NAME = "fastgpt"
+_REPLACED = ("sdpa", "eager")  # whose masks and results these functions give
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap.
+
+    Args:
+        query: (B, H, Lq, D).
+        key, value: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), Hk dividing H.
+        attention_mask: broadcastable to (B, H, Lq, Lk), bool (True takes part) or added; without one the module's
+            (or the argument's) is_causal says whether rows see later columns.
+        dropout, scaling: of the probabilities, and of the scores (None for 1/√D).
+        softcap: scores become c·tanh(scores/c).
+        position_bias: added to the scores, where the mask shows them.
+
+    Returns:
+        (B, Lq, H, Dv), and None for the weights.
+
+    Raises:
+        ValueError: the model has attention sinks (s_aux), which this does not compute.
+    """
+    if s_aux is not None:
+        raise ValueError(
+            "fastgpt's attention has no attention sinks (s_aux): use set_attn_implementation('eager')"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = query.shape[2] > 1 and attention_mask is None and causal
+    if position_bias is not None:
+        attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
+    if softcap is not None:
+        out = ops.attention(
+            query,
+            key,
+            value,
+            scale=scaling,
+            causal="upper_left" if causal else "none",
+            softcap=softcap,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+        )
+    else:
+        out = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor:
+    """One mask to be added: the bias, and the least number of the dtype where nothing is seen."""
+    if mask is None and causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is None:
+        return bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, torch.finfo(k.dtype).min)
+    return bias + mask
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **options: Any,
+) -> Tensor | None:
+    """The mask of transformers' "sdpa", for `AttentionMaskInterface`: (B, 1, Lq, Lk) of bool, or None where the
+    kernel's own causality is all there is. The latter under `torch.compile` too, where transformers builds it.
+    """
+    plain = mask_function is causal_mask_function and local_size is None and attention_mask is None
+    if allow_is_causal_skip and plain and torch.compiler.is_compiling() and q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **options,
+    )
+
+
+def refusal(model: PreTrainedModel, name: str = "") -> str | None:
+    """Why a model's attention must be left as it is, or None; `name` is its name within a larger model."""
+    current = model.config._attn_implementation
+    reason = None
+    if current not in _REPLACED:
+        reason = f"its attention is {current!r}, which was chosen"
+    elif not model._can_set_attn_implementation():
+        reason = "it does not take its attention from AttentionInterface"
+    elif not model._supports_sdpa:
+        reason = "it has no 'sdpa': its attention is a variant that is not known"
+    elif getattr(model.config, "output_attentions", False):
+        reason = "it returns its attention weights (output_attentions)"
+    return f"{name}: {reason}" if name and reason else reason
+
+
+def outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
+    """The models of transformers in a model that are in no other, with their names."""
+    if isinstance(model, PreTrainedModel):
+        yield name, model
+        return
+    for child_name, child in model.named_children():
+        yield from outermost(child, f"{name}.{child_name}" if name else child_name)
+
+
+def configured(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """The models within a model, itself included, one a configuration, with their names; outermost first."""
+    found: dict[int, tuple[str, PreTrainedModel]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            found.setdefault(id(module.config), (name, module))
+    return list(found.values())
+
+
+def uses_interface(module: nn.Module) -> bool:
+    """Whether a module of transformers is an attention or holds one; what the model says of that stands for it."""
+    return type(module).__module__.startswith("transformers.") and "Attention" in type(module).__name__
+
+
+def runs(before: dict[str, str]) -> str:
+    """What the report says of models that had these implementations."""
+    if "eager" in before.values():
+        return "attention (of padding alone, as with 'sdpa', it is 0; 'eager' gives a mean)"
+    return "attention"
+
+
+def give_back(model: nn.Module, before: dict[str, str]) -> None:
+    """Undo set_attn_implementation(NAME): `before` has, by name within the model, what was in force."""
+    for name, implementation in before.items():  # outermost first: it changes all that it holds
+        part: Any = model.get_submodule(name)
+        if part.config._attn_implementation == NAME:
+            part.set_attn_implementation(implementation)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)

@@ -1,0 +1,211 @@
+"""Language models of transformers: the projection to the vocabulary and its loss as one op.
+
+A model's forward computes logits in its head and hands them to a loss. Here the loss is computed inside the head's
+own forward, where hooks of FSDP and others have made its weight whole, and returned in the logits' place; the model's
+own forward is called as it is, without labels. So nothing of it is written again, and there are no logits in training.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.loss import loss_utils
+
+from fastgpt import functional, ops
+from fastgpt.functional import goes_to_pytorch, plain_reason
+from fastgpt.integrations.replacement import Replacement
+from fastgpt.ops._checks import no_float64_on_gpu_backends
+
+_FEW = 7 / 8  # below this share of rows that count, those are taken out first
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss over classes: targets (...) in int64, of which ignore_index does not count.
+
+    count:   what the sum is divided by; None for the number of targets that count.
+    float32: the loss is float32 even where the logits are not.
+    """
+
+    target: Tensor
+    count: Any = None
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    float32: bool = True
+
+    def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The loss of logits hidden @ weight.T + bias, for hidden (..., D) and weight (V, D); scalar."""
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        target = self.target.reshape(-1).to(hidden.device)
+        reason = plain_reason(hidden, weight, target, optional=(bias,))
+        if (
+            reason is None
+            and hidden.dtype != weight.dtype
+            and not torch.is_autocast_enabled(hidden.device.type)
+        ):
+            reason = "the dtypes differ"
+        case = lambda b: no_float64_on_gpu_backends(b, hidden.dtype)  # noqa: E731
+        if goes_to_pytorch("linear_cross_entropy", hidden, reason, case):
+            return self.of_logits(nn.functional.linear(hidden, weight, bias), target)
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and len(hidden) == len(target):
+            # In masked language modelling six rows in seven do not count. (On a GPU, to ask which is to wait for it.)
+            counted = (target != self.ignore_index).nonzero()[:, 0]
+            if 0 < len(counted) < _FEW * len(target):
+                hidden, target = hidden.index_select(0, counted), target[counted]
+        loss = ops.linear_cross_entropy(
+            hidden, weight, target, bias=bias, loss_dtype=self._dtype(hidden), **self._options()
+        )  # fmt: skip
+        return self._divided(loss)
+
+    def of_logits(self, logits: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss of logits (..., V); scalar."""
+        logits = logits.reshape(-1, logits.shape[-1])
+        target = (self.target if target is None else target).reshape(-1)
+        reason = plain_reason(logits, target)
+        case = lambda b: no_float64_on_gpu_backends(b, logits.dtype)  # noqa: E731
+        if goes_to_pytorch("cross_entropy", logits, reason, case):
+            logits = logits.float() if self.float32 else logits
+            return self._divided(functional.PYTORCH_CROSS_ENTROPY(logits, target, **self._options()))
+        return self._divided(
+            ops.cross_entropy(logits, target, loss_dtype=self._dtype(logits), **self._options())
+        )
+
+    def _dtype(self, values: Tensor) -> torch.dtype | None:
+        return torch.float32 if self.float32 and values.dtype != torch.float64 else None
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "ignore_index": self.ignore_index,
+            "reduction": "mean" if self.count is None else "sum",
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def _divided(self, loss: Tensor) -> Tensor:
+        if self.count is None:
+            return loss
+        return loss / (self.count.to(loss.device) if isinstance(self.count, Tensor) else self.count)
+
+
+def causal_loss(
+    labels: Tensor,
+    *,
+    num_items_in_batch: Any = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    **_: Any,
+) -> Loss:
+    """The next token's loss, with the arguments of transformers' `ForCausalLMLoss`, and label_smoothing."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return Loss(shift_labels, num_items_in_batch, ignore_index, label_smoothing)
+
+
+def masked_loss(labels: Tensor, **_: Any) -> Loss:
+    """The masked tokens' loss, as BERT's and ELECTRA's forward have it: a plain CrossEntropyLoss."""
+    return Loss(labels, float32=False)
+
+
+def causal_loss_of_logits(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
+    """In the place of transformers' `ForCausalLMLoss`, where the logits are at hand. Arguments as there."""
+    return causal_loss(labels.to(logits.device), **options).of_logits(logits)
+
+
+class LossHead(Replacement, nn.Linear):
+    """The projection to the vocabulary. While a loss is `wanted` it computes that, and returns it for the logits."""
+
+    replaces, option, runs = nn.Linear, "cross_entropy", "linear_cross_entropy"
+    _wanted: Loss | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._wanted is None:
+            return super().forward(input)
+        return self._wanted.of_hidden(input, self.weight, self.bias)
+
+    @contextmanager
+    def wanted(self, loss: Loss) -> Iterator[None]:
+        """Within, a call of the head gives this loss."""
+        self._wanted = loss
+        try:
+            yield
+        finally:
+            self._wanted = None
+
+
+def with_fused_loss(
+    forward: Callable[..., Any],
+    head: str,
+    loss: Callable[..., Loss],
+    logits: str = "logits",
+    rest: tuple[str, Callable[[Any, Tensor], Tensor]] | None = None,
+) -> Callable[..., Any]:
+    """A model's forward with its loss fused into the head while training, and computed from the logits otherwise.
+
+    Args:
+        forward: the model's own.
+        head: the name of the submodule that makes logits of hidden states, and does so last.
+        loss: of the labels and the keyword arguments.
+        logits: their name in the model's output. In training they are None there.
+        rest: what else is added to the loss: the name of its labels, without which there is no loss at all, and a
+            function of the output and these.
+    """
+
+    @functools.wraps(forward)
+    def with_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = kwargs.get("labels")
+        layer = self.get_submodule(head)
+        as_dict = kwargs.get("return_dict")
+        as_dict = self.config.return_dict if as_dict is None else as_dict
+        # A tuple without logits would be read as if they were there; a loss of the user's own is the user's.
+        ours = as_dict and "_loss_function" not in vars(self) and isinstance(layer, LossHead)
+        if labels is None or not ours or (rest is not None and kwargs.get(rest[0]) is None):
+            return forward(self, *args, **kwargs)
+        wanted = loss(**kwargs)
+        kwargs["labels"] = None
+        if self.training:
+            with layer.wanted(wanted):
+                output = forward(self, *args, **kwargs)
+            found = {**output, logits: None, "loss": output[logits]}
+        else:
+            output = forward(self, *args, **kwargs)
+            found = {**output, "loss": wanted.of_logits(output[logits])}
+        if rest is not None:
+            found["loss"] = found["loss"] + rest[1](output, kwargs[rest[0]])
+        return type(output)(**found)
+
+    return with_loss
+
+
+class OwnerOfHead(Replacement):
+    """The base for models whose forward is `with_fused_loss`; `head` names the submodule that makes the logits."""
+
+    option, runs = "cross_entropy", "linear_cross_entropy"
+    head: ClassVar[str]
+
+    @classmethod
+    def refusal(cls, module: Any) -> str | None:
+        layer = module.get_submodule(cls.head)
+        if type(layer) is not nn.Linear:
+            return f"its head is a {type(layer).__name__}, not a Linear"
+        if "_loss_function" in vars(module):
+            return "it has a loss_function of its own"
+        return None
+
+    @classmethod
+    def parts(cls) -> dict[str, type[Replacement]]:
+        return {cls.head: LossHead}
+
+
+def with_causal_loss(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The models of transformers in a model, with their names, whose loss is transformers' of the next token."""
+    for name, module in model.named_modules():
+        with_head = isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+        if with_head and module.loss_function is loss_utils.ForCausalLMLoss:
+            yield name, module

@@ -1,0 +1,109 @@
+"""What all families share: the class that a module has while it is accelerated, and layers that fuse.
+
+A module is accelerated by giving it another class, a subclass of its own with another forward. Its parameters,
+buffers, hooks and state keep their names; it can be copied, pickled and saved; giving the class back restores it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import functional, ops
+from fastgpt.functional import goes_to_pytorch, plain_reason
+from fastgpt.ops._checks import no_float64_on_gpu_backends
+
+
+class Replacement(nn.Module):
+    """The base of the classes that take another's place.
+
+    replaces: the class whose place it takes; of exactly this class, since a subclass may compute something else.
+    option:   the argument of `accelerate` that switches it.
+    runs:     the op that it runs on, for the report.
+    """
+
+    replaces: ClassVar[type[nn.Module]]
+    option: ClassVar[str]
+    runs: ClassVar[str]
+
+    @classmethod
+    def refusal(cls, module: Any) -> str | None:
+        """Why this module, of the class that is replaced, must be left as it is, or None.
+
+        Its submodules have been looked at already.
+        """
+        return None
+
+    @classmethod
+    def parts(cls) -> dict[str, type[Replacement]]:
+        """Submodules by name that get a class of their own together with it."""
+        return {}
+
+
+def approximation(activation: Any) -> str | None:
+    """ "none" or "tanh" of a GELU: a function, or a module that has been replaced; None for all else."""
+    if activation in (functional.PYTORCH_GELU, functional.gelu):
+        return "none"
+    if isinstance(activation, Replacement) and activation.runs == "gelu":
+        found: str = activation.approximate  # type: ignore[assignment]
+        return found
+    return None
+
+
+def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """`ops.linear_gelu`, or PyTorch's layer and activation where no kernel serves the call. Shapes as there."""
+    reason = plain_reason(input, weight, optional=(bias,))
+    if reason is None and input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+        reason = "the dtypes differ"
+    case = lambda b: no_float64_on_gpu_backends(b, input.dtype)  # noqa: E731
+    if goes_to_pytorch("linear_gelu", input, reason, case):
+        return functional.PYTORCH_GELU(nn.functional.linear(input, weight, bias), approximate=approximate)
+    return ops.linear_gelu(input, weight, bias, approximate)
+
+
+class LinearGelu(Replacement, nn.Linear):
+    """A linear layer whose owner may ask for the GELU of its output as well, by `approximate`.
+
+    The owner asks, instead of reading the weight, so that whoever hooks or shards the layer sees a call of it.
+    """
+
+    replaces = nn.Linear
+    option = "gelu"
+    runs = "linear_gelu"
+
+    def forward(self, input: Tensor, approximate: str | None = None) -> Tensor:
+        if approximate is None:
+            return super().forward(input)
+        return linear_gelu(input, self.weight, self.bias, approximate)
+
+
+class OwnerOfGelu(Replacement):
+    """The base for modules that call a linear layer and then its activation: `first` and `then` name them."""
+
+    option, runs = "gelu", "linear_gelu"
+    first: ClassVar[str] = "dense"
+    first_class: ClassVar[type[Replacement]] = LinearGelu
+    then: ClassVar[str]
+
+    @classmethod
+    def refusal(cls, module: Any) -> str | None:
+        activation = getattr(module, cls.then)
+        if approximation(activation) is None:
+            return f"its activation is no GELU that is known, but {type(activation).__name__}"
+        return None
+
+    @classmethod
+    def parts(cls) -> dict[str, type[Replacement]]:
+        return {cls.first: cls.first_class}
+
+    def activated(self, x: Tensor) -> Tensor:
+        """The activation of the layer of x, as one op where the layer can be asked for it; what has been put in the
+        layer's place since, such as an adapter, is called as it was before.
+        """
+        layer, activation = getattr(self, self.first), getattr(self, self.then)
+        approximate = approximation(activation)
+        if approximate is not None and isinstance(layer, Replacement):
+            return layer(x, approximate=approximate)
+        return activation(layer(x))

@@ -1,0 +1,49 @@
+"""`patch_functional()`: the drop-in for code that one cannot edit, by replacing names in `torch.nn.functional`."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import Any
+
+import torch.nn.functional as _torch
+
+from fastgpt import functional
+
+NAMES = ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "gelu", "layer_norm")
+
+_lock = threading.Lock()
+_depth = 0
+_originals: dict[str, Any] = {}
+
+
+class patch_functional(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb, like torch.no_grad)
+    """Context manager: while it is in force `torch.nn.functional` has fastgpt's five functions.
+
+    For code of others that calls `torch.nn.functional.X` or `F.X` (nanoGPT, x-transformers, timm, PyTorch's own
+    modules); code that has imported a name by itself (`from torch.nn.functional import gelu`) keeps PyTorch's. It
+    acts on the process, on every thread. It may be nested; leaving the outermost gives PyTorch's functions back.
+    Under `torch.compile`, compile and call within.
+
+        >>> with fastgpt.patch_functional():
+        ...     loss = model(tokens)
+    """
+
+    def __enter__(self) -> patch_functional:
+        global _depth  # noqa: PLW0603
+        with _lock:
+            if _depth == 0:
+                _originals.update({name: getattr(_torch, name) for name in NAMES if hasattr(_torch, name)})
+                for name in _originals:
+                    setattr(_torch, name, getattr(functional, name))
+            _depth += 1
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        global _depth  # noqa: PLW0603
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                for name, original in _originals.items():
+                    setattr(_torch, name, original)
+                _originals.clear()
