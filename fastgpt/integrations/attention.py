@@ -107,7 +107,7 @@ def attention_mask(
         options: what else transformers passes, which differs by its version: the rows by their number (q_length) or,
             before 5.4, by their places (cache_position).
     """
-    rows = options["q_length"] if "q_length" in options else len(options["cache_position"])
+    rows = options["q_length"] if "q_length" in options else options["cache_position"].shape[0]
     plain = mask_function is causal_mask_function and local_size is None and attention_mask is None
     if allow_is_causal_skip and plain and torch.compiler.is_compiling() and rows == kv_length:
         return None
