@@ -35,6 +35,8 @@ def dispatched():
 
 @pytest.fixture(autouse=True)
 def _pytorch_is_as_it_was():
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("these are the operators of CPUs")
     before = dispatched()
     assert not any(OURS in table for table in before)
     yield

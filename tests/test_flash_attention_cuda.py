@@ -32,7 +32,12 @@ class Original:
 
 @pytest.fixture
 def original():
-    """The CUDA operators on CPU tensors, and behind them an original that only remembers."""
+    """The CUDA operators on CPU tensors, and behind them an original that only remembers; on a GPU, as activated."""
+    if torch.get_default_device().type == "cuda":
+        registry.activate_flash_attention_impl("fastgpt")
+        yield None
+        registry.restore_flash_attention_impl()
+        return
     if any(torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU") for name in OURS):
         pytest.skip("this PyTorch has them for CPUs")
     original = Original()
