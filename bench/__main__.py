@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ MEASURING = {
     **{name: f"{name}: forward and backward beside every peer" for name in OP_NAMES},
     "ops": "all ops",
     "train": "whole training steps of a GPT-2",
+    "accelerate": "whole training steps of models of transformers, as they come and accelerated",
     "scaling": "seconds and memory of each op while one size grows",
-    "all": "ops, train and scaling",
+    "all": "ops, train, accelerate and scaling",
 }
 
 
@@ -153,15 +154,21 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
 
     Raises ValueError, with the list of what is known, for a shape, peer or backend that is not.
     """
+    from bench import accelerate, train
     from bench.ops import OPS
-    from bench.train import PEERS, SIZES, name
+    from bench.steps import name
     from fastgpt.backends import BACKENDS
 
     command = options.command
     several = command in ("ops", "all", "scaling")
     ops = [op for op in OPS.values() if several or op.name == command]
-    trains = command in ("train", "all")
-    _check("peer", options.peer, [*sorted({p.name for op in ops for p in op.peers}), *PEERS * trains, "none"])
+    steps = {
+        kind: bench
+        for kind, bench in (("train", train), ("accelerate", accelerate))
+        if command in (kind, "all")
+    }
+    peers = [p.name for op in ops for p in op.peers] + [p for bench in steps.values() for p in bench.PEERS]
+    _check("peer", options.peer, [*sorted(set(peers)), "none"])
     _check("backend", options.backend, [b for b in BACKENDS if b != "reference"])
 
     cases = [(op, case) for op in ops for case in op.cases(preset, options.dtype or DTYPES_OF[preset])]
@@ -171,9 +178,12 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
     first = [("op", op, case, case.shape) for op, case in cases if case.dims == op.shapes[preset][0]]
     rest = [("op", op, case, case.shape) for op, case in cases if case.dims != op.shapes[preset][0]]
     found: list[tuple[str, Any, Any, str]] = [*first]
-    if trains:
-        dtypes = options.dtype or DTYPES_OF[preset][-1:]
-        found += [("train", dtype, size, name(size)) for size in SIZES[preset] for dtype in dtypes]
+    dtypes = options.dtype or DTYPES_OF[preset][-1:]
+    if "train" in steps:
+        found += [("train", dtype, (size,), name(size)) for size in train.SIZES[preset] for dtype in dtypes]
+    if "accelerate" in steps:
+        models = accelerate.SIZES[preset]
+        found += [("accelerate", dtype, model, name(model[1])) for model in models for dtype in dtypes]
     if not options.quick:
         found += rest
     if command == "scaling" or (command == "all" and not options.quick):
@@ -198,10 +208,12 @@ def _run(
 ) -> int:
     from tqdm import tqdm
 
+    from bench.accelerate import run_accelerate
     from bench.harness import Plan, roof_records, run_case
     from bench.scaling import fits, table
     from bench.train import run_train
 
+    runs: dict[str, Callable[..., list[dict[str, Any]]]] = {"train": run_train, "accelerate": run_accelerate}
     short = options.quick or options.tiny
     length = "tiny" if options.tiny else "quick" if options.quick else "full"
     seconds = SECONDS[length] if options.seconds is None else options.seconds
@@ -213,15 +225,15 @@ def _run(
         peers=peers,
     )
     started = time.perf_counter()
-    dtypes = list(dict.fromkeys(a if kind == "train" else b.dtype for kind, a, b in jobs))
+    dtypes = list(dict.fromkeys(b.dtype if kind == "op" else a for kind, a, b in jobs))
     results.add(*roof_records(machine, dtypes))
     _show(results.records, options)
     with tqdm(jobs, unit="case", disable=None, file=sys.stderr) as bar:
         for kind, a, b in bar:
-            bar.set_description(f"train {b}" if kind == "train" else f"{a.name} {b.name} {b.dtype}")
-            if kind == "train":
+            bar.set_description(f"{a.name} {b.name} {b.dtype}" if kind == "op" else f"{kind} {b}")
+            if kind != "op":
                 steps = Plan(10 * seconds, 5, 41, ("step",), plan.backends, peers)
-                records = run_train(b, a, machine, steps, compared=4 if short else 8)
+                records = runs[kind](*b, a, machine, steps, compared=4 if short else 8)
             else:
                 swept = Plan(seconds / 3, 3, 21, ("fwd+bwd",), plan.backends, peers)
                 records = run_case(a, b, machine, swept if b.sweep else plan)
@@ -271,7 +283,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
         return
     lines = []
     for r in records:
-        start = f"{r['op']:<21}{r['case']:<21}{r['dtype']:<5}{r['direction']:<8}{contender(r):<34}"
+        start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<8}{contender(r):<34}"
         if r["group"] == "roof":
             rate = f"{r['bytes'] / r['seconds'] / 1e9:,.0f} GB/s" if r["direction"] == "copy" else ""
             lines.append(start + (rate or f"{r['flops'] / r['seconds'] / 1e9:,.0f} GFLOP/s"))

@@ -87,6 +87,7 @@ def stages(rehearse: bool, built: str | None) -> list[Stage]:
         bench("attention", "attention", *shapes("attention", True)),
         bench("cross_entropy", "cross_entropy", *shapes("cross_entropy", True)),
         bench("train", "train"),
+        bench("accelerate", "accelerate"),
         *(bench(op, op, *shapes(op, True)) for op in ops[2:]),
         *(bench(f"{op}-more", op, *shapes(op, False)) for op in ops if shapes(op, False)),
         bench("scaling", "scaling"),

@@ -44,6 +44,7 @@ PLOTS = {
     "scaling": "Time of forward and backward as one size grows, by contender",
     "bars": "Milliseconds of forward and backward by op, dtype and contender, with the roof",
     "train": "Tokens a second of training by contender, and the losses of the same steps",
+    "accelerate": "Tokens a second and peak memory of training models of transformers, accelerated and not",
 }
 
 _drawings: dict[str, Draw] = {}
@@ -327,17 +328,14 @@ def _series(
 @_plot
 def train(records: list[Record], theme: Theme) -> Figure | None:
     """`train`: tokens a second by contender, and the losses of the same steps."""
-    cases: dict[tuple[str, str], list[Record]] = {}
-    for r in sorted(records, key=lambda r: -r.get("tokens_per_second", 0)):
-        if r["group"] == "train" and right(r) and r.get("tokens_per_second"):
-            cases.setdefault((r["dtype"], r["case"]), []).append(r)
+    cases = _trained(records, "train")
     if not cases:
         return None
     label = min(max(wide(contender(r), BODY) for rows in cases.values() for r in rows), 160) + 8
     notes = ("tokens a second: longer is better; ×: our fastest over it",)
     height = sum(32 + 14 * len(rows) + 98 * bool(_curves(rows)) for rows in cases.values())
     sheet = Sheet(theme, "Training", notes, height)
-    for (dtype, case), rows in sorted(cases.items(), key=lambda item: records.index(item[1][0])):
+    for (dtype, case), rows in cases.items():
         sheet.head(dtype, case)
         entries = [(sheet.y + 26 + 14 * i, r["tokens_per_second"], r) for i, r in enumerate(rows)]
         for y, _, r in entries:
@@ -348,6 +346,42 @@ def train(records: list[Record], theme: Theme) -> Figure | None:
             _losses(sheet, _curves(rows))
             sheet.y += 98
     return sheet.figure
+
+
+@_plot
+def accelerate(records: list[Record], theme: Theme) -> Figure | None:
+    """`accelerate`: tokens a second and peak memory of models of others, by contender."""
+    cases = _trained(records, "accelerate")
+    if not cases:
+        return None
+    label = min(max(wide(contender(r), BODY) for rows in cases.values() for r in rows), 130) + 8
+    notes = ("left: tokens a second, longer is better; ×: our fastest over it",
+             "right: MiB that a step takes at its peak, shorter is better")  # fmt: skip
+    sheet = Sheet(theme, "Models of transformers", notes, sum(34 + 14 * len(rows) for rows in cases.values()))
+    for (dtype, case), rows in cases.items():
+        sheet.head(dtype, case)
+        places = [sheet.y + 26 + 14 * i for i in range(len(rows))]
+        for y, r in zip(places, rows, strict=True):
+            sheet.text(MARGIN, y, cut(contender(r), label - 6, BODY), "ink" if r["peer"] else "ours", BODY)
+        room = EDGE - MARGIN - label
+        speeds = [(y, r["tokens_per_second"], r) for y, r in zip(places, rows, strict=True)]
+        _bars(sheet, MARGIN + label, room - 96, speeds)
+        weights = [
+            (y, r["peak_bytes"] / 2**20, r) for y, r in zip(places, rows, strict=True) if r["peak_bytes"]
+        ]
+        if weights:
+            _bars(sheet, EDGE - 86, 86, weights)
+        sheet.y += 34 + 14 * len(rows)
+    return sheet.figure
+
+
+def _trained(records: list[Record], op: str) -> dict[tuple[str, str], list[Record]]:
+    """What counts of an op's training steps, by dtype and case in their order; in each the fastest first."""
+    cases: dict[tuple[str, str], list[Record]] = {}
+    for r in (r for r in records if r["group"] == "train" and r["op"] == op):
+        if right(r) and r.get("tokens_per_second"):
+            cases.setdefault((r["dtype"], r["case"]), []).append(r)
+    return {key: sorted(rows, key=lambda r: -r["tokens_per_second"]) for key, rows in cases.items()}
 
 
 def _curves(rows: list[Record]) -> list[Record]:

@@ -77,8 +77,7 @@ def update_readme(readme: Path, results_dir: Path) -> bool:
 def write_report(results_json: Path, out: Path) -> list[Path]:
     """Write report.html and plots/ of a result file into a folder; the files written."""
     records = load(results_json)
-    writers = (plots.speedup, plots.roofline, plots.memory, plots.scaling, plots.bars, plots.train)
-    written = [path for write in writers for path in write(records, out / "plots")]
+    written = [path for name in PLOTS for path in getattr(plots, name)(records, out / "plots")]
     drawn = (path for name in PLOTS for path in (out / "plots").glob(f"{name}-*.*g"))
     for old in (path for path in drawn if path not in written):
         old.unlink()  # of an earlier run that had more to show

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as _torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fastgpt import ops
@@ -38,10 +40,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(_torch)})
 
 
+# A tensor subclass may define for itself what a function does; of these, the last two are plain tensors being traced.
+_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+
+
 def plain_reason(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
     """Why these arguments are PyTorch's business alone (not dense floating tensors, say), or None."""
     for tensor in (*required, *(t for t in optional if t is not None)):
-        if type(tensor) not in (Tensor, torch.nn.Parameter):  # a subclass may define what a function does
+        if type(tensor) not in _PLAIN:
             return f"an argument is a {type(tensor).__name__}, not a plain tensor"
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
             return "an argument is sparse, nested or quantized"

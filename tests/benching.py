@@ -100,8 +100,8 @@ def series():
         yield eager if t < 2048 else bad("failed", **shape, peer="PyTorch")
 
 
-def training():
-    shape = {"op": "train", "group": "train", "case": "6x6x384", "direction": "step", "dtype": "bf16"}
+def training(op, case):
+    shape = {"op": op, "group": "train", "case": case, "direction": "step", "dtype": "bf16"}
     for name, r in {None: 1.0, **PEERS}.items():
         more = {"losses": [5.0 - 0.1 * i + 1e-4 * r for i in range(8)], "mfu_measured": 0.4 / r}
         more |= {"seconds": r, "tokens_per_second": 9000 / r, "ratio": r if name else None}
@@ -113,7 +113,13 @@ def everything(**machine):
     found = [r for dtype in ("fp32", "bf16") for r in roofs(dtype)]
     kinds = [(dtype, direction) for dtype in ("fp32", "bf16") for direction in ("fwd", "fwd+bwd")]
     found += [r for case in CASES for kind in kinds for r in timed(*case, *kind)]
-    return [found[0] | MACHINE | machine, *found[1:], *series(), *training()]
+    return [
+        found[0] | MACHINE | machine,
+        *found[1:],
+        *series(),
+        *training("train", "6x6x384"),
+        *training("accelerate", "GPT2LMHeadModel 6x6"),
+    ]
 
 
 def without(group):

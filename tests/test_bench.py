@@ -12,6 +12,7 @@ import torch
 from benching import ROOT, bench, validate
 
 from bench import __main__ as cli
+from bench import accelerate
 from bench.cases import Case, Peer
 from bench.compare import compare
 from bench.harness import Contender, Plan, run_case, summary
@@ -298,6 +299,7 @@ def test_compare_asks_whether_intervals_meet():
         (["gelu", "--peer", "nobody"], "torch.compile"),
         (["gelu", "--backend", "fpga"], "triton"),
         (["train", "--peer", "nobody"], "transformers + Liger-Kernel"),
+        (["accelerate", "--peer", "nobody"], "as it comes"),
         (["gelu", "--device", "cuda"], "no CUDA GPU here"),
         (["gpu", "--rehearse", "--budget-minutes", "0"], "positive"),
     ],
@@ -334,6 +336,24 @@ def test_training_losses_agree_before_a_speed_counts(machine):
         if record["status"] == "ok":
             assert len(record["losses"]) == 8 and record["losses"][-1] < record["losses"][0]
             assert record["tokens_per_second"] == pytest.approx(32 / record["seconds"])
+
+
+@pytest.mark.parametrize(("family", "size"), accelerate.SIZES["tiny"])
+def test_accelerated_model_is_raced_against_itself_as_it_comes(family, size, machine):
+    plan = Plan(0, 3, 3, ("step",), ("cpp",), ("as it comes",))
+    ours, theirs = records = accelerate.run_accelerate(family, size, "fp32", machine, plan, compared=4)
+    validate([records[0] | machine.facts(command="test"), *records])
+    assert (ours["status"], theirs["status"]) == ("ok", "ok")
+    assert (ours["case"], theirs["peer"]) == (f"{family} 1x2x32x16x2x256", "as it comes")
+    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-3)
+
+
+def test_planted_wrong_acceleration_is_not_timed(machine, monkeypatch):
+    right = ops.linear_cross_entropy
+    monkeypatch.setattr("fastgpt.ops.linear_cross_entropy", lambda *a, **k: 1.1 * right(*a, **k))
+    plan = Plan(0, 3, 3, ("step",), ("cpp",), ("as it comes",))
+    ours, theirs = accelerate.run_accelerate(*accelerate.SIZES["tiny"][0], "fp32", machine, plan)
+    assert (ours["status"], ours["seconds"], theirs["status"]) == ("wrong", None, "ok")
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

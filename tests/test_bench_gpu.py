@@ -72,7 +72,7 @@ def test_stages_come_in_the_order_of_what_matters():
     found = gpu.stages(rehearse=False, built="why")
     names = [stage.name for stage in found]
     sanitizers = ["sanitizer-memcheck", "sanitizer-racecheck", "sanitizer-synccheck"]
-    assert names[:8] == ["build", "tests", *sanitizers, "attention", "cross_entropy", "train"]
+    assert names[:9] == ["build", "tests", *sanitizers, "attention", "cross_entropy", "train", "accelerate"]
     assert names[-2:] == ["scaling", "ncu"]
     assert all(stage.command[-2:] == ["--backend", "cuda"] for stage in found[2:5])
     assert found[5].command[3:5] == ["--shape", "16x12x1024x64"]  # GPT-2's
@@ -91,6 +91,7 @@ def test_rehearsal_goes_through_everything(tmp_path):
     ]
     measured = {(r["op"], r["backend"]) for r in records if r["peer"] is None and r["verified"]}
     assert {(op, backend) for op in OPS for backend in ("cpp", "triton")} <= measured
-    assert {("train", "cpp"), ("train", "triton")} <= measured
+    steps = ("train", "accelerate")
+    assert {(op, backend) for op in steps for backend in ("cpp", "triton")} <= measured
     liger = {r["op"]: r["status"] for r in records if r["peer"] == "Liger-Kernel" and r["group"] == "ops"}
     assert liger["cross_entropy"] == liger["linear_cross_entropy"] == "ok"  # interpreted

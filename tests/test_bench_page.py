@@ -39,7 +39,9 @@ def test_page_has_every_record():
         for kind, line in re.findall('<tr class="(.*?)".*?>(.*?)</tr>', whole_page())
     ]
     ours = [words for kind, words in rows if (kind, words[:1]) == ("ours", ["fastgpt cpp"])]
-    assert len(ours) == 2 * len(CASES) + 1 and {words[-1] for words in ours} == {"ok"}  # dtypes; training
+    assert len(ours) == 2 * len(CASES) + 2 and {words[-1] for words in ours} == {
+        "ok"
+    }  # dtypes; training steps
     for status in ("missing", "failed", "wrong"):
         off = [words for kind, words in rows if (kind, words[:1]) == ("off", [f"<{status} peer>"])]
         assert len(off) == 2 * len(CASES) and {words[-1] for words in off} == {f"{status}: {SCRIPT}"}

@@ -92,11 +92,8 @@ def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor, k: Te
 
 
 def attention_mask(
-    batch_size: int,
-    q_length: int,
+    *,
     kv_length: int,
-    q_offset: Any = 0,
-    kv_offset: int = 0,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
@@ -105,16 +102,17 @@ def attention_mask(
 ) -> Tensor | None:
     """The mask of transformers' "sdpa", for `AttentionMaskInterface`: (B, 1, Lq, Lk) of bool, or None where the
     kernel's own causality is all there is. The latter under `torch.compile` too, where transformers builds it.
+
+    Args:
+        options: what else transformers passes, which differs by its version: the rows by their number (q_length) or,
+            before 5.4, by their places (cache_position).
     """
+    rows = options["q_length"] if "q_length" in options else len(options["cache_position"])
     plain = mask_function is causal_mask_function and local_size is None and attention_mask is None
-    if allow_is_causal_skip and plain and torch.compiler.is_compiling() and q_length == kv_length:
+    if allow_is_causal_skip and plain and torch.compiler.is_compiling() and rows == kv_length:
         return None
     return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
         mask_function=mask_function,
         attention_mask=attention_mask,
         local_size=local_size,

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
@@ -54,7 +55,8 @@ class Loss:
         case = lambda b: no_float64_on_gpu_backends(b, hidden.dtype)  # noqa: E731
         if goes_to_pytorch("linear_cross_entropy", hidden, reason, case):
             return self.of_logits(nn.functional.linear(hidden, weight, bias), target)
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and len(hidden) == len(target):
+        traced = torch.compiler.is_compiling() or isinstance(target, FakeTensor)
+        if hidden.device.type == "cpu" and not traced and len(hidden) == len(target):
             # In masked language modelling six rows in seven do not count. (On a GPU, to ask which is to wait for it.)
             counted = (target != self.ignore_index).nonzero()[:, 0]
             if 0 < len(counted) < _FEW * len(target):
