@@ -11,6 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastgpt.word_vectors import load_word_vectors
+
+__all__ = [
+    "Corpus",
+    "batch",
+    "even_batches",
+    "load_corpus",
+    "load_word_vectors",
+    "read_text",
+    "unigram_entropy",
+    "windows",
+]
+
 HELD_OUT = 0.07  # the share of a corpus of many files that is never trained on
 _HELD_OUT_OF_A_FILE = 0.1  # of one file, its end
 _ENOUGH_FILES = 10  # below this, files are too coarse to hold out: each gives its end

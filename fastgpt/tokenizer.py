@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """The text of ids (N,); an incomplete UTF-8 sequence becomes U+FFFD."""
         ...
 
+    def words(self) -> list[str]:
+        """The word of each token id, (V,), without the space that marks its beginning; "" for what is none."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json`, from which `load_tokenizer` makes an equal tokenizer."""
         ...
@@ -51,6 +55,10 @@ class ByteTokenizer:
 
     def decode(self, tokens: Tensor) -> str:
         return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+
+    def words(self) -> list[str]:
+        """A character of ASCII that can be seen; "" for spaces, controls, and the bytes of longer characters."""
+        return [chr(byte) if 32 < byte < 127 else "" for byte in range(self.vocab_size)]
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(json.dumps({"type": self.name}), "utf-8")
@@ -104,6 +112,14 @@ class BPETokenizer:
 
     def decode(self, tokens: Tensor) -> str:
         return self._engine.decode(tokens.tolist(), skip_special_tokens=False)
+
+    def words(self) -> list[str]:
+        """As the decoder writes each token by itself: "the" for both "Ġthe" and "the"; "" for spaces and for part of
+        a character.
+        """
+        ids = [[token] for token in range(self.vocab_size)]
+        texts = self._engine.decode_batch(ids, skip_special_tokens=False)
+        return ["" if "\ufffd" in text else text.strip() for text in texts]
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(self._engine.to_str(), "utf-8")

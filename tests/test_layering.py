@@ -25,6 +25,7 @@ ALLOWED = {
     "accelerate": {"integrations"},
     "integrations": {"ops", "functional"},
     "patch": {"functional"},
+    "flash_attention": {"ops", "backends"},
     "model": {"ops", "backends", "config", "pretrained"},
 }
 TRAINING = {"ops", "backends", "extension", "functional", "model", "accelerate"}  # and one another

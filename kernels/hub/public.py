@@ -1,0 +1,32 @@
+"""fastgpt's ops without the package: Triton kernels on a GPU, plain PyTorch on a CPU."""
+
+from .backends import BackendUnavailable, available_backends, explain, use_backend
+from .ops import (
+    add_layer_norm,
+    attention,
+    attention_varlen,
+    bias_gelu,
+    cross_entropy,
+    geglu,
+    gelu,
+    linear,
+    linear_cross_entropy,
+    linear_gelu,
+)
+
+__all__ = [
+    "BackendUnavailable",
+    "add_layer_norm",
+    "attention",
+    "attention_varlen",
+    "available_backends",
+    "bias_gelu",
+    "cross_entropy",
+    "explain",
+    "geglu",
+    "gelu",
+    "linear",
+    "linear_cross_entropy",
+    "linear_gelu",
+    "use_backend",
+]
