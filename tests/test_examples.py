@@ -53,7 +53,7 @@ atexit.register(lambda: pathlib.Path(os.environ["SERVED"], str(os.getpid())).wri
 
 
 def docstring(name):
-    return ast.get_docstring(ast.parse((ROOT / "examples" / name).read_text()))
+    return ast.get_docstring(ast.parse((ROOT / "examples" / name).read_text())) or ""
 
 
 def command(name):
