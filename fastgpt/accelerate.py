@@ -103,11 +103,10 @@ class _Work:
                 self._note(self.replaced, "AttentionInterface", name, attention.runs(before))
             done |= {m for m in model.modules() if attention.uses_interface(m)}
         if self.options["cross_entropy"]:
-            for name, model in language_model.with_causal_loss(self.model):
-                if type(model) not in self.table:
-                    self.undo.append(lambda m=model: delattr(m, "_loss_function"))  # type: ignore[misc]
-                    model.loss_function = language_model.causal_loss_of_logits
-                    self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
+            for name, model in language_model.with_causal_loss(self.model, self.table):
+                self.undo.append(lambda m=model: delattr(m, "_loss_function"))  # type: ignore[misc]
+                model.loss_function = language_model.causal_loss_of_logits
+                self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
         return done
 
     def _module(self, name: str, module: nn.Module, known: set[nn.Module]) -> None:
@@ -131,11 +130,23 @@ class _Work:
         if reason is not None:
             self._note(self.left, type(module).__name__, name, reason)
             return
-        self._note(self.replaced, type(module).__name__, name, cls.runs)
+        self._note(
+            self.replaced, type(module).__name__, name, cls.runs + (f" ({cls.remark})" if cls.remark else "")
+        )
+        for part in cls.absorbs():
+            self._absorb(getattr(module, part), f"{name}.{part}" if name else part, cls.runs)
         for inner, new in ((module, cls), *parts.values()):
             former = type(inner)
             self.undo.append(lambda m=inner, former=former: setattr(m, "__class__", former))  # type: ignore[misc]
             setattr(inner, "__class__", new)  # noqa: B010
+
+    def _absorb(self, module: Any, name: str, into: str) -> None:
+        """What was noted as replaced is not called any more, but done by the op of the module that holds it."""
+        if isinstance(module, Replacement):
+            kind = type(module).replaces.__name__
+            key = self._key(kind, name, module.runs)
+            self.replaced[key] -= 1
+            self._note(self.replaced, kind, name, f"within {into}")
 
     def _given(self, cls: type[Replacement], module: nn.Module) -> str | None:
         """Why a module cannot be given the class, or None."""
@@ -144,11 +155,14 @@ class _Work:
         return "its forward was replaced on the module itself" if "forward" in vars(module) else None
 
     def _note(self, entries: Counter[tuple[str, str, str]], kind: str, name: str, detail: str) -> None:
-        entries[kind, re.sub(r"\b\d+\b", "*", name) or "the model", detail] += 1
+        entries[self._key(kind, name, detail)] += 1
+
+    def _key(self, kind: str, name: str, detail: str) -> tuple[str, str, str]:
+        return kind, re.sub(r"\b\d+\b", "*", name) or "the model", detail
 
     def report(self) -> Report:
         def entries(counted: Counter[tuple[str, str, str]]) -> tuple[Entry, ...]:
-            return tuple(Entry(*key, n) for key, n in reversed(counted.items()))
+            return tuple(Entry(*key, n) for key, n in reversed(counted.items()) if n)
 
         return Report(self.model, entries(self.replaced), entries(self.left))
 

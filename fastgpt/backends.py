@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -71,6 +72,9 @@ class Decision:
     op: str
     backend: str | None
     reasons: dict[str, str]
+    drop_in: bool = dataclasses.field(
+        default=False, compare=False, repr=False
+    )  # who asked: not yet the op itself
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.backend or 'no backend can run this'}"]
@@ -95,7 +99,9 @@ class Explanation:
         return self.decisions[0].reasons if self.decisions else {}
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.decisions)) or "no fastgpt op was called"
+        counted = Counter(map(str, self.decisions))
+        lines = [f"{n} × {decision}" if n > 1 else decision for decision, n in counted.items()]
+        return "\n".join(lines) or "no fastgpt op was called"
 
 
 class _ThreadState(threading.local):
@@ -277,7 +283,11 @@ def _select_recording(op: str, device: torch.device, case: Callable[[str], str |
             elif reason is None and backend == "reference":
                 reason = "torch.nn.functional computes the same and is faster"
             reasons[backend] = reason or f"it is never chosen by itself on {device.type}"
-        recording.append(Decision(op, chosen, reasons))
+        # A drop-in asks before it calls the op, which asks again: that is one decision.
+        before = recording[-1] if recording and not drop_in else None
+        if before is not None and before.drop_in and (before.op, before.backend) == (op, chosen):
+            recording.pop()
+        recording.append(Decision(op, chosen, reasons, drop_in))
         _thread.recording = recording
 
 

@@ -375,3 +375,6 @@ def test_report_is_a_table():
     assert "replaced" in text
     row = next(line for line in text.splitlines() if "BertIntermediate" in line)
     assert row.split() == ["2", "×", "BertIntermediate", "bert.encoder.layer.*.intermediate", "linear_gelu"]
+    inside = next(line for line in text.splitlines() if "intermediate_act_fn" in line)
+    assert inside.split("intermediate_act_fn")[1].split() == ["within", "linear_gelu"]
+    assert "no logits" in next(line for line in text.splitlines() if "BertForMaskedLM" in line)

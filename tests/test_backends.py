@@ -186,6 +186,15 @@ def test_explain_of_several_ops_lists_them_in_order():
     assert str(answer).count("not cuda") == 2
 
 
+def test_explain_counts_a_call_of_the_drop_in_once_and_like_calls_together():
+    def block(x):
+        return F.gelu(F.gelu(x)) + ops.gelu(x)
+
+    answer = fastgpt.explain(block, torch.randn(2, 4))
+    assert [d.op for d in answer.decisions] == ["gelu"] * 3
+    assert str(answer).startswith("3 × gelu: ") and str(answer).count("not cuda") == 1
+
+
 def test_explain_of_no_op_says_so():
     answer = fastgpt.explain(torch.relu, torch.randn(3))
     assert (answer.backend, answer.reasons, answer.decisions) == (None, {}, ())

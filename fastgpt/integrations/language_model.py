@@ -8,7 +8,7 @@ own forward is called as it is, without labels. So nothing of it is written agai
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -189,6 +189,7 @@ class OwnerOfHead(Replacement):
     """The base for models whose forward is `with_fused_loss`; `head` names the submodule that makes the logits."""
 
     option, runs = "cross_entropy", "linear_cross_entropy"
+    remark = "in training it returns no logits beside the loss"
     head: ClassVar[str]
 
     @classmethod
@@ -205,9 +206,13 @@ class OwnerOfHead(Replacement):
         return {cls.head: LossHead}
 
 
-def with_causal_loss(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The models of transformers in a model, with their names, whose loss is transformers' of the next token."""
+def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple[str, Any]]:
+    """The models of transformers in a model, with their names, whose loss is transformers' of the next token; but for
+    those of known classes, which need not be asked (and warn, some of them, when they are).
+    """
     for name, module in model.named_modules():
-        with_head = isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None
+        if type(module) in known or not isinstance(module, PreTrainedModel):
+            continue
+        with_head = module.get_output_embeddings() is not None
         if with_head and module.loss_function is loss_utils.ForCausalLMLoss:
             yield name, module

@@ -21,12 +21,13 @@ class Replacement(nn.Module):
 
     replaces: the class whose place it takes; of exactly this class, since a subclass may compute something else.
     option:   the argument of `accelerate` that switches it.
-    runs:     the op that it runs on, for the report.
+    runs:     the op that it runs on, for the report; remark: what the report adds.
     """
 
     replaces: ClassVar[type[nn.Module]]
     option: ClassVar[str]
     runs: ClassVar[str]
+    remark: ClassVar[str] = ""
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
@@ -40,6 +41,11 @@ class Replacement(nn.Module):
     def parts(cls) -> dict[str, type[Replacement]]:
         """Submodules by name that get a class of their own together with it."""
         return {}
+
+    @classmethod
+    def absorbs(cls) -> tuple[str, ...]:
+        """Attributes whose work its own op does as well: modules there are not called any more."""
+        return ()
 
 
 def approximation(activation: Any) -> str | None:
@@ -97,6 +103,10 @@ class OwnerOfGelu(Replacement):
     @classmethod
     def parts(cls) -> dict[str, type[Replacement]]:
         return {cls.first: cls.first_class}
+
+    @classmethod
+    def absorbs(cls) -> tuple[str, ...]:
+        return (cls.then,)
 
     def activated(self, x: Tensor) -> Tensor:
         """The activation of the layer of x, as one op where the layer can be asked for it; what has been put in the
