@@ -167,9 +167,7 @@ def _cpu_forward(
         return None
     mask, options = _expanded(attn_mask, query, key), _cpu_options(query, is_causal, scale)
     out, lse = _run("attention_fwd", backend, *_rows(query, key, value), mask, None, None, *options)
-    if (
-        mask is not None
-    ):  # PyTorch's logsumexp of a row that sees nothing, which its own backward may be given
+    if mask is not None:  # PyTorch's logsumexp of a row that sees nothing: its own backward may be given it
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
     return _laid_out(out, query), lse.transpose(1, 2).contiguous().transpose(1, 2)
 
