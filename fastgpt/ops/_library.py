@@ -100,10 +100,9 @@ def vjp(
     backend uses for second derivatives.
     """
     with _autograd_on():
-        if not create_graph:
-            inputs = tuple(
-                None if x is None else x.detach().requires_grad_(x.is_floating_point()) for x in inputs
-            )
+        # Aliases, with create_graph: one input may be made of another (tied weights), and its gradient is then another.
+        alias = torch.Tensor.view_as if create_graph else _detached
+        inputs = tuple(None if x is None else alias(x, x) for x in inputs)
         outputs = function(*inputs)
         if isinstance(outputs, Tensor):
             outputs, grads = (outputs,), (grads,)
@@ -121,6 +120,10 @@ def vjp(
             g = found.pop(0)
             result.append(torch.zeros_like(x) if g is None else g)
         return tuple(result)
+
+
+def _detached(x: Tensor, _: Tensor) -> Tensor:
+    return x.detach().requires_grad_(x.is_floating_point())
 
 
 @contextlib.contextmanager
