@@ -8,6 +8,7 @@ own forward is called as it is, without labels. So nothing of it is written agai
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from transformers.loss import loss_utils
 
 from fastgpt import functional, ops
 from fastgpt.functional import goes_to_pytorch, plain_reason
-from fastgpt.integrations.replacement import Replacement
+from fastgpt.integrations.replacement import Replacement, can_fuse
 from fastgpt.ops._checks import no_float64_on_gpu_backends
 
 _FEW = 7 / 8  # below this share of rows that count, those are taken out first
@@ -52,6 +53,7 @@ class Loss:
             and not torch.is_autocast_enabled(hidden.device.type)
         ):
             reason = "the dtypes differ"
+        reason = reason or _of_targets(target)
         case = lambda b: no_float64_on_gpu_backends(b, hidden.dtype)  # noqa: E731
         if goes_to_pytorch("linear_cross_entropy", hidden, reason, case):
             return self.of_logits(nn.functional.linear(hidden, weight, bias), target)
@@ -62,7 +64,7 @@ class Loss:
             if 0 < len(counted) < _FEW * len(target):
                 hidden, target = hidden.index_select(0, counted), target[counted]
         loss = ops.linear_cross_entropy(
-            hidden, weight, target, bias=bias, loss_dtype=self._dtype(hidden), **self._options()
+            hidden, weight, target, bias=bias, loss_dtype=self._dtype(), **self._options()
         )  # fmt: skip
         return self._divided(loss)
 
@@ -70,17 +72,15 @@ class Loss:
         """The loss of logits (..., V); scalar."""
         logits = logits.reshape(-1, logits.shape[-1])
         target = (self.target if target is None else target).reshape(-1)
-        reason = plain_reason(logits, target)
+        reason = plain_reason(logits, target) or _of_targets(target)
         case = lambda b: no_float64_on_gpu_backends(b, logits.dtype)  # noqa: E731
         if goes_to_pytorch("cross_entropy", logits, reason, case):
             logits = logits.float() if self.float32 else logits
             return self._divided(functional.PYTORCH_CROSS_ENTROPY(logits, target, **self._options()))
-        return self._divided(
-            ops.cross_entropy(logits, target, loss_dtype=self._dtype(logits), **self._options())
-        )
+        return self._divided(ops.cross_entropy(logits, target, loss_dtype=self._dtype(), **self._options()))
 
-    def _dtype(self, values: Tensor) -> torch.dtype | None:
-        return torch.float32 if self.float32 and values.dtype != torch.float64 else None
+    def _dtype(self) -> torch.dtype | None:
+        return torch.float32 if self.float32 else None
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -93,6 +93,11 @@ class Loss:
         if self.count is None:
             return loss
         return loss / (self.count.to(loss.device) if isinstance(self.count, Tensor) else self.count)
+
+
+def _of_targets(target: Tensor) -> str | None:
+    """Why these targets are left to PyTorch, or None."""
+    return None if target.dtype == torch.int64 else f"the targets are {target.dtype}"
 
 
 def causal_loss(
@@ -120,25 +125,51 @@ def causal_loss_of_logits(logits: Tensor, labels: Tensor, vocab_size: int, **opt
     return causal_loss(labels.to(logits.device), **options).of_logits(logits)
 
 
+# The loss that the next call of a head is to give: a stack for each thread; while a graph is traced, which one thread
+# does at a time, a variable that Dynamo can follow, and of which nothing is left in the graph.
+_thread = threading.local()
+_traced: Loss | None = None
+
+
 class LossHead(Replacement, nn.Linear):
-    """The projection to the vocabulary. While a loss is `wanted` it computes that, and returns it for the logits."""
+    """The projection to the vocabulary. A call for which a loss is `wanted` gives that instead of the logits."""
 
     replaces, option, runs = nn.Linear, "cross_entropy", "linear_cross_entropy"
-    _wanted: Loss | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._wanted is None:
-            return super().forward(input)
-        return self._wanted.of_hidden(input, self.weight, self.bias)
+        loss = self._taken()
+        return super().forward(input) if loss is None else loss.of_hidden(input, self.weight, self.bias)
+
+    def _taken(self) -> Loss | None:
+        """The loss wanted of this head, which is none from now on."""
+        global _traced
+        if torch.compiler.is_compiling():
+            loss, _traced = _traced, None
+            return loss
+        wishes = getattr(_thread, "wishes", None)
+        if not wishes or wishes[-1][0] is not self:
+            return None
+        loss = wishes[-1][1]
+        wishes[-1] = (None, None)
+        return loss
 
     @contextmanager
     def wanted(self, loss: Loss) -> Iterator[None]:
-        """Within, a call of the head gives this loss."""
-        self._wanted = loss
+        """Within, the first call of the head in this thread gives this loss; calls of the model may be nested."""
+        global _traced  # noqa: PLW0603
+        if torch.compiler.is_compiling():
+            before, _traced = _traced, loss
+            try:
+                yield
+            finally:
+                _traced = before
+            return
+        wishes = _thread.__dict__.setdefault("wishes", [])
+        wishes.append((self, loss))
         try:
             yield
         finally:
-            self._wanted = None
+            wishes.pop()
 
 
 def with_fused_loss(
@@ -166,7 +197,9 @@ def with_fused_loss(
         as_dict = kwargs.get("return_dict")
         as_dict = self.config.return_dict if as_dict is None else as_dict
         # A tuple without logits would be read as if they were there; a loss of the user's own is the user's.
-        ours = as_dict and "_loss_function" not in vars(self) and isinstance(layer, LossHead)
+        ours = (
+            as_dict and "_loss_function" not in vars(self) and isinstance(layer, LossHead) and can_fuse(layer)
+        )
         if labels is None or not ours or (rest is not None and kwargs.get(rest[0]) is None):
             return forward(self, *args, **kwargs)
         wanted = loss(**kwargs)
@@ -174,6 +207,11 @@ def with_fused_loss(
         if self.training:
             with layer.wanted(wanted):
                 output = forward(self, *args, **kwargs)
+            if output[logits].dim() != 0:
+                raise RuntimeError(
+                    f"something called {head} before the model did, and got the loss for the logits: call "
+                    "fastgpt.accelerate(model, cross_entropy=False) for such a model"
+                )
             found = {**output, logits: None, "loss": output[logits]}
         else:
             output = forward(self, *args, **kwargs)

@@ -48,6 +48,19 @@ class Replacement(nn.Module):
         return ()
 
 
+# Whose hooks after a module's forward free its parameters, and leave what it returns as it is.
+_SHARDING = ("torch.distributed.", "deepspeed.")
+
+
+def can_fuse(module: Any) -> bool:
+    """Whether nobody asks for, or changes, what the module by itself computes: no hook, no forward put on it since."""
+    if not isinstance(module, nn.Module):
+        return True
+    if "forward" in vars(module) or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    return all(hook.__module__.startswith(_SHARDING) for hook in module._forward_hooks.values())
+
+
 def approximation(activation: Any) -> str | None:
     """ "none" or "tanh" of a GELU: a function, or a module that has been replaced; None for all else."""
     if activation in (functional.PYTORCH_GELU, functional.gelu):
@@ -110,10 +123,11 @@ class OwnerOfGelu(Replacement):
 
     def activated(self, x: Tensor) -> Tensor:
         """The activation of the layer of x, as one op where the layer can be asked for it; what has been put in the
-        layer's place since, such as an adapter, is called as it was before.
+        layer's place since, such as an adapter, or hooked, is called as it was before.
         """
         layer, activation = getattr(self, self.first), getattr(self, self.then)
         approximate = approximation(activation)
-        if approximate is not None and isinstance(layer, Replacement):
+        fuses = isinstance(layer, Replacement) and can_fuse(layer) and can_fuse(activation)
+        if approximate is not None and fuses:
             return layer(x, approximate=approximate)
         return activation(layer(x))
