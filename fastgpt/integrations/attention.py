@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +18,18 @@ from fastgpt import functional, ops
 
 NAME = "fastgpt"
 _REPLACED = ("sdpa", "eager")  # whose masks and results these functions give
+# What models hand to an attention that computes something else with it.
+_UNSERVED = {
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+}
+# Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
+_HARMLESS = (
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.decision_transformer.modeling_decision_transformer",
+)
 
 
 def attention_forward(
@@ -27,8 +43,7 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap.
 
@@ -45,12 +60,13 @@ def attention_forward(
         (B, Lq, H, Dv), and None for the weights.
 
     Raises:
-        ValueError: the model has attention sinks (s_aux), which this does not compute.
+        ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute.
     """
-    if s_aux is not None:
-        raise ValueError(
-            "fastgpt's attention has no attention sinks (s_aux): use set_attn_implementation('eager')"
-        )
+    for keyword, meaning in _UNSERVED.items():
+        if others.get(keyword) is not None:
+            raise ValueError(
+                f"fastgpt's attention has no {meaning} ({keyword}): use set_attn_implementation('eager')"
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
     if position_bias is not None:
@@ -129,11 +145,56 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
         reason = f"its attention is {current!r}, which was chosen"
     elif not model._can_set_attn_implementation():
         reason = "it does not take its attention from AttentionInterface"
+    elif (asking := _asks(model, current)) is not None:
+        reason = f"its code asks whether its attention is {asking!r}, and may compute something else if not"
     elif not model._supports_sdpa:
         reason = "it has no 'sdpa': its attention is a variant that is not known"
     elif getattr(model.config, "output_attentions", False):
         reason = "it returns its attention weights (output_attentions)"
     return f"{name}: {reason}" if name and reason else reason
+
+
+def _asks(model: PreTrainedModel, current: str) -> str | None:
+    """The implementation that the code of a model compares its own with: of "sdpa", whose masks these are, and the
+    current one; or None.
+    """
+    classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
+    asked = frozenset().union(*map(_compared, {cls.__module__ for cls in classes}))
+    return next((name for name in ("sdpa", current) if name in asked), None)
+
+
+@functools.cache
+def _compared(module: str) -> frozenset[str]:
+    """Of `_REPLACED`, what a module of models compares with after a model has been built."""
+    package, _, inside = module.partition(".")
+    ours = package in ("builtins", "torch", "fastgpt") or package == "transformers"
+    if (ours and not inside.startswith("models.")) or module in _HARMLESS:
+        return frozenset()
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # a notebook
+        return frozenset()
+    if not any(name in source for name in _REPLACED):
+        return frozenset()
+    finder = _Comparisons()
+    finder.visit(ast.parse(source))
+    return frozenset(finder.found)
+
+
+class _Comparisons(ast.NodeVisitor):
+    """Collects in `found` the names of `_REPLACED` that are compared with an `_attn_implementation`."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name not in ("__init__", "post_init"):  # these are over when a model is accelerated
+            self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if "attn_impl" in ast.unparse(node):
+            values = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            self.found.update(name for name in _REPLACED if name in values)
 
 
 def outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
