@@ -1,14 +1,28 @@
 """`accelerate` on models whose code looks at its own attention or that are built of several, and on wrapped ones."""
 
+import copy
+
 import pytest
 import torch
 from client_models import VOCAB, assert_same, batch, loss_and_gradients
-from transformers import DeepseekV32Config, Gemma4TextConfig, GlmMoeDsaConfig
+from transformers import (
+    BertConfig,
+    CLIPConfig,
+    CLIPModel,
+    DeepseekV32Config,
+    EncoderDecoderModel,
+    Gemma4TextConfig,
+    GlmMoeDsaConfig,
+    LlamaConfig,
+)
+from transformers.models.bert.modeling_bert import BertForMaskedLM, BertLMHeadModel, BertModel
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32ForCausalLM
 from transformers.models.gemma4.modeling_gemma4 import Gemma4ForCausalLM
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import fastgpt
+from fastgpt.accelerate import _Work
 from fastgpt.integrations.attention import attention_forward
 
 SMALL = dict(
@@ -64,3 +78,95 @@ def test_keyword_that_changes_the_attention_is_an_error(keyword):
     assert out.shape == (1, 3, 2, 4)
     with pytest.raises(ValueError, match=keyword):
         attention_forward(module, q, q, q, None, **{keyword: torch.zeros(2)})
+
+
+def clip(**implementation):
+    part = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    text = part | dict(vocab_size=VOCAB, max_position_embeddings=24, eos_token_id=2, bos_token_id=1)
+    config = CLIPConfig(text_config=text, vision_config=part | {"image_size": 16, "patch_size": 8})
+    return CLIPModel._from_config(config, attn_implementation=implementation)
+
+
+def in_force(config):
+    return [
+        config._attn_implementation,
+        *(getattr(config, k)._attn_implementation for k in config.sub_configs),
+    ]
+
+
+MIXED = [
+    {"text_config": "eager", "vision_config": "sdpa"},
+    {"": "eager", "text_config": "sdpa", "vision_config": "eager"},
+]
+
+
+@pytest.mark.parametrize("implementation", MIXED)
+def test_each_part_gets_its_own_implementation_back(implementation):
+    model = clip(**implementation)
+    before = in_force(model.config)
+    fastgpt.accelerate(model)
+    assert set(in_force(model.config)) == {"fastgpt"}
+    copied = copy.deepcopy(model)
+    for accelerated in (model, copied):
+        fastgpt.restore(accelerated)
+        assert in_force(accelerated.config) == before
+
+
+@pytest.mark.parametrize("implementation", MIXED)
+def test_each_part_gets_its_own_implementation_back_after_an_exception(implementation, monkeypatch):
+    model = clip(**implementation)
+    before = in_force(model.config)
+
+    def failing(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Work, "_module", failing)
+    with pytest.raises(KeyboardInterrupt):
+        fastgpt.accelerate(model)
+    assert in_force(model.config) == before
+
+
+def test_part_that_the_user_switched_since_stays_switched():
+    model = clip(text_config="sdpa", vision_config="sdpa")
+    fastgpt.accelerate(model)
+    model.set_attn_implementation({"text_config": "eager"})
+    fastgpt.restore(model)
+    assert model.config.text_config._attn_implementation == "eager"
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_encoder_and_decoder_get_their_own_implementation_back():
+    def part(implementation, **options):
+        return BertConfig(**SMALL, attn_implementation=implementation, **options)
+
+    decoder = BertLMHeadModel(part("sdpa", is_decoder=True, add_cross_attention=True))
+    model = EncoderDecoderModel(encoder=BertModel(part("eager")), decoder=decoder)
+    before = in_force(model.config)
+    fastgpt.accelerate(model)
+    fastgpt.restore(model)
+    assert in_force(model.config) == before
+    assert model.encoder.config._attn_implementation == "eager"
+
+
+def llama(**options):
+    return LlamaForCausalLM(LlamaConfig(**SMALL | {"use_cache": False}, num_key_value_heads=2, **options))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("build", [llama, lambda: BertForMaskedLM(BertConfig(**SMALL))])
+def test_model_can_be_traced(build):
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = build().eval()
+
+        def forward(self, tokens):
+            return self.model(input_ids=tokens).logits
+
+    model = Logits()
+    with torch.no_grad():
+        expected = model(TOKENS)
+        fastgpt.accelerate(model)
+        traced = torch.jit.trace(model, (TOKENS,))
+        torch.testing.assert_close(traced(TOKENS), expected)

@@ -68,7 +68,7 @@ def attention_forward(
                 f"fastgpt's attention has no {meaning} ({keyword}): use set_attn_implementation('eager')"
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = query.shape[2] > 1 and attention_mask is None and causal
+    causal = bool(query.shape[2] > 1 and attention_mask is None and causal)  # a tensor in torch.jit.trace
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
     if softcap is not None:
@@ -91,7 +91,7 @@ def attention_forward(
             dropout_p=dropout,
             is_causal=causal,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
     return out.transpose(1, 2).contiguous(), None
 
@@ -220,19 +220,38 @@ def uses_interface(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.") and "Attention" in type(module).__name__
 
 
-def runs(before: dict[str, str]) -> str:
+def runs(before: dict[tuple[str, ...], str]) -> str:
     """What the report says of models that had these implementations."""
     if "eager" in before.values():
         return "attention (of padding alone, as with 'sdpa', it is 0; 'eager' gives a mean)"
     return "attention"
 
 
-def give_back(model: nn.Module, before: dict[str, str]) -> None:
-    """Undo set_attn_implementation(NAME): `before` has, by name within the model, what was in force."""
-    for name, implementation in before.items():  # outermost first: it changes all that it holds
-        part: Any = model.get_submodule(name)
-        if part.config._attn_implementation == NAME:
-            part.set_attn_implementation(implementation)
+def in_force(model: PreTrainedModel) -> dict[tuple[str, ...], str]:
+    """The implementation of every configuration in a model. Its key is the name of the model within this one that has
+    the configuration, and the attributes that lead on to configurations in it that no model has.
+    """
+    found: dict[int, tuple[tuple[str, ...], Any]] = {}
+
+    def visit(config: Any, *key: str) -> None:
+        if config is not None and id(config) not in found:
+            found[id(config)] = key, config._attn_implementation
+            for part in getattr(config, "sub_configs", {}):
+                visit(getattr(config, part, None), *key, part)
+
+    for name, inner in configured(model):
+        visit(inner.config, name)
+    return dict(found.values())
+
+
+def give_back(model: nn.Module, before: dict[tuple[str, ...], str]) -> None:
+    """Undo set_attn_implementation(NAME): `before` is what was `in_force`. What was set since stays."""
+    for (name, *parts), implementation in before.items():
+        config: Any = model.get_submodule(name).config
+        for part in parts:
+            config = getattr(config, part, None)
+        if getattr(config, "_attn_implementation", None) == NAME:
+            config._attn_implementation_internal = implementation  # of this one alone, not of those within it
 
 
 AttentionInterface.register(NAME, attention_forward)
