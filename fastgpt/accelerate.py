@@ -96,7 +96,7 @@ class _Work:
             if reason is not None:
                 self._note(self.left, "attention", name, reason)
             else:
-                before = {inner: part.config._attn_implementation for inner, part in inside}
+                before = attention.in_force(model)
                 record.setdefault("attention", {})[name] = before
                 self.undo.append(lambda m=model, b=before: attention.give_back(m, b))  # type: ignore[misc]
                 model.set_attn_implementation(attention.NAME)

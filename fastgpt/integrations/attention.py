@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +18,18 @@ from fastgpt import functional, ops
 
 NAME = "fastgpt"
 _REPLACED = ("sdpa", "eager")  # whose masks and results these functions give
+# What models hand to an attention that computes something else with it.
+_UNSERVED = {
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+}
+# Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
+_HARMLESS = (
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.decision_transformer.modeling_decision_transformer",
+)
 
 
 def attention_forward(
@@ -27,8 +43,7 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap.
 
@@ -45,14 +60,15 @@ def attention_forward(
         (B, Lq, H, Dv), and None for the weights.
 
     Raises:
-        ValueError: the model has attention sinks (s_aux), which this does not compute.
+        ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute.
     """
-    if s_aux is not None:
-        raise ValueError(
-            "fastgpt's attention has no attention sinks (s_aux): use set_attn_implementation('eager')"
-        )
+    for keyword, meaning in _UNSERVED.items():
+        if others.get(keyword) is not None:
+            raise ValueError(
+                f"fastgpt's attention has no {meaning} ({keyword}): use set_attn_implementation('eager')"
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = query.shape[2] > 1 and attention_mask is None and causal
+    causal = bool(query.shape[2] > 1 and attention_mask is None and causal)  # a tensor in torch.jit.trace
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
     if softcap is not None:
@@ -75,7 +91,7 @@ def attention_forward(
             dropout_p=dropout,
             is_causal=causal,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=bool(query.shape[1] != key.shape[1]),
         )
     return out.transpose(1, 2).contiguous(), None
 
@@ -129,11 +145,56 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
         reason = f"its attention is {current!r}, which was chosen"
     elif not model._can_set_attn_implementation():
         reason = "it does not take its attention from AttentionInterface"
+    elif (asking := _asks(model, current)) is not None:
+        reason = f"its code asks whether its attention is {asking!r}, and may compute something else if not"
     elif not model._supports_sdpa:
         reason = "it has no 'sdpa': its attention is a variant that is not known"
     elif getattr(model.config, "output_attentions", False):
         reason = "it returns its attention weights (output_attentions)"
     return f"{name}: {reason}" if name and reason else reason
+
+
+def _asks(model: PreTrainedModel, current: str) -> str | None:
+    """The implementation that the code of a model compares its own with: of "sdpa", whose masks these are, and the
+    current one; or None.
+    """
+    classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
+    asked = frozenset().union(*map(_compared, {cls.__module__ for cls in classes}))
+    return next((name for name in ("sdpa", current) if name in asked), None)
+
+
+@functools.cache
+def _compared(module: str) -> frozenset[str]:
+    """Of `_REPLACED`, what a module of models compares with after a model has been built."""
+    package, _, inside = module.partition(".")
+    ours = package in ("builtins", "torch", "fastgpt") or package == "transformers"
+    if (ours and not inside.startswith("models.")) or module in _HARMLESS:
+        return frozenset()
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):  # a notebook
+        return frozenset()
+    if not any(name in source for name in _REPLACED):
+        return frozenset()
+    finder = _Comparisons()
+    finder.visit(ast.parse(source))
+    return frozenset(finder.found)
+
+
+class _Comparisons(ast.NodeVisitor):
+    """Collects in `found` the names of `_REPLACED` that are compared with an `_attn_implementation`."""
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if node.name not in ("__init__", "post_init"):  # these are over when a model is accelerated
+            self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if "attn_impl" in ast.unparse(node):
+            values = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            self.found.update(name for name in _REPLACED if name in values)
 
 
 def outermost(model: nn.Module, name: str = "") -> Iterator[tuple[str, PreTrainedModel]]:
@@ -159,19 +220,38 @@ def uses_interface(module: nn.Module) -> bool:
     return type(module).__module__.startswith("transformers.") and "Attention" in type(module).__name__
 
 
-def runs(before: dict[str, str]) -> str:
+def runs(before: dict[tuple[str, ...], str]) -> str:
     """What the report says of models that had these implementations."""
     if "eager" in before.values():
         return "attention (of padding alone, as with 'sdpa', it is 0; 'eager' gives a mean)"
     return "attention"
 
 
-def give_back(model: nn.Module, before: dict[str, str]) -> None:
-    """Undo set_attn_implementation(NAME): `before` has, by name within the model, what was in force."""
-    for name, implementation in before.items():  # outermost first: it changes all that it holds
-        part: Any = model.get_submodule(name)
-        if part.config._attn_implementation == NAME:
-            part.set_attn_implementation(implementation)
+def in_force(model: PreTrainedModel) -> dict[tuple[str, ...], str]:
+    """The implementation of every configuration in a model. Its key is the name of the model within this one that has
+    the configuration, and the attributes that lead on to configurations in it that no model has.
+    """
+    found: dict[int, tuple[tuple[str, ...], Any]] = {}
+
+    def visit(config: Any, *key: str) -> None:
+        if config is not None and id(config) not in found:
+            found[id(config)] = key, config._attn_implementation
+            for part in getattr(config, "sub_configs", {}):
+                visit(getattr(config, part, None), *key, part)
+
+    for name, inner in configured(model):
+        visit(inner.config, name)
+    return dict(found.values())
+
+
+def give_back(model: nn.Module, before: dict[tuple[str, ...], str]) -> None:
+    """Undo set_attn_implementation(NAME): `before` is what was `in_force`. What was set since stays."""
+    for (name, *parts), implementation in before.items():
+        config: Any = model.get_submodule(name).config
+        for part in parts:
+            config = getattr(config, part, None)
+        if getattr(config, "_attn_implementation", None) == NAME:
+            config._attn_implementation_internal = implementation  # of this one alone, not of those within it
 
 
 AttentionInterface.register(NAME, attention_forward)
