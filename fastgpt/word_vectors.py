@@ -10,6 +10,7 @@ glove.840B words have spaces in them (". . ."), so a line's last D fields are it
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import zlib
@@ -183,9 +184,11 @@ def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> Word
 
 
 def _lines_with_fields(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number, line) without its end; empty ones left out. Only spaces part fields: words may hold others."""
+    """(number, line) without its end and the file's byte order mark; empty ones left out. Only spaces part fields:
+    words may hold others.
+    """
     for number, line in enumerate(lines, 1):
-        stripped = line.rstrip(b" \r\n")
+        stripped = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip(b" \r\n")
         if stripped:
             yield number, stripped
 

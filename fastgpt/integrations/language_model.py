@@ -8,6 +8,7 @@ own forward is called as it is, without labels. So nothing of it is written agai
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -245,11 +246,15 @@ class OwnerOfHead(Replacement):
 
 
 def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple[str, Any]]:
-    """The models of transformers in a model, with their names, whose loss is transformers' of the next token; but for
-    those of known classes, which need not be asked (and warn, some of them, when they are).
+    """The models of transformers in a model, with their names, whose forward calls loss_function, and have there
+    transformers' loss of the next token; but for those of known classes, which need not be asked (and warn, some of
+    them, when they are).
     """
     for name, module in model.named_modules():
         if type(module) in known or not isinstance(module, PreTrainedModel):
+            continue
+        forward = inspect.unwrap(type(module).forward)
+        if "loss_function" not in forward.__code__.co_names:
             continue
         with_head = module.get_output_embeddings() is not None
         if with_head and module.loss_function is loss_utils.ForCausalLMLoss:
