@@ -10,6 +10,7 @@ glove.840B words have spaces in them (". . ."), so a line's last D fields are it
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import zlib
@@ -159,6 +160,7 @@ def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> Word
         if beginnings is not None and line.partition(b" ")[0] not in beginnings:
             continue
         word, *fields = line.rsplit(b" ", size)
+        word = word.rstrip(b" ")
         if not word:
             raise ValueError(f"{path}, line {number}: there is no word before the numbers")
         if word in found or (wanted is not None and word not in wanted):
@@ -183,9 +185,11 @@ def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> Word
 
 
 def _lines_with_fields(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number, line) without its end; empty ones left out. Only spaces part fields: words may hold others."""
+    """(number, line) without its end and the file's byte order mark; empty ones left out. Only spaces part fields:
+    words may hold others.
+    """
     for number, line in enumerate(lines, 1):
-        stripped = line.rstrip(b" \r\n")
+        stripped = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip(b" \r\n")
         if stripped:
             yield number, stripped
 
@@ -217,12 +221,14 @@ def _is_number(field: bytes) -> bool:
         float(field)
     except ValueError:
         return False
-    return True
+    return b"_" not in field  # 1_0 is a number in Python alone
 
 
 def _numbers(fields: list[bytes], word: bytes, number: int, path: Path) -> array[float]:
     try:
         values = array("f", map(float, fields))
+        if b"_" in b"".join(fields):
+            raise ValueError
     except ValueError:
         wrong = next(field for field in fields if not _is_number(field))
         raise ValueError(f"{path}, line {number}: {_shown(wrong)} of {_shown(word)} is no number") from None
