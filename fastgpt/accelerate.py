@@ -9,7 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -198,18 +198,42 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, not a {type(model).__name__}")
-    if any(_RECORD in vars(module) for module in model.modules()):
-        note = "nothing done: the model is accelerated already (fastgpt.restore(model) undoes that)"
+    inner = _inner(model)
+    already = _accelerated(inner)
+    if already:
+        what = f"{_listed(already)} in it" if already[0] else "the model"
+        note = f"nothing done: {what} is accelerated already (fastgpt.restore({_written(already[0])}) undoes that)"
         return Report(model, (), (), note)
     options = dict(attention=attention, cross_entropy=cross_entropy, gelu=gelu, layer_norm=layer_norm)
-    work = _Work(model, options)
+    work = _Work(inner, options)
     try:
         work.all()
     except BaseException:
         for undo in reversed(work.undo):
             undo()
         raise
-    return work.report()
+    return replace(work.report(), model=model)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The model itself where it is one that torch.compile returned."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # imported by torch.compile, and slow to import
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def _accelerated(model: nn.Module) -> list[str]:
+    """The names of those within a model, "" for itself, that `accelerate` was called with."""
+    return [name for name, module in model.named_modules() if _RECORD in vars(module)]
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _written(name: str) -> str:
+    return f'model.get_submodule("{name}")' if name else "model"
 
 
 def restore(model: nn.Module) -> None:
@@ -218,9 +242,12 @@ def restore(model: nn.Module) -> None:
     Raises:
         ValueError: the model was not accelerated, or was wrapped in other classes since (`fully_shard`).
     """
+    model = _inner(model)
     record = vars(model).get(_RECORD) if isinstance(model, nn.Module) else None
     if record is None:
-        raise ValueError("this model was not accelerated, so there is nothing to restore")
+        already = _accelerated(model) if isinstance(model, nn.Module) else []
+        within = f"; {_listed(already)} in it was: fastgpt.restore({_written(already[0])})" if already else ""
+        raise ValueError(f"this model was not accelerated, so there is nothing to restore{within}")
     replaced = [module for module in model.modules() if isinstance(module, Replacement)]
     for module in replaced:
         if "replaces" not in vars(type(module)):

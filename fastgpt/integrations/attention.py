@@ -60,8 +60,13 @@ def attention_forward(
         (B, Lq, H, Dv), and None for the weights.
 
     Raises:
-        ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute.
+        ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute;
+            or its weights are asked for.
     """
+    if others.get("output_attentions"):
+        raise ValueError(
+            "fastgpt's attention makes no weights (output_attentions=True): use set_attn_implementation('eager')"
+        )
     for keyword, meaning in _UNSERVED.items():
         if others.get(keyword) is not None:
             raise ValueError(
@@ -141,7 +146,9 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
     """Why a model's attention must be left as it is, or None; `name` is its name within a larger model."""
     current = model.config._attn_implementation
     reason = None
-    if current not in _REPLACED:
+    if current == NAME:
+        reason = "its attention is fastgpt's already, by way of a model with the same config or that holds it"
+    elif current not in _REPLACED:
         reason = f"its attention is {current!r}, which was chosen"
     elif not model._can_set_attn_implementation():
         reason = "it does not take its attention from AttentionInterface"
@@ -223,7 +230,10 @@ def uses_interface(module: nn.Module) -> bool:
 def runs(before: dict[tuple[str, ...], str]) -> str:
     """What the report says of models that had these implementations."""
     if "eager" in before.values():
-        return "attention (of padding alone, as with 'sdpa', it is 0; 'eager' gives a mean)"
+        return (
+            "attention (as with 'sdpa': of padding alone it is 0, where 'eager' gives a mean, and there are no "
+            "weights for output_attentions=True)"
+        )
     return "attention"
 
 

@@ -8,6 +8,7 @@ own forward is called as it is, without labels. So nothing of it is written agai
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,12 +208,25 @@ class OwnerOfHead(Replacement):
 
 
 def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple[str, Any]]:
-    """The models of transformers in a model, with their names, whose loss is transformers' of the next token; but for
-    those of known classes, which need not be asked (and warn, some of them, when they are).
+    """The models of transformers in a model, with their names, whose forward calls loss_function, and have there
+    transformers' loss of the next token; but for those of known classes, which need not be asked (and warn, some of
+    them, when they are).
     """
     for name, module in model.named_modules():
         if type(module) in known or not isinstance(module, PreTrainedModel):
             continue
+        if not _calls_loss_function(type(module)):
+            continue
         with_head = module.get_output_embeddings() is not None
         if with_head and module.loss_function is loss_utils.ForCausalLMLoss:
             yield name, module
+
+
+def _calls_loss_function(model: type) -> bool:
+    """Whether a class's forward, or that of the class above it which it calls, names loss_function."""
+    for cls in model.__mro__:
+        if "forward" in vars(cls):
+            names = getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())  # type: ignore[attr-defined]
+            if "loss_function" in names or "super" not in names:
+                return "loss_function" in names
+    return False
