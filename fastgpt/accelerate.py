@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from fastgpt.integrations import replacements
 from fastgpt.integrations.replacement import Replacement
@@ -218,7 +217,8 @@ def accelerate(
 
 def _inner(model: nn.Module) -> nn.Module:
     """The model itself where it is one that torch.compile returned."""
-    while isinstance(model, OptimizedModule):
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")  # imported by torch.compile, and slow to import
+    while dynamo is not None and isinstance(model, dynamo.OptimizedModule):
         model = model._orig_mod
     return model
 

@@ -160,6 +160,7 @@ def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> Word
         if beginnings is not None and line.partition(b" ")[0] not in beginnings:
             continue
         word, *fields = line.rsplit(b" ", size)
+        word = word.rstrip(b" ")
         if not word:
             raise ValueError(f"{path}, line {number}: there is no word before the numbers")
         if word in found or (wanted is not None and word not in wanted):
@@ -220,12 +221,14 @@ def _is_number(field: bytes) -> bool:
         float(field)
     except ValueError:
         return False
-    return True
+    return b"_" not in field  # 1_0 is a number in Python alone
 
 
 def _numbers(fields: list[bytes], word: bytes, number: int, path: Path) -> array[float]:
     try:
         values = array("f", map(float, fields))
+        if b"_" in b"".join(fields):
+            raise ValueError
     except ValueError:
         wrong = next(field for field in fields if not _is_number(field))
         raise ValueError(f"{path}, line {number}: {_shown(wrong)} of {_shown(word)} is no number") from None

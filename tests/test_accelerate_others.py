@@ -14,6 +14,10 @@ from transformers import (
     Gemma4TextConfig,
     GlmMoeDsaConfig,
     LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 from transformers.models.bert.modeling_bert import BertForMaskedLM, BertLMHeadModel, BertModel
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32ForCausalLM
@@ -170,3 +174,76 @@ def test_model_can_be_traced(build):
         fastgpt.accelerate(model)
         traced = torch.jit.trace(model, (TOKENS,))
         torch.testing.assert_close(traced(TOKENS), expected)
+
+
+def test_weights_that_are_asked_for_are_an_error_and_the_report_says_it():
+    model = llama(attn_implementation="eager")
+    assert model(TOKENS, output_attentions=True).attentions[0].shape == (2, 4, 16, 16)
+    report = fastgpt.accelerate(model)
+    assert "no weights for output_attentions=True" in details(report.replaced)
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        model(TOKENS, output_attentions=True)
+    with pytest.raises(ValueError, match="Please set it to 'eager'"):
+        model.config.output_attentions = True
+    model.set_attn_implementation("eager")
+    assert len(model(TOKENS, output_attentions=True).attentions) == 2
+
+
+def t5():
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    )
+
+
+def xlnet():
+    return XLNetLMHeadModel(XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48))
+
+
+@pytest.mark.parametrize("build", [t5, xlnet])
+def test_loss_that_a_model_does_not_ask_for_is_not_said_to_be_replaced(build):
+    model = build()
+    assert "loss_function" not in str(fastgpt.accelerate(model))
+    assert "_loss_function" not in vars(model)
+
+
+def test_loss_of_a_forward_that_calls_the_one_above_is_replaced():
+    class Mine(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    assert "loss_function" in str(fastgpt.accelerate(Mine(llama().config)))
+
+
+def test_what_was_accelerated_within_a_model_is_named():
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.LayerNorm(4)), torch.nn.GELU())
+    fastgpt.accelerate(model[0])
+    note = fastgpt.accelerate(model).note
+    assert "nothing done: 0 in it" in note
+    assert 'fastgpt.restore(model.get_submodule("0"))' in note
+    with pytest.raises(ValueError, match=r'restore\(model.get_submodule\("0"\)\)'):
+        fastgpt.restore(model)
+    fastgpt.restore(model.get_submodule("0"))
+    fastgpt.accelerate(model)
+
+
+def test_compiled_model_stands_for_the_model_within():
+    model = torch.nn.Sequential(torch.nn.LayerNorm(4))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 4)
+    expected = compiled(x)
+    assert fastgpt.accelerate(compiled).model is compiled
+    assert type(model[0]) is not torch.nn.LayerNorm
+    torch.testing.assert_close(compiled(x), expected)
+    fastgpt.restore(model)
+    fastgpt.accelerate(model)
+    fastgpt.restore(compiled)
+    assert type(model[0]) is torch.nn.LayerNorm
+
+
+def test_attention_that_came_with_a_shared_config_is_said_to_be_fastgpts():
+    first = llama()
+    second = LlamaForCausalLM(first.config)
+    fastgpt.accelerate(first)
+    left = details(fastgpt.accelerate(second).left)
+    assert "fastgpt's already" in left
+    assert "chosen" not in left

@@ -228,3 +228,20 @@ def test_vectors_into_a_model_of_transformers():
     assert VECTORS.into(model, ["a", "the"]).found == 1
     assert model.transformer.wte.weight[1].tolist() == [1, 2, 3, 4]
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_byte_order_mark_is_no_part_of_the_first_word(write):
+    assert load_word_vectors(write("\ufeff" + GLOVE), ["the"]).words == ["the"]
+    assert load_word_vectors(write("\ufeff" + FASTTEXT)).words[0] == "the"
+
+
+def test_spaces_before_the_numbers_are_no_part_of_the_word(write):
+    vectors = load_word_vectors(write("a  1 2\nb 3 4\n. .   5 6\n"))
+    assert vectors.words == ["a", "b", ". ."]
+    assert vectors.matrix.tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+def test_underscore_makes_no_number(write):
+    with pytest.raises(ValueError, match="line 2: '1_0' of 'b' is no number"):
+        load_word_vectors(write("a 1 2\nb 1_0 2\n"))
+    assert load_word_vectors(write("a 1_0 2\n")).words == ["a 1_0"]

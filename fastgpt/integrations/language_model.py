@@ -253,9 +253,18 @@ def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple
     for name, module in model.named_modules():
         if type(module) in known or not isinstance(module, PreTrainedModel):
             continue
-        forward = inspect.unwrap(type(module).forward)
-        if "loss_function" not in forward.__code__.co_names:
+        if not _calls_loss_function(type(module)):
             continue
         with_head = module.get_output_embeddings() is not None
         if with_head and module.loss_function is loss_utils.ForCausalLMLoss:
             yield name, module
+
+
+def _calls_loss_function(model: type) -> bool:
+    """Whether a class's forward, or that of the class above it which it calls, names loss_function."""
+    for cls in model.__mro__:
+        if "forward" in vars(cls):
+            names = getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())  # type: ignore[attr-defined]
+            if "loss_function" in names or "super" not in names:
+                return "loss_function" in names
+    return False
