@@ -1,42 +1,38 @@
 """Somebody else's model, before and after `fastgpt.accelerate`:  python -m bench accelerate
 
 Models of transformers, as they come, compiled, with what Liger-Kernel offers, and accelerated, from the same
-weights on the same batches. Dropout is off, so that the losses can be compared; the model as it comes is their
-reference.
+weights on the same batches. The model as it comes is the reference of the losses, which are compared without
+dropout; the times are with the dropout that the model's configuration has.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastgpt
-from bench.harness import Contender, Plan
+from bench.harness import Plan
 from bench.machine import Machine
 from bench.peers import require
 from bench.records import Record
-from bench.steps import name, run_steps, tokens_and_targets, trainer
+from bench.steps import Peer, name, run_steps, tokens_and_targets
 from bench.train import LigerLoss
 
 PEERS = ("as it comes", "torch.compile", "transformers + Liger-Kernel")
 
-# Layers, heads, width, length, sequences a step, vocabulary; GPT-2 first.
-_TINY = {"L": 1, "H": 2, "C": 32, "T": 16, "B": 2, "V": 256}
+FAMILIES = ("GPT2LMHeadModel", "BertForMaskedLM", "ElectraForPreTraining")
+# Layers, heads, width, length, sequences a step, vocabulary. GPT-2 124M and ELECTRA-Small are among them.
 SIZES: dict[str, list[tuple[str, dict[str, int]]]] = {
-    "tiny": [(family, _TINY) for family in ("GPT2LMHeadModel", "BertForMaskedLM", "ElectraForPreTraining")],
+    "tiny": [("GPT2LMHeadModel", {"L": 1, "H": 2, "C": 32, "T": 16, "B": 2, "V": 256})],
     "quick": [("GPT2LMHeadModel", {"L": 6, "H": 6, "C": 384, "T": 256, "B": 4, "V": 50257})],
     "cpu": [
         ("GPT2LMHeadModel", {"L": 6, "H": 6, "C": 384, "T": 256, "B": 4, "V": 50257}),
-        ("GPT2LMHeadModel", {"L": 12, "H": 12, "C": 768, "T": 512, "B": 2, "V": 50257}),  # 124M
+        ("GPT2LMHeadModel", {"L": 12, "H": 12, "C": 768, "T": 512, "B": 2, "V": 50257}),
         ("BertForMaskedLM", {"L": 4, "H": 8, "C": 512, "T": 256, "B": 8, "V": 30522}),
-        (
-            "ElectraForPreTraining",
-            {"L": 12, "H": 4, "C": 256, "T": 128, "B": 16, "V": 30522},
-        ),  # ELECTRA-Small
+        ("ElectraForPreTraining", {"L": 12, "H": 4, "C": 256, "T": 128, "B": 16, "V": 30522}),
     ],
     "gpu": [
         ("GPT2LMHeadModel", {"L": 12, "H": 12, "C": 768, "T": 1024, "B": 16, "V": 50257}),
@@ -79,13 +75,46 @@ def run_accelerate(
     """
     torch.manual_seed(0)
     model = _model(family, size)
+    dropout = {path: module.p for path, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    _set_dropout(model, dict.fromkeys(dropout, 0.0))
+    racing: list[Any] = []
+
+    def copied() -> Any:
+        racing.append(copy.deepcopy(model))
+        return racing[-1]
+
+    def checked() -> None:
+        for racer in racing:
+            _set_dropout(racer, dropout)
+        torch._dynamo.reset()  # or it would compile for any dropout, which is slower
+
+    peers = [
+        Peer(PEERS[0], "transformers", lambda: _Loss(copied())),
+        Peer(PEERS[1], "torch", lambda: _Loss(copied()), compiled=True),
+    ]
+    if family.startswith("GPT2"):  # it has nothing for the others
+        peers.append(Peer(PEERS[2], "liger-kernel", lambda: _LigerLoss(copied())))
     batches = [(tokens, _labels(family, tokens)) for tokens, _ in tokens_and_targets(size, compared)]
     counted = sum(int((labels != -100).sum()) for _, labels in batches) / sum(t.numel() for t, _ in batches)
     case = f"{family} {name(size)}"
     flops = _flops(model, size, counted)
     facts = {"op": "accelerate", "case": case, "dims": size, "dtype": dtype, "flops": flops}
-    contenders = _contenders(model, family, machine, dtype, plan)
-    return run_steps(facts, contenders, lambda: _Loss(copy.deepcopy(model)), batches, machine, plan)
+    return run_steps(
+        facts,
+        lambda backend: _Loss(fastgpt.accelerate(copied()).model, backend),
+        peers,
+        lambda: _Loss(copy.deepcopy(model)),
+        batches,
+        machine,
+        plan,
+        checked,
+    )
+
+
+def _set_dropout(model: nn.Module, dropout: dict[str, float]) -> None:
+    for path, p in dropout.items():
+        module: Any = model.get_submodule(path)
+        module.p = p
 
 
 def _model(family: str, size: dict[str, int]) -> Any:
@@ -94,13 +123,12 @@ def _model(family: str, size: dict[str, int]) -> Any:
     if family.startswith("GPT2"):
         config = library.GPT2Config(
             vocab_size=size["V"], n_positions=size["T"], n_embd=size["C"], n_layer=size["L"], n_head=size["H"],
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
+            use_cache=False, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
     else:
         config = cls.config_class(
             vocab_size=size["V"], max_position_embeddings=size["T"], hidden_size=size["C"], num_hidden_layers=size["L"],
-            num_attention_heads=size["H"], intermediate_size=4 * size["C"], hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
+            num_attention_heads=size["H"], intermediate_size=4 * size["C"],
         )  # fmt: skip
     return cls(config).train()
 
@@ -125,25 +153,3 @@ def _flops(model: Any, size: dict[str, int], counted: float) -> float:
     causal = type(model).__name__.startswith("GPT2")
     attention = 2 * size["L"] * size["T"] * size["C"] * (0.5 if causal else 1.0)
     return 6.0 * size["B"] * size["T"] * (weights + attention)
-
-
-def _contenders(model: Any, family: str, machine: Machine, dtype: str, plan: Plan) -> Iterator[Contender]:
-    def to_train(
-        make: Callable[[], nn.Module], compiled: bool = False
-    ) -> Callable[[], Callable[..., Tensor]]:
-        return lambda: trainer(make(), machine, dtype, compiled)
-
-    def accelerated(backend: str) -> nn.Module:
-        return _Loss(fastgpt.accelerate(copy.deepcopy(model)).model, backend)
-
-    for backend in plan.ours("attention"):
-        yield Contender(backend, None, to_train(lambda backend=backend: accelerated(backend)))  # type: ignore[misc]
-    found: list[tuple[str, str, Callable[[], nn.Module], bool]] = [
-        (PEERS[0], "transformers", lambda: _Loss(copy.deepcopy(model)), False),
-        (PEERS[1], "torch", lambda: _Loss(copy.deepcopy(model)), True),
-    ]
-    if family.startswith("GPT2"):  # it has nothing for the others
-        found.append((PEERS[2], "liger-kernel", lambda: _LigerLoss(copy.deepcopy(model)), False))
-    for peer, package, make_peer, compiled in found:
-        if plan.wants(peer):
-            yield Contender(package, peer, to_train(make_peer, compiled))

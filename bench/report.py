@@ -40,10 +40,12 @@ def readme_block(results_dir: Path) -> str:
         gpu |= facts["cuda"] is not None and not facts["rehearsal"]
         about = f"torch {facts['torch']}, commit {commit(facts)}, {facts['threads']} threads, heap: {facts['heap']}."
         trial = " A rehearsal: its numbers say nothing." if facts["rehearsal"] else ""
-        how = f"`{re.sub(r' --out [^ ]+', '', facts['command'])}`, forward + backward, medians:"
+        table = tables(records)
+        what = "forward + backward" if table else "whole steps"
+        how = f"`{re.sub(r' --out [^ ]+', '', facts['command'])}`, {what}, medians:"
         about = f"**{_markdown(facts['device'])}**: {_markdown(about)}{trial} {how}"
         parts.append(about)
-        parts.append(tables(records))
+        parts.append(table)
         shown = [name for name in PLOTS if (path.parent / "plots" / f"{name}-light.svg").exists()]
         parts.append("\n".join(_picture(path.parent.name, name, facts["device"]) for name in shown))
     parts += [] if gpu else ["Nothing is measured on a GPU yet."]

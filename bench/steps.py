@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -59,32 +60,46 @@ def trainer(model: nn.Module, machine: Machine, dtype: str, compiled: bool = Fal
     return step
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A peer: its name, the package it comes from, what makes its model, and whether that is compiled."""
+
+    name: str
+    package: str
+    make: Callable[[], nn.Module]
+    compiled: bool = False
+
+
 def run_steps(
     facts: Record,
-    contenders: Iterable[Contender],
+    ours: Callable[[str], nn.Module],
+    peers: Sequence[Peer],
     reference: Callable[[], nn.Module],
     batches: Sequence[Batch],
     machine: Machine,
     plan: Plan,
+    checked: Callable[[], None] = lambda: None,
 ) -> list[Record]:
-    """Check and time every contender; one record each.
+    """Check and time every contender; one record each, ours first.
 
     Args:
         facts: op, case, dims, dtype and flops of a step, for the records.
-        contenders: ours first; each makes a `trainer`.
+        ours: makes our model on a backend.
         reference: makes the model whose losses in float32 are right.
         batches: as many as losses are compared.
+        checked: called between the check and the race.
     """
     dtype = facts["dtype"]
     batches = [tuple(t.to(machine.device) for t in batch) for batch in batches]
     torch._dynamo.reset()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = list(contenders)
+        found = list(_contenders(ours, peers, machine, dtype, plan))
         exact = _losses(trainer(reference(), machine, "fp32"), batches)
         measure = _losses(trainer(reference(), machine, dtype), batches)
         off = max(abs(a - e) for a, e in zip(measure, exact, strict=True))
         losses = [_check(contender, batches, exact, off) for contender in found]
+        checked()
         turn = partial(_turn, batches)
         race("step", found, turn, machine, plan)
         for contender in found:
@@ -94,6 +109,21 @@ def run_steps(
     del found
     gc.collect()
     return records
+
+
+def _contenders(
+    ours: Callable[[str], nn.Module], peers: Sequence[Peer], machine: Machine, dtype: str, plan: Plan
+) -> Iterator[Contender]:
+    def to_train(
+        make: Callable[[], nn.Module], compiled: bool = False
+    ) -> Callable[[], Callable[..., Tensor]]:
+        return lambda: trainer(make(), machine, dtype, compiled)
+
+    for backend in plan.ours("attention"):
+        yield Contender(backend, None, to_train(partial(ours, backend)))
+    for peer in peers:
+        if plan.wants(peer.name):
+            yield Contender(peer.package, peer.name, to_train(peer.make, peer.compiled))
 
 
 def _losses(step: Callable[..., Tensor], batches: Sequence[Any]) -> list[float]:

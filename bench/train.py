@@ -6,7 +6,6 @@ transformers' (plain, and with what Liger-Kernel offers for it). Plain PyTorch i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import fastgpt
-from bench.harness import Contender, Plan
+from bench.harness import Plan
 from bench.machine import Machine
 from bench.peers import require
 from bench.plain_gpt import PlainGPT
 from bench.records import Record
-from bench.steps import name, run_steps, tokens_and_targets, trainer
+from bench.steps import Peer, name, run_steps, tokens_and_targets
 from fastgpt.model import GPT, GPTConfig
 
 # Layers, heads, width, length, sequences a step, vocabulary.
@@ -52,9 +51,15 @@ def run_train(
     weights = model.state_dict()
     flops = model.flops_per_token() * size["B"] * size["T"]
     facts = {"op": "train", "case": name(size), "dims": size, "dtype": dtype, "flops": flops}
-    contenders = _contenders(config, weights, machine, dtype, plan)
+    plain = partial(_plain, config, weights)
+    peers = [
+        Peer(PEERS[0], "torch", plain),
+        Peer(PEERS[1], "torch", plain, compiled=True),
+        Peer(PEERS[2], "transformers", lambda: TransformersLoss(_transformers(config, weights))),
+        Peer(PEERS[3], "liger-kernel", lambda: LigerLoss(_transformers(config, weights))),
+    ]
     batches = tokens_and_targets(size, compared)
-    return run_steps(facts, contenders, lambda: _plain(config, weights), batches, machine, plan)
+    return run_steps(facts, partial(_Ours, config, weights), peers, plain, batches, machine, plan)
 
 
 def _plain(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
@@ -125,24 +130,3 @@ class _Ours(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         with fastgpt.use_backend(self.backend):
             return self.model(idx, targets)[1]
-
-
-def _contenders(
-    config: GPTConfig, weights: dict[str, Tensor], machine: Machine, dtype: str, plan: Plan
-) -> Iterator[Contender]:
-    def to_train(
-        make: Callable[[], nn.Module], compiled: bool = False
-    ) -> Callable[[], Callable[..., Tensor]]:
-        return lambda: trainer(make(), machine, dtype, compiled)
-
-    for backend in plan.ours("attention"):
-        yield Contender(backend, None, to_train(partial(_Ours, config, weights, backend)))
-    found: list[tuple[str, str, Callable[[], nn.Module], bool]] = [
-        (PEERS[0], "torch", lambda: _plain(config, weights), False),
-        (PEERS[1], "torch", lambda: _plain(config, weights), True),
-        (PEERS[2], "transformers", lambda: TransformersLoss(_transformers(config, weights)), False),
-        (PEERS[3], "liger-kernel", lambda: LigerLoss(_transformers(config, weights)), False),
-    ]
-    for peer, package, make_peer, compiled in found:
-        if plan.wants(peer):
-            yield Contender(package, peer, to_train(make_peer, compiled))

@@ -240,7 +240,8 @@ def restore(model: nn.Module) -> None:
     """Undo `accelerate`: the same classes, switches and results as before. Parameters keep what they have learned.
 
     Raises:
-        ValueError: the model was not accelerated, or was wrapped in other classes since (`fully_shard`).
+        ValueError: the model was not accelerated, or its modules were given other classes since (`fully_shard`,
+            `torch.nn.utils.parametrizations`).
     """
     model = _inner(model)
     record = vars(model).get(_RECORD) if isinstance(model, nn.Module) else None
@@ -252,8 +253,8 @@ def restore(model: nn.Module) -> None:
     for module in replaced:
         if "replaces" not in vars(type(module)):
             raise ValueError(
-                f"a {type(module).__name__} was given another class since accelerate (by fully_shard?): "
-                "it cannot be restored"
+                f"a {type(module).__name__} was given another class since accelerate, by fully_shard or a "
+                "parametrization it may be: it cannot be restored"
             )
     if "transformers" in sys.modules:
         from fastgpt.integrations import attention, language_model

@@ -178,6 +178,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command; exits with a sentence where the repository cannot be written."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgpt.hub", description="write a repository for the Hub"
     )

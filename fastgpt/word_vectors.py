@@ -1,7 +1,7 @@
 """Pretrained word vectors, from the text files of GloVe and fastText into a model's token embedding.
 
     vectors = load_word_vectors("glove.6B.300d.txt", tokenizer.words())
-    print(vectors.into(model, tokenizer.words()))        # 13,402 of 50,257 words found (26.7%), ...
+    print(vectors.into(model, tokenizer.words()))  # how many words were found
 
 A line is a word and its D numbers, parted by spaces. fastText (and word2vec's text format) puts a line "count D" in
 front, GloVe none (https://fasttext.cc/docs/en/english-vectors.html, https://nlp.stanford.edu/projects/glove/). In

@@ -100,9 +100,10 @@ def vjp(
     backend uses for second derivatives.
     """
     with _autograd_on():
-        # Aliases, with create_graph: one input may be made of another (tied weights), and its gradient is then another.
-        alias = torch.Tensor.view_as if create_graph else _detached
-        inputs = tuple(None if x is None else alias(x, x) for x in inputs)
+        # Aliases where the graph goes on: one input may be made of another, as tied weights are, and what reaches it by
+        # that way is not this function's.
+        fresh = _alias if create_graph else _detached
+        inputs = tuple(None if x is None else fresh(x) for x in inputs)
         outputs = function(*inputs)
         if isinstance(outputs, Tensor):
             outputs, grads = (outputs,), (grads,)
@@ -122,7 +123,11 @@ def vjp(
         return tuple(result)
 
 
-def _detached(x: Tensor, _: Tensor) -> Tensor:
+def _alias(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _detached(x: Tensor) -> Tensor:
     return x.detach().requires_grad_(x.is_floating_point())
 
 
