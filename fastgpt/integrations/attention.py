@@ -122,7 +122,8 @@ def attention_mask(
     **options: Any,
 ) -> Tensor | None:
     """The mask of transformers' "sdpa", for `AttentionMaskInterface`: (B, 1, Lq, Lk) of bool, or None where the
-    kernel's own causality is all there is. The latter under `torch.compile` too, where transformers builds it.
+    kernel's own causality is all there is. The latter under `torch.compile` too, where older versions of transformers
+    build it.
 
     Args:
         options: what else transformers passes, which differs by its version: the rows by their number (q_length) or,
