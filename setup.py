@@ -223,7 +223,14 @@ def compiled() -> dict:
 
 
 setup(
-    packages=["fastgpt", "fastgpt.integrations", "fastgpt.ops", "fastgpt.reference", "fastgpt.kernels"],
+    packages=[
+        "fastgpt",
+        "fastgpt.data",
+        "fastgpt.integrations",
+        "fastgpt.ops",
+        "fastgpt.reference",
+        "fastgpt.kernels",
+    ],
     # kernels/ itself is no package: a top-level package of that name would shadow Hugging Face's.
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels/triton"},
     **compiled(),

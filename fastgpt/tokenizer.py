@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 FILE = "tokenizer.json"
+_END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>")  # of GPT-2, BERT, and many others
 _PIECE = 1 << 16  # characters encoded at once by BPE: many pieces are spread over the cores
 
 
@@ -24,6 +25,11 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """V: token ids lie in [0, V)."""
+        ...
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The id of the token behind a document, which `encode` never gives; None where there is none."""
         ...
 
     def encode(self, text: str) -> Tensor:
@@ -44,10 +50,11 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte, V = 256."""
+    """One token a UTF-8 byte, V = 256. A NUL, which is in no text (`data.read_text`), ends a document."""
 
     name = "bytes"
     vocab_size = 256
+    end_of_text = 0
 
     def encode(self, text: str) -> Tensor:
         raw = bytearray(_utf8(text))
@@ -77,18 +84,20 @@ class BPETokenizer:
             self._engine = Engine.from_str(serialized)
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"this is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+        self._engine.encode_special_tokens = True  # a text that spells <|endoftext|> does not end by it
 
     @classmethod
     def train(cls, documents: list[str], vocab_size: int) -> BPETokenizer:
-        """Learn vocab_size - 256 merges from documents; a small text may have fewer. Raises ValueError below
-        256.
+        """Learn the bytes, <|endoftext|> and vocab_size - 257 merges; a small text may have fewer. Raises
+        ValueError below 257.
         """
         from tokenizers import Tokenizer as Engine
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
-        if vocab_size < 256:
+        if vocab_size < 257:
             raise ValueError(
-                f"vocab_size must be at least 256 for bpe, which starts from bytes, not {vocab_size}"
+                "vocab_size must be at least 257 for bpe, which starts from bytes and an end of text, "
+                f"not {vocab_size}"
             )
         engine = Engine(models.BPE())
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -96,13 +105,23 @@ class BPETokenizer:
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         engine.train_from_iterator(
             documents,
-            trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False),
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                initial_alphabet=alphabet,
+                special_tokens=list(_END_OF_TEXT[:1]),
+                show_progress=False,
+            ),
         )
         return cls(engine.to_str())
 
     @property
     def vocab_size(self) -> int:
         return self._engine.get_vocab_size()
+
+    @property
+    def end_of_text(self) -> int | None:
+        ids = (self._engine.token_to_id(token) for token in _END_OF_TEXT)
+        return next((id for id in ids if id is not None), None)
 
     def encode(self, text: str) -> Tensor:
         _utf8(text)
@@ -119,7 +138,8 @@ class BPETokenizer:
         """
         ids = [[token] for token in range(self.vocab_size)]
         texts = self._engine.decode_batch(ids, skip_special_tokens=False)
-        return ["" if "\ufffd" in text else text.strip() for text in texts]
+        special = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        return ["" if "\ufffd" in text or text in special else text.strip() for text in texts]
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(self._engine.to_str(), "utf-8")

@@ -43,7 +43,7 @@ def test_bytes_are_the_utf8_bytes():
 
 
 def test_bpe_learns_merges_that_shorten_its_corpus():
-    assert 256 < BPE.vocab_size <= 320
+    assert 257 < BPE.vocab_size <= 320
     text = CORPUS[0]
     assert len(BPE.encode(text)) < len(text.encode()) / 2
     again = BPETokenizer.train(CORPUS, 320)
@@ -66,7 +66,7 @@ def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path: Path):
         (tmp_path / "tokenizer.json").write_text(content)
         with pytest.raises(ValueError, match="is not a tokenizer"):
             load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="at least 256"):
+    with pytest.raises(ValueError, match="at least 257"):
         make_tokenizer("bpe", CORPUS, 100)
 
 
@@ -74,3 +74,13 @@ def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path: Path):
 def test_a_lone_surrogate_is_no_text(tokenizer: ByteTokenizer | BPETokenizer):
     with pytest.raises(ValueError, match="no character"):
         tokenizer.encode("a\ud800")
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+def test_no_text_holds_the_end_of_text(tokenizer: ByteTokenizer | BPETokenizer):
+    end = tokenizer.end_of_text
+    assert end is not None and 0 <= end < tokenizer.vocab_size
+    assert tokenizer.words()[end] == ""
+    for text in ("<|endoftext|>", "a <|endoftext|>b", CORPUS[0]):
+        ids = tokenizer.encode(text)
+        assert end not in ids.tolist() and tokenizer.decode(ids) == text

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastgpt.data import load_word_vectors
+from fastgpt.data.word_vectors import WordVectors
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
-from fastgpt.word_vectors import WordVectors
 
 GLOVE = "the 0.5 -1 2e-1\n, 1 2 3\n. . . 4 5 6\nat name@domain.com 7 8 9\n"
 FASTTEXT = "3 2 \nthe 1 2 \n\u00a0 3 4 \nStraße 5 6 \n"
