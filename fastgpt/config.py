@@ -19,7 +19,11 @@ from fastgpt.backends import BACKENDS
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIMIZERS = ("adamw", "adam", "muon")
+SCHEDULES = ("cosine", "linear", "wsd")
+PACKINGS = ("auto", "documents", "stream")
+PARALLEL = ("auto", "ddp", "fsdp")
 
 # The fields that say which model it is: resuming cannot change them.
 MODEL_FIELDS = (
@@ -31,7 +35,10 @@ _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
     *("eval_every", "eval_batches", "save_every", "log_every"),
 )
-_NOT_NEGATIVE = ("lr", "min_lr", "warmup_steps", "weight_decay", "grad_clip", "sample_tokens", "seed")
+_NOT_NEGATIVE = (
+    *("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "z_loss"),
+    *("sample_tokens", "seed"),
+)
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
@@ -61,20 +68,33 @@ class TrainConfig:
     bias: bool = _option(True, "biases in linear layers and LayerNorms")
     tie_head: bool = _option(True, "use the token embedding as output projection")
 
-    batch_size: int = _option(16, "sequences a forward pass")
+    packing: str = _option(
+        "auto",
+        "documents: packed into full blocks, none sees its neighbour; stream: windows of all that follows one another; "
+        "auto: documents of a prepared dataset, the stream of a text",
+        PACKINGS,
+    )
+    batch_size: int = _option(16, "sequences a forward pass, of all processes together")
     grad_accum: int = _option(1, "forward passes a step")
     max_steps: int = _option(2000, "optimizer steps, and the length of the learning-rate schedule")
     max_minutes: float | None = _option(None, "stop after so many minutes, wherever the schedule stands")
+    optimizer: str = _option("adamw", "AdamW, Adam (its decay is L2), or Muon for matrices", OPTIMIZERS)
     lr: float = _option(1e-3, "highest learning rate")
-    min_lr: float = _option(1e-4, "learning rate at the end of the cosine")
+    min_lr: float = _option(1e-4, "learning rate at the end of the schedule")
     warmup_steps: int = _option(100, "steps of linear warm-up")
-    weight_decay: float = _option(0.1, "AdamW's decay of matrices")
-    beta1: float = _option(0.9, "AdamW's first-moment decay")
-    beta2: float = _option(0.99, "AdamW's second-moment decay")
+    schedule: str = _option("cosine", "how the rate falls; wsd: stays, and falls at the end", SCHEDULES)
+    decay_steps: int = _option(200, "steps of the fall of wsd")
+    weight_decay: float = _option(0.1, "the optimizer's decay of matrices")
+    beta1: float = _option(0.9, "Adam's first-moment decay")
+    beta2: float = _option(0.99, "Adam's second-moment decay")
     grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
+
+    label_smoothing: float = _option(0.0, "share of the target spread over all tokens, in training")
+    z_loss: float = _option(0.0, "weight of the squared log of the softmax's denominator, in training")
 
     eval_every: int = _option(250, "steps between validation losses")
     eval_batches: int = _option(20, "batches, spread evenly over the held-out text, for a validation loss")
+    patience: int | None = _option(None, "end after so many validation losses without a better one")
     save_every: int = _option(250, "steps between checkpoints")
     log_every: int = _option(10, "steps between lines about the training loss")
     sample_tokens: int = _option(400, "tokens of sampled text at the end; 0 samples none")
@@ -84,9 +104,17 @@ class TrainConfig:
     device: str = _option(
         "auto", "auto (a GPU where there is one) or any name torch knows, such as cpu or cuda:0"
     )
-    dtype: str = _option("auto", "of the products; auto is bfloat16 where the hardware has it", DTYPES)
+    dtype: str = _option(
+        "auto", "of the products; auto is bfloat16 where the hardware has it; float16 scales the loss", DTYPES
+    )
     backend: str = _option("auto", "which kernels run", BACKEND_CHOICES)
     compile: bool = _option(False, "run the model through torch.compile")
+    checkpoint_activations: bool = _option(
+        False, "compute blocks again in the backward instead of keeping their activations"
+    )
+    parallel: str = _option(
+        "auto", "of processes started by torchrun: ddp, or fsdp, which shards the model; auto is ddp", PARALLEL
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -103,13 +131,15 @@ class TrainConfig:
         for name in ("data", "out", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} must not be above lr={self.lr}")
         if self.max_minutes is not None and not self.max_minutes > 0:
             raise ValueError(f"max_minutes must be positive, not {self.max_minutes}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, not {self.patience}")
         self.model(self.vocab_size)
 
     def model(self, vocab_size: int) -> GPTConfig:
@@ -185,7 +215,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of matrix products for `dtype`; "auto" is bfloat16 where the hardware multiplies in it."""
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:

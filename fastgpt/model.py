@@ -20,13 +20,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
-Rotation: TypeAlias = tuple[Tensor, Tensor] | None  # cos and sin, (T, D/2) each, of rotary positions
+Rotation: TypeAlias = tuple[Tensor, Tensor] | None  # cos and sin of rotary positions, as `_rotate` takes them
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ class KVCache:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by the angles of cos and sin, both (T, D/2)."""
+    """Turn the channel pairs (i, i + D/2) of x by the angles of cos and sin.
+
+    x (B, H, T, D) takes them as (T, D/2); packed documents, x (B T, H, D), as (B T, 1, D/2).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -138,15 +142,26 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation, cache: KVCache | None, documents: Tensor | None
+    ) -> Tensor:
         B, T, C = x.shape
+        dropout = self.dropout if self.training else 0.0
+        if documents is not None:
+            q, k, v = self.c_attn(x).view(B * T, 3, self.n_head, C // self.n_head).unbind(1)
+            if rotation is not None:
+                q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+            y = ops.attention_varlen(
+                q, k, v, documents, documents, T, T, causal="lower_right", dropout_p=dropout
+            )
+            return self.c_proj(y.view(B, T, C))
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # The query of row i is the (Lk - Lq + i)-th token: "lower_right" is plain causality without a cache.
-        y = ops.attention(q, k, v, causal="lower_right", dropout_p=self.dropout if self.training else 0.0)
+        y = ops.attention(q, k, v, causal="lower_right", dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -184,10 +199,15 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, branch: Tensor, residual: Tensor | None, rotation: Rotation, cache: KVCache | None
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        rotation: Rotation,
+        cache: KVCache | None,
+        documents: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         x, residual = _add_norm(branch, residual, self.ln_1)
-        branch = self.drop(self.attn(x, rotation, cache))
+        branch = self.drop(self.attn(x, rotation, cache, documents))
         x, residual = _add_norm(branch, residual, self.ln_2)
         return self.drop(self.mlp(x)), residual
 
@@ -202,6 +222,9 @@ class GPT(nn.Module):
 
     Weights start as in GPT-2: normal(0, 0.02), the projections into the residual stream divided by
     sqrt(2 n_layer), biases 0.
+
+    With `checkpoint_activations` set, training keeps the input of each block alone and computes the block again in
+    the backward (Chen et al. 2016): less memory for a third more time.
     """
 
     wave: Tensor
@@ -211,6 +234,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         C, T = config.n_embd, config.block_size
         self.wte = nn.Embedding(config.vocab_size, C)
         if config.position == "learned":
@@ -240,13 +264,24 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if branch_end else 0.02)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, *, reduction: str = "mean"
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        documents: Tensor | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor | None, Tensor | None]:
         """(logits, None) without targets; (None, loss) with them, the logits never in memory as a whole.
 
         idx:       (B, T) integers in [0, V), 1 <= T <= block_size.
         targets:   (B, T) integers in [0, V), or -100 where a position does not count.
+        documents: (documents + 1,) int32 or int64, where each document begins in the B T tokens of idx, read row by
+                   row, and where the last one ends; none longer than T. No token then sees another document, and
+                   positions count from a document's beginning. None: each row is one document.
         reduction: "mean" or "sum" for a scalar loss in nats, "none" for one of shape (B, T).
+        label_smoothing, z_loss: as `ops.linear_cross_entropy`.
         logits:    (B, T, V), all positions.
 
         Raises ValueError for the wrong shape or dtype, IndexError (from the embedding, on the CPU) for a
@@ -254,37 +289,54 @@ class GPT(nn.Module):
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not match idx {tuple(idx.shape)}")
-        hidden = self.hidden(idx)
+        hidden = self.hidden(idx, documents=documents)
         if targets is None:
             return self.lm_head(hidden), None
-        return None, ops.linear_cross_entropy(hidden, self.lm_head.weight, targets, reduction=reduction)
+        loss = ops.linear_cross_entropy(
+            hidden,
+            self.lm_head.weight,
+            targets,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+        return None, loss
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, cache: KVCache | None = None, *, documents: Tensor | None = None) -> Tensor:
         """What the head reads: the last LayerNorm's output (B, T, C) for idx (B, T).
 
-        With a cache, idx continues the tokens in it and is added to it.
+        With a cache, idx continues the tokens in it and is added to it. `documents` are those of `forward`.
         """
         _check_tokens(idx)
         start = cache.length if cache is not None else 0
         end = start + idx.shape[1]
         if not start < end <= self.config.block_size:
             raise ValueError(f"{end} tokens do not fit: the model takes 1 to {self.config.block_size}")
-        x, rotation = self._embed(idx, start, end)
+        if documents is None:
+            x, rotation = self._embed(idx, slice(start, end))
+        else:
+            x, rotation = self._embed(idx, _positions(documents, idx))
+            rotation = None if rotation is None else (rotation[0][:, None], rotation[1][:, None])
         branch, residual = self.drop(x), None
+        again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.h:
-            branch, residual = block(branch, residual, rotation, cache)
+            arguments = (branch, residual, rotation, cache, documents)
+            branch, residual = (
+                checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
+            )
         if cache is not None:
             cache.length = end
         return _add_norm(branch, residual, self.ln_f)[0]
 
-    def _embed(self, idx: Tensor, start: int, end: int) -> tuple[Tensor, Rotation]:
-        """Tokens at positions [start, end) as vectors (B, T, C), and what turns queries and keys."""
+    def _embed(self, idx: Tensor, positions: slice | Tensor) -> tuple[Tensor, Rotation]:
+        """Tokens as vectors (B, T, C), and what turns queries and keys; positions are [start, end), or (B T,)."""
         x = self.wte(idx)
         if self.config.position == "learned":
-            return x + self.wpe.weight[start:end], None
+            return x + self.wpe.weight[positions].view(-1, *x.shape[1:]), None
         if self.config.position == "sinusoidal":
-            return x * math.sqrt(self.config.n_embd) + self.wave[start:end], None
-        return x, (self.cos[start:end], self.sin[start:end])
+            wave = self.wave[positions].view(-1, *x.shape[1:])
+            return x * math.sqrt(self.config.n_embd) + wave, None
+        return x, (self.cos[positions], self.sin[positions])
 
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
@@ -362,6 +414,16 @@ class GPT(nn.Module):
         model = cls(config)
         model.load_state_dict(weights, strict=True, assign=False)
         return model.eval()
+
+
+def _positions(documents: Tensor, idx: Tensor) -> Tensor:
+    """For each of the tokens of idx (B, T), read row by row, its place in its document: (B T,)."""
+    if documents.dim() != 1 or documents.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"documents must be (documents + 1,) of int32 or int64, not {tuple(documents.shape)} {documents.dtype}"
+        )
+    places = torch.arange(idx.numel(), device=idx.device, dtype=documents.dtype)
+    return places - documents[torch.searchsorted(documents, places, right=True) - 1]
 
 
 def _check_tokens(idx: Tensor) -> None:

@@ -1,40 +1,161 @@
-"""Tokens to batches: which windows of a corpus a step trains on."""
+"""Tokens to batches: what a step trains on.
+
+A batch is a pure function of (seed, its number), so that whoever resumes at a step goes on with the batches that an
+unbroken run would have had, on any number of processes: each takes its share of the rows.
+"""
 
 from __future__ import annotations
 
+import functools
 import random
+from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt.data.packing import Integers, pack
 
-def batch(tokens: Tensor, step: int, *, batch_size: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Batch number `step`: inputs and targets, both (batch_size, block_size) int64, targets one token ahead.
-
-    The windows are drawn uniformly from tokens (N,), and are a pure function of (seed, step): whoever resumes
-    at a step goes on with the batches that an unbroken run would have had.
-    """
-    draw = random.Random(f"{seed}/{step}")
-    starts = [draw.randrange(len(tokens) - block_size) for _ in range(batch_size)]
-    return windows(tokens, starts, block_size)
+IGNORED = -100  # the target of a place that does not count
+_EMPTY = -1  # a block without documents
 
 
-def even_batches(
-    tokens: Tensor, count: int, *, batch_size: int, block_size: int
-) -> list[tuple[Tensor, Tensor]]:
-    """`count` batches as `batch` gives them, windows spread evenly over the tokens: always the same."""
-    last = len(tokens) - block_size - 1
-    total = count * batch_size
-    starts = [i * last // max(1, total - 1) for i in range(total)]
-    return [windows(tokens, starts[i : i + batch_size], block_size) for i in range(0, total, batch_size)]
+class Tokens(Protocol):
+    """A row of token ids, in memory or on the disk: a tensor (N,), or what slices into tensors like one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Tensor: ...
 
 
-def windows(tokens: Tensor, starts: list[int], length: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Batch:
+    """Inputs and targets, (B, T) int64 each, targets one token ahead; documents as `GPT.forward` takes them."""
+
+    idx: Tensor
+    targets: Tensor
+    documents: Tensor | None = None
+
+    @property
+    def counted(self) -> int:
+        """How many targets count."""
+        return int((self.targets != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.idx.to(device), self.targets.to(device), documents)
+
+
+class Source(Protocol):
+    """What the trainer draws batches from."""
+
+    def batch(self, number: int, rows: slice) -> Batch:
+        """Those rows of training batch `number`, 0, 1, …"""
+        ...
+
+    def even(self, count: int, rows: slice) -> list[Batch]:
+        """Those rows of each of `count` batches, or of as many as there are, spread evenly: always the same."""
+        ...
+
+
+class Stream:
+    """Windows drawn uniformly from tokens that are one stream: documents follow one another and see each other."""
+
+    def __init__(self, tokens: Tokens, *, batch_size: int, block_size: int, seed: int = 0) -> None:
+        """Raises ValueError for tokens that do not fill a window."""
+        if len(tokens) <= block_size:
+            raise ValueError(f"{len(tokens):,} tokens are too few for a block of {block_size:,}")
+        self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
+
+    def batch(self, number: int, rows: slice = slice(None)) -> Batch:
+        draw = random.Random(f"{self.seed}/{number}")
+        starts = [draw.randrange(len(self.tokens) - self.block_size) for _ in range(self.batch_size)]
+        return Batch(*windows(self.tokens, starts[rows], self.block_size))
+
+    def even(self, count: int, rows: slice = slice(None)) -> list[Batch]:
+        last = len(self.tokens) - self.block_size - 1
+        total = count * self.batch_size
+        starts = [i * last // max(1, total - 1) for i in range(total)]
+        return [
+            Batch(*windows(self.tokens, starts[i : i + self.batch_size][rows], self.block_size))
+            for i in range(0, total, self.batch_size)
+        ]
+
+
+class Packed:
+    """Documents packed into full blocks, in which none sees its neighbour; an epoch has each block once, shuffled."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        ends: Integers,
+        *,
+        batch_size: int,
+        block_size: int,
+        seed: int = 0,
+        counted: Tensor | None = None,
+    ) -> None:
+        """ends (documents,): where each document ends; counted (N,): whether a token counts as a target.
+
+        Raises ValueError where no document has two tokens.
+        """
+        self.tokens, self.counted = tokens, counted
+        self.batch_size, self.seed = batch_size, seed
+        self.packing = pack(ends, block_size)
+        if not len(self.packing):
+            raise ValueError("no document has two tokens, one to predict from the other")
+
+    def batch(self, number: int, rows: slice = slice(None)) -> Batch:
+        places = range(number * self.batch_size, (number + 1) * self.batch_size)[rows]
+        return self._blocks([self._shuffled(place) for place in places])
+
+    def even(self, count: int, rows: slice = slice(None)) -> list[Batch]:
+        blocks, size = len(self.packing), self.batch_size
+        total = min(count * size, blocks)
+        chosen = [i * blocks // total for i in range(total)] + [_EMPTY] * (-total % size)
+        return [self._blocks(chosen[i : i + size][rows]) for i in range(0, total, size)]
+
+    def _shuffled(self, place: int) -> int:
+        """The block at a place in the endless row of shuffled epochs."""
+        epoch, place = divmod(place, len(self.packing))
+        return int(_permutation(self.seed, epoch, len(self.packing))[place])
+
+    def _blocks(self, blocks: list[int]) -> Batch:
+        size = self.packing.block_size
+        idx = torch.zeros(len(blocks), size, dtype=torch.int64)
+        targets = torch.full_like(idx, IGNORED)
+        lengths = []
+        for row, block in enumerate(blocks):
+            end = 0
+            for start, length in [] if block == _EMPTY else self.packing.pieces(block):
+                read = self.tokens[start : start + length + 1].long()
+                idx[row, end : end + length] = read[:-1]
+                wanted = read[1:]
+                if self.counted is not None:
+                    wanted = wanted.masked_fill(~self.counted[start + 1 : start + length + 1], IGNORED)
+                targets[row, end : end + length] = wanted
+                lengths.append(length)
+                end += length
+            if end < size:
+                lengths.append(size - end)  # the filling is a document of its own
+        ends = torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return Batch(idx, targets, torch.nn.functional.pad(ends, (1, 0)))
+
+
+def windows(tokens: Tokens, starts: list[int], length: int) -> tuple[Tensor, Tensor]:
     """The windows of tokens (N,) that begin at `starts`, and the same one token on: two (len(starts),
     length).
     """
     picked = torch.stack([tokens[start : start + length + 1] for start in starts]).long()
     return picked[:, :-1].contiguous(), picked[:, 1:].contiguous()
+
+
+def batch(tokens: Tokens, step: int, *, batch_size: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Batch number `step` of `Stream`: inputs and targets, both (batch_size, block_size) int64."""
+    drawn = Stream(tokens, batch_size=batch_size, block_size=block_size, seed=seed).batch(step)
+    return drawn.idx, drawn.targets
 
 
 def unigram_entropy(tokens: Tensor) -> float:
@@ -46,3 +167,9 @@ def unigram_entropy(tokens: Tensor) -> float:
     counts = torch.bincount(tokens.long()).double()
     frequencies = counts[counts > 0] / counts.sum()
     return float(-(frequencies * frequencies.log()).sum())
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, length: int) -> Integers:
+    """The order of the blocks in an epoch; a batch may lie in two."""
+    return np.random.default_rng((seed, epoch)).permutation(length)

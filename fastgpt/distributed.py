@@ -1,0 +1,135 @@
+"""The processes of a run: one, or those that torchrun started, each with its share of every batch.
+
+The same command means the same run on any number of processes: `batch_size` counts the sequences of all of them.
+Gradients are summed by `DistributedDataParallel` ("ddp": every process has the whole model) or by FSDP2 ("fsdp": each has
+a part of every parameter, of its gradient and of the optimizer's state; Zhao et al. 2023). Numbers that all must agree on go over
+gloo, so that a GPU does not have to wait for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+_PATIENCE = timedelta(minutes=10)  # for a process that does not answer; one that died is noticed at once
+
+
+class ProcessLostError(RuntimeError):
+    """Another process of this run is gone, and this one cannot go on."""
+
+
+class Processes:
+    """This process among those of a run: `rank` of `world`, and where it computes."""
+
+    def __init__(self, device: torch.device, parallel: str) -> None:
+        """Meet the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process.
+
+        Raises ValueError for "ddp" or "fsdp" without it.
+        """
+        started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+        if parallel != "auto" and not started:
+            raise ValueError(
+                f"parallel={parallel!r} needs processes: torchrun --nproc-per-node 2 -m fastgpt train …"
+            )
+        self.rank = int(os.environ["RANK"]) if started else 0
+        self.world = int(os.environ["WORLD_SIZE"]) if started else 1
+        self.sharded = parallel == "fsdp"
+        self.device = device
+        if not started:
+            return
+        if device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with self.together():
+            dist.init_process_group(backend, timeout=_PATIENCE)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.rank == 0
+
+    def share(self, rows: int) -> slice:
+        """The rows of a batch that this process computes. Raises ValueError if they cannot be shared evenly."""
+        if rows % self.world:
+            raise ValueError(f"batch_size={rows} is not divisible by the {self.world} processes")
+        return slice(self.rank, None, self.world)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients that are means over the processes; FSDP2 changes it in place."""
+        if self.sharded:
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh(self.device.type, (self.world,))
+            for block in model.h:  # type: ignore[union-attr]
+                fully_shard(block, mesh=mesh)
+            return fully_shard(model, mesh=mesh)
+        if self.world > 1:
+            return DistributedDataParallel(model)
+        return model
+
+    @contextlib.contextmanager
+    def accumulating(self, wrapped: nn.Module, *, last: bool) -> Iterator[None]:
+        """Where a backward runs: gradients are exchanged in the last one of a step alone."""
+        with contextlib.ExitStack() as stack:
+            if isinstance(wrapped, DistributedDataParallel) and not last:
+                stack.enter_context(wrapped.no_sync())
+            if self.sharded:
+                wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
+            yield
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number summed over the processes."""
+        if self.world == 1:
+            return list(numbers)
+        sums = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        self.total(0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Where all processes must take part: the failure of another one becomes a ProcessLostError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not _lost(error):
+                raise
+            raise ProcessLostError(
+                "another process of this run is gone; start the same command again with --resume"
+            ) from error
+
+    def close(self) -> None:
+        """Part from the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def whole(tensor: Any) -> Any:
+    """A tensor that may be sharded, as a whole on the CPU; a collective call."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+
+
+def _lost(error: RuntimeError) -> bool:
+    """Whether the error is that of a connection, not of the computation."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return any(word in text for word in ("gloo", "Connection", "connection", "Broken pipe", "NCCL"))
