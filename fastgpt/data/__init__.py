@@ -2,15 +2,29 @@
 
 from fastgpt.data.batches import batch, even_batches, unigram_entropy, windows
 from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
+from fastgpt.data.shards import (
+    DatasetError,
+    DatasetWriter,
+    TokenDataset,
+    TokenSplit,
+    is_dataset,
+    open_dataset,
+)
 from fastgpt.data.word_vectors import load_word_vectors
 
 __all__ = [
     "HELD_OUT",
     "Corpus",
+    "DatasetError",
+    "DatasetWriter",
+    "TokenDataset",
+    "TokenSplit",
     "batch",
     "even_batches",
+    "is_dataset",
     "load_corpus",
     "load_word_vectors",
+    "open_dataset",
     "read_text",
     "unigram_entropy",
     "windows",
