@@ -113,7 +113,9 @@ class TrainConfig:
         False, "compute blocks again in the backward instead of keeping their activations"
     )
     parallel: str = _option(
-        "auto", "of processes started by torchrun: ddp, or fsdp, which shards the model; auto is ddp", PARALLEL
+        "auto",
+        "of processes started by torchrun: ddp, or fsdp, which shards the model; auto is ddp",
+        PARALLEL,
     )
 
     def __post_init__(self) -> None:

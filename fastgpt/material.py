@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
-import torch
 
 from fastgpt import data
 from fastgpt.config import TrainConfig

@@ -54,7 +54,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return [kind(groups, lr=config.lr, betas=betas, fused=True)]
 
 
-def _groups(decayed: Sequence[Tensor], others: Sequence[Tensor], config: TrainConfig) -> list[dict[str, object]]:
+def _groups(
+    decayed: Sequence[Tensor], others: Sequence[Tensor], config: TrainConfig
+) -> list[dict[str, object]]:
     return [
         {"params": list(decayed), "weight_decay": config.weight_decay},
         {"params": list(others), "weight_decay": 0.0},

@@ -29,7 +29,9 @@ def test_every_place_is_in_one_block_and_none_is_fuller_than_full(lengths: list[
     assert all(0 < sum(length for _, length in block) <= block_size for block in blocks)
     found = sorted(place for block in blocks for start, n in block for place in range(start, start + n))
     begins = [0, *itertools.accumulate(lengths)]
-    assert found == [place for begin, n in zip(begins, lengths, strict=False) for place in range(begin, begin + n - 1)]
+    assert found == [
+        place for begin, n in zip(begins, lengths, strict=False) for place in range(begin, begin + n - 1)
+    ]
     pieces = sorted(piece for block in blocks for piece in block)
     cut = [min(block_size, n - 1 - i) for n in lengths for i in range(0, n - 1, block_size)]
     assert [length for _, length in pieces] == cut  # a document that fits is one piece
@@ -81,7 +83,10 @@ def test_epochs_are_shuffled_and_repeatable():
 def test_processes_share_the_rows_of_a_batch(processes: int):
     tokens, ends = stream([5, 17, 3, 2, 30, 9, 9, 40, 12])
     source = Packed(tokens, ends, batch_size=4, block_size=16)
-    whole, parts = source.batch(3), [source.batch(3, slice(rank, None, processes)) for rank in range(processes)]
+    whole, parts = (
+        source.batch(3),
+        [source.batch(3, slice(rank, None, processes)) for rank in range(processes)],
+    )
     for rank, part in enumerate(parts):
         assert torch.equal(part.idx, whole.idx[rank::processes])
         assert torch.equal(part.targets, whole.targets[rank::processes])

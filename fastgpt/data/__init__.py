@@ -3,20 +3,34 @@
 from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, unigram_entropy, windows
 from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
 from fastgpt.data.packing import Packing, pack
+from fastgpt.data.shards import (
+    DatasetError,
+    DatasetWriter,
+    TokenDataset,
+    TokenSplit,
+    is_dataset,
+    open_dataset,
+)
 from fastgpt.data.word_vectors import load_word_vectors
 
 __all__ = [
     "HELD_OUT",
     "Batch",
     "Corpus",
+    "DatasetError",
+    "DatasetWriter",
     "Packed",
     "Packing",
     "Source",
     "Stream",
+    "TokenDataset",
+    "TokenSplit",
     "Tokens",
     "batch",
+    "is_dataset",
     "load_corpus",
     "load_word_vectors",
+    "open_dataset",
     "pack",
     "read_text",
     "unigram_entropy",

@@ -58,7 +58,9 @@ def pack(ends: Integers, block_size: int) -> Packing:
     start, length = start[order], length[order]
     block = _best_fit(length.tolist(), block_size)
     by_block = np.argsort(block, kind="stable")
-    first = np.concatenate(([0], np.cumsum(np.bincount(block)))) if len(block) else np.zeros(1, dtype=np.int64)
+    first = (
+        np.concatenate(([0], np.cumsum(np.bincount(block)))) if len(block) else np.zeros(1, dtype=np.int64)
+    )
     return Packing(block_size, first, start[by_block], length[by_block])
 
 

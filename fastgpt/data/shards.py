@@ -1,0 +1,359 @@
+"""Prepared data sets: tokens on the disk, whole or absent, read through a memory map.
+
+    DIR/train-00000.npy        token ids, 1-D uint16, or uint32 where the vocabulary is larger than 65536;
+                               behind each document stands the tokenizer's end of text
+        train-00000.ends.npy   int64: where each document ends in this shard, its end of text included
+        val-00000.npy …
+        tokenizer.json
+        dataset.json           format, tokenizer, dtype, seed, report, and size and SHA-256 of the files above
+
+A document lies in one shard. All of it is written into a temporary sibling, flushed to the disk, and takes its
+name by a rename: a process that is killed, or a full disk, leaves no half data set, and the one that was to be
+overwritten stays until the new one is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fastgpt.durable import fingerprint, flush
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "val")
+SHARD_TOKENS = 1 << 27  # a shard is closed behind the document that reaches so many: 256 MiB of uint16
+_STATE = "dataset.json"
+_TEMPORARY = ".writing-"
+_HEADER = 128  # bytes before the tokens
+
+
+class DatasetError(ValueError):
+    """There is no prepared data set, or it is not whole; the message says which."""
+
+
+class TokenSplit:
+    """One split of a data set: a long run of tokens, of which only what is read comes into memory.
+
+    Attributes:
+        document_ends: (documents,) int64 array; document i is [ends[i - 1], ends[i]), its end of text included.
+    """
+
+    def __init__(self, shards: list[npt.NDArray[Any]], ends: list[npt.NDArray[np.int64]]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *map(len, shards)])  # of each shard, and the end of the last
+        self.document_ends: npt.NDArray[np.int64] = np.concatenate(
+            [np.empty(0, np.int64), *(e + start for e, start in zip(ends, self._starts, strict=False))]
+        )
+
+    def __len__(self) -> int:
+        """Tokens, ends of text included."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Tokens start to stop, (stop - start,) int64, a copy. Raises IndexError for what is not in the split."""
+        start = 0 if part.start is None else part.start
+        stop = len(self) if part.stop is None else part.stop
+        if part.step is not None or not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens {start} to {stop} are not among the {len(self)} of this split")
+        out = np.empty(stop - start, np.int64)
+        shard = int(np.searchsorted(self._starts, start, "right")) - 1
+        place = start
+        while place < stop:
+            end = min(stop, int(self._starts[shard + 1]))
+            first = int(self._starts[shard])
+            out[place - start : end - start] = self._shards[shard][place - first : end - first]
+            place, shard = end, shard + 1
+        return torch.from_numpy(out)
+
+
+class TokenDataset:
+    """A prepared data set, open for reading.
+
+    Attributes:
+        path: its directory.
+        facts: what dataset.json says: "tokenizer", "vocab_size", "dtype", "seed", "splits", "report".
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], splits: dict[str, TokenSplit]) -> None:
+        self.path = path
+        self.facts = facts
+        self._splits = splits
+
+    def tokenizer(self) -> ByteTokenizer | BPETokenizer:
+        """The tokenizer that made the tokens."""
+        return load_tokenizer(self.path)
+
+    def split(self, name: str) -> TokenSplit:
+        """ "train" or "val". Raises DatasetError for another, and for one without tokens."""
+        if name not in self._splits:
+            raise DatasetError(f"{self.path} has no split {name!r}; it has {', '.join(self._splits)}")
+        split = self._splits[name]
+        if len(split) == 0:
+            raise DatasetError(f"the split {name!r} of {self.path} holds no document")
+        return split
+
+
+def is_dataset(path: str | Path) -> bool:
+    """Whether a directory is a prepared data set, a finished one."""
+    return (Path(path) / _STATE).is_file()
+
+
+def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
+    """The data set in a directory that `fastgpt data` wrote.
+
+    Sizes are always compared with dataset.json. `verify` reads every file once (about a second a GB): SHA-256, and
+    that no token id is beyond the vocabulary.
+
+    Raises DatasetError where there is none, or one that is unfinished, cut short, altered or foreign.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DatasetError(f"there is no data set directory {path}")
+    if not is_dataset(path):
+        raise DatasetError(
+            f"{path} has no {_STATE}: it is no prepared data set, or was not finished; run fastgpt data"
+        )
+    try:
+        facts = json.loads((path / _STATE).read_text("utf-8"))
+        if facts["format"] != FORMAT:
+            raise DatasetError(f"{path} has format {facts['format']}, and this version reads {FORMAT}")
+        for name, expected in facts["files"].items():
+            _check_file(path / name, expected, verify)
+        vocab_size = int(facts["vocab_size"]) if verify else None
+        splits = {
+            name: TokenSplit(*_read_shards(path, split["shards"], np.dtype(facts["dtype"]), vocab_size))
+            for name, split in facts["splits"].items()
+        }
+    except DatasetError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DatasetError(f"{path / _STATE} is not the description of a data set: {error!r}") from None
+    return TokenDataset(path, facts, splits)
+
+
+def _check_file(file: Path, expected: dict[str, Any], verify: bool) -> None:
+    if not file.is_file():
+        raise DatasetError(f"{file.parent} lacks {file.name}; prepare it again")
+    if file.stat().st_size != expected["size"]:
+        raise DatasetError(f"{file} is damaged: it has {file.stat().st_size} bytes, not {expected['size']}")
+    if verify and fingerprint(file) != expected:
+        raise DatasetError(f"{file} is damaged: its SHA-256 is not what {_STATE} says")
+
+
+def _read_shards(
+    path: Path, shards: list[dict[str, Any]], dtype: np.dtype[Any], vocab_size: int | None
+) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[np.int64]]]:
+    """The tokens, mapped, and the documents' ends of each shard; with a vocabulary size, every id is below it."""
+    tokens, ends = [], []
+    for shard in shards:
+        file = path / f"{shard['name']}.npy"
+        mapped = np.load(file, mmap_mode="r")
+        # int64 without a copy where the file is whole, and a refusal where it holds something else.
+        end = np.load(path / f"{shard['name']}.ends.npy").astype(np.int64, casting="no", copy=False)
+        if mapped.dtype != dtype or mapped.shape != (shard["tokens"],):
+            raise DatasetError(f"{file} does not hold the {shard['tokens']} tokens that {_STATE} says")
+        steps = np.diff(end, prepend=0)
+        if end.shape != (shard["documents"],) or (steps <= 0).any() or steps.sum() != len(mapped):
+            raise DatasetError(f"{file.with_suffix('.ends.npy')} does not part the tokens of {file.name}")
+        if vocab_size is not None and len(mapped) and mapped.max() >= vocab_size:
+            raise DatasetError(
+                f"{file} holds the token {mapped.max()}, and the vocabulary has {vocab_size} tokens"
+            )
+        tokens.append(mapped)
+        ends.append(end)
+    return tokens, ends
+
+
+class DatasetWriter:
+    """Writes a data set document by document, in memory that does not grow but for 8 bytes a document of a shard.
+
+    Use it in a `with` block, and call `finish` last; a block that is left without it leaves nothing.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        tokenizer: ByteTokenizer | BPETokenizer,
+        *,
+        seed: int = 0,
+        shard_tokens: int = SHARD_TOKENS,
+        overwrite: bool = False,
+    ) -> None:
+        """`seed` is written down, no more. Raises FileExistsError where `out` holds a data set that is not to be
+        overwritten, or anything else, and ValueError for a tokenizer without an end of text.
+        """
+        self._out = Path(out).resolve()
+        self._overwrite = overwrite
+        self._old = self._out.with_name(f"{_TEMPORARY}{self._out.name}.old")
+        if self._old.exists() and not self._out.exists():  # a process died between the renames of `finish`
+            self._old.rename(self._out)
+        check_destination(self._out, overwrite)
+        if tokenizer.end_of_text is None:
+            raise ValueError("the tokenizer has no end of text, which has to part documents; take another")
+        self._end_of_text = tokenizer.end_of_text
+        self._vocab_size = tokenizer.vocab_size
+        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self._shard_tokens = shard_tokens
+        self._facts: dict[str, Any] = {
+            "format": FORMAT,
+            "tokenizer": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "dtype": self._dtype.name,
+            "seed": seed,
+            "splits": {name: {"tokens": 0, "documents": 0, "shards": []} for name in SPLITS},
+        }
+        self._open: dict[str, _Shard] = {}
+        self._finished = False
+        self._temporary = self._out.with_name(f"{_TEMPORARY}{self._out.name}")
+        self._temporary.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self._temporary)
+        for leftover in self._temporary.iterdir():
+            leftover.unlink()
+        self._tokenizer = tokenizer
+
+    def add(self, split: str, tokens: npt.ArrayLike) -> None:
+        """Append a document, ids (N,) without an end of text. Raises ValueError for an id that is none of a text, and
+        OSError if the disk is full.
+        """
+        ids = np.asarray(tokens, np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+            raise ValueError(f"a document holds a token id outside the vocabulary [0, {self._vocab_size})")
+        if (ids == self._end_of_text).any():
+            raise ValueError("a document holds the end of text, which is to stand behind it alone")
+        with self._sentence():
+            if split not in self._open:
+                number = len(self._facts["splits"][split]["shards"])
+                self._open[split] = _Shard(self._temporary / f"{split}-{number:05d}.npy", self._dtype)
+            self._open[split].add(np.append(ids, self._end_of_text))
+            if self._open[split].tokens >= self._shard_tokens:
+                self._close(split)
+
+    def finish(self, report: dict[str, Any]) -> Path:
+        """Write dataset.json, with whatever else JSON can hold as its "report", and give the directory its name."""
+        with self._sentence():
+            for split in list(self._open):
+                self._close(split)
+            self._tokenizer.save(self._temporary)
+            files = sorted(self._temporary.iterdir())
+            self._facts |= {"report": report, "files": {file.name: fingerprint(file) for file in files}}
+            (self._temporary / _STATE).write_text(json.dumps(self._facts, indent=1), "utf-8")
+            for file in (*self._temporary.iterdir(), self._temporary):
+                flush(file)
+            check_destination(self._out, self._overwrite)
+            if is_dataset(self._out):
+                shutil.rmtree(self._old, ignore_errors=True)
+                self._out.rename(self._old)
+            self._temporary.rename(self._out)
+            self._finished = True
+            flush(self._out.parent)
+            shutil.rmtree(self._old, ignore_errors=True)
+        return self._out
+
+    def _close(self, split: str) -> None:
+        entry = self._open.pop(split).close()
+        facts = self._facts["splits"][split]
+        facts["tokens"] += entry["tokens"]
+        facts["documents"] += entry["documents"]
+        facts["shards"].append(entry)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for shard in self._open.values():
+            shard.abandon()
+        if not self._finished:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        os.close(self._lock)
+
+    @contextmanager
+    def _sentence(self) -> Iterator[None]:
+        """Say of a full disk what was being written, and what became of it."""
+        try:
+            yield
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise OSError(
+                f"the data set {self._out} could not be written ({error.strerror or error}); nothing of it remains"
+            ) from error
+
+
+def check_destination(out: Path, overwrite: bool) -> None:
+    """Raises FileExistsError unless a data set may be written to `out`: a new or empty directory, or, to overwrite, a
+    data set.
+    """
+    if is_dataset(out):
+        if not overwrite:
+            raise FileExistsError(f"{out} holds a prepared data set already; give --overwrite to replace it")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is no prepared data set; name another directory")
+
+
+class _Shard:
+    """A shard being written; its number of tokens, which the header holds, is known last."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self.tokens = 0
+        self._path = path
+        self._dtype = dtype
+        self._ends = array("q")
+        self._file: BinaryIO = path.open("wb")
+        self._file.write(bytes(_HEADER))
+
+    def add(self, tokens: npt.NDArray[np.int64]) -> None:
+        self._file.write(tokens.astype(self._dtype).tobytes())
+        self.tokens += len(tokens)
+        self._ends.append(self.tokens)
+
+    def close(self) -> dict[str, Any]:
+        self._file.seek(0)
+        self._file.write(_npy_header(self._dtype, self.tokens))
+        self._file.close()
+        np.save(self._path.with_suffix(".ends.npy"), np.frombuffer(self._ends, np.int64))
+        return {"name": self._path.stem, "tokens": self.tokens, "documents": len(self._ends)}
+
+    def abandon(self) -> None:
+        with suppress(OSError):  # what is still in the buffer may not fit the disk, and is not wanted
+            self._file.close()
+
+
+def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
+    """The _HEADER bytes before a 1-D array in NumPy's format 1.0 (numpy.lib.format)."""
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    magic = np.lib.format.magic(1, 0)
+    text = repr(fields).ljust(_HEADER - len(magic) - 3) + "\n"
+    return bytes(magic) + len(text).to_bytes(2, "little") + text.encode("ascii")
+
+
+def _lock(directory: Path) -> int:
+    """Hold a directory against other processes, for as long as the returned descriptor is open."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise FileExistsError(
+            f"another process is writing {directory}; wait for it, or name another directory"
+        ) from None
+    return descriptor

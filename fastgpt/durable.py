@@ -1,0 +1,23 @@
+"""Files that survive: on the disk before they are relied on, and recognised again."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(file: Path) -> dict[str, Any]:
+    """{"size": bytes, "sha256": hexadecimal} of a file. Raises OSError if it cannot be read."""
+    with file.open("rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def flush(path: Path) -> None:
+    """Have the kernel write a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

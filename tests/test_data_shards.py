@@ -1,0 +1,250 @@
+"""Token shards: what is written is read, across borders, and what is not whole is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastgpt.data import DatasetError, DatasetWriter, TokenDataset, is_dataset, open_dataset
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
+
+DOCUMENTS = [b"alpha", b"b", b"gamma delta" * 5, b"e" * 40]
+
+
+def write(out: Path, documents: list[bytes] = DOCUMENTS, **options: int) -> TokenDataset:
+    with DatasetWriter(out, ByteTokenizer(), **options) as writer:
+        for document in documents:
+            writer.add("train", list(document))
+        writer.add("val", list(b"held out"))
+        writer.finish({"note": 1})
+    return open_dataset(out)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 30), min_size=1, max_size=12),
+    shard_tokens=st.integers(1, 60),
+    data=st.data(),
+)
+def test_reading_across_shards_is_reading_their_concatenation(
+    lengths: list[int], shard_tokens: int, data: st.DataObject
+):
+    documents = [bytes(1 + (7 * i + j) % 255 for j in range(n)) for i, n in enumerate(lengths)]
+    with tempfile.TemporaryDirectory() as folder:
+        train = write(Path(folder) / "set", documents, shard_tokens=shard_tokens).split("train")
+        whole = torch.tensor(list(b"".join(document + b"\0" for document in documents)))
+        assert len(train) == len(whole)
+        assert train.document_ends.tolist() == (torch.nonzero(whole == 0)[:, 0] + 1).tolist()
+        start = data.draw(st.integers(0, len(whole)))
+        stop = data.draw(st.integers(start, len(whole)))
+        part = train[start:stop]
+        assert part.dtype == torch.int64 and torch.equal(part, whole[start:stop])
+
+
+def test_a_data_set_says_what_it_is(tmp_path: Path):
+    dataset = write(tmp_path / "set", seed=7, shard_tokens=20)
+    facts = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    assert facts == dataset.facts and facts["seed"] == 7 and facts["report"] == {"note": 1}
+    assert [shard["tokens"] for shard in facts["splits"]["train"]["shards"]] == [64, 41]
+    assert facts["splits"]["val"]["documents"] == 1 and facts["dtype"] == "uint16"
+    assert dataset.tokenizer().decode(dataset.split("val")[0:8]) == "held out"
+    shard = np.load(tmp_path / "set" / "train-00000.npy")
+    assert shard.dtype == np.uint16 and bytes(shard[:6].astype(np.uint8)) == b"alpha\0"
+    assert np.load(tmp_path / "set" / "train-00000.ends.npy").tolist() == [6, 8, 64]
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
+    with pytest.raises(DatasetError, match="no split 'test'; it has train, val"):
+        dataset.split("test")
+    for start, stop in ((-1, 3), (4, 3), (0, 106)):
+        with pytest.raises(IndexError, match="among the 105"):
+            dataset.split("train")[start:stop]
+
+
+class _LargeVocabulary(ByteTokenizer):
+    vocab_size = 65537
+
+
+def test_a_large_vocabulary_takes_32_bits(tmp_path: Path):
+    with DatasetWriter(tmp_path / "set", _LargeVocabulary()) as writer:
+        writer.add("train", torch.tensor([65536, 1, 65535]))
+        writer.finish({})
+    dataset = open_dataset(tmp_path / "set")
+    assert dataset.facts["dtype"] == "uint32"
+    assert dataset.split("train")[0:4].tolist() == [65536, 1, 65535, 0]
+    with pytest.raises(DatasetError, match=r"'val' .* holds no document"):
+        dataset.split("val")
+
+
+def test_what_is_no_document_is_refused(tmp_path: Path):
+    with DatasetWriter(tmp_path / "set", ByteTokenizer()) as writer:
+        for ids, message in [([256], "outside the vocabulary"), ([-1], "outside"), ([1, 0], "end of text")]:
+            with pytest.raises(ValueError, match=message):
+                writer.add("train", ids)
+    assert not list(tmp_path.iterdir())
+    without = json.loads(BPETokenizer.train(["a b"], 258)._engine.to_str())
+    without["added_tokens"] = []
+    without["model"]["vocab"]["nothing"] = without["model"]["vocab"].pop("<|endoftext|>")
+    with pytest.raises(ValueError, match="no end of text"):
+        DatasetWriter(tmp_path / "set", BPETokenizer(json.dumps(without)))
+
+
+def test_damage_is_refused_and_the_file_is_named(tmp_path: Path):
+    path = tmp_path / "set"
+    write(path)
+    whole = {file.name: file.read_bytes() for file in path.iterdir()}
+    for name, content in whole.items():
+        if name == "dataset.json":
+            continue
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        for damaged, message in ((flipped, "SHA-256"), (content[:-1], "bytes, not"), (None, "lacks")):
+            (path / name).unlink() if damaged is None else (path / name).write_bytes(damaged)
+            with pytest.raises(DatasetError, match=message) as error:
+                open_dataset(path)
+            assert name in str(error.value)
+        (path / name).write_bytes(content)
+    for text in ("", "{}", "[]", '{"format": 1, "files": []}', '{"format": 1, "files": {"x": 1}}'):
+        (path / "dataset.json").write_text(text)
+        with pytest.raises(DatasetError, match=r"not the description|lacks x"):
+            open_dataset(path)
+    (path / "dataset.json").write_bytes(whole["dataset.json"].replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(DatasetError, match="format 2"):
+        open_dataset(path)
+
+
+def forge(path: Path, name: str, array: np.ndarray) -> None:
+    """Write another array and put its size and checksum into dataset.json, so that only its content is wrong."""
+    from fastgpt.durable import fingerprint
+
+    np.save(path / name, array)
+    facts = json.loads((path / "dataset.json").read_text())
+    facts["files"][name] = fingerprint(path / name)
+    (path / "dataset.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("train-00000.npy", np.full(105, 300, np.uint16), "token 300, and the vocabulary has 256"),
+        ("train-00000.npy", np.zeros(104, np.uint16), "does not hold the 105 tokens"),
+        ("train-00000.npy", np.zeros(105, np.int64), "does not hold the 105 tokens"),
+        ("train-00000.ends.npy", np.array([6, 8, 64, 104]), "does not part"),
+        ("train-00000.ends.npy", np.array([6, 64, 8, 105]), "does not part"),
+        ("train-00000.ends.npy", np.array([6, 8, 105]), "does not part"),
+        ("train-00000.ends.npy", np.array([6.0, 8, 64, 105]), "not the description"),
+    ],
+)
+def test_wrong_content_under_a_right_checksum_is_refused(
+    tmp_path: Path, name: str, array: np.ndarray, message: str
+):
+    write(tmp_path / "set")
+    forge(tmp_path / "set", name, array)
+    with pytest.raises(DatasetError, match=message):
+        open_dataset(tmp_path / "set")
+
+
+def test_sizes_are_looked_at_even_unverified(tmp_path: Path):
+    path = tmp_path / "set"
+    write(path)
+    file = path / "train-00000.npy"
+    content = file.read_bytes()
+    file.write_bytes(content[:-2] + b"zz")
+    open_dataset(path, verify=False)
+    file.write_bytes(content[:-2])
+    with pytest.raises(DatasetError, match="is damaged"):
+        open_dataset(path, verify=False)
+
+
+def test_an_unfinished_or_foreign_directory_is_refused(tmp_path: Path):
+    with pytest.raises(DatasetError, match="there is no data set directory"):
+        open_dataset(tmp_path / "absent")
+    with pytest.raises(DatasetError, match="not finished"):
+        open_dataset(tmp_path)
+    assert not is_dataset(tmp_path)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path):
+    path, foreign = tmp_path / "set", tmp_path / "foreign"
+    write(path)
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("years")
+    with pytest.raises(FileExistsError, match="give --overwrite"):
+        write(path)
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(FileExistsError, match="is no prepared data set"):
+            write(foreign, **options)
+    assert (foreign / "thesis.txt").read_text() == "years"
+    assert len(write(path, [b"new"], overwrite=True).split("train")) == 4
+    assert sorted(tmp_path.iterdir()) == [foreign, path]
+
+
+def test_a_failed_overwrite_keeps_what_was_there(tmp_path: Path):
+    path = tmp_path / "set"
+    write(path)
+    with (
+        pytest.raises(RuntimeError, match="trouble"),
+        DatasetWriter(path, ByteTokenizer(), overwrite=True) as writer,
+    ):
+        writer.add("train", [1, 2, 3])
+        raise RuntimeError("trouble")
+    assert len(open_dataset(path).split("train")) == 105
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_death_between_the_two_renames_is_made_good(tmp_path: Path):
+    path = tmp_path / "set"
+    write(path)
+    path.rename(tmp_path / ".writing-set.old")
+    with pytest.raises(FileExistsError, match="give --overwrite"):
+        write(path, [b"new"])
+    assert len(open_dataset(path).split("train")) == 105
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path):
+    with DatasetWriter(tmp_path / "set", ByteTokenizer()) as first:
+        with pytest.raises(FileExistsError, match="another process is writing"):
+            DatasetWriter(tmp_path / "set", ByteTokenizer())
+        first.add("train", [1])
+        first.finish({})
+    assert len(open_dataset(tmp_path / "set").split("train")) == 2
+
+
+@pytest.mark.parametrize("limit", [5, 600, 1 << 20], ids=["tokenizer", "description", "tokens"])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, limit: int):
+    """No file may grow beyond `limit` bytes: a write fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match=r"set could not be written \(.*\); nothing of it remains"):
+            write(tmp_path / "set", [b"x" * 100_000] * 10 if limit > 600 else [b"x"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_writer_leaves_nothing_that_opens_and_no_obstacle(tmp_path: Path):
+    program = (
+        "import sys, itertools; from fastgpt.data import DatasetWriter; from fastgpt.tokenizer import ByteTokenizer\n"
+        "with DatasetWriter(sys.argv[1], ByteTokenizer(), shard_tokens=1000) as writer:\n"
+        "    for i in itertools.count():\n"
+        "        writer.add('train', [1] * 300)\n"
+        "        if i == 50: print('writing', flush=True)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "set")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(DatasetError, match="not finished"):
+        open_dataset(tmp_path / ".writing-set")
+    write(tmp_path / "set")
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
