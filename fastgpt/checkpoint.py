@@ -1,10 +1,13 @@
 """Checkpoints that are whole or absent.
 
     OUT/step-00000100/model.safetensors      the parameters, a tied head once
-                      optimizer.safetensors  AdamW's moments, "<parameter>.<key>"
-                      rng.safetensors        the states of torch's random generators
+                      optimizer.safetensors  the optimizers' moments, "<parameter>.<key>"
                       tokenizer.json
                       state.json             step, configurations, size and SHA-256 of the files above
+
+Of a sharded run (FSDP2) each process writes its part of both, by torch.distributed.checkpoint, into
+`model/` and `optimizer/` instead; any number of processes reads either kind. Random states are not kept: a step's
+follow from the seed and its number.
 
 All of it is written into a temporary sibling, flushed to the disk, and takes its name by one rename, which is
 atomic: a process killed while it saves, or a full disk, leaves the checkpoint before untouched. What such a
@@ -13,10 +16,9 @@ death leaves behind is ignored and swept away by the next save.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.config import TrainConfig
+from fastgpt.distributed import Processes
+from fastgpt.durable import fingerprint, flush
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
@@ -58,96 +62,131 @@ class Checkpoint:
         return model
 
     def load_weights(self, model: GPT) -> None:
-        """Copy the parameters into `model`. Raises CheckpointError if they are not those of its
-        configuration.
-        """
-        weights = self._tensors("model")
-        if self.model.tie_head and "wte.weight" in weights:
-            weights["lm_head.weight"] = weights["wte.weight"]
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{self.path} does not fit the model: {reason}") from None
+        """Copy the parameters into `model`, which may be sharded; then all processes must call.
 
-    def load_training(self, model: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """Restore the optimizer's state and the random generators, so that training goes on bit for bit."""
+        Raises CheckpointError if they are not those of its configuration.
+        """
+        places = _parameters(model, self.model.tie_head)
+        found = self._tensors("model", places)
+        odd = sorted(found.keys() ^ places.keys())
+        if odd:
+            raise CheckpointError(f"{self.path} does not fit the model: {odd[0]} is in one of them alone")
+        with torch.no_grad():
+            for name, place in places.items():
+                if found[name].shape != place.shape:
+                    raise CheckpointError(
+                        f"{self.path} does not fit the model: {name} is {tuple(found[name].shape)}, "
+                        f"not {tuple(place.shape)}"
+                    )
+                place.copy_(found[name])
+
+    def load_training(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Restore the state of the optimizers, so that training goes on bit for bit."""
         states: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in self._tensors("optimizer").items():
+        for key, tensor in self._tensors("optimizer", dict(model.named_parameters())).items():
             name, _, entry = key.rpartition(".")
             states.setdefault(name, {})[entry] = tensor
+        owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
         for name, parameter in model.named_parameters():
             if name not in states:
                 raise CheckpointError(f"{self.path} holds no optimizer state for {name}")
-            optimizer.state[parameter] = {k: v.to(parameter.device) for k, v in states[name].items()}
-        generators = self._tensors("rng")
-        torch.set_rng_state(generators.pop("cpu"))
-        for name, state in generators.items():
-            if int(name.removeprefix("cuda:")) < torch.cuda.device_count():
-                torch.cuda.set_rng_state(state, name)
+            state = {k: v.to(parameter.device) for k, v in states[name].items()}
+            owners[id(parameter)].state[parameter] = state
 
     def load_tokenizer(self) -> ByteTokenizer | BPETokenizer:
         """The tokenizer that the model was trained with."""
         return load_tokenizer(self.path)
 
-    def _tensors(self, stem: str) -> dict[str, Tensor]:
-        try:
-            return load_file(self.path / f"{stem}.safetensors")
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path / stem}.safetensors is no safetensors file: {error}") from None
+    def _tensors(self, stem: str, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of a file or of a sharded directory; one as large as its parameter is sharded like it."""
+        if not (self.path / stem).is_dir():
+            file = self.path / f"{stem}.safetensors"
+            try:
+                tensors = load_file(file)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file} is no safetensors file: {error}") from None
+            return {key: _shard(tensor, _parameter_of(key, parameters)) for key, tensor in tensors.items()}
+        from torch.distributed.checkpoint import FileSystemReader, load
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+        from torch.distributed.tensor import DTensor
+
+        reader = FileSystemReader(self.path / stem)
+        tensors = {}
+        for key, facts in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(facts, TensorStorageMetadata)  # nothing else was saved
+            parameter = _parameter_of(key, parameters)
+            if parameter is not None and parameter.shape == facts.size:
+                tensors[key] = torch.empty_like(parameter, dtype=facts.properties.dtype)
+            else:
+                tensors[key] = torch.empty(facts.size, dtype=facts.properties.dtype)
+        alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+        load(tensors, storage_reader=reader, no_dist=alone)
+        return tensors
 
 
 def save(
     out: Path,
     step: int,
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     tokenizer: ByteTokenizer | BPETokenizer,
     config: TrainConfig,
     extra: dict[str, Any],
+    *,
+    processes: Processes | None = None,
+    best: int | None = None,
 ) -> Path:
-    """Write OUT/step-…, then remove all but the newest KEEP checkpoints; return its path.
+    """Write OUT/step-…, then remove all but the newest KEEP checkpoints and that of step `best`; return its path.
 
-    `extra` is whatever else JSON can hold. A step that has been saved already is left as it is. Raises
-    OSError if it cannot be written, a full disk for one; then nothing of it remains, and older checkpoints
-    are untouched.
+    `extra` is whatever else JSON can hold. A step that has been saved already is left as it is. All processes
+    of a run call; the first one writes, or all do where the model is sharded. Raises OSError if it cannot be
+    written, a full disk for one; then nothing of it remains, and older checkpoints are untouched.
     """
-    path = out / f"{_PREFIX}{step:08d}"
-    sweep(out)
-    if (path / _STATE).exists():
-        return path
+    path = step_path(out, step)
     temporary = out / f"{_TEMPORARY}{path.name}"
+    processes = processes or Processes()
+    first = processes.first
+    if processes.total(first and (path / _STATE).exists()) != [0]:
+        return path
     try:
-        temporary.mkdir(parents=True)
-        weights = dict(model.state_dict())
-        if model.config.tie_head:
-            del weights["lm_head.weight"]
-        save_file(weights, temporary / "model.safetensors")
-        save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
-        save_file(_generators(), temporary / "rng.safetensors")
-        tokenizer.save(temporary)
-        state = {
-            "format": FORMAT,
-            "step": step,
-            "train": config.as_dict(),
-            "model": asdict(model.config),
-            "extra": extra,
-            "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())},
-        }
-        (temporary / _STATE).write_text(json.dumps(state, indent=2), "utf-8")
-        for file in (*temporary.iterdir(), temporary):
-            _flush(file)
-        temporary.rename(path)
-        _flush(out)
+        if first:
+            sweep(out)
+            temporary.mkdir(parents=True)
+        tied = model.config.tie_head
+        tensors = {"model": _parameters(model, tied), "optimizer": dict(_moments(model, optimizers))}
+        if processes.sharded:
+            _save_sharded(temporary, tensors, processes)
+        elif first:
+            for stem, named in tensors.items():
+                save_file(named, temporary / f"{stem}.safetensors")
+        if first:
+            tokenizer.save(temporary)
+            files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
+            state = {
+                "format": FORMAT,
+                "step": step,
+                "train": config.as_dict(),
+                "model": asdict(model.config),
+                "extra": extra,
+                "files": {file.relative_to(temporary).as_posix(): fingerprint(file) for file in files},
+            }
+            (temporary / _STATE).write_text(json.dumps(state, indent=2), "utf-8")
+            for file in (*temporary.rglob("*"), temporary):
+                flush(file)
+            temporary.rename(path)
+            flush(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise OSError(
             f"the checkpoint {path} could not be written ({reason}); older ones are untouched"
         ) from error
-    for old in _steps(out)[:-KEEP]:
-        old.rename(out / f"{_TEMPORARY}{old.name}")
-    sweep(out)
+    if first:
+        for old in _steps(out)[:-KEEP]:
+            if best is None or old != step_path(out, best):
+                old.rename(out / f"{_TEMPORARY}{old.name}")
+        sweep(out)
+    processes.barrier()
     return path
 
 
@@ -182,13 +221,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {error!r}") from None
-    for name, fingerprint in files.items():
+    for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path} lacks {name}")
-        if _fingerprint(file) != fingerprint:
+        if fingerprint(file) != expected:
             raise CheckpointError(f"{file} is damaged: its size or SHA-256 is not what {_STATE} says")
     return checkpoint
+
+
+def step_path(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return out / f"{_PREFIX}{step:08d}"
 
 
 def exists(out: Path) -> bool:
@@ -207,30 +251,42 @@ def _steps(out: Path) -> list[Path]:
     return sorted(path.parent for path in out.glob(f"{_PREFIX}*/{_STATE}"))
 
 
-def _moments(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
+def _parameters(model: GPT, tied: bool) -> dict[str, Tensor]:
+    """The parameters by name, as one process holds them; a tied head is the embedding and left out."""
+    return {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
 
 
-def _generators() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
+def _moments(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                yield f"{names[id(parameter)]}.{key}", value
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def _save_sharded(folder: Path, tensors: dict[str, dict[str, Tensor]], processes: Processes) -> None:
+    """Write each process's parts, one file each."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint import save as save_parts
+    from torch.distributed.checkpoint.api import CheckpointException
 
-
-def _flush(path: Path) -> None:
-    """Have the kernel write a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    processes.barrier()  # the folder is there
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        for stem, named in tensors.items():
+            save_parts(named, storage_writer=FileSystemWriter(folder / stem, single_file_per_rank=True))
+    except CheckpointException as error:
+        raise OSError("; ".join(sorted({str(reason[0]) for reason in error.failures.values()}))) from error
+
+
+def _parameter_of(key: str, parameters: dict[str, Tensor]) -> Tensor | None:
+    """The parameter that a tensor is, or that it is the moment of."""
+    return parameters.get(key, parameters.get(key.rpartition(".")[0]))
+
+
+def _shard(tensor: Tensor, parameter: Tensor | None) -> Tensor:
+    """The tensor, sharded as the parameter is if it has its shape."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or parameter.shape != tensor.shape:
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

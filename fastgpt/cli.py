@@ -10,6 +10,12 @@ from typing import Any
 
 import fastgpt
 from fastgpt import config as train_config
+from fastgpt.distributed import ProcessLostError
+
+_ERRORS = (
+    *(ValueError, OSError, ImportError, FloatingPointError),
+    *(fastgpt.BackendUnavailable, ProcessLostError),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments.pop("command")
     try:
         command(arguments)
-    except (ValueError, OSError, ImportError, FloatingPointError, fastgpt.BackendUnavailable) as error:
+    except _ERRORS as error:
         print(f"fastgpt: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

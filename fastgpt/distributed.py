@@ -1,9 +1,9 @@
 """The processes of a run: one, or those that torchrun started, each with its share of every batch.
 
 The same command means the same run on any number of processes: `batch_size` counts the sequences of all of them.
-Gradients are summed by `DistributedDataParallel` ("ddp": every process has the whole model) or by FSDP2 ("fsdp": each has
-a part of every parameter, of its gradient and of the optimizer's state; Zhao et al. 2023). Numbers that all must agree on go over
-gloo, so that a GPU does not have to wait for them.
+Gradients are summed by `DistributedDataParallel` ("ddp": every process has the whole model) or by FSDP2 ("fsdp": each
+has a part of every parameter, of its gradient and of the optimizer's state; Zhao et al. 2023). Numbers that all must
+agree on go over gloo, so that a GPU does not have to wait for them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,30 +26,44 @@ class ProcessLostError(RuntimeError):
 
 
 class Processes:
-    """This process among those of a run: `rank` of `world`, and where it computes."""
+    """This process among those of a run: `rank` of `world`, and where it computes; by default it is alone.
 
-    def __init__(self, device: torch.device, parallel: str) -> None:
-        """Meet the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process.
+    sharded: whether each process holds a part of the model (FSDP2) instead of the whole (DDP).
+    """
 
-        Raises ValueError for "ddp" or "fsdp" without it.
+    def __init__(
+        self, device: torch.device | None = None, rank: int = 0, world: int = 1, *, sharded: bool = False
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.rank, self.world, self.sharded = rank, world, sharded
+
+    @classmethod
+    def meet(cls, device: torch.device, parallel: str) -> Processes:
+        """Join the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process.
+
+        Raises ValueError for parallel "ddp" or "fsdp" without it, ProcessLostError where they do not come.
         """
-        started = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-        if parallel != "auto" and not started:
-            raise ValueError(
-                f"parallel={parallel!r} needs processes: torchrun --nproc-per-node 2 -m fastgpt train …"
-            )
-        self.rank = int(os.environ["RANK"]) if started else 0
-        self.world = int(os.environ["WORLD_SIZE"]) if started else 1
-        self.sharded = parallel == "fsdp"
-        self.device = device
-        if not started:
-            return
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            if parallel != "auto":
+                raise ValueError(
+                    f"parallel={parallel!r} needs processes: torchrun --nproc-per-node 2 -m fastgpt train …"
+                )
+            return cls(device)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.rank)))
-            torch.cuda.set_device(self.device)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            torch.cuda.set_device(device)
+        self = cls(device, rank, world, sharded=parallel == "fsdp")
         with self.together():
-            dist.init_process_group(backend, timeout=_PATIENCE)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE
+            )
+        return self
+
+    def __str__(self) -> str:
+        if self.world == 1 and not self.sharded:
+            return str(self.device)
+        return f"{self.world} processes ({'fsdp' if self.sharded else 'ddp'}), {self.device.type}"
 
     @property
     def first(self) -> bool:
@@ -72,7 +85,8 @@ class Processes:
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in model.h:  # type: ignore[union-attr]
                 fully_shard(block, mesh=mesh)
-            return fully_shard(model, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            return model
         if self.world > 1:
             return DistributedDataParallel(model)
         return model
@@ -120,11 +134,6 @@ class Processes:
 def restarted() -> bool:
     """Whether torchrun started this process again after a failure (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def whole(tensor: Any) -> Any:
-    """A tensor that may be sharded, as a whole on the CPU; a collective call."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
 
 
 def _lost(error: RuntimeError) -> bool:

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from fastgpt import data
 from fastgpt.config import TrainConfig
@@ -16,10 +22,12 @@ _ENTROPY_TOKENS = 1 << 24  # of the held-out text, enough for its entropy
 class Material:
     """Training and held-out data of a run.
 
+    name:    of the data and of how they become batches.
     entropy: the unigram entropy of the held-out text, in nats a token.
     digest:  of the training data: whether a checkpoint was trained on the same.
     """
 
+    name: str
     tokenizer: ByteTokenizer | BPETokenizer
     train: data.Source
     val: data.Source
@@ -27,7 +35,14 @@ class Material:
     val_size: int
     entropy: float
     digest: str
-    kind: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The training or the held-out tokens, and where their documents end."""
+
+    tokens: data.Tokens
+    ends: data.Integers
 
 
 def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None = None) -> Material:
@@ -35,26 +50,67 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
 
     Raises OSError for what cannot be read, ValueError for what cannot be trained on.
     """
+    if data.is_dataset(config.data):
+        return _prepared(config, tokenizer)
     corpus = data.load_corpus(config.data)
     if tokenizer is None:
         tokenizer = make_tokenizer(config.tokenizer, corpus.train, config.vocab_size)
-    if config.packing == "documents":
-        return _documents(config, corpus, tokenizer)
-    train, val = (tokenizer.encode("".join(texts)) for texts in (corpus.train, corpus.val))
-    for part, tokens in (("training", train), ("held-out", val)):
-        if len(tokens) <= config.block_size:
-            raise ValueError(
-                f"the {part} text of {corpus.name} is {len(tokens)} tokens long, "
-                f"too short for block_size={config.block_size}"
+    packed = config.packing == "documents"
+    train, val = (_encode(texts, tokenizer, packed) for texts in (corpus.train, corpus.val))
+    digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
+    return _material(config, corpus.name, packed, tokenizer, train, val, digest)
+
+
+def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None) -> Material:
+    dataset = data.open_dataset(config.data)
+    own = dataset.tokenizer()
+    if tokenizer is not None and tokenizer.serialized() != own.serialized():
+        raise ValueError(f"{config.data} was prepared with another tokenizer than the model has")
+    train, val = (_Part(split, split.document_ends) for split in map(dataset.split, ("train", "val")))
+    digest = hashlib.sha256(json.dumps(dataset.facts["files"], sort_keys=True).encode()).hexdigest()
+    return _material(config, config.data, config.packing != "stream", own, train, val, digest)
+
+
+def _encode(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, packed: bool) -> _Part:
+    """Documents with an end of text behind each; or, where they are not to be told apart, their text."""
+    if not packed:
+        tokens = tokenizer.encode("".join(texts))
+        return _Part(tokens, np.array([len(tokens)]))
+    if tokenizer.end_of_text is None:
+        raise ValueError("packing='documents' needs a tokenizer with an end of text, such as <|endoftext|>")
+    documents: list[Tensor] = []
+    for text in texts:
+        tokens = tokenizer.encode(text)
+        documents.append(torch.cat((tokens, tokens.new_tensor([tokenizer.end_of_text]))))
+    return _Part(torch.cat(documents), np.cumsum([len(document) for document in documents]))
+
+
+def _material(
+    config: TrainConfig,
+    name: str,
+    packed: bool,
+    tokenizer: ByteTokenizer | BPETokenizer,
+    train: _Part,
+    val: _Part,
+    digest: str,
+) -> Material:
+    sources = []
+    for kind, part in (("training", train), ("held-out", val)):
+        sizes: Any = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
+        try:
+            source = (
+                data.Packed(part.tokens, part.ends, **sizes) if packed else data.Stream(part.tokens, **sizes)
             )
-    sizes = {"batch_size": config.batch_size, "block_size": config.block_size}
+        except ValueError as error:
+            raise ValueError(f"the {kind} text of {name} cannot be used: {error}") from None
+        sources.append(source)
     return Material(
+        name=f"{name}, {'packed documents' if packed else 'one stream'}",
         tokenizer=tokenizer,
-        train=data.Stream(train, seed=config.seed, **sizes),
-        val=data.Stream(val, **sizes),
-        train_size=len(train),
-        val_size=len(val),
-        entropy=data.unigram_entropy(val[:_ENTROPY_TOKENS]),
-        digest=hashlib.sha256(train.numpy().tobytes()).hexdigest(),
-        kind="stream",
+        train=sources[0],
+        val=sources[1],
+        train_size=len(train.tokens),
+        val_size=len(val.tokens),
+        entropy=data.unigram_entropy(val.tokens[: min(len(val.tokens), _ENTROPY_TOKENS)]),
+        digest=digest,
     )

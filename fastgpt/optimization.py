@@ -36,7 +36,9 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     muon:  Muon (Jordan et al. 2024) for the matrices of the blocks, its steps scaled to have the size of AdamW's
            (Liu et al. 2025), so that one learning rate is right for both; AdamW for embeddings, head and vectors.
     """
-    matrices, embeddings, vectors = [], [], []
+    matrices: list[Tensor] = []
+    embeddings: list[Tensor] = []
+    vectors: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             vectors.append(parameter)

@@ -44,6 +44,10 @@ class Tokenizer(Protocol):
         """The word of each token id, (V,), without the space that marks its beginning; "" for what is none."""
         ...
 
+    def serialized(self) -> str:
+        """The text of its tokenizer.json."""
+        ...
+
     def save(self, directory: Path) -> None:
         """Write `tokenizer.json`, from which `load_tokenizer` makes an equal tokenizer."""
         ...
@@ -67,8 +71,11 @@ class ByteTokenizer:
         """A character of ASCII that can be seen; "" for spaces, controls, and the bytes of longer characters."""
         return [chr(byte) if 32 < byte < 127 else "" for byte in range(self.vocab_size)]
 
+    def serialized(self) -> str:
+        return json.dumps({"type": self.name})
+
     def save(self, directory: Path) -> None:
-        (directory / FILE).write_text(json.dumps({"type": self.name}), "utf-8")
+        (directory / FILE).write_text(self.serialized(), "utf-8")
 
 
 class BPETokenizer:
@@ -141,8 +148,11 @@ class BPETokenizer:
         special = {token.content for token in self._engine.get_added_tokens_decoder().values()}
         return ["" if "\ufffd" in text or text in special else text.strip() for text in texts]
 
+    def serialized(self) -> str:
+        return self._engine.to_str()
+
     def save(self, directory: Path) -> None:
-        (directory / FILE).write_text(self._engine.to_str(), "utf-8")
+        (directory / FILE).write_text(self.serialized(), "utf-8")
 
 
 def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> ByteTokenizer | BPETokenizer:

@@ -1,7 +1,8 @@
-"""The training loop: AdamW, warm-up and cosine, accumulation, autocast, checkpoints, resumption.
+"""The training loop: accumulation, autocast, schedules, checkpoints, resumption, on one process or many.
 
-A step is a pure function of the state before it: its batches follow from (seed, step), the random generators
-are part of a checkpoint. So a run that was killed and resumed has the losses of one that was not.
+A step is a pure function of the state before it: its batches and its random numbers follow from (seed, step). So a
+run that was killed and resumed has the losses of one that was not, and on any number of processes those of one
+process, but for rounding, and for dropout, which each process draws for its own rows.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import signal
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,15 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgpt import checkpoint, data
+from fastgpt import checkpoint
 from fastgpt.backends import use_backend
 from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import MODEL_FIELDS, TrainConfig, resolve_device, resolve_dtype
+from fastgpt.data import Batch
+from fastgpt.distributed import Processes, restarted
 from fastgpt.heap import keep_heap
+from fastgpt.material import open_material
 from fastgpt.model import GPT
-from fastgpt.plot import loss_curve
-from fastgpt.runlog import RunLog
-from fastgpt.tokenizer import make_tokenizer
+from fastgpt.optimization import learning_rate, make_optimizers
+from fastgpt.papers import Papers
 
 _SAMPLE_TEMPERATURE = 0.8
 
@@ -46,51 +49,35 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train as the configuration says, from the start or from the newest checkpoint in `config.out`.
 
-    Prints its progress, writes checkpoints, log.jsonl and loss.png to `config.out`. SIGINT and SIGTERM save
-    and end the run (`finished` is false then).
+    Prints its progress, writes checkpoints and its papers (`fastgpt.papers`) to `config.out`. SIGINT and SIGTERM
+    save and end the run (`finished` is false then). Started by torchrun, each process takes its share.
 
     Raises ValueError for options, data or checkpoints that do not go together, OSError for what cannot be
-    read or written, FloatingPointError if the loss stops being a number.
+    read or written, FloatingPointError if the loss stops being a number, ProcessLostError if another process is gone.
     """
-    with use_backend(config.backend):
-        run = _Run(config)
-        try:
-            return run.go()
-        finally:
-            run.close()
+    processes = Processes.meet(resolve_device(config.device), config.parallel)
+    try:
+        with use_backend(config.backend), processes.together():
+            run = _Run(config, processes)
+            try:
+                return run.go()
+            finally:
+                run.close()
+    finally:
+        processes.close()
 
 
 def config_from(options: dict[str, Any]) -> TrainConfig:
     """The configuration for the options a user gave; with `resume`, the checkpoint's own where none are
-    given.
+    given. A process that torchrun started again resumes.
     """
     config = TrainConfig()
+    out = str(options.get("out", config.out))
+    if restarted() and checkpoint.exists(Path(out)):
+        options = options | {"resume": True}
     if options.get("resume"):
-        out = str(options.get("out", config.out))
         config = _checkpoint_to_resume(out).train.override({"out": out})
     return config.override(options)
-
-
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The learning rate of step 0, 1, …: linear warm-up to lr, then a cosine down to min_lr at max_steps.
-
-    The cosine is one period of SGDR (Loshchilov & Hutter 2017).
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    cosine = math.cos(math.pi * min(1.0, done))
-    return config.min_lr + 0.5 * (config.lr - config.min_lr) * (1 + cosine)
-
-
-def make_optimizer(model: GPT, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), one fused pass; decay acts on matrices, not on biases and norms."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
 @torch.no_grad()
@@ -106,11 +93,27 @@ def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+@dataclass
+class _Validation:
+    """The validation losses so far: the last, the best, and how many have come since that."""
+
+    step: int = -1
+    loss: float = math.inf
+    best_step: int = -1
+    best_loss: float = math.inf
+    since_best: int = 0
+
+    def add(self, step: int, loss: float) -> None:
+        self.step, self.loss, self.since_best = step, loss, self.since_best + 1
+        if loss < self.best_loss:
+            self.best_step, self.best_loss, self.since_best = step, loss, 0
+
+
 class _Run:
     """One run of `train`: everything it holds, set up, and the loop over it."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+        self.config, self.processes, self.device = config, processes, processes.device
         self.out = Path(config.out)
         resumed = _checkpoint_to_resume(config.out) if config.resume else None
         if resumed is None and checkpoint.exists(self.out):
@@ -119,63 +122,49 @@ class _Run:
             )
         if resumed is not None:
             _check_model_fields(config, resumed)
-        self.device = resolve_device(config.device)
+        self.rows = processes.share(config.batch_size)
         self.dtype = resolve_dtype(config.dtype, self.device)
         heap_kept = keep_heap()
-        self._load_data(resumed)
-        torch.manual_seed(config.seed)
-        self.model = GPT(config.model(self.tokenizer.vocab_size)).to(self.device)
-        self.optimizer = make_optimizer(self.model, config)
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.material = open_material(config, None if resumed is None else resumed.load_tokenizer())
+        self.val_batches = self.material.val.even(config.eval_batches, self.rows)
+        self.model = self._make_model()
+        self.optimizers = make_optimizers(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step, self.validation = 0, _Validation()
+        if resumed is not None:
+            self._restore(resumed)
         self.peak = gemm_peak(self.device, self.dtype)
-        self.step = 0
-        self.val_loss: float | None = None
-        self.best_val_loss = math.inf
-        if resumed is not None:
-            self.step = resumed.step
-            self.best_val_loss = resumed.extra["best_val_loss"]
-            resumed.load_weights(self.model)
-            resumed.load_training(self.model, self.optimizer)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(self.out / "log.jsonl", resume_at=self.step if resumed is not None else None)
-        self.board = _tensorboard(self.out, self.step) if config.tensorboard else None
-        self.bar = tqdm(
-            total=config.max_steps, initial=self.step, unit="step", disable=None, dynamic_ncols=True
-        )
-        self._introduce(heap_kept)
-        if resumed is not None:
-            self.say(f"resumed at step {self.step}")
-            if resumed.extra["data"] != self.data_digest:
-                self.say("note: the training text is not the one this checkpoint was trained on")
+        self.papers = Papers(config, self.step if config.resume else None) if processes.first else None
+        bar = {"unit": "step", "disable": None if processes.first else True, "dynamic_ncols": True}
+        self.bar = tqdm(total=config.max_steps, initial=self.step, **bar)
+        self._introduce(heap_kept, resumed)
+        self._restart_clock()
 
-    def _load_data(self, resumed: Checkpoint | None) -> None:
+    def _make_model(self) -> GPT:
+        """The model; `self.forward` is what wraps it to exchange gradients."""
         config = self.config
-        corpus = data.load_corpus(config.data)
-        if resumed is not None:
-            self.tokenizer = resumed.load_tokenizer()
-        else:
-            self.tokenizer = make_tokenizer(config.tokenizer, corpus.train, config.vocab_size)
-        self.train_tokens = self.tokenizer.encode("".join(corpus.train))
-        val_tokens = self.tokenizer.encode("".join(corpus.val))
-        for part, tokens in (("training", self.train_tokens), ("held-out", val_tokens)):
-            if len(tokens) <= config.block_size:
-                raise ValueError(
-                    f"the {part} text of {corpus.name} is {len(tokens)} tokens long, "
-                    f"too short for block_size={config.block_size}"
-                )
-        self.val_batches = data.even_batches(
-            val_tokens, config.eval_batches, batch_size=config.batch_size, block_size=config.block_size
-        )
-        self.entropy = data.unigram_entropy(val_tokens)
-        self.entropy_name = f"{'byte' if self.tokenizer.name == 'bytes' else 'token'}-unigram entropy"
-        self.data_digest = hashlib.sha256(self.train_tokens.numpy().tobytes()).hexdigest()
-        self.val_size = len(val_tokens)
+        torch.manual_seed(config.seed)
+        model = GPT(config.model(self.material.tokenizer.vocab_size)).to(self.device)
+        model.checkpoint_activations = config.checkpoint_activations
+        if config.compile:  # FSDP2 gathers each block's parameters before it runs: a block is a graph then
+            for module in model.h if self.processes.sharded else [model]:
+                module.compile()
+        self.forward = self.processes.wrap(model)
+        return model
 
-    def _introduce(self, heap_kept: bool) -> None:
-        config, heap = self.config, ", heap kept" if heap_kept else ""
+    def _restore(self, resumed: Checkpoint) -> None:
+        self.step = resumed.step
+        resumed.load_weights(self.model)
+        resumed.load_training(self.model, self.optimizers)
+        self.validation = _Validation(**resumed.extra["validation"])
+        if resumed.extra["scaler"]:
+            self.scaler.load_state_dict(resumed.extra["scaler"])
+
+    def _introduce(self, heap_kept: bool, resumed: Checkpoint | None) -> None:
+        config, material, heap = self.config, self.material, ", heap kept" if heap_kept else ""
         self.say(
-            f"data: {config.data}, {len(self.train_tokens):,} tokens for training, {self.val_size:,} "
-            f"held out, vocabulary of {self.tokenizer.vocab_size:,}"
+            f"data: {material.name}; {material.train_size:,} tokens for training, {material.val_size:,} "
+            f"held out, vocabulary of {material.tokenizer.vocab_size:,}"
         )
         self.say(
             f"model: {self.model.num_parameters():,} parameters; {config.n_layer} layers, "
@@ -183,18 +172,21 @@ class _Run:
         )
         dtype = str(self.dtype).removeprefix("torch.")
         self.say(
-            f"machine: {self.device}, {dtype}, backend {config.backend}, "
+            f"machine: {self.processes}, {dtype}, backend {config.backend}, "
             f"GEMM peak {self.peak / 1e9:,.0f} GFLOP/s{heap}"
         )
+        if resumed is not None:
+            self.say(f"resumed at step {self.step}")
+            if resumed.extra["data"] != material.digest:
+                self.say("note: the training text is not the one this checkpoint was trained on")
 
     def go(self) -> TrainResult:
-        """Loop to the end of the schedule, of the time, or to a signal."""
-        config = self.config
-        started = self._mark = time.perf_counter()
-        self._marked_step = self.step
+        """Loop to the end of the schedule, of the time, of patience, or to a signal."""
+        config, validation = self.config, self.validation
+        started = time.perf_counter()
         if self.step == 0:
             self.evaluate()
-        interrupted = False
+        stopped = impatient = False
         with _StopSignal() as stop:
             while self.step < config.max_steps:
                 loss = self.update()
@@ -205,60 +197,77 @@ class _Run:
                     self.report(loss)
                 if self.step % config.eval_every == 0 or last:
                     self.evaluate()
-                out_of_time = config.max_minutes and time.perf_counter() - started > 60 * config.max_minutes
-                interrupted = stop.received and not last
-                if self.step % config.save_every == 0 or last or out_of_time or interrupted:
+                late = config.max_minutes and time.perf_counter() - started > 60 * config.max_minutes
+                stopped, late = self.agree(stop.received and not last, late)
+                impatient = config.patience is not None and validation.since_best >= config.patience
+                best = config.patience is not None and validation.best_step == self.step
+                if self.step % config.save_every == 0 or last or stopped or late or impatient or best:
                     self.save(loss)
-                if out_of_time or interrupted:
+                if stopped or late or impatient:
                     break
         self.bar.close()
-        if interrupted:
+        if stopped:
             self.say(f"stopped at step {self.step}: saved; pass --resume to go on")
-            return TrainResult(self.step, self.val_loss, self.entropy, finished=False)
+            return TrainResult(self.step, self.val_loss, self.material.entropy, finished=False)
+        if impatient:
+            self.say(
+                f"stopped early at step {self.step}: no better validation loss in {validation.since_best} evaluations; "
+                f"the best, {validation.best_loss:.4f}, is {checkpoint.step_path(self.out, validation.best_step)}"
+            )
         return self.finish()
 
     def update(self) -> Tensor:
-        """One optimizer step; returns the mean training loss of its sequences, a scalar on the device."""
+        """One optimizer step; returns this process's part of the mean training loss, a scalar on the device."""
         config = self.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self.step, config)
+        torch.manual_seed(_step_seed(config.seed, self.step, self.processes.rank))
+        numbers = range(self.step * config.grad_accum, (self.step + 1) * config.grad_accum)
+        batches = [self.material.train.batch(number, self.rows) for number in numbers]
+        (counted,) = self.processes.total(sum(batch.counted for batch in batches))
         total = torch.zeros((), device=self.device)
-        for i in range(config.grad_accum):
-            x, y = data.batch(
-                self.train_tokens,
-                self.step * config.grad_accum + i,
-                batch_size=config.batch_size,
-                block_size=config.block_size,
-                seed=config.seed,
-            )
-            loss = self.loss(x, y) / config.grad_accum
-            loss.backward()
+        for batch in batches:
+            with self.processes.accumulating(self.forward, last=batch is batches[-1]):
+                loss = self.loss_sum(batch, config.label_smoothing, config.z_loss) / max(1, counted)
+                # The exchange takes the mean of the processes' gradients; their losses are parts of one sum.
+                self.scaler.scale(loss * self.processes.world).backward()
             total += loss.detach()
+        for optimizer in self.optimizers if self.scaler.is_enabled() else []:
+            self.scaler.unscale_(optimizer)
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
         return total
 
-    def loss(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss of inputs and targets (B, T), in the dtype of the run."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            return self.forward(x.to(self.device), y.to(self.device))[1]
+    def loss_sum(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+        """The sum of the losses of a batch's targets, computed in the dtype of the run."""
+        batch = batch.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.forward(
+                batch.idx,
+                batch.targets,
+                documents=batch.documents,
+                reduction="sum",
+                label_smoothing=label_smoothing,
+                z_loss=z_loss,
+            )[1]
 
     @torch.no_grad()
     def evaluate(self) -> None:
         """Print and record the loss on the held-out text."""
         self.model.eval()
-        loss = sum(self.loss(x, y).item() for x, y in self.val_batches) / len(self.val_batches)
+        losses = sum(self.loss_sum(batch).item() for batch in self.val_batches)
         self.model.train()
-        self.val_loss, self.best_val_loss = loss, min(loss, self.best_val_loss)
-        self.log.add(self.step, val_loss=loss)
-        if self.board is not None:
-            self.board.add_scalar("loss/val", loss, self.step)
-        self.say(f"step {self.step}: val loss {loss:.4f} ({self.entropy_name} {self.entropy:.4f} nats/token)")
-        self.peak = max(
-            self.peak, gemm_peak(self.device, self.dtype)
-        )  # the machine may have been busy before
+        losses, counted = self.processes.total(losses, sum(batch.counted for batch in self.val_batches))
+        self.validation.add(self.step, losses / counted)
+        self.record(val_loss=self.validation.loss)
+        self.say(f"step {self.step}: val loss {self.validation.loss:.4f} ({self.unigram})")
+        # The machine may have been busy before.
+        self.peak = max(self.peak, gemm_peak(self.device, self.dtype))
         self._restart_clock()
 
     def report(self, loss: Tensor) -> None:
@@ -266,11 +275,8 @@ class _Run:
         config, value, rate = self.config, self._finite(loss), learning_rate(self.step - 1, self.config)
         tokens = (self.step - self._marked_step) * config.batch_size * config.grad_accum * config.block_size
         speed = tokens / (time.perf_counter() - self._mark)
-        share = speed * self.model.flops_per_token() / self.peak
-        self.log.add(self.step, train_loss=value, lr=rate, tokens_per_second=round(speed))
-        if self.board is not None:
-            self.board.add_scalar("loss/train", value, self.step)
-            self.board.add_scalar("lr", rate, self.step)
+        share = speed * self.model.flops_per_token() / (self.peak * self.processes.world)
+        self.record(train_loss=value, lr=rate, tokens_per_second=round(speed))
         self.bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s, {share:.0%} of the GEMM peak")
         self.say(
             f"step {self.step}/{config.max_steps}  train loss {value:.4f}  lr {rate:.2e}  "
@@ -279,48 +285,91 @@ class _Run:
         self._restart_clock()
 
     def save(self, loss: Tensor) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step, and the picture of the run so far."""
         self._finite(loss)
-        self.log.sync()
-        extra = {"best_val_loss": self.best_val_loss, "data": self.data_digest}
-        checkpoint.save(self.out, self.step, self.model, self.optimizer, self.tokenizer, self.config, extra)
+        if self.papers is not None:
+            self.papers.log.sync()
+        validation, scaler = asdict(self.validation), self.scaler.state_dict()
+        checkpoint.save(
+            self.out,
+            self.step,
+            self.model,
+            self.optimizers,
+            self.material.tokenizer,
+            self.config,
+            {"data": self.material.digest, "validation": validation, "scaler": scaler},
+            processes=self.processes,
+            best=self.validation.best_step if self.config.patience is not None else None,
+        )
+        self.draw()
         self._restart_clock()
 
     def finish(self) -> TrainResult:
         """The last words: validation loss, sample, picture."""
-        val = self.log.curve("val_loss")
-        if not val or val[-1][0] != self.step:
+        if self.validation.step != self.step:
             self.evaluate()
-            val = self.log.curve("val_loss")
-        self.val_loss = val[-1][1]
-        picture = self.out / "loss.png"
-        loss_curve(picture, self.log.curve("train_loss"), val, self.entropy, self.entropy_name)
-        if self.config.sample_tokens:
-            prompt = self.tokenizer.encode("\n")[None].to(self.device)
-            tokens = self.model.generate(
-                prompt, self.config.sample_tokens, temperature=_SAMPLE_TEMPERATURE, seed=self.config.seed
-            )
-            self.say(f"--- sample ---{self.tokenizer.decode(tokens[0])}\n--- end of sample ---")
+        self.draw()
+        if self.config.sample_tokens and self.papers is not None:
+            text = self.sample()
+            self.papers.write_sample(text)
+            self.say(f"--- sample ---{text}\n--- end of sample ---")
         self.say(
-            f"done at step {self.step}: val loss {self.val_loss:.4f} nats/token, {self.entropy_name} "
-            f"of the same text {self.entropy:.4f}; the curve is {picture}"
+            f"done at step {self.step}: val loss {self.validation.loss:.4f} nats/token, {self.unigram}; "
+            f"the curve is {self.out / 'loss.png'}"
         )
-        return TrainResult(self.step, self.val_loss, self.entropy, finished=True)
+        return TrainResult(self.step, self.val_loss, self.material.entropy, finished=True)
+
+    def sample(self) -> str:
+        """What the model writes behind a line break."""
+        model, tokenizer = self.model, self.material.tokenizer
+        if self.processes.sharded:  # this process has but a part of the model: the whole one is on the disk
+            saved = checkpoint.open_checkpoint(checkpoint.step_path(self.out, self.step))
+            model = saved.load_model().to(self.device)
+        prompt = tokenizer.encode("\n")[None].to(self.device)
+        tokens = model.generate(
+            prompt, self.config.sample_tokens, temperature=_SAMPLE_TEMPERATURE, seed=self.config.seed
+        )
+        return tokenizer.decode(tokens[0])
+
+    @property
+    def val_loss(self) -> float | None:
+        """The last validation loss, if there was one."""
+        return None if self.validation.step < 0 else self.validation.loss
+
+    @property
+    def unigram(self) -> str:
+        """The loss of the best model without context, with its name."""
+        unit = "byte" if self.material.tokenizer.name == "bytes" else "token"
+        return f"{unit}-unigram entropy of the same text {self.material.entropy:.4f} nats/token"
+
+    def agree(self, *flags: object) -> list[bool]:
+        """For each flag whether any process raises it."""
+        return [raised > 0 for raised in self.processes.total(*(float(bool(flag)) for flag in flags))]
+
+    def record(self, **values: float) -> None:
+        """Have the values of this step on record."""
+        if self.papers is not None:
+            self.papers.record(self.step, **values)
+
+    def draw(self) -> None:
+        """Draw the curve of the run so far."""
+        if self.papers is not None:
+            self.papers.draw(self.material.entropy, self.unigram)
 
     def say(self, line: str) -> None:
         """Print a line to stdout, past the progress bar."""
-        with tqdm.external_write_mode():
-            print(line, flush=True)
+        if self.processes.first:
+            with tqdm.external_write_mode():
+                print(line, flush=True)
 
     def close(self) -> None:
         """Close what is open."""
         self.bar.close()
-        self.log.close()
-        if self.board is not None:
-            self.board.close()
+        if self.papers is not None:
+            self.papers.close()
 
     def _finite(self, loss: Tensor) -> float:
-        value = loss.item()
+        (value,) = self.processes.total(loss.item())
         if not math.isfinite(value):
             raise FloatingPointError(f"the training loss is {value} at step {self.step}; try a lower --lr")
         return value
@@ -351,6 +400,11 @@ class _StopSignal:
         self.__exit__()
 
 
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Where torch's generators stand at the beginning of a step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little")
+
+
 def _checkpoint_to_resume(out: str) -> Checkpoint:
     try:
         return checkpoint.open_checkpoint(out)
@@ -365,11 +419,3 @@ def _check_model_fields(config: TrainConfig, resumed: Checkpoint) -> None:
             raise CheckpointError(
                 f"--resume cannot change the model: {name} is {saved!r} in {resumed.path}, not {wanted!r}"
             )
-
-
-def _tensorboard(out: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs the package tensorboard") from None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)

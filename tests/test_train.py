@@ -19,9 +19,11 @@ import torch
 from fastgpt import checkpoint, heap
 from fastgpt.checkpoint import CheckpointError
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
+from fastgpt.data import Batch, Stream
 from fastgpt.generate import generate
 from fastgpt.model import GPT
-from fastgpt.train import config_from, learning_rate, make_optimizer, train
+from fastgpt.optimization import learning_rate, make_optimizers
+from fastgpt.train import config_from, train
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
 
@@ -212,7 +214,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
 def test_a_text_shorter_than_a_block_is_refused(options: dict, tmp_path: Path):
     (tmp_path / "text.py").write_text(TEXT[:200])
     with pytest.raises(
-        ValueError, match=r"the held-out text of .* is 20 tokens long, too short for block_size=32"
+        ValueError, match=r"the held-out text of .* cannot be used: 20 tokens are too few for a block of 32"
     ):
         train(TrainConfig().override(options))
 
@@ -229,16 +231,15 @@ def test_a_loss_that_is_no_number_ends_the_run_without_a_checkpoint(options: dic
 
 def test_accumulation_is_the_same_step_as_one_large_batch(options: dict, monkeypatch: pytest.MonkeyPatch):
     """Two passes of 4 sequences against one of 8, the same sequences: equal but for rounding."""
-    from fastgpt import data
+    original = Stream.batch
 
-    original = data.batch
+    def pooled(self: Stream, number: int, rows: slice) -> Batch:
+        first, count = number * self.batch_size // 4, self.batch_size // 4
+        four = Stream(self.tokens, batch_size=4, block_size=self.block_size, seed=self.seed)
+        parts = [original(four, first + i) for i in range(count)]
+        return Batch(torch.cat([part.idx for part in parts]), torch.cat([part.targets for part in parts]))
 
-    def pooled(tokens: torch.Tensor, step: int, *, batch_size: int, **rest: int) -> tuple:
-        first = step * batch_size // 4
-        parts = [original(tokens, first + i, batch_size=4, **rest) for i in range(batch_size // 4)]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-
-    monkeypatch.setattr(data, "batch", pooled)
+    monkeypatch.setattr(Stream, "batch", pooled)
     options |= {"dropout": 0.0, "dtype": "float32"}
     found = []
     for batch_size, accumulate in [(8, 1), (4, 2)]:
@@ -270,7 +271,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine():
 def test_weight_decay_acts_on_matrices_alone():
     config = TrainConfig(n_layer=1, n_head=1, n_embd=8, weight_decay=0.3)
     model = GPT(config.model(16))
-    optimizer = make_optimizer(model, config)
+    (optimizer,) = make_optimizers(model, config)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         matrix = name.endswith(("wte.weight", "wpe.weight", "attn.weight", "proj.weight", "fc.weight"))

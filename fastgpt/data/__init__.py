@@ -2,7 +2,7 @@
 
 from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, unigram_entropy, windows
 from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
-from fastgpt.data.packing import Packing, pack
+from fastgpt.data.packing import Integers, Packing, pack
 from fastgpt.data.shards import (
     DatasetError,
     DatasetWriter,
@@ -19,6 +19,7 @@ __all__ = [
     "Corpus",
     "DatasetError",
     "DatasetWriter",
+    "Integers",
     "Packed",
     "Packing",
     "Source",

@@ -2,8 +2,8 @@
 
 A document of n tokens has n - 1 places to learn at: there the token is the input, and the next one the target. The
 places of a longer document than a block are cut into pieces of a block's length, the last one shorter. All pieces then
-go into blocks by best fit, the longest first (best-fit decreasing; for training language models: Ding et al. 2024, "Fewer
-Truncations Improve Language Modeling"). What a block has left is filled with places that do not count.
+go into blocks by best fit, the longest first (best-fit decreasing; for training language models: Ding et al. 2024,
+"Fewer Truncations Improve Language Modeling"). What a block has left is filled with places that do not count.
 
 Pieces of a block do not see each other, so that it does not matter which ones share it: blocks are packed once, and
 shuffled anew in each epoch.
