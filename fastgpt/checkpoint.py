@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +121,9 @@ class Checkpoint:
             else:
                 tensors[key] = torch.empty(facts.size, dtype=facts.properties.dtype)
         alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
-        load(tensors, storage_reader=reader, no_dist=alone)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(tensors, storage_reader=reader, no_dist=alone)
         return tensors
 
 

@@ -114,7 +114,7 @@ class TrainConfig:
     )
     parallel: str = _option(
         "auto",
-        "of processes started by torchrun: ddp, or fsdp, which shards the model; auto is ddp",
+        "what processes started by torchrun do: ddp, or fsdp, which shards the model; auto is ddp",
         PARALLEL,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -39,15 +40,10 @@ class Processes:
 
     @classmethod
     def meet(cls, device: torch.device, parallel: str) -> Processes:
-        """Join the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process.
-
-        Raises ValueError for parallel "ddp" or "fsdp" without it, ProcessLostError where they do not come.
+        """Join the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process; `parallel` is
+        what they do then. Raises ProcessLostError where they do not come.
         """
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            if parallel != "auto":
-                raise ValueError(
-                    f"parallel={parallel!r} needs processes: torchrun --nproc-per-node 2 -m fastgpt train …"
-                )
             return cls(device)
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if device.type == "cuda":
@@ -82,6 +78,8 @@ class Processes:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
 
+            # Nothing here writes into what a block returns, which is a view where there is no dropout.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
             mesh = init_device_mesh(self.device.type, (self.world,))
             for block in model.h:  # type: ignore[union-attr]
                 fully_shard(block, mesh=mesh)
