@@ -1,4 +1,4 @@
-"""GPT-2 in one file that reads top to bottom: configuration, layers, model, sampling.
+"""GPT-2 in one file that reads top to bottom: configuration, layers, model.
 
 The architecture is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): a
 pre-norm Transformer decoder with learned positions and a head tied to the token embedding. Two positional
@@ -13,7 +13,8 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,6 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgpt import ops
+from fastgpt.kv_cache import KVCache
+from fastgpt.sampling import Sampling, continue_rows, sampling_distribution
+
+__all__ = ["ACTIVATIONS", "GPT", "POSITIONS", "GPTConfig", "KVCache", "sampling_distribution"]
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
@@ -82,33 +87,10 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-class KVCache:
-    """Keys and values of the tokens already seen, so that a new token costs one row of attention.
-
-    One (B, H, capacity, D) buffer a layer for the keys and one for the values, allocated at the first append,
-    when shape and dtype are known. `length` positions are filled; the model moves it on after each pass.
-    """
-
-    def __init__(self, n_layer: int, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) behind the filled positions; return all, (B, H, length + T, D)."""
-        B, H, T, D = k.shape
-        buffers = self.layers[layer]
-        if buffers is None:
-            buffers = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
-            self.layers[layer] = buffers
-        end = self.length + T
-        for buffer, new in zip(buffers, (k, v), strict=True):
-            buffer[:, :, self.length : end] = new
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
-
-
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by the angles of cos and sin, both (T, D/2)."""
+    """Turn the channel pairs (i, i + D/2) of x (B, H, T, D) by the angles of cos and sin, both (T, D/2), or
+    (B, 1, T, D/2) where rows differ.
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -143,10 +125,13 @@ class Attention(nn.Module):
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
         if rotation is not None:
             q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            mask = cache.mask
         # The query of row i is the (Lk - Lq + i)-th token: "lower_right" is plain causality without a cache.
-        y = ops.attention(q, k, v, causal="lower_right", dropout_p=self.dropout if self.training else 0.0)
+        p = self.dropout if self.training else 0.0
+        y = ops.attention(q, k, v, causal="lower_right", attn_mask=mask, dropout_p=p)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -269,22 +254,23 @@ class GPT(nn.Module):
         end = start + idx.shape[1]
         if not start < end <= self.config.block_size:
             raise ValueError(f"{end} tokens do not fit: the model takes 1 to {self.config.block_size}")
-        x, rotation = self._embed(idx, start, end)
+        x, rotation = self._embed(idx, slice(start, end) if cache is None else cache.begin(idx.shape[1]))
         branch, residual = self.drop(x), None
         for block in self.h:
             branch, residual = block(branch, residual, rotation, cache)
         if cache is not None:
-            cache.length = end
+            cache.advance(idx.shape[1])
         return _add_norm(branch, residual, self.ln_f)[0]
 
-    def _embed(self, idx: Tensor, start: int, end: int) -> tuple[Tensor, Rotation]:
-        """Tokens at positions [start, end) as vectors (B, T, C), and what turns queries and keys."""
+    def _embed(self, idx: Tensor, positions: slice | Tensor) -> tuple[Tensor, Rotation]:
+        """Tokens at positions, a range or (B, T), as vectors (B, T, C), and what turns queries and keys."""
         x = self.wte(idx)
         if self.config.position == "learned":
-            return x + self.wpe.weight[start:end], None
+            return x + self.wpe.weight[positions], None
         if self.config.position == "sinusoidal":
-            return x * math.sqrt(self.config.n_embd) + self.wave[start:end], None
-        return x, (self.cos[start:end], self.sin[start:end])
+            return x * math.sqrt(self.config.n_embd) + self.wave[positions], None
+        where = positions if isinstance(positions, slice) else positions[:, None]  # the same for all heads
+        return x, (self.cos[where], self.sin[where])
 
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
@@ -311,40 +297,42 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        *,
+        lengths: Tensor | None = None,
+        repetition_penalty: float = 1.0,
+        end_token: int | None = None,
+        on_token: Callable[[int, int], bool | None] | None = None,
     ) -> Tensor:
         """idx (B, T) with max_new_tokens sampled tokens behind it: (B, T + max_new_tokens), int64.
 
         temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely tokens,
-        top_p the smallest set whose probability reaches p (Holtzman et al. 2020). seed makes the sample
-        repeatable and leaves torch's own generator alone; without it torch's generator is drawn from.
+        top_p the smallest set whose probability reaches p (Holtzman et al. 2020). repetition_penalty divides
+        the positive logits of tokens that are in the row already, and multiplies the negative ones (Keskar et
+        al. 2019, CTRL, section 4.1); 1 does nothing.
+
+        seed makes the sample repeatable and leaves torch's own generator alone; without it torch's generator
+        is drawn from. Row b draws what it would draw alone with seed + b, whatever else is in the batch.
+
+        lengths (B,), integers from 1 to T, says how long each row's prompt is where idx is padded on the
+        right; a row's tokens go right behind its own prompt. A row ends by end_token, or when
+        on_token(row, token), called with every token as it is chosen, returns True; rows that have ended are
+        computed no more. What lies behind a row is -1.
 
         A key-value cache makes a token cost one row. When the text outgrows block_size the window slides:
         each further token is then predicted from the last block_size tokens, at the cost of a full pass,
         because positions count from the window's start. Dropout is off; the former mode is restored.
+
+        Raises ValueError for prompts or options that are none, IndexError (from the embedding, on the CPU)
+        for a token that is not in the vocabulary.
         """
         _check_tokens(idx)
-        if not idx.shape[1]:
-            raise ValueError("generation needs a prompt of at least one token")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
-        _check_sampling(temperature, top_k, top_p)
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        block = self.config.block_size
-        tokens = torch.cat((idx.long(), idx.new_empty(idx.shape[0], max_new_tokens, dtype=torch.long)), dim=1)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         was_training = self.training
         self.eval()
         try:
-            cache = KVCache(self.config.n_layer, min(block, tokens.shape[1]))
-            for end in range(idx.shape[1], tokens.shape[1]):
-                if cache.length == block:
-                    cache.length = 0
-                start = end - 1 if cache.length else max(0, end - block)
-                hidden = self.hidden(tokens[:, start:end], cache)
-                logits = self.lm_head(hidden[:, -1]).float()
-                tokens[:, end] = _sample(logits, temperature, top_k, top_p, generator)
+            return continue_rows(self, idx, lengths, max_new_tokens, sampling, seed, end_token, on_token)
         finally:
             self.train(was_training)
-        return tokens
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> GPT:
@@ -367,43 +355,3 @@ class GPT(nn.Module):
 def _check_tokens(idx: Tensor) -> None:
     if idx.dim() != 2 or idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
         raise ValueError(f"idx must be a (B, T) tensor of integers, not {tuple(idx.shape)} of {idx.dtype}")
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
-
-
-def sampling_distribution(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """The probabilities (..., V) that `GPT.generate` draws from, given logits (..., V); temperature > 0."""
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(dim=-1) - ranked  # the mass of the tokens ranked above: 0 for the first
-        kept = ranked.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
-    return probabilities / probabilities.sum(dim=-1, keepdim=True)
-
-
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token (B,) for logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = sampling_distribution(logits, temperature, top_k, top_p)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

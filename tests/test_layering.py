@@ -26,7 +26,9 @@ ALLOWED = {
     "integrations": {"ops", "functional"},
     "patch": {"functional"},
     "flash_attention": {"ops", "backends"},
-    "model": {"ops", "backends", "config", "pretrained"},
+    "kv_cache": set(),
+    "sampling": {"ops", "kv_cache", "model"},
+    "model": {"ops", "backends", "config", "kv_cache", "sampling", "pretrained"},
 }
 TRAINING = {"ops", "backends", "extension", "functional", "model", "accelerate"}  # and one another
 FOR_KERNELS = {"torch", "triton", "fastgpt", *sys.stdlib_module_names}
