@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from fastgpt.kv_cache import KVCache
 from fastgpt.sampling import Sampling, continue_rows, sampling_distribution
 
 __all__ = ["ACTIVATIONS", "GPT", "POSITIONS", "GPTConfig", "KVCache", "sampling_distribution"]
+
+if TYPE_CHECKING:
+    from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
@@ -336,9 +339,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> GPT:
-        """A Hugging Face GPT-2 checkpoint (config.json and safetensors) as a float32 GPT in eval mode.
+        """A Hugging Face GPT-2 checkpoint of any size as a float32 GPT in eval mode.
 
-        name is a directory, or else the name of a model on the Hugging Face Hub, downloaded by
+        It is a config.json and weights in safetensors, else in pytorch_model.bin, in shards or not; head tied
+        or not. name is a directory, or else the name of a model on the Hugging Face Hub, downloaded by
         `huggingface_hub`. The checkpoint's dropout rates are not taken over: dropout sets the one rate.
 
         Raises FileNotFoundError or OSError where there is no such checkpoint, ImportError where the download
@@ -350,6 +354,50 @@ class GPT(nn.Module):
         model = cls(config)
         model.load_state_dict(weights, strict=True, assign=False)
         return model.eval()
+
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: ByteTokenizer | BPETokenizer | None = None
+    ) -> None:
+        """Write a Hugging Face GPT-2 checkpoint, which transformers' GPT2LMHeadModel loads with equal logits.
+
+        Absent biases are written as 0. Sinusoidal positions are written as learned ones, and the head beside the
+        embedding. With a tokenizer AutoTokenizer reads it from there too. The directory is whole or absent.
+
+        Raises ValueError for rotary positions, which GPT-2 does not have, and for a tokenizer with more tokens
+        than the model; FileExistsError for a directory that is not empty, OSError where it cannot be written.
+        """
+        from fastgpt.pretrained import write_gpt2
+
+        write_gpt2(self, Path(directory), tokenizer)
+
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int, *, shrink: bool = False) -> None:
+        """Give the embedding and the head rows for `vocab_size` tokens, in place; make optimizers afterwards.
+
+        Rows that stay are unchanged. Each new one is the mean of the old, in the embedding as in the head: the
+        logit of a new token is then the mean of the others', so that the loss on old text hardly moves, where a
+        random row could outdo them all (Hewitt 2021, "Initializing new word embeddings for pretrained language
+        models"). A tied head stays tied.
+
+        Raises ValueError for less than one token, and for fewer than there are unless `shrink` is true.
+        """
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
+        if vocab_size < self.config.vocab_size and not shrink:
+            raise ValueError(
+                f"{vocab_size} tokens are fewer than the model's {self.config.vocab_size}; "
+                "to drop the last ones pass shrink=True"
+            )
+        for layer in (self.wte, self.lm_head):
+            old = layer.weight
+            new = old.new_empty(vocab_size, old.shape[1])
+            kept = min(len(old), vocab_size)
+            new[:kept], new[kept:] = old[:kept], old.mean(dim=0)
+            layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        if self.config.tie_head:
+            self.lm_head.weight = self.wte.weight
+        self.wte.num_embeddings = self.lm_head.out_features = vocab_size
+        self.config = replace(self.config, vocab_size=vocab_size)
 
 
 def _check_tokens(idx: Tensor) -> None:

@@ -194,5 +194,6 @@ def _check_prompts(idx: Tensor, lengths: Tensor | None, max_new_tokens: int) -> 
         raise ValueError(f"lengths must be ({B},) integers, not {tuple(lengths.shape)} of {lengths.dtype}")
     if not B:
         raise ValueError("lengths of no prompts: give at least one, or leave lengths away")
-    if not (1 <= int(lengths.min()) and int(lengths.max()) <= T):
-        raise ValueError(f"lengths must lie in 1 to {T}, not in {int(lengths.min())} to {int(lengths.max())}")
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1 or longest > T:
+        raise ValueError(f"lengths must lie in 1 to {T}, not in {shortest} to {longest}")

@@ -28,7 +28,7 @@ ALLOWED = {
     "flash_attention": {"ops", "backends"},
     "kv_cache": set(),
     "sampling": {"ops", "kv_cache", "model"},
-    "model": {"ops", "backends", "config", "kv_cache", "sampling", "pretrained"},
+    "model": {"ops", "backends", "config", "kv_cache", "sampling", "tokenizer", "pretrained"},
 }
 TRAINING = {"ops", "backends", "extension", "functional", "model", "accelerate"}  # and one another
 FOR_KERNELS = {"torch", "triton", "fastgpt", *sys.stdlib_module_names}
