@@ -30,7 +30,15 @@ ALLOWED = {
     "sampling": {"ops", "kv_cache", "model"},
     "model": {"ops", "backends", "config", "kv_cache", "sampling", "tokenizer", "pretrained"},
 }
-TRAINING = {"ops", "backends", "extension", "functional", "model", "accelerate"}  # and one another
+TRAINING = {
+    "ops",
+    "backends",
+    "extension",
+    "functional",
+    "model",
+    "sampling",
+    "accelerate",
+}  # and one another
 FOR_KERNELS = {"torch", "triton", "fastgpt", *sys.stdlib_module_names}
 LAZY = {"kernels", "integrations"}  # imported when they are asked for: what they need may be imported at once
 OUTSIDE = {"triton": {"kernels"}, "transformers": {"integrations"}}  # who may import them
