@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train, generate, eval, info."""
+"""The command `fastgpt`: train, generate, eval, export, info."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import fastgpt
@@ -41,9 +42,23 @@ def _train(arguments: dict[str, Any]) -> None:
 
 
 def _generate(arguments: dict[str, Any]) -> None:
-    from fastgpt.generate import generate
+    from fastgpt.generate import generate_texts, read_prompts
+    from fastgpt.sampling import Sampling
 
-    print(generate(**arguments))
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    sampling = Sampling(*(arguments.pop(name) for name in names))
+    prompt, file, as_json = (arguments.pop(name) for name in ("prompt", "prompts", "json"))
+    prompts = [prompt] if file is None else read_prompts(file)
+    if not as_json and len(prompts) == arguments["num_samples"] == 1:
+        arguments["on_text"] = lambda row, piece: print(piece, end="", flush=True)
+    for number, result in enumerate(generate_texts(prompts=prompts, sampling=sampling, **arguments)):
+        if as_json:
+            print(json.dumps(asdict(result), ensure_ascii=False), flush=True)
+        elif "on_text" in arguments:
+            print()
+        else:
+            place = number // arguments["num_samples"] + 1
+            print(f"--- prompt {place}, sample {result.sample} ---\n{result.text}", flush=True)
 
 
 def _evaluate(arguments: dict[str, Any]) -> None:
@@ -55,6 +70,13 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     print(json.dumps(result.as_dict()) if as_json else result.table())
     if picture is not None:
         loss_by_position(picture, [(b.first, b.last, b.loss) for b in result.positions], result.loss)
+
+
+def _export(arguments: dict[str, Any]) -> None:
+    from fastgpt.pretrained import open_model
+
+    model, tokenizer = open_model(arguments["checkpoint"])
+    model.save_pretrained(arguments["out"], tokenizer)
 
 
 def _info(arguments: dict[str, Any]) -> None:
@@ -88,8 +110,16 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     _checkpoint_options(generate)
-    generate.add_argument(
+    given = generate.add_mutually_exclusive_group()
+    given.add_argument(
         "--prompt", default="\n", metavar="TEXT", help="what to continue (default: a line break)"
+    )
+    given.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one a line")
+    generate.add_argument(
+        "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)"
+    )
+    generate.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="texts computed at once (default: 16)"
     )
     generate.add_argument(
         "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)"
@@ -101,7 +131,24 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P"
     )
-    generate.add_argument("--seed", type=int, metavar="S", help="makes the sample repeatable")
+    generate.add_argument(
+        "--repetition-penalty",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="above 1 tokens that the text has already become less likely (default: 1)",
+    )
+    generate.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text before this string (may be repeated)",
+    )
+    generate.add_argument(
+        "--seed", type=int, metavar="S", help="makes the samples repeatable: text i has S + i"
+    )
+    generate.add_argument("--json", action="store_true", help="print one JSON object a text, one a line")
     generate.set_defaults(command=_generate)
 
     evaluate = commands.add_parser(
@@ -121,6 +168,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")
     evaluate.set_defaults(command=_evaluate)
 
+    export = commands.add_parser(
+        "export",
+        help="write a model for transformers",
+        description="Write a model and its tokenizer as a Hugging Face GPT-2 directory.",
+    )
+    export.add_argument("--checkpoint", required=True, metavar="DIR", help="what train --out was given")
+    export.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
+    export.set_defaults(command=_export)
+
     info = commands.add_parser(
         "info", help="say what this machine has", description="Say what this machine has."
     )
@@ -129,7 +185,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what train --out was given")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="what train --out was given, or a Hugging Face GPT-2",
+    )
     parser.add_argument("--device", default="auto", help="where the model runs (default: auto)")
     parser.add_argument(
         "--backend", default="auto", choices=train_config.BACKEND_CHOICES, help="which kernels run"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastgpt import data
 from fastgpt.backends import use_backend
-from fastgpt.checkpoint import open_checkpoint
 from fastgpt.config import resolve_device
 from fastgpt.model import GPT
+from fastgpt.pretrained import open_model
 
 _TOKENS_AT_ONCE = 8192
 
@@ -63,21 +63,22 @@ class Evaluation:
 def evaluate(
     checkpoint: str | Path, source: str, *, device: str = "auto", backend: str = "auto"
 ) -> Evaluation:
-    """Evaluate the model that `fastgpt train` saved in the directory `checkpoint` on a text, in float32.
+    """Evaluate a model on a text, in float32.
 
-    source: a file or a directory, evaluated whole, or "stdlib", of which the held-out part is evaluated.
+    checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
+    source:     a file or a directory, evaluated whole, or "stdlib", of which the held-out part is evaluated.
 
     Raises CheckpointError for the checkpoint, OSError and ValueError for the text.
     """
-    opened = open_checkpoint(checkpoint)
+    model, tokenizer = open_model(checkpoint)
     where = resolve_device(device)
     corpus = data.load_corpus(source)
     text = "".join(corpus.val if source == "stdlib" else corpus.train + corpus.val)
-    tokens = opened.load_tokenizer().encode(text)
+    tokens = tokenizer.encode(text)
     if len(tokens) < 2:
         raise ValueError(f"{source} has {len(tokens)} token; predicting one from another takes at least two")
     with use_backend(backend):
-        sums, counts = losses_by_position(opened.load_model().to(where).eval(), tokens)
+        sums, counts = losses_by_position(model.to(where).eval(), tokens)
     loss = float(sums.sum() / counts.sum())
     return Evaluation(
         loss=loss,

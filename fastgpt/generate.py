@@ -2,11 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
+from fastgpt import data
 from fastgpt.backends import use_backend
-from fastgpt.checkpoint import open_checkpoint
 from fastgpt.config import resolve_device
+from fastgpt.model import GPT
+from fastgpt.pretrained import open_model
+from fastgpt.sampling import Sampling
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
+
+_CONTEXT = 4  # tokens decoded again before a new one, for decoders that look at the neighbour
+
+
+@dataclass
+class Continuation:
+    """The text behind a prompt, as its tokens come: whole characters alone, cut before the first stop string.
+
+    What may be the beginning of a stop string, or of a character, is held back until that is decided. The pieces that
+    `add` and `close` return make up `text`.
+
+    tokens: those of the prompt, and then all.
+    ended:  whether a stop string has come.
+    """
+
+    tokenizer: ByteTokenizer | BPETokenizer
+    tokens: list[int]
+    stop: Sequence[str] = ()
+    text: str = ""
+    ended: bool = False
+    _held: str = ""
+    _read: int = field(init=False)  # tokens that are in `text` or held back
+
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty")
+        self._read = len(self.tokens)
+
+    def add(self, token: int) -> str:
+        """Take one more token; the text that is certain by it."""
+        self.tokens.append(token)
+        return self._take(self._decoded(), last=False)
+
+    def close(self) -> str:
+        """What was held back, now that no token comes any more."""
+        return "" if self.ended else self._take(self._decoded(), last=True)
+
+    def _decoded(self) -> str:
+        """The text of the tokens since `_read`, which ends in U+FFFD while its last character is not whole."""
+        start = max(0, self._read - _CONTEXT)
+        before, now = (
+            self.tokenizer.decode(torch.tensor(self.tokens[start:end], dtype=torch.long))
+            for end in (self._read, len(self.tokens))
+        )
+        return now[len(before) :]
+
+    def _take(self, new: str, last: bool) -> str:
+        if new.endswith("\ufffd") and not last:
+            return ""
+        self._read = len(self.tokens)
+        self._held += new
+        found = [at for at in map(self._held.find, self.stop) if at >= 0]
+        if found:
+            self.ended = True
+            sure = min(found)
+        else:
+            sure = len(self._held) - (0 if last else self._possible_stop())
+        piece, self._held = self._held[:sure], self._held[sure:]
+        self.text += piece
+        return piece
+
+    def _possible_stop(self) -> int:
+        """How many characters at the end may be the beginning of a stop string."""
+        longest = max(map(len, self.stop), default=1) - 1
+        ends = range(min(longest, len(self._held)), 0, -1)
+        return next((n for n in ends if any(s.startswith(self._held[-n:]) for s in self.stop)), 0)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A prompt and what came behind it; `sample` counts the continuations of one prompt from 1."""
+
+    prompt: str
+    sample: int
+    continuation: str
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.continuation
 
 
 def generate(
@@ -21,18 +108,111 @@ def generate(
     device: str = "auto",
     backend: str = "auto",
 ) -> str:
-    """The prompt and its continuation by the model that `fastgpt train` saved in the directory `checkpoint`.
+    """The prompt and its continuation, as `generate_texts` makes them. Raises as that does."""
+    sampling = Sampling(temperature, top_k, top_p)
+    texts = generate_texts(
+        checkpoint, [prompt], max_new_tokens, sampling, seed=seed, device=device, backend=backend
+    )
+    return next(texts).text
 
-    Sampling is that of `GPT.generate`, in float32. Raises CheckpointError for the checkpoint, ValueError for
-    an option.
+
+def generate_texts(
+    checkpoint: str | Path,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    device: str = "auto",
+    backend: str = "auto",
+    on_text: Callable[[int, str], object] | None = None,
+) -> Iterator[Generated]:
+    """num_samples continuations of every prompt, in float32, batch_size of them at once, in order.
+
+    checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
+    stop:       a text ends before the first of these strings, and at the tokenizer's end of text.
+    seed:       text number i, from 0, is what it is alone with seed + i.
+    on_text:    called with (i, prompt), and then with (i, piece) for every piece of the continuation as it comes.
+
+    Raises ValueError for the checkpoint, a prompt or an option, OSError for what cannot be read.
     """
-    opened = open_checkpoint(checkpoint)
-    where = resolve_device(device)
-    tokenizer = opened.load_tokenizer()
-    tokens = tokenizer.encode(prompt)
-    if not len(tokens):
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    model, tokenizer = open_model(checkpoint)
+    model = model.to(resolve_device(device))
+    encoded = [(prompt, tokenizer.encode(prompt).long()) for prompt in prompts]
+    if not all(len(tokens) for _, tokens in encoded):
         raise ValueError("the prompt is empty; give it at least one character")
-    model = opened.load_model().to(where)
-    with use_backend(backend):
-        grown = model.generate(tokens[None].to(where), max_new_tokens, temperature, top_k, top_p, seed)
-    return tokenizer.decode(grown[0].cpu())
+    texts = [(sample, *pair) for pair in encoded for sample in range(1, num_samples + 1)]
+    for first in range(0, len(texts), batch_size):
+        some = texts[first : first + batch_size]
+        rows = [Continuation(tokenizer, tokens.tolist(), stop) for _, _, tokens in some]
+        say = _with_prompts(on_text, first, [prompt for _, prompt, _ in some])
+        with use_backend(backend):
+            _continue(model, rows, max_new_tokens, sampling, None if seed is None else seed + first, say)
+        for (sample, prompt, _), done in zip(some, rows, strict=True):
+            yield Generated(prompt, sample, done.text)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts in a text file, one a line. Raises OSError and ValueError for a file that has none."""
+    prompts = data.read_text(path).removesuffix("\n").split("\n")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip("\r"):
+            raise ValueError(f"line {number} of {path} is empty; give every prompt at least one character")
+    return [prompt.removesuffix("\r") for prompt in prompts]
+
+
+def _continue(
+    model: GPT,
+    rows: Sequence[Continuation],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int | None,
+    say: Callable[[int, str], object],
+) -> None:
+    """Let every row grow to its end."""
+    end = rows[0].tokenizer.end_of_text
+
+    def on_token(row: int, token: int) -> bool:
+        if token != end:
+            say(row, rows[row].add(token))
+        return rows[row].ended
+
+    prompts = [torch.tensor(row.tokens) for row in rows]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    idx = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    device = model.wte.weight.device
+    model.generate(
+        idx.to(device),
+        max_new_tokens,
+        seed=seed,
+        lengths=None if bool((lengths == lengths[0]).all()) else lengths,
+        end_token=end,
+        on_token=on_token,
+        **asdict(sampling),
+    )
+    for number, row in enumerate(rows):
+        say(number, row.close())
+
+
+def _with_prompts(
+    on_text: Callable[[int, str], object] | None, first: int, prompts: Sequence[str]
+) -> Callable[[int, str], None]:
+    """on_text for rows counted from `first`; it hears the prompt before the first piece, and no empty piece."""
+    told: set[int] = set()
+
+    def say(row: int, piece: str) -> None:
+        if on_text is None:
+            return
+        if row not in told:
+            told.add(row)
+            on_text(first + row, prompts[row])
+        if piece:
+            on_text(first + row, piece)
+
+    return say

@@ -1,4 +1,4 @@
-"""GPT-2 in one file that reads top to bottom: configuration, layers, model, sampling.
+"""GPT-2 in one file that reads top to bottom: configuration, layers, model.
 
 The architecture is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): a
 pre-norm Transformer decoder with learned positions and a head tied to the token embedding. Two positional
@@ -13,9 +13,10 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.kv_cache import KVCache
+from fastgpt.positions import document_positions, rotate, sin_cos
+from fastgpt.sampling import Sampling, continue_rows, sampling_distribution
+
+__all__ = ["ACTIVATIONS", "GPT", "POSITIONS", "GPTConfig", "KVCache", "sampling_distribution"]
+
+if TYPE_CHECKING:
+    from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 
-Rotation: TypeAlias = tuple[Tensor, Tensor] | None  # cos and sin of rotary positions, as `_rotate` takes them
+Rotation: TypeAlias = tuple[Tensor, Tensor] | None  # cos and sin of rotary positions, as `rotate` takes them
 
 
 @dataclass(frozen=True)
@@ -83,47 +92,6 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
 
-class KVCache:
-    """Keys and values of the tokens already seen, so that a new token costs one row of attention.
-
-    One (B, H, capacity, D) buffer a layer for the keys and one for the values, allocated at the first append,
-    when shape and dtype are known. `length` positions are filled; the model moves it on after each pass.
-    """
-
-    def __init__(self, n_layer: int, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) behind the filled positions; return all, (B, H, length + T, D)."""
-        B, H, T, D = k.shape
-        buffers = self.layers[layer]
-        if buffers is None:
-            buffers = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
-            self.layers[layer] = buffers
-        end = self.length + T
-        for buffer, new in zip(buffers, (k, v), strict=True):
-            buffer[:, :, self.length : end] = new
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the channel pairs (i, i + D/2) of x by the angles of cos and sin.
-
-    x (B, H, T, D) takes them as (T, D/2); packed documents, x (B T, H, D), as (B T, 1, D/2).
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def _sin_cos(length: int, channels: int) -> tuple[Tensor, Tensor]:
-    """sin and cos of position / 10000^(2i / channels), each (length, channels / 2)."""
-    frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
-    angle = torch.arange(length)[:, None] * frequency
-    return angle.sin(), angle.cos()
-
-
 class Linear(nn.Linear):
     """nn.Linear on `ops.linear`."""
 
@@ -150,18 +118,21 @@ class Attention(nn.Module):
         if documents is not None:
             q, k, v = self.c_attn(x).view(B * T, 3, self.n_head, C // self.n_head).unbind(1)
             if rotation is not None:
-                q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+                cos, sin = (angles.view(B * T, 1, -1) for angles in rotation)
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             y = ops.attention_varlen(
                 q, k, v, documents, documents, T, T, causal="lower_right", dropout_p=dropout
             )
             return self.c_proj(y.view(B, T, C))
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
         if rotation is not None:
-            q, k = _rotate(q, *rotation), _rotate(k, *rotation)
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        mask = None
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+            mask = cache.mask
         # The query of row i is the (Lk - Lq + i)-th token: "lower_right" is plain causality without a cache.
-        y = ops.attention(q, k, v, causal="lower_right", dropout_p=dropout)
+        y = ops.attention(q, k, v, causal="lower_right", attn_mask=mask, dropout_p=dropout)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -240,10 +211,10 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.wpe = nn.Embedding(T, C)
         elif config.position == "sinusoidal":
-            wave = torch.stack(_sin_cos(T, C), dim=-1).flatten(1)  # sin in even channels, cos in odd ones
+            wave = torch.stack(sin_cos(T, C), dim=-1).flatten(1)  # sin in even channels, cos in odd ones
             self.register_buffer("wave", wave, persistent=False)
         else:
-            sin, cos = _sin_cos(T, config.head_size)
+            sin, cos = sin_cos(T, config.head_size)
             self.register_buffer("sin", sin, persistent=False)
             self.register_buffer("cos", cos, persistent=False)
         self.drop = nn.Dropout(config.dropout)
@@ -312,11 +283,10 @@ class GPT(nn.Module):
         end = start + idx.shape[1]
         if not start < end <= self.config.block_size:
             raise ValueError(f"{end} tokens do not fit: the model takes 1 to {self.config.block_size}")
-        if documents is None:
-            x, rotation = self._embed(idx, slice(start, end))
-        else:
-            x, rotation = self._embed(idx, _positions(documents, idx))
-            rotation = None if rotation is None else (rotation[0][:, None], rotation[1][:, None])
+        positions: slice | Tensor = slice(start, end) if cache is None else cache.begin(idx.shape[1])
+        if documents is not None:
+            positions = document_positions(documents, idx)
+        x, rotation = self._embed(idx, positions)
         branch, residual = self.drop(x), None
         again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.h:
@@ -325,18 +295,18 @@ class GPT(nn.Module):
                 checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
             )
         if cache is not None:
-            cache.length = end
+            cache.advance(idx.shape[1])
         return _add_norm(branch, residual, self.ln_f)[0]
 
     def _embed(self, idx: Tensor, positions: slice | Tensor) -> tuple[Tensor, Rotation]:
-        """Tokens as vectors (B, T, C), and what turns queries and keys; positions are [start, end), or (B T,)."""
+        """Tokens at positions, a range or (B, T), as vectors (B, T, C), and what turns queries and keys."""
         x = self.wte(idx)
         if self.config.position == "learned":
-            return x + self.wpe.weight[positions].view(-1, *x.shape[1:]), None
+            return x + self.wpe.weight[positions], None
         if self.config.position == "sinusoidal":
-            wave = self.wave[positions].view(-1, *x.shape[1:])
-            return x * math.sqrt(self.config.n_embd) + wave, None
-        return x, (self.cos[positions], self.sin[positions])
+            return x * math.sqrt(self.config.n_embd) + self.wave[positions], None
+        where = positions if isinstance(positions, slice) else positions[:, None]  # the same for all heads
+        return x, (self.cos[where], self.sin[where])
 
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
@@ -363,46 +333,49 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        *,
+        lengths: Tensor | None = None,
+        repetition_penalty: float = 1.0,
+        end_token: int | None = None,
+        on_token: Callable[[int, int], bool | None] | None = None,
     ) -> Tensor:
         """idx (B, T) with max_new_tokens sampled tokens behind it: (B, T + max_new_tokens), int64.
 
         temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely tokens,
-        top_p the smallest set whose probability reaches p (Holtzman et al. 2020). seed makes the sample
-        repeatable and leaves torch's own generator alone; without it torch's generator is drawn from.
+        top_p the smallest set whose probability reaches p (Holtzman et al. 2020). repetition_penalty divides
+        the positive logits of tokens that are in the row already, and multiplies the negative ones (Keskar et
+        al. 2019, CTRL, section 4.1); 1 does nothing.
+
+        seed makes the sample repeatable and leaves torch's own generator alone; without it torch's generator
+        is drawn from. Row b draws what it would draw alone with seed + b, whatever else is in the batch.
+
+        lengths (B,), integers from 1 to T, says how long each row's prompt is where idx is padded on the
+        right; a row's tokens go right behind its own prompt. A row ends by end_token, or when
+        on_token(row, token), called with every token as it is chosen, returns True; rows that have ended are
+        computed no more. What lies behind a row is -1.
 
         A key-value cache makes a token cost one row. When the text outgrows block_size the window slides:
         each further token is then predicted from the last block_size tokens, at the cost of a full pass,
         because positions count from the window's start. Dropout is off; the former mode is restored.
+
+        Raises ValueError for prompts or options that are none, IndexError (from the embedding, on the CPU)
+        for a token that is not in the vocabulary.
         """
         _check_tokens(idx)
-        if not idx.shape[1]:
-            raise ValueError("generation needs a prompt of at least one token")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
-        _check_sampling(temperature, top_k, top_p)
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        block = self.config.block_size
-        tokens = torch.cat((idx.long(), idx.new_empty(idx.shape[0], max_new_tokens, dtype=torch.long)), dim=1)
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         was_training = self.training
         self.eval()
         try:
-            cache = KVCache(self.config.n_layer, min(block, tokens.shape[1]))
-            for end in range(idx.shape[1], tokens.shape[1]):
-                if cache.length == block:
-                    cache.length = 0
-                start = end - 1 if cache.length else max(0, end - block)
-                hidden = self.hidden(tokens[:, start:end], cache)
-                logits = self.lm_head(hidden[:, -1]).float()
-                tokens[:, end] = _sample(logits, temperature, top_k, top_p, generator)
+            return continue_rows(self, idx, lengths, max_new_tokens, sampling, seed, end_token, on_token)
         finally:
             self.train(was_training)
-        return tokens
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> GPT:
-        """A Hugging Face GPT-2 checkpoint (config.json and safetensors) as a float32 GPT in eval mode.
+        """A Hugging Face GPT-2 checkpoint of any size as a float32 GPT in eval mode.
 
-        name is a directory, or else the name of a model on the Hugging Face Hub, downloaded by
+        It is a config.json and weights in safetensors, else in pytorch_model.bin, in shards or not; head tied
+        or not. name is a directory, or else the name of a model on the Hugging Face Hub, downloaded by
         `huggingface_hub`. The checkpoint's dropout rates are not taken over: dropout sets the one rate.
 
         Raises FileNotFoundError or OSError where there is no such checkpoint, ImportError where the download
@@ -415,57 +388,51 @@ class GPT(nn.Module):
         model.load_state_dict(weights, strict=True, assign=False)
         return model.eval()
 
+    def save_pretrained(
+        self, directory: str | Path, tokenizer: ByteTokenizer | BPETokenizer | None = None
+    ) -> None:
+        """Write a Hugging Face GPT-2 checkpoint, which transformers' GPT2LMHeadModel loads with equal logits.
 
-def _positions(documents: Tensor, idx: Tensor) -> Tensor:
-    """For each of the tokens of idx (B, T), read row by row, its place in its document: (B T,)."""
-    if documents.dim() != 1 or documents.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"documents must be (documents + 1,) of int32 or int64, not {tuple(documents.shape)} {documents.dtype}"
-        )
-    places = torch.arange(idx.numel(), device=idx.device, dtype=documents.dtype)
-    return places - documents[torch.searchsorted(documents, places, right=True) - 1]
+        Absent biases are written as 0. Sinusoidal positions are written as learned ones, and the head beside the
+        embedding. With a tokenizer AutoTokenizer reads it from there too. The directory is whole or absent.
+
+        Raises ValueError for rotary positions, which GPT-2 does not have, and for a tokenizer with more tokens
+        than the model; FileExistsError for a directory that is not empty, OSError where it cannot be written.
+        """
+        from fastgpt.pretrained import write_gpt2
+
+        write_gpt2(self, Path(directory), tokenizer)
+
+    @torch.no_grad()
+    def resize_vocabulary(self, vocab_size: int, *, shrink: bool = False) -> None:
+        """Give the embedding and the head rows for `vocab_size` tokens, in place; make optimizers afterwards.
+
+        Rows that stay are unchanged. Each new one is the mean of the old, in the embedding as in the head: the
+        logit of a new token is then the mean of the others', so that the loss on old text hardly moves, where a
+        random row could outdo them all (Hewitt 2021, "Initializing new word embeddings for pretrained language
+        models"). A tied head stays tied.
+
+        Raises ValueError for less than one token, and for fewer than there are unless `shrink` is true.
+        """
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
+        if vocab_size < self.config.vocab_size and not shrink:
+            raise ValueError(
+                f"{vocab_size} tokens are fewer than the model's {self.config.vocab_size}; "
+                "to drop the last ones pass shrink=True"
+            )
+        for layer in (self.wte, self.lm_head):
+            old = layer.weight
+            new = old.new_empty(vocab_size, old.shape[1])
+            kept = min(len(old), vocab_size)
+            new[:kept], new[kept:] = old[:kept], old.mean(dim=0)
+            layer.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        if self.config.tie_head:
+            self.lm_head.weight = self.wte.weight
+        self.wte.num_embeddings = self.lm_head.out_features = vocab_size
+        self.config = replace(self.config, vocab_size=vocab_size)
 
 
 def _check_tokens(idx: Tensor) -> None:
     if idx.dim() != 2 or idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
         raise ValueError(f"idx must be a (B, T) tensor of integers, not {tuple(idx.shape)} of {idx.dtype}")
-
-
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number of at least 0, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, not {top_k}")
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must lie in (0, 1], not {top_p}")
-
-
-def sampling_distribution(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Tensor:
-    """The probabilities (..., V) that `GPT.generate` draws from, given logits (..., V); temperature > 0."""
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = logits.softmax(dim=-1)
-    if top_p is not None:
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ranked.cumsum(dim=-1) - ranked  # the mass of the tokens ranked above: 0 for the first
-        kept = ranked.masked_fill(before >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
-    return probabilities / probabilities.sum(dim=-1, keepdim=True)
-
-
-def _sample(
-    logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """One token (B,) for logits (B, V)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities = sampling_distribution(logits, temperature, top_k, top_p)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]

@@ -1,22 +1,40 @@
-"""Reading Hugging Face GPT-2 checkpoints: config.json and model.safetensors, whole or in shards.
+"""Hugging Face GPT-2 checkpoints, read and written: config.json and model.safetensors.
 
-The tensors keep their names. Two things differ from `fastgpt.model`: GPT-2's linear layers are "Conv1D"
-there, stored (in, out) instead of (out, in), and old checkpoints carry the causal mask as `attn.bias`.
+The tensors keep their names, behind "transformer." or not. Two things differ from `fastgpt.model`: GPT-2's linear
+layers are "Conv1D" there, stored (in, out) instead of (out, in), and old checkpoints carry the causal mask as
+`attn.bias`. Weights are read from safetensors, else from pytorch_model.bin, whole or in shards.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from fastgpt.checkpoint import open_checkpoint
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 
-    from fastgpt.model import GPTConfig
+# The models that were published (Radford et al. 2019), by their names on the Hub.
+GPT2_SIZES = {
+    "gpt2": GPTConfig(50257, n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": GPTConfig(50257, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": GPTConfig(50257, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": GPTConfig(50257, n_layer=48, n_head=25, n_embd=1600),
+}
 
+_CONFIG = "config.json"
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+_TEMPORARY = ".writing-"
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
@@ -39,13 +57,13 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
     """
     directory = _directory(name)
     try:
-        options = json.loads((directory / "config.json").read_text("utf-8"))
+        options = json.loads((directory / _CONFIG).read_text("utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{directory} holds no config.json, so it is no Hugging Face checkpoint"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{directory / 'config.json'} is not JSON: {error}") from None
+        raise ValueError(f"{directory / _CONFIG} is not JSON: {error}") from None
     config = _config(options, dropout, directory)
     weights = _weights(directory, config.tie_head)
     _check_shapes(weights, config, directory)
@@ -66,19 +84,17 @@ def _directory(name: str) -> Path:
             f"{name} is no directory here, and a download from the Hub needs the package huggingface_hub"
         ) from None
     try:
-        return Path(
-            snapshot_download(
-                name, allow_patterns=["config.json", "*.safetensors", "*.safetensors.index.json"]
-            )
-        )
+        for kind in ("*.safetensors*", "*.bin*"):  # a repository may hold the weights in both
+            path = Path(snapshot_download(name, allow_patterns=[_CONFIG, "tokenizer*", "*.txt", kind]))
+            if any(path.glob(kind)):
+                break
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise OSError(f"{name} is no directory here, and the Hub did not deliver it: {reason}") from error
+    return path
 
 
 def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConfig:
-    from fastgpt.model import GPTConfig
-
     if options.get("model_type") != "gpt2":
         raise ValueError(
             f"{directory} holds a model of type {options.get('model_type')!r}; only 'gpt2' can be read"
@@ -88,7 +104,7 @@ def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConf
             raise ValueError(f"{directory} sets {option}={options[option]}, which this GPT does not compute")
     absent = [option for option in _REQUIRED if option not in options]
     if absent:
-        raise ValueError(f"{directory / 'config.json'} does not say {', '.join(absent)}")
+        raise ValueError(f"{directory / _CONFIG} does not say {', '.join(absent)}")
     width = options["n_embd"]
     if options.get("n_inner") not in (None, 4 * width):
         raise ValueError(
@@ -116,39 +132,56 @@ def _weights(directory: Path, tie_head: bool) -> dict[str, Tensor]:
     """All tensors under the names and in the orientation of `fastgpt.model.GPT`."""
     weights = {}
     for file in _weight_files(directory):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (no mapping)
-                    tensor = tensors.get_tensor(key)
-                    name = key.removeprefix("transformer.")
-                    if not name.endswith(_MASKS):
-                        weights[name] = tensor.T if name.endswith(_CONV1D) else tensor
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        for key, tensor in _tensors(file):
+            name = key.removeprefix("transformer.")
+            if not name.endswith(_MASKS):
+                weights[name] = tensor.T if name.endswith(_CONV1D) else tensor
     if tie_head and "wte.weight" in weights:
         weights["lm_head.weight"] = weights["wte.weight"]
     return weights
 
 
+def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (no mapping)
+                    yield key, tensors.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        return
+    try:
+        pickled = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the bytes make of the unpickler
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{file} is not a whole file of PyTorch tensors: {reason[0]}") from None
+    if not isinstance(pickled, dict) or not all(isinstance(value, Tensor) for value in pickled.values()):
+        raise ValueError(f"{file} holds something else than named tensors")
+    yield from pickled.items()
+
+
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        files = [directory / shard for shard in sorted(shards)]
-    else:
-        files = [directory / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"{directory} holds no {file.name}")
-    return files
+    for whole in (_SAFETENSORS, _PICKLE):
+        index = directory / f"{whole}.index.json"
+        if index.is_file():
+            try:
+                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{index} is not the index of a checkpoint in shards") from None
+            files = [directory / shard for shard in sorted(shards)]
+        elif (directory / whole).is_file():
+            files = [directory / whole]
+        else:
+            continue
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{directory} holds no {file.name}")
+        return files
+    raise FileNotFoundError(f"{directory} holds no {_SAFETENSORS}, and no {_PICKLE} either")
 
 
 def _check_shapes(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> None:
     """Raise ValueError unless the tensors are exactly those of GPT(config)."""
-    import torch
-
-    from fastgpt.model import GPT
-
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
     odd = sorted(wanted.keys() ^ weights.keys())
@@ -160,3 +193,142 @@ def _check_shapes(weights: dict[str, Tensor], config: GPTConfig, directory: Path
             raise ValueError(
                 f"{directory}: {name} has shape {tuple(weights[name].shape)}, its config says {tuple(shape)}"
             )
+
+
+def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokenizer | None) -> None:
+    """`GPT.save_pretrained`: all of it into a temporary sibling, flushed, which then takes the name."""
+    options = _options(model.config)
+    if tokenizer is not None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer knows {tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}: "
+                "resize_vocabulary first"
+            )
+        options["bos_token_id"] = options["eos_token_id"] = tokenizer.end_of_text
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists already: remove it, or choose another directory")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.parent / f"{_TEMPORARY}{directory.name}"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a save that died left
+    try:
+        temporary.mkdir()
+        (temporary / _CONFIG).write_text(json.dumps(options, indent=2), "utf-8")
+        save_file(_for_gpt2(model), temporary / _SAFETENSORS, metadata={"format": "pt"})
+        if tokenizer is not None:
+            _write_tokenizer(tokenizer, temporary)
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        temporary.rename(directory)
+        _flush(directory.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{directory} could not be written ({reason}); nothing of it remains") from error
+
+
+def _options(config: GPTConfig) -> dict[str, Any]:
+    """config.json. Raises ValueError for what GPT-2 has no place for."""
+    if config.position == "rotary":
+        raise ValueError(
+            "GPT-2 has no rotary positions, so no GPT-2 checkpoint can hold this model; "
+            "learned and sinusoidal positions can be written"
+        )
+    activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "activation_function": activations[config.activation],
+        "layer_norm_epsilon": config.layer_norm_eps,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout),
+        "tie_word_embeddings": config.tie_head and config.position == "learned",
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _for_gpt2(model: GPT) -> dict[str, Tensor]:
+    """The tensors of GPT2LMHeadModel: Conv1D turned, absent biases 0, sinusoidal positions as learned ones.
+
+    A sinusoidal model multiplies the embedding by sqrt(n_embd), which its head does not see: the embedding is
+    written multiplied, and the head beside it, untied. The sums are the same to the bit.
+    """
+    config, weights = model.config, {k: v.detach() for k, v in model.state_dict().items()}
+    if config.position == "sinusoidal":
+        weights["wpe.weight"] = model.wave.to(model.wte.weight.dtype)
+        weights["wte.weight"] = weights["wte.weight"] * math.sqrt(config.n_embd)
+    elif config.tie_head:
+        del weights["lm_head.weight"]
+    if not config.bias:
+        layers = [n.removesuffix(".weight") for n in weights if n.startswith("h.") or n == "ln_f.weight"]
+        for layer in layers:
+            weights[f"{layer}.bias"] = torch.zeros(
+                len(weights[f"{layer}.weight"]), dtype=weights["wte.weight"].dtype
+            )
+    named = {}
+    for name, tensor in weights.items():
+        turned = tensor.T if name.endswith(_CONV1D) else tensor
+        named[name if name.startswith("lm_head") else f"transformer.{name}"] = turned.cpu().contiguous()
+    return named
+
+
+def _write_tokenizer(tokenizer: ByteTokenizer | BPETokenizer, directory: Path) -> None:
+    """tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    if tokenizer.name == "bytes":
+        (directory / FILE).write_text(_bytes_as_bpe(), "utf-8")
+    else:
+        tokenizer.save(directory)
+        added = json.loads((directory / FILE).read_text("utf-8"))["added_tokens"]
+        ends = [token["content"] for token in added if token["id"] == tokenizer.end_of_text]
+        settings |= dict.fromkeys(("bos_token", "eos_token"), ends[0]) if ends else {}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
+
+
+def _bytes_as_bpe() -> str:
+    """A tokenizer.json that gives the bytes of a text: byte-level BPE without merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # What ByteLevel writes for a byte: itself where it can be seen, else the next character from U+0100 on.
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    vocabulary = {chr(256 + hidden.index(b)) if b in hidden else chr(b): b for b in range(256)}
+    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    engine.pre_tokenizer = pre_tokenizer
+    engine.decoder = decoders.ByteLevel()
+    return engine.to_str()
+
+
+def _flush(path: Path) -> None:
+    """Have the kernel write a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_model(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer]:
+    """A model on the CPU and its tokenizer: what `train --out` was given, or a Hugging Face GPT-2 directory.
+
+    Raises CheckpointError, ValueError or OSError where there is none, or where the tokenizer is none of the model's.
+    """
+    if not (Path(path) / _CONFIG).is_file():
+        opened = open_checkpoint(path)
+        return opened.load_model(), opened.load_tokenizer()
+    model, tokenizer = GPT.from_pretrained(path), load_tokenizer(Path(path))
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {path} knows {tokenizer.vocab_size} tokens, and the model "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return model, tokenizer

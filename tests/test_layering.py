@@ -26,9 +26,20 @@ ALLOWED = {
     "integrations": {"ops", "functional"},
     "patch": {"functional"},
     "flash_attention": {"ops", "backends"},
-    "model": {"ops", "backends", "config", "pretrained"},
+    "kv_cache": set(),
+    "positions": set(),
+    "sampling": {"ops", "kv_cache", "model"},
+    "model": {"ops", "backends", "config", "kv_cache", "positions", "sampling", "tokenizer", "pretrained"},
 }
-TRAINING = {"ops", "backends", "extension", "functional", "model", "accelerate"}  # and one another
+TRAINING = {
+    "ops",
+    "backends",
+    "extension",
+    "functional",
+    "model",
+    "sampling",
+    "accelerate",
+}  # and one another
 FOR_KERNELS = {"torch", "triton", "fastgpt", *sys.stdlib_module_names}
 LAZY = {"kernels", "integrations"}  # imported when they are asked for: what they need may be imported at once
 OUTSIDE = {"triton": {"kernels"}, "transformers": {"integrations"}}  # who may import them

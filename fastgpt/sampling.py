@@ -1,0 +1,199 @@
+"""Choosing tokens: the distribution that is drawn from, and the loop that grows rows of text.
+
+    logits -> repetition penalty -> temperature -> top-k -> top-p -> draw
+
+A draw is the inverse of the cumulative distribution at a number in [0, 1) that belongs to (row, step) alone. So a row
+draws the same whatever else is in its batch, on every device, and when other rows end.
+
+Shapes: B rows, N of them not ended, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from fastgpt.model import GPT
+
+NOTHING = -1  # in place of a token, behind the end of a row
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits; the options are those of `GPT.generate`.
+
+    Raises ValueError for values that choose none.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {self.top_k}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not 0.0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty must be a finite number above 0, not {self.repetition_penalty}"
+            )
+
+    def choose(self, logits: Tensor, seen: Tensor | None, uniform: Tensor | None) -> Tensor:
+        """A token (N,) int64 for each row.
+
+        logits:  (N, V) float32.
+        seen:    (N, V) bool, the tokens that the repetition penalty acts on; None for none.
+        uniform: (N,) float64 in [0, 1), what is drawn; not used at temperature 0.
+        """
+        if seen is not None:
+            penalised = torch.where(
+                logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
+            )
+            logits = torch.where(seen, penalised, logits)
+        if uniform is None:
+            return logits.argmax(dim=-1)
+        probabilities = sampling_distribution(logits, self.temperature, self.top_k, self.top_p)
+        edges = probabilities.double().cumsum(dim=-1)
+        edges = edges / edges[:, -1:]  # the last is exactly 1, which no draw reaches
+        return torch.searchsorted(edges, uniform[:, None], right=True)[:, 0]  # never a token of probability 0
+
+
+def sampling_distribution(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The probabilities (..., V) that `GPT.generate` draws from, given logits (..., V); temperature > 0."""
+    # From the largest logit down, so that a quotient overflows to -inf alone.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ranked.cumsum(dim=-1) - ranked  # the mass of the tokens ranked above: 0 for the first
+        kept = ranked.masked_fill(before >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+
+def continue_rows(
+    model: GPT,
+    idx: Tensor,
+    lengths: Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int | None,
+    end_token: int | None,
+    on_token: Callable[[int, int], bool | None] | None,
+) -> Tensor:
+    """`GPT.generate`, for a model in evaluation mode and without gradients."""
+    B, T = idx.shape  # noqa: N806
+    _check_prompts(idx, lengths, max_new_tokens)
+    device = idx.device
+    ends = torch.full((B,), T, device=device) if lengths is None else lengths.to(device, torch.long)
+    uniform = None
+    if sampling.temperature:
+        uniform = _uniform(B, max_new_tokens, seed).to(device)
+    text = torch.full((B, T + max_new_tokens), NOTHING, device=device)
+    text[:, :T] = idx.masked_fill(torch.arange(T, device=device) >= ends[:, None], NOTHING)
+    seen = _seen(text, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+
+    finished = torch.full_like(text, NOTHING)  # the rows of `text`, put back in their places as they end
+    rows = torch.arange(B, device=device)
+    cache = KVCache(model.config.n_layer, min(model.config.block_size, text.shape[1]))
+    even = lengths is None  # then nothing has to be read back from the device
+    longest = T if even else int(ends.max())
+    for step in range(max_new_tokens):
+        hidden = _last_hidden(model, text, ends, longest, even, cache)
+        logits = ops.linear(hidden, model.lm_head.weight).float()
+        token = sampling.choose(logits, seen, None if uniform is None else uniform[rows, step])
+        text.scatter_(1, ends[:, None], token[:, None])
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        ends, longest = ends + 1, longest + 1
+        if end_token is None and on_token is None:
+            continue
+        goes_on = [
+            not ((on_token is not None and on_token(row, one)) or one == end_token)
+            for row, one in zip(rows.tolist(), token.tolist(), strict=True)
+        ]
+        if not all(goes_on):
+            finished[rows] = text
+            kept = torch.tensor(goes_on, device=device).nonzero()[:, 0]
+            rows, text, ends = rows[kept], text[kept], ends[kept]
+            seen = None if seen is None else seen[kept]
+            if not len(rows):
+                break
+            cache.keep(kept)
+            longest = longest if even else int(ends.max())
+    finished[rows] = text
+    return finished
+
+
+def _last_hidden(model: GPT, text: Tensor, ends: Tensor, longest: int, even: bool, cache: KVCache) -> Tensor:
+    """What the head reads at the last token of each row, (N, C).
+
+    text (N, …) holds the rows, ends (N,) their lengths, longest the largest of them, even says that they are equal,
+    cache has the tokens before the last; it is filled anew at the first call, and when the longest row has
+    outgrown the block.
+    """
+    block = model.config.block_size
+    if cache.length and longest <= block:
+        return model.hidden(text.gather(1, ends[:, None] - 1), cache)[:, -1]
+    cache.clear()
+    starts = (ends - block).clamp(min=0)
+    window = starts[:, None] + torch.arange(min(longest, block), device=text.device)
+    hidden = model.hidden(text.gather(1, window).clamp(min=0), cache)
+    if even:
+        return hidden[:, -1]
+    sizes = ends - starts
+    cache.set_lengths(sizes)
+    return hidden[torch.arange(len(ends), device=text.device), sizes - 1]
+
+
+def _uniform(rows: int, steps: int, seed: int | None) -> Tensor:
+    """Numbers in [0, 1), (rows, steps) float64; with a seed row b is a stream of its own, that of seed + b."""
+    if seed is None:
+        return torch.rand(rows, steps, dtype=torch.float64)
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, not {seed}")
+    streams = [np.random.default_rng(seed + row).random(steps) for row in range(rows)]
+    return torch.from_numpy(np.stack(streams)) if streams else torch.empty(0, steps, dtype=torch.float64)
+
+
+def _seen(text: Tensor, vocab_size: int) -> Tensor:
+    """Which tokens each row of text (N, …) holds: bool (N, V)."""
+    seen = torch.zeros(len(text), vocab_size + 1, dtype=torch.bool, device=text.device)
+    seen.scatter_(1, text.masked_fill(text == NOTHING, vocab_size), True)
+    return seen[:, :vocab_size].contiguous()
+
+
+def _check_prompts(idx: Tensor, lengths: Tensor | None, max_new_tokens: int) -> None:
+    B, T = idx.shape  # noqa: N806
+    if not T:
+        raise ValueError("generation needs a prompt of at least one token")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
+    if lengths is None:
+        return
+    if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise ValueError(f"lengths must be ({B},) integers, not {tuple(lengths.shape)} of {lengths.dtype}")
+    if not B:
+        raise ValueError("lengths of no prompts: give at least one, or leave lengths away")
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 1 or longest > T:
+        raise ValueError(f"lengths must lie in 1 to {T}, not in {shortest} to {longest}")
