@@ -1,0 +1,214 @@
+"""Training on many processes: the losses of one, checkpoints for any number, and an end in a sentence when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fastgpt import checkpoint
+
+SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
+TRAIN = ["-m", "fastgpt", "train"]
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Documents of different lengths, packed, in two passes a step: every denominator is one of all processes."""
+    folder = tmp_path_factory.mktemp("corpus")
+    chance = random.Random(0)
+    for i in range(60):
+        lines = [
+            f"def f{i}(x):\n    return x + {chance.randrange(99)}\n\n" for _ in range(chance.randrange(1, 9))
+        ]
+        (folder / f"{i}.py").write_text("".join(lines))
+    return {
+        **{"data": str(folder), "packing": "documents", "dtype": "float32"},
+        **{"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 4, "grad_accum": 2},
+        **{"max_steps": 8, "warmup_steps": 2, "lr": 1e-2, "label_smoothing": 0.1, "z_loss": 1e-3},
+        **{"eval_every": 4, "eval_batches": 3, "save_every": 4, "log_every": 1, "sample_tokens": 4},
+    }
+
+
+def command(options: dict, *flags: str, processes: int = 1, restarts: int = 0) -> list[str]:
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    if processes == 1:
+        return [sys.executable, *TRAIN, *given, *flags]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *launch, f"--max-restarts={restarts}", *TRAIN, *given, *flags]
+
+
+def run(options: dict, *flags: str, processes: int = 1) -> str:
+    done = subprocess.run(
+        command(options, *flags, processes=processes), capture_output=True, text=True, env=SINGLE, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def losses(out: str | Path) -> list[tuple]:
+    records = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
+    return [(r["step"], kind, r[kind]) for r in records for kind in ("train_loss", "val_loss") if kind in r]
+
+
+def assert_same(found: str | Path, expected: str | Path) -> None:
+    a, b = losses(found), losses(expected)
+    assert [record[:2] for record in a] == [record[:2] for record in b]
+    assert [record[2] for record in a] == pytest.approx([record[2] for record in b], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(options: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    run(options | {"out": out})
+    return out
+
+
+@pytest.fixture(scope="module")
+def sharded(options: dict, alone: Path) -> Path:
+    """The first half of the same run, sharded over two processes."""
+    out = alone.parent / "sharded"
+    run(options | {"out": out, "parallel": "fsdp", "max_minutes": 1e-9}, processes=2)
+    return out
+
+
+def test_two_processes_have_the_losses_of_one(options: dict, alone: Path):
+    out = alone.parent / "ddp"
+    assert "2 processes (ddp), cpu" in run(options | {"out": out}, processes=2)
+    assert_same(out, alone)
+
+
+def test_two_processes_that_share_the_model_have_the_losses_of_one(options: dict, alone: Path):
+    out = alone.parent / "fsdp"
+    printed = run(options | {"out": out, "parallel": "fsdp"}, processes=2)
+    assert_same(out, alone)
+    assert "2 processes (fsdp), cpu" in printed and "--- sample ---\n" in printed
+    assert len(list((out / "step-00000008" / "model").glob("*.distcp"))) == 2
+    models = [checkpoint.open_checkpoint(path).load_model() for path in (out, alone)]
+    tokens = torch.arange(97, 123)[None]
+    torch.testing.assert_close(models[0](tokens)[0], models[1](tokens)[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("processes", "parallel"), [(1, "auto"), (4, "fsdp"), (2, "ddp")])
+def test_a_sharded_checkpoint_of_two_goes_on_with_any_number(
+    options: dict, alone: Path, sharded: Path, processes: int, parallel: str
+):
+    assert checkpoint.open_checkpoint(sharded).step == 1
+    out = alone.parent / f"resumed-{processes}-{parallel}"
+    shutil.copytree(sharded, out)
+    flags = ["--resume", f"--parallel={parallel}", "--max-minutes=9"]
+    printed = run({"out": out}, *flags, processes=processes)
+    assert "resumed at step 1\n" in printed
+    expected = [record for record in losses(alone) if record[:2] != (1, "val_loss")]
+    found = [record for record in losses(out) if record[:2] != (1, "val_loss")]
+    assert [r[:2] for r in found] == [r[:2] for r in expected]
+    assert [r[2] for r in found] == pytest.approx([r[2] for r in expected], rel=1e-5)
+
+
+def test_a_checkpoint_of_one_goes_on_sharded(options: dict, alone: Path):
+    out = alone.parent / "from-one"
+    run(options | {"out": out, "max_minutes": 1e-9})
+    run({"out": out}, "--resume", "--parallel=fsdp", "--max-minutes=9", processes=2)
+    assert losses(out)[-1][2] == pytest.approx(losses(alone)[-1][2], rel=1e-5)
+
+
+def workers(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes of a launcher, by rank."""
+    found = [child for child in psutil.Process(launcher.pid).children() if "train" in child.cmdline()]
+    return sorted(found, key=lambda child: int(child.environ()["RANK"]))
+
+
+def start(options: dict, *flags: str, restarts: int = 0) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(options, *flags, processes=2, restarts=restarts),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=SINGLE,
+    )  # fmt: skip
+
+
+def read_until(process: subprocess.Popen, pattern: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if re.match(pattern, line):
+            return
+    raise AssertionError(f"no line like {pattern}; {process.stderr and process.stderr.read()}")
+
+
+def test_a_lost_process_ends_the_run_in_a_sentence_and_a_restart_resumes(options: dict, tmp_path: Path):
+    process = start(options | {"out": tmp_path, "max_steps": 100_000})
+    read_until(process, "step 6/")
+    workers(process)[0].kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert (
+        "fastgpt: error: another process of this run is gone; start the same command again with --resume"
+        in errors
+    )
+    shutil.rmtree(tmp_path / "step-00000008", ignore_errors=True)  # it may have been that fast
+    printed = run({"out": tmp_path, "max_steps": 8}, "--resume", processes=2)
+    assert "resumed at step 4\n" in printed
+
+
+def test_torchrun_restarts_a_run_where_it_was_saved(options: dict, tmp_path: Path, alone: Path):
+    process = start(options | {"out": tmp_path}, restarts=1)
+    read_until(process, "step 5/")
+    workers(process)[1].kill()
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert re.search(r"^resumed at step [4-8]$", printed, re.MULTILINE)
+    assert_same(tmp_path, alone)
+
+
+def test_a_signal_saves_and_ends_all_processes(options: dict, tmp_path: Path):
+    process = start(options | {"out": tmp_path, "max_steps": 100_000, "save_every": 100_000})
+    read_until(process, "step 3/")
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    (stopped,) = re.findall(r"^stopped at step (\d+): saved; pass --resume to go on$", printed, re.MULTILINE)
+    assert checkpoint.open_checkpoint(tmp_path).step == int(stopped)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(options: dict, tmp_path: Path):
+    done = subprocess.run(
+        command(options | {"out": tmp_path, "batch_size": 3}, processes=2),
+        capture_output=True, text=True, env=SINGLE, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0 and "batch_size=3 is not divisible by the 2 processes" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_whose_processes_are_killed_twenty_times_has_the_losses_of_one_that_is_not(
+    options: dict, tmp_path: Path, parallel: str
+):
+    options = options | {"max_steps": 200, "save_every": 3, "eval_every": 50, "parallel": parallel}
+    run(options | {"out": tmp_path / "whole"}, processes=2)
+    chance = random.Random(parallel)
+    part = tmp_path / "part"
+    saved = 0
+    for kill in range(20):
+        process = start(options | {"out": part}, *["--resume"] * (saved > 0))
+        read_until(process, rf"step {saved + chance.randrange(1, 9)}/")
+        time.sleep(chance.uniform(0, 0.05))
+        workers(process)[chance.randrange(2)].kill()
+        process.communicate(timeout=120)
+        assert process.returncode != 0, f"kill {kill} came too late"
+        assert checkpoint.exists(part) >= (saved > 0)
+        if checkpoint.exists(part):
+            step = checkpoint.open_checkpoint(part).step
+            assert step >= saved
+            saved = step
+    run(options | {"out": part}, *["--resume"] * (saved > 0), processes=2)
+    assert losses(part) == losses(tmp_path / "whole")
