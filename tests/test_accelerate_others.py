@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from client_models import VOCAB, assert_same, batch, loss_and_gradients
+from packaging.version import Version
 from transformers import (
     BertConfig,
     CLIPConfig,
@@ -41,6 +42,10 @@ def of_newer(name):
     return getattr(transformers, name, None) or pytest.skip(f"this version of transformers has no {name}")
 
 
+def older_than(version):
+    return Version(transformers.__version__) < Version(version)
+
+
 def details(entries):
     return " ".join(entry.detail for entry in entries)
 
@@ -53,6 +58,10 @@ def test_sparse_attention_is_left_alone(family, implementation):
     inputs = batch(type(model).__name__)
     before = loss_and_gradients(model, inputs)
     report = fastgpt.accelerate(model)
+    if older_than("5.14"):  # its code does not ask
+        with pytest.raises(ValueError, match="has no sparse attention"):
+            loss_and_gradients(model, inputs)
+        return
     assert "asks whether its attention is 'sdpa'" in details(report.left)
     assert model.config._attn_implementation == implementation
     assert_same(before, loss_and_gradients(model, inputs))
@@ -68,7 +77,8 @@ def test_queries_that_a_model_drops_keep_their_place(implementation):
     model = of_newer("Gemma4ForCausalLM")(config).eval()
     with torch.no_grad():
         expected = [model(TOKENS, logits_to_keep=n).logits for n in (1, 3, 0)]
-        assert "asks whether" in details(fastgpt.accelerate(model).left)
+        report = fastgpt.accelerate(model)
+        assert "asks whether" in details(report.left) or older_than("5.24")
         torch.testing.assert_close([model(TOKENS, logits_to_keep=n).logits for n in (1, 3, 0)], expected)
 
 
@@ -106,7 +116,9 @@ MIXED = [
 def test_each_part_gets_its_own_implementation_back(implementation):
     model = clip(**implementation)
     before = in_force(model.config)
-    fastgpt.accelerate(model)
+    report = fastgpt.accelerate(model)
+    if older_than("5.2") and "asks whether" in details(report.left):
+        pytest.skip("the code of this version compares its implementation with 'eager', and is left alone")
     assert set(in_force(model.config)) == {"fastgpt"}
     copied = copy.deepcopy(model)
     for accelerated in (model, copied):
@@ -169,6 +181,10 @@ def test_model_can_be_traced(build):
     model = Logits()
     with torch.no_grad():
         expected = model(TOKENS)
+        try:
+            torch.jit.trace(model, (TOKENS,))
+        except IndexError:
+            pytest.skip("this version of transformers makes masks that cannot be traced")
         fastgpt.accelerate(model)
         traced = torch.jit.trace(model, (TOKENS,))
         torch.testing.assert_close(traced(TOKENS), expected)
@@ -178,6 +194,8 @@ def test_weights_that_are_asked_for_are_an_error_and_the_report_says_it():
     model = llama(attn_implementation="eager")
     assert model(TOKENS, output_attentions=True).attentions[0].shape == (2, 4, 16, 16)
     report = fastgpt.accelerate(model)
+    if older_than("5.2") and "asks whether" in details(report.left):
+        pytest.skip("the code of this version compares its implementation with 'eager', and is left alone")
     assert "no weights for output_attentions=True" in details(report.replaced)
     with pytest.raises(ValueError, match="set_attn_implementation"):
         model(TOKENS, output_attentions=True)
