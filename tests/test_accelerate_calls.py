@@ -116,5 +116,6 @@ def test_nothing_is_left_on_modules_after_training():
     loss_and_gradients(model, batch("GPT2LMHeadModel"))
     torch.compile(model, backend="eager")(**batch("GPT2LMHeadModel"))
     fastgpt.restore(model)
-    attributes[""] |= {"_is_torch_compile"}  # torch.compile's own
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    left = {name: set(vars(module)) for name, module in model.named_modules()}
+    left[""].discard("_is_torch_compile")  # torch.compile's own, from PyTorch 2.12 on
+    assert left == attributes
