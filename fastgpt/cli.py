@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from fastgpt.train import config_from, train
+    from fastgpt.start import config_from
+    from fastgpt.train import train
 
     file = arguments.pop("config", None)
     options = train_config.read_toml(file) if file is not None else {}

@@ -25,11 +25,9 @@ SCHEDULES = ("cosine", "linear", "wsd")
 PACKINGS = ("auto", "documents", "stream")
 PARALLEL = ("auto", "ddp", "fsdp")
 
-# The fields that say which model it is: resuming cannot change them.
-MODEL_FIELDS = (
-    *("tokenizer", "vocab_size", "n_layer", "n_head", "n_embd", "block_size"),
-    *("position", "activation", "bias", "tie_head"),
-)
+# The fields that say which model it is: resuming cannot change them, and `init_from` brings its own.
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "position", "activation", "bias", "tie_head")
+MODEL_FIELDS = ("tokenizer", "vocab_size", "block_size", *ARCHITECTURE)
 
 _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
@@ -54,6 +52,10 @@ class TrainConfig:
     out: str = _option("out", "directory for checkpoints, log.jsonl and loss.png")
     resume: bool = _option(
         False, "go on from the newest checkpoint in --out, with its options where none are given"
+    )
+    init_from: str | None = _option(
+        None,
+        "a checkpoint, or a Hugging Face GPT-2, to start from: its weights, its tokenizer, its architecture",
     )
     tokenizer: str = _option("bytes", "bytes, bpe (learned from the data), or the path of a tokenizer.json")
     vocab_size: int = _option(4096, "tokens that bpe learns; the other tokenizers bring their own number")

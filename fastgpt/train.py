@@ -18,20 +18,20 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgpt import checkpoint
 from fastgpt.backends import use_backend
-from fastgpt.checkpoint import Checkpoint, CheckpointError
-from fastgpt.config import MODEL_FIELDS, TrainConfig, resolve_device, resolve_dtype
+from fastgpt.checkpoint import Checkpoint
+from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.data import Batch
-from fastgpt.distributed import Processes, restarted
+from fastgpt.distributed import Processes
 from fastgpt.heap import keep_heap
 from fastgpt.material import open_material
-from fastgpt.model import GPT
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.papers import Papers
+from fastgpt.start import Start
 
 _SAMPLE_TEMPERATURE = 0.8
 
@@ -67,23 +67,12 @@ def train(config: TrainConfig) -> TrainResult:
         processes.close()
 
 
-def config_from(options: dict[str, Any]) -> TrainConfig:
-    """The configuration for the options a user gave; with `resume`, the checkpoint's own where none are
-    given. A process that torchrun started again resumes.
-    """
-    config = TrainConfig()
-    out = str(options.get("out", config.out))
-    if restarted() and checkpoint.exists(Path(out)):
-        options = options | {"resume": True}
-    if options.get("resume"):
-        config = _checkpoint_to_resume(out).train.override({"out": out})
-    return config.override(options)
-
-
 @torch.no_grad()
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The operations a second that a square matrix product reaches here: the roof of a training step."""
     n = 1024 if device.type == "cpu" else 8192
+    if device.type == "cpu" and dtype == torch.float16:
+        n = 128  # many CPUs multiply in it by the element
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = math.inf
     for _ in range(8):
@@ -115,42 +104,32 @@ class _Run:
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         self.out = Path(config.out)
-        resumed = _checkpoint_to_resume(config.out) if config.resume else None
-        if resumed is None and checkpoint.exists(self.out):
-            raise CheckpointError(
-                f"{self.out} holds a checkpoint: pass --resume to go on, or another --out to start anew"
-            )
-        if resumed is not None:
-            _check_model_fields(config, resumed)
+        start = Start(config)
         self.rows = processes.share(config.batch_size)
         self.dtype = resolve_dtype(config.dtype, self.device)
         heap_kept = keep_heap()
-        self.material = open_material(config, None if resumed is None else resumed.load_tokenizer())
+        self.material = open_material(config, start.tokenizer)
         self.val_batches = self.material.val.even(config.eval_batches, self.rows)
-        self.model = self._make_model()
+        self.model = start.make_model(self.material.tokenizer.vocab_size).to(self.device)
+        self.forward = self._wrap()
         self.optimizers = make_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.validation = 0, _Validation()
-        if resumed is not None:
-            self._restore(resumed)
+        if start.resumed is not None:
+            self._restore(start.resumed)
         self.peak = gemm_peak(self.device, self.dtype)
         self.papers = Papers(config, self.step if config.resume else None) if processes.first else None
         bar = {"unit": "step", "disable": None if processes.first else True, "dynamic_ncols": True}
         self.bar = tqdm(total=config.max_steps, initial=self.step, **bar)
-        self._introduce(heap_kept, resumed)
+        self._introduce(heap_kept, start.resumed)
         self._restart_clock()
 
-    def _make_model(self) -> GPT:
-        """The model; `self.forward` is what wraps it to exchange gradients."""
-        config = self.config
-        torch.manual_seed(config.seed)
-        model = GPT(config.model(self.material.tokenizer.vocab_size)).to(self.device)
-        model.checkpoint_activations = config.checkpoint_activations
-        if config.compile:  # FSDP2 gathers each block's parameters before it runs: a block is a graph then
-            for module in model.h if self.processes.sharded else [model]:
+    def _wrap(self) -> nn.Module:
+        """The model, compiled, in what exchanges its gradients."""
+        if self.config.compile:  # FSDP2 gathers a block's parameters before it runs: a block is a graph then
+            for module in self.model.h if self.processes.sharded else [self.model]:
                 module.compile()
-        self.forward = self.processes.wrap(model)
-        return model
+        return self.processes.wrap(self.model)
 
     def _restore(self, resumed: Checkpoint) -> None:
         self.step = resumed.step
@@ -403,19 +382,3 @@ class _StopSignal:
 def _step_seed(seed: int, step: int, rank: int) -> int:
     """Where torch's generators stand at the beginning of a step."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little")
-
-
-def _checkpoint_to_resume(out: str) -> Checkpoint:
-    try:
-        return checkpoint.open_checkpoint(out)
-    except CheckpointError as error:
-        raise CheckpointError(f"--resume has nothing to go on from: {error}") from None
-
-
-def _check_model_fields(config: TrainConfig, resumed: Checkpoint) -> None:
-    for name in MODEL_FIELDS:
-        wanted, saved = getattr(config, name), getattr(resumed.train, name)
-        if wanted != saved:
-            raise CheckpointError(
-                f"--resume cannot change the model: {name} is {saved!r} in {resumed.path}, not {wanted!r}"
-            )

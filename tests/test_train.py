@@ -23,7 +23,8 @@ from fastgpt.data import Batch, Stream
 from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.optimization import learning_rate, make_optimizers
-from fastgpt.train import config_from, train
+from fastgpt.start import config_from
+from fastgpt.train import train
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
 

@@ -1,0 +1,101 @@
+"""What a run starts from: nothing, a checkpoint that it resumes, or a model whose weights it takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import checkpoint
+from fastgpt.checkpoint import Checkpoint, CheckpointError
+from fastgpt.config import ARCHITECTURE, MODEL_FIELDS, TrainConfig
+from fastgpt.distributed import restarted
+from fastgpt.model import GPT
+from fastgpt.pretrained import open_model
+
+
+def config_from(options: dict[str, Any]) -> TrainConfig:
+    """The configuration for the options a user gave; with `resume`, the checkpoint's own where none are
+    given. With `init_from`, the architecture of that model. A process that torchrun started again resumes.
+    """
+    config = TrainConfig()
+    out = str(options.get("out", config.out))
+    if restarted() and checkpoint.exists(Path(out)):
+        options = options | {"resume": True}
+    if options.get("resume"):
+        config = _checkpoint_to_resume(out).train.override({"out": out})
+    elif options.get("init_from"):
+        start = open_model(str(options["init_from"]))[0].config
+        config = config.override({name: getattr(start, name) for name in (*ARCHITECTURE, "block_size")})
+    return config.override(options)
+
+
+class Start:
+    """The beginning of the run that a configuration describes.
+
+    resumed:   the checkpoint that it goes on from, if any.
+    tokenizer: that of the checkpoint or of the model it starts from, if any.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Raises CheckpointError for a directory with a checkpoint that is not to be resumed, for one without that
+        is, and for one of another model; as `open_model` for what the weights are to be taken from.
+        """
+        self._config = config
+        self._weights: GPT | None = None
+        self._model = None
+        self.tokenizer = None
+        self.resumed = _checkpoint_to_resume(config.out) if config.resume else None
+        if self.resumed is not None:
+            _check_model_fields(config, self.resumed)
+            self._model, self.tokenizer = self.resumed.model, self.resumed.load_tokenizer()
+        elif checkpoint.exists(Path(config.out)):
+            raise CheckpointError(
+                f"{config.out} holds a checkpoint: pass --resume to go on, or another --out to start anew"
+            )
+        elif config.init_from:
+            self._weights, self.tokenizer = open_model(config.init_from)
+            self._model = self._weights.config
+
+    def make_model(self, vocab_size: int) -> GPT:
+        """The model on the CPU, with new weights or those it starts from; `vocab_size` is a new one's.
+
+        Raises ValueError for options that are not those of the model it starts from.
+        """
+        config, start = self._config, self._model
+        wanted = config.model(start.vocab_size if start else vocab_size)
+        if start is not None:
+            for name in ARCHITECTURE:
+                ours, theirs = getattr(wanted, name), getattr(start, name)
+                if ours != theirs:
+                    raise ValueError(f"{name} is {theirs!r} in the model to start from, not {ours!r}")
+            if start.position == "learned" and wanted.block_size > start.block_size:
+                raise ValueError(
+                    f"block_size={wanted.block_size} is too long: {start.block_size} positions were learned"
+                )
+            longest = max(wanted.block_size, start.block_size)
+            wanted = replace(start, dropout=wanted.dropout, block_size=longest)
+        torch.manual_seed(config.seed)
+        model = GPT(wanted)
+        if self._weights is not None:
+            model.load_state_dict(self._weights.state_dict())
+        model.checkpoint_activations = config.checkpoint_activations
+        return model
+
+
+def _checkpoint_to_resume(out: str) -> Checkpoint:
+    try:
+        return checkpoint.open_checkpoint(out)
+    except CheckpointError as error:
+        raise CheckpointError(f"--resume has nothing to go on from: {error}") from None
+
+
+def _check_model_fields(config: TrainConfig, resumed: Checkpoint) -> None:
+    for name in MODEL_FIELDS:
+        wanted, saved = getattr(config, name), getattr(resumed.train, name)
+        if wanted != saved:
+            raise CheckpointError(
+                f"--resume cannot change the model: {name} is {saved!r} in {resumed.path}, not {wanted!r}"
+            )
