@@ -2,6 +2,8 @@
 
 from fastgpt.data.batches import batch, even_batches, unigram_entropy, windows
 from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
+from fastgpt.data.prepare import PrepareConfig, prepare
+from fastgpt.data.report import Report
 from fastgpt.data.shards import (
     DatasetError,
     DatasetWriter,
@@ -17,6 +19,8 @@ __all__ = [
     "Corpus",
     "DatasetError",
     "DatasetWriter",
+    "PrepareConfig",
+    "Report",
     "TokenDataset",
     "TokenSplit",
     "batch",
@@ -25,6 +29,7 @@ __all__ = [
     "load_corpus",
     "load_word_vectors",
     "open_dataset",
+    "prepare",
     "read_text",
     "unigram_entropy",
     "windows",

@@ -1,0 +1,35 @@
+"""A dataclass as a command line: the field `val_share` is the option `--val-share`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import field, fields
+from typing import Any, get_args, get_type_hints
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its help text, and the values it may take where those are few."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """One option for each field of a dataclass of `option`s; the parsed namespace holds those that were given and no
+    others.
+    """
+    hints = get_type_hints(options)
+    for item in fields(options):
+        # Of X and of X | None it is X.
+        kind = next((part for part in get_args(hints[item.name]) if part is not type(None)), hints[item.name])
+        default = "none" if item.default is None else item.default
+        settings: dict[str, Any] = {
+            "dest": item.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
+        }
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = kind
+            settings["choices"] = item.metadata["choices"] or None
+            settings["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
+        parser.add_argument("--" + item.name.replace("_", "-"), **settings)
