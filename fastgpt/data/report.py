@@ -16,7 +16,7 @@ class Report:
         out: the data set's directory.
         read, kept: documents.
         bytes: of the documents read, in UTF-8.
-        changed: documents that cleaning changed, by what changed them.
+        changed: clean documents that were not so before, by what changed them.
         dropped: documents by reason.
         skipped: lines and files that gave no document, by reason.
         examples: for each reason, the beginning of the first document, or where the first line or file is.

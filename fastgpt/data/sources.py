@@ -45,7 +45,7 @@ class Sources:
         return sum(file.stat().st_size for source in self.inputs for file in _files(source))
 
     def documents(self) -> Iterator[str]:
-        """Every text, unclean. In memory there is one document at a time, of a text file at most LONGEST characters.
+        """Every text, unclean. One document at a time is in memory, of a text file at most twice LONGEST characters.
 
         A file that is named must be UTF-8 text and not empty; of a directory, other files are left out and counted,
         hidden ones too. Raises OSError and ValueError, with the file's name and the line's number.
