@@ -34,7 +34,9 @@ def run(rounds: int, as_json: bool) -> int:
 
 
 def measure(folder: Path, rounds: int, source: str = "stdlib") -> dict[str, Any]:
-    """{"bytes": of text, "seconds": {contender: [of each round]}, "peak_bytes": {copies of the text: of a process}}."""
+    """{"bytes": of text, "seconds" and "cpu_seconds" (of all threads): {contender: [of each round]}, "peak_bytes":
+    {copies of the text: of a process}}.
+    """
     learned = str(folder / "learned")
     prepare([source], PrepareConfig(learned))
     tokenizer = load_tokenizer(Path(learned))
@@ -52,13 +54,16 @@ def measure(folder: Path, rounds: int, source: str = "stdlib") -> dict[str, Any]
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             call()
             seconds[name].append(time.perf_counter() - started)
+            cpu_seconds[name].append(time.process_time() - cpu_started)
     peaks = {copies: _peak(folder, texts, copies, learned) for copies in (1, COPIES)}
-    return {"bytes": sum(len(text.encode()) for text in texts), "seconds": seconds, "peak_bytes": peaks}
+    size = sum(len(text.encode()) for text in texts)
+    return {"bytes": size, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peaks}
 
 
 def _peak(folder: Path, texts: list[str], copies: int, tokenizer: str) -> int:
@@ -78,12 +83,15 @@ def _peak(folder: Path, texts: list[str], copies: int, tokenizer: str) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """Medians for people; a ratio is the median of the rounds' own."""
-    baseline = result["seconds"]["tokenizers alone"]
-    lines = [f"{result['bytes'] / 1e6:.1f} MB of text, {len(baseline)} rounds"]
+    rounds = len(result["seconds"]["tokenizers alone"])
+    lines = [f"{result['bytes'] / 1e6:.1f} MB of text, {rounds} rounds; ratios to tokenizers alone"]
     for name, seconds in result["seconds"].items():
+        time_ratio, cpu_ratio = (
+            statistics.median(a / b for a, b in zip(of[name], of["tokenizers alone"], strict=True))
+            for of in (result["seconds"], result["cpu_seconds"])
+        )
         speed = result["bytes"] / 1e6 / statistics.median(seconds)
-        ratio = statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
-        lines.append(f"  {name:<32}{speed:>7.2f} MB/s  {ratio:5.2f}× the time of tokenizers alone")
+        lines.append(f"  {name:<32}{speed:>7.2f} MB/s, time {time_ratio:5.2f}×, CPU time {cpu_ratio:5.2f}×")
     for copies, peak in result["peak_bytes"].items():
         size = copies * result["bytes"] / 1e6
         lines.append(f"  memory at its peak for {size:>6.1f} MB  {peak / 2**20:>7.0f} MiB")
