@@ -75,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--plot", action="store_true", help="also draw DIR/plots and DIR/report.html")
         command.add_argument("--commit", help="what commit this is, where there is no .git to ask")
 
+    data = commands.add_parser("data", help="speed and memory of preparing data, beside tokenizers alone")
+    data.set_defaults(run=_data)
+    data.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    data.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
     gpu = commands.add_parser("gpu", help="everything a GPU can tell, in a budget of minutes")
     gpu.set_defaults(run=_gpu)
     gpu.add_argument("--budget-minutes", type=float, default=25.0, metavar="N", help="default: 25")
@@ -304,6 +309,14 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
             )
     with tqdm.external_write_mode():
         print("\n".join(lines), flush=True)
+
+
+def _data(options: argparse.Namespace) -> int:
+    from bench.data import run
+
+    if options.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, not {options.rounds}")
+    return run(options.rounds, options.json)
 
 
 def _gpu(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The command `fastgpt`: train, generate, eval, export, info."""
+"""The command `fastgpt`: data, train, generate, eval, export, info."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 import fastgpt
 from fastgpt import config as train_config
+from fastgpt.data.prepare import PrepareConfig
 from fastgpt.distributed import ProcessLostError
+from fastgpt.options import add_options
 
 _ERRORS = (
     *(ValueError, OSError, ImportError, FloatingPointError),
@@ -31,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _data(arguments: dict[str, Any]) -> None:
+    from fastgpt.data.prepare import prepare
+
+    inputs, as_json = arguments.pop("inputs"), arguments.pop("json")
+    report = prepare(inputs, PrepareConfig(**arguments))
+    print(json.dumps(report.as_dict()) if as_json else report.table())
 
 
 def _train(arguments: dict[str, Any]) -> None:
@@ -98,6 +108,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastgpt {fastgpt.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    data = commands.add_parser(
+        "data",
+        help="make token shards of raw text",
+        description="Clean a text, drop duplicates, and write it as token shards for train --data.",
+    )
+    data.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="a text file, a .jsonl file, a directory, stdlib, or hf:NAME[:SPLIT] of Hugging Face",
+    )
+    data.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_options(data, PrepareConfig)
+    data.set_defaults(command=_data)
+
     train = commands.add_parser(
         "train",
         help="train a model on a text",
@@ -106,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--config", metavar="FILE", default=None, help="a TOML file of options; the command line wins"
     )
-    train_config.add_arguments(train)
+    add_options(train, train_config.TrainConfig)
     train.set_defaults(command=_train)
 
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")

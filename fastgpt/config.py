@@ -6,17 +6,17 @@ one: defaults, the checkpoint being resumed, the TOML file, the command line.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import tomllib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
 from fastgpt.backends import BACKENDS
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
+from fastgpt.options import kind_of, option
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -39,82 +39,77 @@ _NOT_NEGATIVE = (
 )
 
 
-def _option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text, and the values it may take where those are few."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """All options of `fastgpt train`. Raises ValueError for values that make no run."""
 
-    data: str = _option("stdlib", "a text file, a directory of them, or stdlib: Python's own source")
-    out: str = _option("out", "directory for checkpoints, log.jsonl and loss.png")
-    resume: bool = _option(
+    data: str = option("stdlib", "a text file, a directory of them, or stdlib: Python's own source")
+    out: str = option("out", "directory for checkpoints, log.jsonl and loss.png")
+    resume: bool = option(
         False, "go on from the newest checkpoint in --out, with its options where none are given"
     )
-    init_from: str | None = _option(
+    init_from: str | None = option(
         None,
         "a checkpoint, or a Hugging Face GPT-2, to start from: its weights, its tokenizer, its architecture",
     )
-    tokenizer: str = _option("bytes", "bytes, bpe (learned from the data), or the path of a tokenizer.json")
-    vocab_size: int = _option(4096, "tokens that bpe learns; the other tokenizers bring their own number")
+    tokenizer: str = option("bytes", "bytes, bpe (learned from the data), or the path of a tokenizer.json")
+    vocab_size: int = option(4096, "tokens that bpe learns; the other tokenizers bring their own number")
 
-    n_layer: int = _option(6, "Transformer blocks")
-    n_head: int = _option(6, "attention heads a block")
-    n_embd: int = _option(384, "channels")
-    block_size: int = _option(256, "tokens a sequence")
-    position: str = _option("learned", "how positions enter the model", POSITIONS)
-    activation: str = _option("gelu_tanh", "activation of the MLP", ACTIVATIONS)
-    dropout: float = _option(0.0, "dropout rate in training")
-    bias: bool = _option(True, "biases in linear layers and LayerNorms")
-    tie_head: bool = _option(True, "use the token embedding as output projection")
+    n_layer: int = option(6, "Transformer blocks")
+    n_head: int = option(6, "attention heads a block")
+    n_embd: int = option(384, "channels")
+    block_size: int = option(256, "tokens a sequence")
+    position: str = option("learned", "how positions enter the model", POSITIONS)
+    activation: str = option("gelu_tanh", "activation of the MLP", ACTIVATIONS)
+    dropout: float = option(0.0, "dropout rate in training")
+    bias: bool = option(True, "biases in linear layers and LayerNorms")
+    tie_head: bool = option(True, "use the token embedding as output projection")
 
-    packing: str = _option(
+    packing: str = option(
         "auto",
         "documents: packed into full blocks, none sees its neighbour; stream: windows of all that follows one another; "
         "auto: documents of a prepared dataset, the stream of a text",
         PACKINGS,
     )
-    batch_size: int = _option(16, "sequences a forward pass, of all processes together")
-    grad_accum: int = _option(1, "forward passes a step")
-    max_steps: int = _option(2000, "optimizer steps, and the length of the learning-rate schedule")
-    max_minutes: float | None = _option(None, "stop after so many minutes, wherever the schedule stands")
-    optimizer: str = _option("adamw", "AdamW, Adam (its decay is L2), or Muon for matrices", OPTIMIZERS)
-    lr: float = _option(1e-3, "highest learning rate")
-    min_lr: float = _option(1e-4, "learning rate at the end of the schedule")
-    warmup_steps: int = _option(100, "steps of linear warm-up")
-    schedule: str = _option("cosine", "how the rate falls; wsd: stays, and falls at the end", SCHEDULES)
-    decay_steps: int = _option(200, "steps of the fall of wsd")
-    weight_decay: float = _option(0.1, "the optimizer's decay of matrices")
-    beta1: float = _option(0.9, "Adam's first-moment decay")
-    beta2: float = _option(0.99, "Adam's second-moment decay")
-    grad_clip: float = _option(1.0, "largest gradient norm; 0 does not clip")
+    batch_size: int = option(16, "sequences a forward pass, of all processes together")
+    grad_accum: int = option(1, "forward passes a step")
+    max_steps: int = option(2000, "optimizer steps, and the length of the learning-rate schedule")
+    max_minutes: float | None = option(None, "stop after so many minutes, wherever the schedule stands")
+    optimizer: str = option("adamw", "AdamW, Adam (its decay is L2), or Muon for matrices", OPTIMIZERS)
+    lr: float = option(1e-3, "highest learning rate")
+    min_lr: float = option(1e-4, "learning rate at the end of the schedule")
+    warmup_steps: int = option(100, "steps of linear warm-up")
+    schedule: str = option("cosine", "how the rate falls; wsd: stays, and falls at the end", SCHEDULES)
+    decay_steps: int = option(200, "steps of the fall of wsd")
+    weight_decay: float = option(0.1, "the optimizer's decay of matrices")
+    beta1: float = option(0.9, "Adam's first-moment decay")
+    beta2: float = option(0.99, "Adam's second-moment decay")
+    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
 
-    label_smoothing: float = _option(0.0, "share of the target spread over all tokens, in training")
-    z_loss: float = _option(0.0, "weight of the squared log of the softmax's denominator, in training")
+    label_smoothing: float = option(0.0, "share of the target spread over all tokens, in training")
+    z_loss: float = option(0.0, "weight of the squared log of the softmax's denominator, in training")
 
-    eval_every: int = _option(250, "steps between validation losses")
-    eval_batches: int = _option(20, "batches, spread evenly over the held-out text, for a validation loss")
-    patience: int | None = _option(None, "end after so many validation losses without a better one")
-    save_every: int = _option(250, "steps between checkpoints")
-    log_every: int = _option(10, "steps between lines about the training loss")
-    sample_tokens: int = _option(400, "tokens of sampled text at the end; 0 samples none")
-    tensorboard: bool = _option(False, "also write the losses for TensorBoard, to OUT/tensorboard")
+    eval_every: int = option(250, "steps between validation losses")
+    eval_batches: int = option(20, "batches, spread evenly over the held-out text, for a validation loss")
+    patience: int | None = option(None, "end after so many validation losses without a better one")
+    save_every: int = option(250, "steps between checkpoints")
+    log_every: int = option(10, "steps between lines about the training loss")
+    sample_tokens: int = option(400, "tokens of sampled text at the end; 0 samples none")
+    tensorboard: bool = option(False, "also write the losses for TensorBoard, to OUT/tensorboard")
 
-    seed: int = _option(1337, "of the weights, the batches, dropout and the sample")
-    device: str = _option(
+    seed: int = option(1337, "of the weights, the batches, dropout and the sample")
+    device: str = option(
         "auto", "auto (a GPU where there is one) or any name torch knows, such as cpu or cuda:0"
     )
-    dtype: str = _option(
+    dtype: str = option(
         "auto", "of the products; auto is bfloat16 where the hardware has it; float16 scales the loss", DTYPES
     )
-    backend: str = _option("auto", "which kernels run", BACKEND_CHOICES)
-    compile: bool = _option(False, "run the model through torch.compile")
-    checkpoint_activations: bool = _option(
+    backend: str = option("auto", "which kernels run", BACKEND_CHOICES)
+    compile: bool = option(False, "run the model through torch.compile")
+    checkpoint_activations: bool = option(
         False, "compute blocks again in the backward instead of keeping their activations"
     )
-    parallel: str = _option(
+    parallel: str = option(
         "auto",
         "what processes started by torchrun do: ddp, or fsdp, which shards the model; auto is ddp",
         PARALLEL,
@@ -183,25 +178,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option for each field; the parsed namespace holds those that were given and no others."""
-    for item in fields(TrainConfig):
-        kind = _kind(get_type_hints(TrainConfig)[item.name])
-        default = "none" if item.default is None else item.default
-        options: dict[str, Any] = {
-            "dest": item.name,
-            "default": argparse.SUPPRESS,
-            "help": f"{item.metadata['help']} (default: {default})",
-        }
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kind
-            options["choices"] = item.metadata["choices"] or None
-            options["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument("--" + item.name.replace("_", "-"), **options)
-
-
 def resolve_device(name: str) -> torch.device:
     """The torch device for `device`; "auto" is a GPU where there is one. Raises ValueError for one that is
     not.
@@ -227,14 +203,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _kind(hint: Any) -> type:
-    """The type of a field's value, None aside: of X and of X | None it is X."""
-    kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
-    return kind
-
-
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    kind = _kind(hint)
+    kind = kind_of(hint)
     if value is None and kind is not hint:
         return None
     if kind is float and type(value) is int:

@@ -6,9 +6,11 @@ Both know every text: a byte is a token of the first kind, and the fallback of t
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,6 +36,10 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> Tensor:
         """The ids of a text, (N,) uint8 or int32. Raises ValueError for a lone surrogate, no text."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[Tensor]:
+        """`encode` of each text, on all cores."""
         ...
 
     def decode(self, tokens: Tensor) -> str:
@@ -64,6 +70,9 @@ class ByteTokenizer:
         raw = bytearray(_utf8(text))
         return torch.frombuffer(raw, dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
 
+    def encode_batch(self, texts: list[str]) -> list[Tensor]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, tokens: Tensor) -> str:
         return bytes(tokens.tolist()).decode("utf-8", errors="replace")
 
@@ -79,19 +88,26 @@ class ByteTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2) by the package `tokenizers`."""
+    """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2) by the package `tokenizers`.
 
-    name = "bpe"
+    What else that package reads, BERT's WordPiece for one, works too; it need not be without loss.
+    """
 
     def __init__(self, serialized: str) -> None:
         """`serialized` is the text of a tokenizer.json. Raises ValueError if it is not one."""
         from tokenizers import Tokenizer as Engine
+        from tokenizers.models import BPE
 
         try:
-            self._engine = Engine.from_str(serialized)
+            self.engine = Engine.from_str(serialized)
         except Exception as error:  # the package raises bare Exceptions
             raise ValueError(f"this is not a tokenizer.json: {str(error).splitlines()[0]}") from None
-        self._engine.encode_special_tokens = True  # a text that spells <|endoftext|> does not end by it
+        self.engine.encode_special_tokens = True  # a text that spells <|endoftext|> does not end by it
+        self.engine.no_truncation()
+        self.engine.no_padding()
+        if isinstance(self.engine.model, BPE):
+            self.engine.model.dropout = None  # the same text, the same tokens
+        self.name = type(self.engine.model).__name__.lower()
 
     @classmethod
     def train(cls, documents: list[str], vocab_size: int) -> BPETokenizer:
@@ -123,33 +139,43 @@ class BPETokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self._engine.get_vocab_size()
+        return self.engine.get_vocab_size()
 
     @property
     def end_of_text(self) -> int | None:
-        ids = (self._engine.token_to_id(token) for token in _END_OF_TEXT)
+        ids = (self.engine.token_to_id(token) for token in _END_OF_TEXT)
         return next((id for id in ids if id is not None), None)
 
     def encode(self, text: str) -> Tensor:
-        _utf8(text)
-        encoded = self._engine.encode_batch_fast(_pieces(text), add_special_tokens=False)
-        ids = [torch.tensor(piece.ids, dtype=torch.int32) for piece in encoded]
-        return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[Tensor]:
+        for text in texts:
+            _utf8(text)
+        pieces = [_pieces(text) for text in texts]
+        encoded = iter(self.engine.encode_batch_fast([*chain(*pieces)], add_special_tokens=False))
+        none = np.empty(0, np.int32)
+        return [
+            torch.from_numpy(
+                np.concatenate([none, *(np.array(next(encoded).ids, np.int32) for _ in of_text)])
+            )
+            for of_text in pieces
+        ]
 
     def decode(self, tokens: Tensor) -> str:
-        return self._engine.decode(tokens.tolist(), skip_special_tokens=False)
+        return self.engine.decode(tokens.tolist(), skip_special_tokens=False)
 
     def words(self) -> list[str]:
         """As the decoder writes each token by itself: "the" for both "Ġthe" and "the"; "" for spaces and for part of
         a character.
         """
         ids = [[token] for token in range(self.vocab_size)]
-        texts = self._engine.decode_batch(ids, skip_special_tokens=False)
-        special = {token.content for token in self._engine.get_added_tokens_decoder().values()}
+        texts = self.engine.decode_batch(ids, skip_special_tokens=False)
+        special = {token.content for token in self.engine.get_added_tokens_decoder().values()}
         return ["" if "\ufffd" in text or text in special else text.strip() for text in texts]
 
     def serialized(self) -> str:
-        return self._engine.to_str()
+        return self.engine.to_str()
 
     def save(self, directory: Path) -> None:
         (directory / FILE).write_text(self.serialized(), "utf-8")
@@ -165,21 +191,61 @@ def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> ByteToke
 
 
 def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
-    """The tokenizer in a tokenizer.json, or in a directory that has one. Raises FileNotFoundError and
-    ValueError.
+    """The tokenizer in a tokenizer.json, or in a directory that has one, GPT-2's vocab.json and merges.txt, or BERT's
+    vocab.txt (lower case unless tokenizer_config.json says otherwise). Raises FileNotFoundError and ValueError.
     """
     file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no tokenizer {file}; --tokenizer takes bytes, bpe or a tokenizer.json"
-        )
     try:
-        text = file.read_text("utf-8")
-        if json.loads(text) == {"type": "bytes"}:
-            return ByteTokenizer()
-        return BPETokenizer(text)
-    except ValueError as error:
+        if file.is_file():
+            text = file.read_text("utf-8")
+            return ByteTokenizer() if json.loads(text) == {"type": "bytes"} else BPETokenizer(text)
+        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
+            file = path / "vocab.json"
+            return BPETokenizer(_gpt2(path).to_str())
+        if (path / "vocab.txt").is_file():
+            file = path / "vocab.txt"
+            return BPETokenizer(_bert(path).to_str())
+    except OSError:
+        raise
+    except Exception as error:  # the package raises bare Exceptions
         raise ValueError(f"{file} is not a tokenizer: {error}") from None
+    raise FileNotFoundError(
+        f"there is no tokenizer {file}; --tokenizer takes bytes, bpe or a tokenizer.json, or a directory that has one, "
+        "vocab.json and merges.txt, or vocab.txt"
+    )
+
+
+def _gpt2(directory: Path) -> Any:
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models, pre_tokenizers
+
+    engine = Engine(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    return _with_special(engine, _END_OF_TEXT[:1])
+
+
+def _bert(directory: Path) -> Any:
+    from tokenizers import Tokenizer as Engine
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    file = directory / "tokenizer_config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    engine = Engine(models.WordPiece.from_file(str(directory / "vocab.txt"), unk_token="[UNK]"))
+    engine.normalizer = normalizers.BertNormalizer(
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    )
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    engine.decoder = decoders.WordPiece()
+    return _with_special(engine, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"))
+
+
+def _with_special(engine: Any, tokens: tuple[str, ...]) -> Any:
+    """The engine, which is told that these tokens, where the vocabulary has them, are special."""
+    engine.add_special_tokens([token for token in tokens if engine.token_to_id(token) is not None])
+    return engine
 
 
 def _utf8(text: str) -> bytes:

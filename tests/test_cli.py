@@ -59,6 +59,8 @@ def test_every_field_is_an_option_and_a_toml_key(tmp_path: Path, monkeypatch: py
     other = {str: "data.txt", int: 2, float: 0.5, bool: False}
     special = {
         **{"position": "rotary", "activation": "relu", "dtype": "float32", "backend": "reference"},
+        **{"packing": "documents", "optimizer": "muon", "schedule": "wsd", "parallel": "fsdp"},
+        **{"checkpoint_activations": True, "patience": 3, "init_from": ""},
         **{
             "n_head": 2,
             "n_embd": 8,

@@ -91,7 +91,7 @@ def test_what_is_no_document_is_refused(tmp_path: Path):
             with pytest.raises(ValueError, match=message):
                 writer.add("train", ids)
     assert not list(tmp_path.iterdir())
-    without = json.loads(BPETokenizer.train(["a b"], 258)._engine.to_str())
+    without = json.loads(BPETokenizer.train(["a b"], 258).engine.to_str())
     without["added_tokens"] = []
     without["model"]["vocab"]["nothing"] = without["model"]["vocab"].pop("<|endoftext|>")
     with pytest.raises(ValueError, match="no end of text"):

@@ -3,6 +3,8 @@
 from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, unigram_entropy, windows
 from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
 from fastgpt.data.packing import Integers, Packing, pack
+from fastgpt.data.prepare import PrepareConfig, prepare
+from fastgpt.data.report import Report
 from fastgpt.data.shards import (
     DatasetError,
     DatasetWriter,
@@ -22,6 +24,8 @@ __all__ = [
     "Integers",
     "Packed",
     "Packing",
+    "PrepareConfig",
+    "Report",
     "Source",
     "Stream",
     "TokenDataset",
@@ -33,6 +37,7 @@ __all__ = [
     "load_word_vectors",
     "open_dataset",
     "pack",
+    "prepare",
     "read_text",
     "unigram_entropy",
     "windows",

@@ -43,10 +43,10 @@ def load_corpus(source: str) -> Corpus:
     """
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return _hold_out("stdlib", _read_files(root, _stdlib_files(root)))
+        return _hold_out("stdlib", _read_files(root, stdlib_files(root)))
     path = Path(source)
     if path.is_dir():
-        files = [file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path))]
+        files = [file for file in path.rglob("*") if file.is_file() and not hidden(file.relative_to(path))]
         return _hold_out(source, _read_files(path, files))
     text = read_text(path)
     cut = len(text) - max(1, int(len(text) * _HELD_OUT_OF_A_FILE))
@@ -70,7 +70,8 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def _stdlib_files(root: Path) -> list[Path]:
+def stdlib_files(root: Path) -> list[Path]:
+    """The modules of the standard library below its directory, as they come."""
     return [
         file
         for file in root.rglob("*.py")
@@ -78,7 +79,8 @@ def _stdlib_files(root: Path) -> list[Path]:
     ]
 
 
-def _hidden(path: Path) -> bool:
+def hidden(path: Path) -> bool:
+    """Whether a file or a directory on its path has a name that begins with a dot."""
     return any(part.startswith(".") for part in path.parts)
 
 

@@ -1,0 +1,40 @@
+"""A dataclass as a command line: the field `val_share` is the option `--val-share`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import field, fields
+from typing import Any, get_args, get_type_hints
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with its help text, and the values it may take where those are few."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+    """One option for each field of a dataclass of `option`s; the parsed namespace holds those that were given and no
+    others.
+    """
+    hints = get_type_hints(options)
+    for item in fields(options):
+        kind = kind_of(hints[item.name])
+        default = "none" if item.default is None else item.default
+        settings: dict[str, Any] = {
+            "dest": item.name,
+            "default": argparse.SUPPRESS,
+            "help": f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
+        }
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = kind
+            settings["choices"] = item.metadata["choices"] or None
+            settings["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
+        parser.add_argument("--" + item.name.replace("_", "-"), **settings)
+
+
+def kind_of(hint: Any) -> type:
+    """The type of a field's value, None aside: of X and of X | None it is X."""
+    kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
+    return kind
