@@ -75,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--plot", action="store_true", help="also draw DIR/plots and DIR/report.html")
         command.add_argument("--commit", help="what commit this is, where there is no .git to ask")
 
+    trainer = commands.add_parser(
+        "trainer", help="fastgpt train beside a bare training step, and packed documents beside padded ones"
+    )
+    trainer.set_defaults(run=_trainer)
+    trainer.add_argument("--size", default="cpu", choices=("tiny", "cpu"), help="default: cpu")
+    trainer.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
+    trainer.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
     data = commands.add_parser("data", help="speed and memory of preparing data, beside tokenizers alone")
     data.set_defaults(run=_data)
     data.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
@@ -309,6 +317,12 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
             )
     with tqdm.external_write_mode():
         print("\n".join(lines), flush=True)
+
+
+def _trainer(options: argparse.Namespace) -> int:
+    from bench.trainer import run
+
+    return run(options.size, options.rounds, options.json)
 
 
 def _data(options: argparse.Namespace) -> int:

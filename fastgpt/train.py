@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> TrainResult:
     processes = Processes.meet(resolve_device(config.device), config.parallel)
     try:
         with use_backend(config.backend), processes.together():
-            run = _Run(config, processes)
+            run = Run(config, processes)
             try:
                 return run.go()
             finally:
@@ -98,7 +98,7 @@ class _Validation:
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
 
-class _Run:
+class Run:
     """One run of `train`: everything it holds, set up, and the loop over it."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
