@@ -43,7 +43,11 @@ _NOT_NEGATIVE = (
 class TrainConfig:
     """All options of `fastgpt train`. Raises ValueError for values that make no run."""
 
-    data: str = option("stdlib", "a text file, a directory of them, or stdlib: Python's own source")
+    data: str = option(
+        "stdlib",
+        "a text file, a directory of them, or one that `fastgpt data` made; stdlib: Python's own source; "
+        "repeats: random words, repeated",
+    )
     out: str = option("out", "directory for checkpoints, log.jsonl and loss.png")
     resume: bool = option(
         False, "go on from the newest checkpoint in --out, with its options where none are given"
