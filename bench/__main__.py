@@ -292,7 +292,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
         return
     lines = []
     for r in records:
-        start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<8}{contender(r):<34}"
+        start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<9}{contender(r):<34}"
         if r["group"] == "roof":
             rate = f"{r['bytes'] / r['seconds'] / 1e9:,.0f} GB/s" if r["direction"] == "copy" else ""
             lines.append(start + (rate or f"{r['flops'] / r['seconds'] / 1e9:,.0f} GFLOP/s"))

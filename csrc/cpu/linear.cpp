@@ -8,8 +8,8 @@
 // rounded once.
 //
 // Few rows, as in decoding, are bound by reading W: M·N·K multiply-adds for N·K elements. So W is read once, as it lies
-// in memory, and no row of it is packed: LINES rows of W at a time are dotted with every row of x, which is in float
-// in the first-level cache. For 8 rows that is 8 multiply-adds (4 cycles) a vector of 64 bytes, 48 GB/s a core at 3 GHz.
+// in memory, without packing. A row of it is dotted with all rows of x, which lie in the first-level cache as float: for 8
+// rows 8 multiply-adds and 9 loads a vector, 5 cycles for 64 bytes, which the memory does not deliver.
 //
 // Where the CPU does not multiply bfloat16, for other types, and for odd sizes, whose rows do not divide into pairs,
 // PyTorch's product serves.
@@ -199,54 +199,73 @@ void backward_weight(const Tensor& grad, const Tensor& x, Tensor& dweight, float
 
 // ---- few rows ----
 
-// The most rows of x; and rows of W, and of x, whose sums are in registers together.
-constexpr int64_t FEW_ROWS = 8, LINES = 4;
+constexpr int64_t FEW_ROWS = 8;
+// What x may take of the first-level cache, in bytes; beyond it some lines of W share a load of x.
+constexpr int64_t NEAR = 16 << 10;
+// Bytes between what is read and what is fetched: the CPU's own prefetching ends with every page.
+constexpr int64_t AHEAD = 2048;
 
 // y[r, c] = x[r]·w[c] + bias[c] for ROWS rows of x, `size` long, and LINES of w; rows of y are `stride` apart.
-template <int ROWS, typename T>
+template <int ROWS, int LINES, typename T>
 void dot_rows(const float* x, const T* w, int64_t size, const T* bias, T* y, int64_t stride) {
   Floats sums[ROWS][LINES] = {};
   over_vectors<float>(0, size, [&](int64_t k, auto... n) {
     Floats line[LINES];
-    for (int64_t c = 0; c < LINES; ++c) {
-      line[c] = load<float>(w + c * size + k, n...);
-      __builtin_prefetch(w + (c + LINES) * size + k);  // short lines end before the CPU's own prefetching begins
+    for (int c = 0; c < LINES; ++c) {
+      const T* from = w + c * size + k;
+      line[c] = load<float>(from, n...);
+      __builtin_prefetch(from + AHEAD / sizeof(T));
     }
     for (int r = 0; r < ROWS; ++r) {
       const Floats row = load<float>(x + r * size + k, n...);
-      for (int64_t c = 0; c < LINES; ++c) sums[r][c] += row * line[c];
+      for (int c = 0; c < LINES; ++c) sums[r][c] += row * line[c];
     }
   });
   for (int r = 0; r < ROWS; ++r)
-    for (int64_t c = 0; c < LINES; ++c)
+    for (int c = 0; c < LINES; ++c)
       y[r * stride + c] = static_cast<T>(lane_sum<float>(sums[r][c]) + (bias ? static_cast<float>(bias[c]) : 0.0f));
 }
 
-template <typename T>
-void forward_few(const Tensor& x_, const Tensor& weight, const OptionalTensor& bias_, Tensor& y_) {
-  const int64_t m = x_.size(0), n = weight.size(0), k = weight.size(1);
-  const Tensor rows = x_.to(at::kFloat).contiguous();
-  const float* const x = rows.const_data_ptr<float>();
-  const T *const w = weight.const_data_ptr<T>(), *const bias = bias_ ? bias_->const_data_ptr<T>() : nullptr;
-  T* const y = y_.mutable_data_ptr<T>();
+// f of n, at most N, as a constant.
+template <int N, typename F>
+void with_constant(int64_t n, F&& f) {
+  if (n == N)
+    f(std::integral_constant<int, N>{});
+  else if constexpr (N > 1)
+    with_constant<N - 1>(n, f);
+}
+
+// LINES rows of W at a time, and at most ROWS of x.
+template <int ROWS, int LINES, typename T>
+void multiply_few(const float* x, int64_t m, const T* w, int64_t n, int64_t k, const T* bias, T* y) {
   at::parallel_for(0, n / LINES, std::max<int64_t>(1, GRAIN / (LINES * k)), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin * LINES; c < end * LINES; c += LINES) {
-      const auto some = [&](auto count, int64_t r) {
-        dot_rows<count.value>(x + r * k, w + c * k, k, bias ? bias + c : nullptr, y + r * n + c, n);
-      };
-      int64_t r = 0;
-      for (; r + 4 <= m; r += 4) some(std::integral_constant<int, 4>{}, r);
-      if (m - r == 3) some(std::integral_constant<int, 3>{}, r);
-      if (m - r == 2) some(std::integral_constant<int, 2>{}, r);
-      if (m - r == 1) some(std::integral_constant<int, 1>{}, r);
-    }
+    for (int64_t c = begin * LINES; c < end * LINES; c += LINES)
+      for (int64_t r = 0; r < m; r += ROWS)
+        with_constant<ROWS>(std::min<int64_t>(ROWS, m - r), [&](auto rows) {
+          dot_rows<rows.value, LINES>(x + r * k, w + c * k, k, bias ? bias + c : nullptr, y + r * n + c, n);
+        });
   });
+}
+
+template <typename T>
+void forward_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_, Tensor& y) {
+  const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
+  const Tensor rows = x.to(at::kFloat).contiguous();
+  const T* const bias = bias_ ? bias_->const_data_ptr<T>() : nullptr;
+  const auto multiply = [&](auto most, auto lines) {
+    multiply_few<most.value, lines.value>(
+        rows.const_data_ptr<float>(), m, weight.const_data_ptr<T>(), n, k, bias, y.mutable_data_ptr<T>());
+  };
+  if (n % 4 || m * k * static_cast<int64_t>(sizeof(float)) <= NEAR)
+    multiply(std::integral_constant<int, FEW_ROWS>{}, std::integral_constant<int, 1>{});
+  else
+    multiply(std::integral_constant<int, 4>{}, std::integral_constant<int, 4>{});
 }
 
 bool is_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   const auto type = weight.scalar_type();
-  return m > 0 && m <= FEW_ROWS && k > 0 && n > 0 && n % LINES == 0 && weight.is_contiguous() &&
+  return m > 0 && m <= FEW_ROWS && k > 0 && n > 0 && weight.is_contiguous() &&
          (type == at::kFloat || type == at::kBFloat16) && x.scalar_type() == type &&
          (!bias || (bias->is_contiguous() && bias->scalar_type() == type));
 }
