@@ -50,9 +50,10 @@ def embedded(task: str) -> list[Item]:
 
 
 class _Function(NamedTuple):
-    """A function of the standard library: its node, without docstring, and the text of head and body."""
+    """A function of the standard library, its docstring's first line, and its source without the docstring in two."""
 
-    node: ast.FunctionDef
+    name: str
+    arguments: ast.arguments
     summary: str
     head: str
     body: str
@@ -80,14 +81,14 @@ def _functions() -> tuple[_Function, ...]:
 def _function(node: ast.FunctionDef, lines: list[str]) -> _Function | None:
     docstring = ast.get_docstring(node) or ""
     body = node.body[1:] if docstring else node.body
-    if not body or body[0].lineno == node.lineno:
+    text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+    if not body or body[0].lineno == node.lineno or not text.startswith("def "):
         return None
     last_of_head = node.body[0].lineno - 1
-    text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
     head, rest = _cut(text, last_of_head - node.lineno + 1)
     if docstring:
         rest = _cut(rest, (node.body[0].end_lineno or 0) - last_of_head)[1]
-    return _Function(node, docstring.partition("\n")[0].strip(), head, rest.strip("\n"))
+    return _Function(node.name, node.args, docstring.partition("\n")[0].strip(), head, rest.strip("\n"))
 
 
 def _cut(text: str, count: int) -> tuple[str, str]:
@@ -98,28 +99,34 @@ def _cut(text: str, count: int) -> tuple[str, str]:
 
 def _summarize() -> Iterator[Item]:
     shortest, longest = _SUMMARY
+    found: dict[str, str] = {}
     for function in _functions():
         source = function.head + function.body
         if len(source) <= _LONGEST_SUMMARIZED and shortest <= len(function.summary) <= longest:
-            yield Item(function.summary, source, function.summary)
+            found.setdefault(source, function.summary)
+    for source, summary in found.items():
+        yield Item(summary, source, summary)
 
 
 def _answer() -> Iterator[Item]:
     fewest, most = _PARAMETERS
     for function in _functions():
-        node = function.node
-        signature = f"def {node.name}({ast.unparse(node.args)})"
-        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
-        if not fewest <= len(names) <= most or len(signature) > _LONGEST_SIGNATURE:
+        arguments = function.arguments
+        names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]
+        if not fewest <= len(names) <= most:
+            continue
+        signature = f"def {function.name}({ast.unparse(arguments)})"
+        if len(signature) > _LONGEST_SIGNATURE:
             continue
         draw = random.Random(signature)
         before = draw.randrange(len(names) - 1)
         absent = draw.choice(("value", "name", "path", "other", "key", "data"))
         asked = absent if absent not in names and draw.random() < 0.5 else draw.choice(names)
-        taken = asked in [argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+        taken = asked in [argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)]
         for question, answer in (
+            ("What is the function's name?", function.name),
+            ("What are its parameters?", ", ".join(names)),
             (f"Which parameter follows {names[before]}?", names[before + 1]),
-            ("What is the function's name?", node.name),
             (f"Is there a parameter {asked}?", "yes" if taken else "no"),
         ):
             yield Item(signature, f"{signature}\n{question}", answer)
