@@ -73,9 +73,16 @@ def _functions() -> tuple[_Function, ...]:
         except (ValueError, SyntaxError):
             continue
         lines = source.split("\n")
-        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-        found += [function for node in nodes if (function := _function(node, lines)) is not None]
+        found += [made for node in _definitions(tree) if (made := _function(node, lines)) is not None]
     return tuple(found)
+
+
+def _definitions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
+    """The functions of a module and the methods of its classes."""
+    for node in tree.body:
+        for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
+            if isinstance(inner, ast.FunctionDef):
+                yield inner
 
 
 def _function(node: ast.FunctionDef, lines: list[str]) -> _Function | None:
