@@ -20,6 +20,7 @@ MEASURING = {
     "ops": "all ops",
     "train": "whole training steps of a GPT-2",
     "accelerate": "whole training steps of models of transformers, as they come and accelerated",
+    "generate": "tokens a second of generated text, with the cache and without, beside transformers'",
     "scaling": "seconds and memory of each op while one size grows",
     "all": "ops, train, accelerate and scaling",
 }
@@ -74,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print the records instead of the table")
         command.add_argument("--plot", action="store_true", help="also draw DIR/plots and DIR/report.html")
         command.add_argument("--commit", help="what commit this is, where there is no .git to ask")
+
+    trainer = commands.add_parser(
+        "trainer", help="fastgpt train beside a bare training step, and packed documents beside padded ones"
+    )
+    trainer.set_defaults(run=_trainer)
+    trainer.add_argument("--size", default="cpu", choices=("tiny", "cpu"), help="default: cpu")
+    trainer.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
+    trainer.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
     data = commands.add_parser("data", help="speed and memory of preparing data, beside tokenizers alone")
     data.set_defaults(run=_data)
@@ -159,7 +168,7 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
 
     Raises ValueError, with the list of what is known, for a shape, peer or backend that is not.
     """
-    from bench import accelerate, train
+    from bench import accelerate, generate, train
     from bench.ops import OPS
     from bench.steps import name
     from fastgpt.backends import BACKENDS
@@ -169,8 +178,8 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
     ops = [op for op in OPS.values() if several or op.name == command]
     steps = {
         kind: bench
-        for kind, bench in (("train", train), ("accelerate", accelerate))
-        if command in (kind, "all")
+        for kind, bench in (("train", train), ("accelerate", accelerate), ("generate", generate))
+        if command == kind or (command == "all" and kind != "generate")  # without the cache it takes minutes
     }
     peers = [p.name for op in ops for p in op.peers] + [p for bench in steps.values() for p in bench.PEERS]
     _check("peer", options.peer, [*sorted(set(peers)), "none"])
@@ -189,6 +198,9 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
     if "accelerate" in steps:
         models = accelerate.SIZES[preset]
         found += [("accelerate", dtype, model, name(model[1])) for model in models for dtype in dtypes]
+    if "generate" in steps:
+        both = options.dtype or DTYPES_OF[preset]
+        found += [("generate", d, (size,), name(size)) for size in generate.SIZES[preset] for d in both]
     if not options.quick:
         found += rest
     if command == "scaling" or (command == "all" and not options.quick):
@@ -214,11 +226,16 @@ def _run(
     from tqdm import tqdm
 
     from bench.accelerate import run_accelerate
+    from bench.generate import run_generate
     from bench.harness import Plan, roof_records, run_case
     from bench.scaling import fits, table
     from bench.train import run_train
 
-    runs: dict[str, Callable[..., list[dict[str, Any]]]] = {"train": run_train, "accelerate": run_accelerate}
+    runs: dict[str, Callable[..., list[dict[str, Any]]]] = {
+        "train": run_train,
+        "accelerate": run_accelerate,
+        "generate": run_generate,
+    }
     short = options.quick or options.tiny
     length = "tiny" if options.tiny else "quick" if options.quick else "full"
     seconds = SECONDS[length] if options.seconds is None else options.seconds
@@ -288,7 +305,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
         return
     lines = []
     for r in records:
-        start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<8}{contender(r):<34}"
+        start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<9}{contender(r):<34}"
         if r["group"] == "roof":
             rate = f"{r['bytes'] / r['seconds'] / 1e9:,.0f} GB/s" if r["direction"] == "copy" else ""
             lines.append(start + (rate or f"{r['flops'] / r['seconds'] / 1e9:,.0f} GFLOP/s"))
@@ -296,7 +313,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
             lines.append(f"{start}{r['status']}: {r['reason']}")
         else:
             peak = "" if r["peak_bytes"] is None else f"  peak {r['peak_bytes'] / 2**20:,.0f} MiB"
-            speed = f"  {r['tokens_per_second']:,.0f} tokens/s" if r["group"] == "train" else ""
+            speed = f"  {r['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in r else ""
             sheet = f", {r['mfu_datasheet']:.0%} of the datasheet's" if r.get("mfu_datasheet") else ""
             ratio = (
                 ""
@@ -309,6 +326,12 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
             )
     with tqdm.external_write_mode():
         print("\n".join(lines), flush=True)
+
+
+def _trainer(options: argparse.Namespace) -> int:
+    from bench.trainer import run
+
+    return run(options.size, options.rounds, options.json)
 
 
 def _data(options: argparse.Namespace) -> int:

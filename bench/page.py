@@ -46,10 +46,16 @@ def html(records: list[Record]) -> str:
         sections.append(("Plots", f'<div class="plots">{pictures}</div>'))
     groups: dict[str, dict[str, list[Record]]] = {}
     for r in records:
-        title = f"{r['op']}, {r['case']}" if r["group"] in ("ops", "train") else r["op"]
+        title = f"{r['op']}, {r['case']}" if r["group"] in ("ops", "train", "generate") else r["op"]
         title += f", over {r['sweep']}" if "sweep" in r else ""
         groups.setdefault(r["group"], {}).setdefault(title, []).append(r)
-    for group, name in (("ops", "Ops"), ("train", "Training"), ("scaling", "Scaling"), ("roof", "Roofs")):
+    for group, name in (
+        ("ops", "Ops"),
+        ("train", "Training"),
+        ("generate", "Generation"),
+        ("scaling", "Scaling"),
+        ("roof", "Roofs"),
+    ):
         found = groups.get(group, {}).items()
         body = "".join(f"<h3>{escape(t)}</h3>{_contenders(t, rows)}" for t, rows in found)
         if body:

@@ -55,8 +55,8 @@ def run_train(
     peers = [
         Peer(PEERS[0], "torch", plain),
         Peer(PEERS[1], "torch", plain, compiled=True),
-        Peer(PEERS[2], "transformers", lambda: TransformersLoss(_transformers(config, weights))),
-        Peer(PEERS[3], "liger-kernel", lambda: LigerLoss(_transformers(config, weights))),
+        Peer(PEERS[2], "transformers", lambda: TransformersLoss(transformers_model(config, weights))),
+        Peer(PEERS[3], "liger-kernel", lambda: LigerLoss(transformers_model(config, weights))),
     ]
     batches = tokens_and_targets(size, compared)
     return run_steps(facts, partial(_Ours, config, weights), peers, plain, batches, machine, plan)
@@ -68,7 +68,8 @@ def _plain(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def _transformers(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
+def transformers_model(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """transformers' GPT-2 with our weights, in training mode; it keeps no cache unless it is told to."""
     library = require("transformers", "transformers")
     model = library.GPT2LMHeadModel(
         library.GPT2Config(

@@ -96,17 +96,29 @@ def _generate(arguments: dict[str, Any]) -> None:
 
 def _evaluate(arguments: dict[str, Any]) -> None:
     from fastgpt.evaluate import evaluate
-    from fastgpt.plot import loss_by_position
+    from fastgpt.in_context import in_context
+    from fastgpt.plot import in_context_panels, loss_by_position
     from fastgpt.tasks.evaluate import evaluate_task
 
     as_json, picture = arguments.pop("json"), arguments.pop("plot")
+    of_context = arguments.pop("in_context")
     if arguments["task"] is not None:
-        if picture is not None:
-            raise ValueError("--plot draws the loss on a text; leave it away with --task")
-        found = evaluate_task(**arguments)
-        print(json.dumps(found.as_dict(), ensure_ascii=False) if as_json else found.table())
+        if picture is not None or of_context:
+            raise ValueError("--plot and --in-context are of a text; leave them away with --task")
+        if arguments["source"] is None:
+            raise ValueError("eval --task needs --data, a JSON Lines file or embedded")
+        answers = evaluate_task(**arguments)
+        print(json.dumps(answers.as_dict(), ensure_ascii=False) if as_json else answers.table())
         return
     _refuse_without_task(arguments.pop("task"), arguments, _TASK_EVALUATION)
+    if of_context:
+        found = in_context(**arguments)
+        print(json.dumps(found.as_dict()) if as_json else found.table())
+        if picture is not None:
+            in_context_panels(picture, found)
+        return
+    if arguments["source"] is None:
+        raise ValueError("eval needs --data, a text to measure the model on, or --in-context")
     result = evaluate(**arguments)
     print(json.dumps(result.as_dict()) if as_json else result.table())
     if picture is not None:
@@ -239,15 +251,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval",
         help="measure a model on a text",
-        description="Loss and perplexity, also by position in the context.",
+        description="Loss and perplexity, also by position in the context, or what is learned from the context.",
     )
     _checkpoint_options(evaluate)
     evaluate.add_argument(
         "--data",
         dest="source",
-        required=True,
         metavar="FILE",
-        help="a text file, a directory of them, or stdlib; with --task a JSON Lines file, or embedded",
+        help="a text file, a directory of them, one that `fastgpt data` made, or stdlib; "
+        "with --task a JSON Lines file, or embedded",
+    )
+    evaluate.add_argument(
+        "--in-context",
+        action="store_true",
+        help="measure induction and k-shot accuracy; with --data the loss by position",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")

@@ -44,7 +44,11 @@ _NOT_NEGATIVE = (
 class TrainConfig:
     """All options of `fastgpt train`. Raises ValueError for values that make no run."""
 
-    data: str = option("stdlib", "a text file, a directory of them, or stdlib: Python's own source")
+    data: str = option(
+        "stdlib",
+        "a text file, a directory of them, or one that `fastgpt data` made; stdlib: Python's own source; "
+        "repeats: random words, repeated",
+    )
     task: str | None = option(
         None,
         "data are a JSON Lines file of input and output, or embedded; the loss is on the outputs alone",

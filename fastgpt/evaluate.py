@@ -66,14 +66,14 @@ def evaluate(
     """Evaluate a model on a text, in float32.
 
     checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
-    source:     a file or a directory, evaluated whole, or "stdlib", of which the held-out part is evaluated.
+    source:     a file or a directory, evaluated whole, or "stdlib" or a prepared dataset, of which the held-out part
+                is evaluated.
 
     Raises CheckpointError for the checkpoint, OSError and ValueError for the text.
     """
     model, tokenizer = open_model(checkpoint)
     where = resolve_device(device)
-    corpus = data.load_corpus(source)
-    text = "".join(corpus.val if source == "stdlib" else corpus.train + corpus.val)
+    text = read_source(source)
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:
         raise ValueError(f"{source} has {len(tokens)} token; predicting one from another takes at least two")
@@ -88,6 +88,30 @@ def evaluate(
         tokens=int(counts.sum()),
         positions=_buckets(sums, counts),
     )
+
+
+def read_source(source: str) -> str:
+    """The text that a model is measured on: a file or a directory, whole, or the held-out part of "stdlib" or of a
+    prepared dataset.
+    """
+    if data.is_dataset(source):
+        dataset = data.open_dataset(source)
+        split, tokenizer = dataset.split("val"), dataset.tokenizer()
+        ends = split.document_ends.tolist()
+        return "".join(
+            tokenizer.decode(split[start : end - 1]) for start, end in zip([0, *ends[:-1]], ends, strict=True)
+        )
+    corpus = data.load_corpus(source)
+    return "".join(corpus.val if source == "stdlib" else corpus.train + corpus.val)
+
+
+def spans(positions: int) -> list[tuple[int, int]]:
+    """Positions 1, 2, 3-4, 5-8, … as (first, last): each range as long as all before it."""
+    found = [(1, 1)]
+    while found[-1][1] < positions:
+        last = found[-1][1]
+        found.append((last + 1, min(2 * last, positions)))
+    return found
 
 
 @torch.no_grad()
@@ -115,13 +139,10 @@ def losses_by_position(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _buckets(sums: Tensor, counts: Tensor) -> list[Bucket]:
-    """Positions 1, 2, 3-4, 5-8, …: each range as long as all before it."""
-    buckets, first, last = [], 1, 1
-    while first <= len(sums) and counts[first - 1]:
+    """The ranges of positions that have tokens."""
+    buckets = []
+    for first, last in spans(int((counts > 0).sum())):
         part = slice(first - 1, last)
         number = int(counts[part].sum())
-        buckets.append(
-            Bucket(first, min(last, int((counts > 0).sum())), float(sums[part].sum()) / number, number)
-        )
-        first, last = last + 1, 2 * last
+        buckets.append(Bucket(first, last, float(sums[part].sum()) / number, number))
     return buckets

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt import data
+from fastgpt import data, in_context
 from fastgpt.config import TrainConfig
+from fastgpt.model import GPT
 from fastgpt.tasks.examples import Example, load_examples
 from fastgpt.tasks.template import Template, load_template
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, make_tokenizer
@@ -25,18 +28,20 @@ class Material:
     """Training and held-out data of a run.
 
     name:    of the data and of how they become batches.
+    size:    how many tokens there are, in words.
     entropy: the unigram entropy of the held-out text, of a task the answers', in nats a token.
     digest:  of the training data: whether a checkpoint was trained on the same.
+    measure: what else is recorded of the model at each validation.
     """
 
     name: str
     tokenizer: ByteTokenizer | BPETokenizer
     train: data.Source
     val: data.Source
-    train_size: int
-    val_size: int
+    size: str
     entropy: float
     digest: str
+    measure: Callable[[GPT], dict[str, float]] = lambda model: {}
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
     """
     if config.task is not None:
         return _examples(config, load_template(config.task), tokenizer)
+    if config.data == "repeats":
+        return _repeats(config, tokenizer or make_tokenizer(config.tokenizer, [], config.vocab_size))
     if data.is_dataset(config.data):
         return _prepared(config, tokenizer)
     corpus = data.load_corpus(config.data)
@@ -66,6 +73,27 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
     train, val = (_encode(texts, tokenizer, packed) for texts in (corpus.train, corpus.val))
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
     return _material(config, corpus.name, packed, tokenizer, train, val, digest)
+
+
+def _repeats(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer) -> Material:
+    """Random words, repeated; the induction score is recorded."""
+    words = in_context.alphabet(tokenizer, tokenizer.vocab_size)
+    source = data.Repeats(words, batch_size=config.batch_size, block_size=config.block_size, seed=config.seed)
+
+    def measure(model: GPT) -> dict[str, float]:
+        score = in_context.induction(model, words, source.longest, seed=config.seed).second
+        return {"induction": score.mean, "induction_low": score.low, "induction_high": score.high}
+
+    return Material(
+        name="repeats",
+        tokenizer=tokenizer,
+        train=source,
+        val=source,
+        size=f"random words of {data.SHORTEST} to {source.longest} of {len(words)} tokens",
+        entropy=math.log(len(words)),
+        digest="repeats",
+        measure=measure,
+    )
 
 
 def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None) -> Material:
@@ -164,8 +192,7 @@ def _material(
         tokenizer=tokenizer,
         train=sources[0],
         val=sources[1],
-        train_size=len(train.tokens),
-        val_size=len(val.tokens),
+        size=f"{len(train.tokens):,} tokens for training, {len(val.tokens):,} held out",
         entropy=data.unigram_entropy(targets),
         digest=digest,
     )

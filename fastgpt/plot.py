@@ -1,14 +1,16 @@
-"""The two pictures of a run: its loss over the steps, and its loss over the position in the context."""
+"""The pictures of a run: its loss over the steps, over the position in the context, and what it learns in context."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from fastgpt.in_context import Estimate, InContext
 
 _TRAIN, _VAL, _ENTROPY = "#9db8d9", "#c8442d", "#666666"
 
@@ -52,6 +54,67 @@ def loss_by_position(path: str | Path, buckets: Sequence[tuple[int, int, float]]
     _write(figure, path)
 
 
+def in_context_panels(path: str | Path, found: InContext) -> None:
+    """Write what `fastgpt.in_context` found as a PNG, a panel for each measurement, with its intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * (3 if found.positions else 2), 3.8), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3 if found.positions else 2)
+    induction = found.induction
+    _frame(panels[0], "length of the repeated word", "accuracy")
+    for name, estimates, color in (
+        ("second pass", [item.second for item in induction], _VAL),
+        ("first pass", [item.first for item in induction], _TRAIN),
+    ):
+        _with_interval(panels[0], [item.length for item in induction], estimates, color, name)
+    _frame(panels[1], "examples in the context", "accuracy")
+    for number, name in enumerate(dict.fromkeys(item.functions for item in found.shots)):
+        of = [item for item in found.shots if item.functions == name]
+        _with_interval(panels[1], [item.shots for item in of], [i.accuracy for i in of], f"C{number}", name)
+    for panel, title in zip(panels, ("induction", "k-shot"), strict=False):
+        panel.axhline(found.chance, color=_ENTROPY, linestyle="--", linewidth=1, label="chance")
+        panel.set_title(title)
+        panel.set_ylim(-0.03, 1.03)
+        panel.legend(frameon=False)
+    panels[0].set_xscale("log", base=2)
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[1].set_xscale("symlog", base=2, linthresh=1)
+    panels[1].xaxis.set_major_formatter("{x:g}")
+    if found.positions:
+        _frame(panels[2], "position in the context", "loss, nats a token")
+        middle = [(item.first * item.last) ** 0.5 for item in found.positions]
+        _with_interval(panels[2], middle, [item.loss for item in found.positions], _VAL, None)
+        panels[2].set_xscale("log", base=2)
+        panels[2].xaxis.set_major_formatter("{x:g}")
+        panels[2].set_title("loss by position")
+    _write(figure, path)
+
+
+def induction_curves(path: str | Path, runs: Mapping[str, Sequence[tuple[float, ...]]]) -> None:
+    """Write the induction accuracy of runs over their steps as a PNG; (step, mean, low, high) each, by name."""
+    figure, axes = _canvas("step", "induction accuracy")
+    for (name, points), color in zip(runs.items(), (_VAL, "#3b6fb6", "#4c9a4c", _ENTROPY), strict=False):
+        steps, means, lows, highs = zip(*points, strict=True)
+        axes.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
+        axes.plot(steps, means, color=color, linewidth=2, label=name)
+    axes.axhline(0.9, color=_ENTROPY, linestyle="--", linewidth=1)
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+def _with_interval(
+    axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], color: str, label: str | None
+) -> None:
+    means = [item.mean for item in estimates]
+    bars = [[i.mean - i.low for i in estimates], [i.high - i.mean for i in estimates]]
+    axes.errorbar(
+        x, means, yerr=bars, color=color, linewidth=2, marker="o", markersize=3.5, capsize=2, label=label
+    )
+
+
 def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,11 +122,15 @@ def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.2), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    _frame(axes, xlabel, ylabel)
+    return figure, axes
+
+
+def _frame(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _write(figure: Figure, path: str | Path) -> None:

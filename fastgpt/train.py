@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> TrainResult:
     processes = Processes.meet(resolve_device(config.device), config.parallel)
     try:
         with use_backend(config.backend), processes.together():
-            run = _Run(config, processes)
+            run = Run(config, processes)
             try:
                 return run.go()
             finally:
@@ -98,7 +98,7 @@ class _Validation:
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
 
-class _Run:
+class Run:
     """One run of `train`: everything it holds, set up, and the loop over it."""
 
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
@@ -141,10 +141,7 @@ class _Run:
 
     def _introduce(self, heap_kept: bool, resumed: Checkpoint | None) -> None:
         config, material, heap = self.config, self.material, ", heap kept" if heap_kept else ""
-        self.say(
-            f"data: {material.name}; {material.train_size:,} tokens for training, {material.val_size:,} "
-            f"held out, vocabulary of {material.tokenizer.vocab_size:,}"
-        )
+        self.say(f"data: {material.name}; {material.size}, vocabulary of {material.tokenizer.vocab_size:,}")
         self.say(
             f"model: {self.model.num_parameters():,} parameters; {config.n_layer} layers, "
             f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}"
@@ -240,11 +237,15 @@ class _Run:
         """Print and record the loss on the held-out text."""
         self.model.eval()
         losses = sum(self.loss_sum(batch).item() for batch in self.val_batches)
+        measured = {} if self.processes.sharded else self.material.measure(self.model)
         self.model.train()
         losses, counted = self.processes.total(losses, sum(batch.counted for batch in self.val_batches))
         self.validation.add(self.step, losses / counted)
-        self.record(val_loss=self.validation.loss)
+        self.record(val_loss=self.validation.loss, **measured)
         self.say(f"step {self.step}: val loss {self.validation.loss:.4f} ({self.unigram})")
+        if measured:
+            found = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
+            self.say(f"step {self.step}: {found}")
         # The machine may have been busy before.
         self.peak = max(self.peak, gemm_peak(self.device, self.dtype))
         self._restart_clock()

@@ -40,6 +40,19 @@ def test_obeys_the_error_rule(backend, bias, layout):
             check_error_rule(ops.linear, pytorch, inputs(batch, size, width, dtype, bias, layout, scale=2.0))
 
 
+@given(
+    rows=st.integers(1, 10),
+    size=st.integers(1, 70) | st.sampled_from([384, 800, 2085]),
+    width=st.integers(1, 13),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+)
+def test_obeys_the_error_rule_with_few_rows(rows, size, width, dtype, bias):
+    """As in decoding: from one row to more than the kernel for few takes, in the first-level cache and beyond it."""
+    with fastgpt.use_backend("cpp"):
+        check_error_rule(ops.linear, pytorch, inputs((rows,), size, width, dtype, bias))
+
+
 @pytest.mark.parametrize(
     ("batch", "size", "width"),
     [

@@ -231,6 +231,9 @@ template <typename A>
 // Pairwise, in an order that is always the same.
 template <typename A>
 [[gnu::always_inline]] inline A lane_sum(Vector<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<A, float>) return _mm512_reduce_add_ps(x);  // in the same order
+#endif
   for (int64_t width = LANES<A> / 2; width > 0; width /= 2)
     for (int64_t i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];

@@ -4,6 +4,7 @@ from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, u
 from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
 from fastgpt.data.packing import Integers, Packing, pack
 from fastgpt.data.prepare import PrepareConfig, prepare
+from fastgpt.data.repeats import SHORTEST, Repeats
 from fastgpt.data.report import Report
 from fastgpt.data.shards import (
     DatasetError,
@@ -17,6 +18,7 @@ from fastgpt.data.word_vectors import load_word_vectors
 
 __all__ = [
     "HELD_OUT",
+    "SHORTEST",
     "Batch",
     "Corpus",
     "DatasetError",
@@ -25,6 +27,7 @@ __all__ = [
     "Packed",
     "Packing",
     "PrepareConfig",
+    "Repeats",
     "Report",
     "Source",
     "Stream",

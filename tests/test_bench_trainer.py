@@ -1,0 +1,22 @@
+"""`python -m bench trainer` measures what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.trainer import COMPARISONS, SIZES, _documents, measure, table
+
+
+def test_every_contender_is_timed(tmp_path: Path):
+    result = measure(str(tmp_path), SIZES["tiny"], 2)
+    names = {name for pair in COMPARISONS.values() for name in pair}
+    assert result["tokens_per_second"].keys() == names
+    assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["tokens_per_second"].values())
+    assert table(result).count(" of ") == len(COMPARISONS)
+
+
+def test_packed_and_padded_batches_are_of_the_same_documents():
+    packed, padded = _documents(SIZES["cpu"], 4)
+    assert sum(batch.counted for batch in packed) > 0.95 * sum(batch.targets.numel() for batch in packed)
+    assert all(batch.counted < batch.targets.numel() for batch in padded)
+    assert all(batch.documents is None and batch.idx.shape[0] == 8 for batch in padded)
