@@ -229,8 +229,10 @@ setup(
         "fastgpt.integrations",
         "fastgpt.ops",
         "fastgpt.reference",
+        "fastgpt.tasks",
         "fastgpt.kernels",
     ],
+    package_data={"fastgpt.tasks": ["templates/*.toml"]},
     # kernels/ itself is no package: a top-level package of that name would shadow Hugging Face's.
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels/triton"},
     **compiled(),

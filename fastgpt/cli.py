@@ -1,4 +1,4 @@
-"""The command `fastgpt`: data, train, generate, eval, export, info."""
+"""The command `fastgpt`: data, train, finetune, generate, eval, export, info."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from fastgpt import config as train_config
 from fastgpt.data.prepare import PrepareConfig
 from fastgpt.distributed import ProcessLostError
 from fastgpt.options import add_options
+from fastgpt.tasks.template import TASKS
 
 _ERRORS = (
     *(ValueError, OSError, ImportError, FloatingPointError),
     *(fastgpt.BackendUnavailable, ProcessLostError),
+)
+
+_ABSENT = argparse.SUPPRESS  # an option that is not given is not there either
+
+# Options of `eval` that mean nothing without --task.
+_TASK_EVALUATION = (
+    *("held_out", "shots", "num_shots", "limit", "baseline", "max_new_tokens", "batch_size", "skip_broken"),
 )
 
 
@@ -47,38 +55,63 @@ def _train(arguments: dict[str, Any]) -> None:
     from fastgpt.start import config_from
     from fastgpt.train import train
 
-    file = arguments.pop("config", None)
+    file, finetune = arguments.pop("config", None), arguments.pop("finetune")
     options = train_config.read_toml(file) if file is not None else {}
-    train(config_from(options | arguments))
+    config = config_from(options | arguments)
+    if finetune and config.task is None:
+        raise ValueError(f"finetune needs a --task: {', '.join(TASKS)}")
+    train(config)
 
 
 def _generate(arguments: dict[str, Any]) -> None:
     from fastgpt.generate import generate_texts, read_prompts
     from fastgpt.sampling import Sampling
+    from fastgpt.tasks.evaluate import answer_inputs
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    task = arguments.pop("task")
+    _refuse_without_task(task, arguments, ("shots", "num_shots"))
+    if arguments["temperature"] is None:
+        arguments["temperature"] = 1.0 if task is None else 0.0
     sampling = Sampling(*(arguments.pop(name) for name in names))
     prompt, file, as_json = (arguments.pop(name) for name in ("prompt", "prompts", "json"))
     prompts = [prompt] if file is None else read_prompts(file)
-    if not as_json and len(prompts) == arguments["num_samples"] == 1:
-        arguments["on_text"] = lambda row, piece: print(piece, end="", flush=True)
-    for number, result in enumerate(generate_texts(prompts=prompts, sampling=sampling, **arguments)):
+    alone = not as_json and len(prompts) == arguments["num_samples"] == 1
+    if task is not None:
+        results = answer_inputs(task=task, inputs=prompts, sampling=sampling, **arguments)
+    else:
+        if alone:
+            arguments["on_text"] = lambda row, piece: print(piece, end="", flush=True)
+        results = generate_texts(prompts=prompts, sampling=sampling, **arguments)
+    for number, result in enumerate(results):
+        text = result.text if task is None else result.continuation
         if as_json:
             print(json.dumps(asdict(result), ensure_ascii=False), flush=True)
-        elif "on_text" in arguments:
-            print()
+        elif alone:
+            print("" if task is None else text)
         else:
             place = number // arguments["num_samples"] + 1
-            print(f"--- prompt {place}, sample {result.sample} ---\n{result.text}", flush=True)
+            print(f"--- prompt {place}, sample {result.sample} ---\n{text}", flush=True)
 
 
 def _evaluate(arguments: dict[str, Any]) -> None:
     from fastgpt.evaluate import evaluate
     from fastgpt.in_context import in_context
     from fastgpt.plot import in_context_panels, loss_by_position
+    from fastgpt.tasks.evaluate import evaluate_task
 
     as_json, picture = arguments.pop("json"), arguments.pop("plot")
-    if arguments.pop("in_context"):
+    of_context = arguments.pop("in_context")
+    if arguments["task"] is not None:
+        if picture is not None or of_context:
+            raise ValueError("--plot and --in-context are of a text; leave them away with --task")
+        if arguments["source"] is None:
+            raise ValueError("eval --task needs --data, a JSON Lines file or embedded")
+        answers = evaluate_task(**arguments)
+        print(json.dumps(answers.as_dict(), ensure_ascii=False) if as_json else answers.table())
+        return
+    _refuse_without_task(arguments.pop("task"), arguments, _TASK_EVALUATION)
+    if of_context:
         found = in_context(**arguments)
         print(json.dumps(found.as_dict()) if as_json else found.table())
         if picture is not None:
@@ -90,6 +123,12 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     print(json.dumps(result.as_dict()) if as_json else result.table())
     if picture is not None:
         loss_by_position(picture, [(b.first, b.last, b.loss) for b in result.positions], result.loss)
+
+
+def _refuse_without_task(task: str | None, given: dict[str, Any], names: Sequence[str]) -> None:
+    for name in names:
+        if task is None and name in given:
+            raise ValueError(f"--{name.replace('_', '-')} needs a --task: {', '.join(TASKS)}")
 
 
 def _export(arguments: dict[str, Any]) -> None:
@@ -141,7 +180,25 @@ def _parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", default=None, help="a TOML file of options; the command line wins"
     )
     add_options(train, train_config.TrainConfig)
-    train.set_defaults(command=_train)
+    train.set_defaults(command=_train, finetune=False)
+
+    finetune = commands.add_parser(
+        "finetune",
+        help="train a model on the examples of a task",
+        description="Train a model on inputs and outputs, from a checkpoint or from nothing: train with --task.",
+    )
+    finetune.add_argument(
+        "--config", metavar="FILE", default=None, help="a TOML file of options; the command line wins"
+    )
+    finetune.add_argument(
+        "--from",
+        dest="init_from",
+        default=_ABSENT,
+        metavar="CHECKPOINT",
+        help="another name of --init-from",
+    )
+    add_options(finetune, train_config.TrainConfig)
+    finetune.set_defaults(command=_train, finetune=True)
 
     generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
     _checkpoint_options(generate)
@@ -160,7 +217,10 @@ def _parser() -> argparse.ArgumentParser:
         "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)"
     )
     generate.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token"
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="0 takes the likeliest token (default: 1; with --task, 0)",
     )
     generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     generate.add_argument(
@@ -184,6 +244,8 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, metavar="S", help="makes the samples repeatable: text i has S + i"
     )
     generate.add_argument("--json", action="store_true", help="print one JSON object a text, one a line")
+    generate.add_argument("--task", choices=TASKS, help="the prompt is an input: print the answer alone")
+    _shots_options(generate, "embedded")
     generate.set_defaults(command=_generate)
 
     evaluate = commands.add_parser(
@@ -196,7 +258,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         dest="source",
         metavar="FILE",
-        help="a text file, a directory of them, one that `fastgpt data` made, or stdlib",
+        help="a text file, a directory of them, one that `fastgpt data` made, or stdlib; "
+        "with --task a JSON Lines file, or embedded",
     )
     evaluate.add_argument(
         "--in-context",
@@ -205,6 +268,31 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")
+    evaluate.add_argument("--task", choices=TASKS, help="measure the answers to a task's examples")
+    _shots_options(evaluate, "of the data, what is not evaluated")
+    evaluate.add_argument(
+        "--limit", type=int, default=_ABSENT, metavar="N", help="evaluate no more than N examples"
+    )
+    for name, text in (
+        ("--held-out", "of a JSON Lines file evaluate what training on it leaves out"),
+        ("--baseline", "evaluate a model with new weights too, and the margin above it"),
+        ("--skip-broken", "leave out lines that are no example"),
+    ):
+        evaluate.add_argument(name, action="store_true", default=_ABSENT, help=text)
+    evaluate.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=_ABSENT,
+        metavar="N",
+        help="the longest answer (default: that of the data)",
+    )
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        default=_ABSENT,
+        metavar="N",
+        help="examples computed at once (default: 64)",
+    )
     evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser(
@@ -221,6 +309,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.set_defaults(command=_info)
     return parser
+
+
+def _shots_options(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    parser.add_argument(
+        "--num-shots",
+        type=int,
+        default=_ABSENT,
+        metavar="K",
+        help="with --task, show K examples first (default: 0)",
+    )
+    parser.add_argument(
+        "--shots",
+        default=_ABSENT,
+        metavar="FILE",
+        help=f"a JSON Lines file of those (default: {otherwise})",
+    )
 
 
 def _checkpoint_options(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ import torch
 from fastgpt.backends import BACKENDS
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 from fastgpt.options import kind_of, option
+from fastgpt.tasks.template import TASKS
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,6 +49,12 @@ class TrainConfig:
         "a text file, a directory of them, or one that `fastgpt data` made; stdlib: Python's own source; "
         "repeats: random words, repeated",
     )
+    task: str | None = option(
+        None,
+        "data are a JSON Lines file of input and output, or embedded; the loss is on the outputs alone",
+        TASKS,
+    )
+    skip_broken: bool = option(False, "with --task, leave out lines that are no example")
     out: str = option("out", "directory for checkpoints, log.jsonl and loss.png")
     resume: bool = option(
         False, "go on from the newest checkpoint in --out, with its options where none are given"
@@ -123,7 +130,7 @@ class TrainConfig:
         for item in fields(self):
             choices = item.metadata["choices"]
             value = getattr(self, item.name)
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise ValueError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:

@@ -139,11 +139,36 @@ def generate_texts(
 
     Raises ValueError for the checkpoint, a prompt or an option, OSError for what cannot be read.
     """
+    model, tokenizer = open_model(checkpoint)
+    yield from continue_texts(
+        *(model.to(resolve_device(device)), tokenizer, prompts, max_new_tokens, sampling),
+        num_samples=num_samples,
+        batch_size=batch_size,
+        stop=stop,
+        seed=seed,
+        backend=backend,
+        on_text=on_text,
+    )
+
+
+def continue_texts(
+    model: GPT,
+    tokenizer: ByteTokenizer | BPETokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    backend: str = "auto",
+    on_text: Callable[[int, str], object] | None = None,
+) -> Iterator[Generated]:
+    """`generate_texts` with a model at hand, where it is and in its dtype."""
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
-    model, tokenizer = open_model(checkpoint)
-    model = model.to(resolve_device(device))
     encoded = [(prompt, tokenizer.encode(prompt).long()) for prompt in prompts]
     if not all(len(tokens) for _, tokens in encoded):
         raise ValueError("the prompt is empty; give it at least one character")

@@ -54,7 +54,8 @@ class KVCache:
         B, H, T, D = k.shape
         buffers = self._layers[layer]
         if buffers is None:
-            buffers = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
+            # Zeros, not what the memory held: a hidden column meets its values, at weight 0, and 0 · NaN is NaN.
+            buffers = k.new_zeros(B, H, self.capacity, D), v.new_zeros(B, H, self.capacity, D)
             self._layers[layer] = buffers
         end = self.length + T
         for buffer, new in zip(buffers, (k, v), strict=True):

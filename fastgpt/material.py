@@ -16,6 +16,8 @@ from torch import Tensor
 from fastgpt import data, in_context
 from fastgpt.config import TrainConfig
 from fastgpt.model import GPT
+from fastgpt.tasks.examples import Example, load_examples
+from fastgpt.tasks.template import Template, load_template
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, make_tokenizer
 
 _ENTROPY_TOKENS = 1 << 24  # of the held-out text, enough for its entropy
@@ -27,7 +29,7 @@ class Material:
 
     name:    of the data and of how they become batches.
     size:    how many tokens there are, in words.
-    entropy: the unigram entropy of the held-out text, in nats a token.
+    entropy: the unigram entropy of the held-out text, of a task the answers', in nats a token.
     digest:  of the training data: whether a checkpoint was trained on the same.
     measure: what else is recorded of the model at each validation.
     """
@@ -44,10 +46,13 @@ class Material:
 
 @dataclass(frozen=True)
 class _Part:
-    """The training or the held-out tokens, and where their documents end."""
+    """The training or the held-out tokens, where their documents end, and which of them count as targets, (N,) bool;
+    None: all.
+    """
 
     tokens: data.Tokens
     ends: data.Integers
+    counted: Tensor | None = None
 
 
 def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None = None) -> Material:
@@ -55,6 +60,8 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
 
     Raises OSError for what cannot be read, ValueError for what cannot be trained on.
     """
+    if config.task is not None:
+        return _examples(config, load_template(config.task), tokenizer)
     if config.data == "repeats":
         return _repeats(config, tokenizer or make_tokenizer(config.tokenizer, [], config.vocab_size))
     if data.is_dataset(config.data):
@@ -99,6 +106,49 @@ def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | Non
     return _material(config, config.data, config.packing != "stream", own, train, val, digest)
 
 
+def _examples(
+    config: TrainConfig, template: Template, tokenizer: ByteTokenizer | BPETokenizer | None
+) -> Material:
+    if config.packing == "stream":
+        raise ValueError("packing='stream' would show a task's examples one another; leave --packing away")
+    examples = load_examples(template.task, config.data, skip_broken=config.skip_broken)
+    if tokenizer is None:
+        texts = [template.instruction + template.example(example) for example in examples.train]
+        tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size)
+    parts = []
+    note = f", {examples.skipped:,} broken lines left out" if examples.skipped else ""
+    for kind, some in (("for training", examples.train), ("held out", examples.held_out)):
+        part = _encode_examples(some, template, tokenizer, config.block_size)
+        if not len(part.ends):
+            raise ValueError(
+                f"none of the {len(some):,} examples of {examples.name} {kind} fits a block of {config.block_size}"
+            )
+        note += f", {len(part.ends):,} {kind}"
+        if longer := len(some) - len(part.ends):
+            note += f" ({longer:,} longer than a block left out)"
+        parts.append(part)
+    train, val = parts
+    digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
+    return _material(config, examples.name + note, True, tokenizer, train, val, digest)
+
+
+def _encode_examples(
+    examples: list[Example], template: Template, tokenizer: ByteTokenizer | BPETokenizer, block_size: int
+) -> _Part:
+    """Those examples that fit a block, each with an end of text behind it; answers and ends of text count."""
+    if tokenizer.end_of_text is None:
+        raise ValueError("a task needs a tokenizer with an end of text, such as <|endoftext|>")
+    prompts = tokenizer.encode_batch([template.prompt(example.input) for example in examples])
+    answers = tokenizer.encode_batch([template.answer(example.output) for example in examples])
+    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if len(p) + len(a) <= block_size]
+    tokens, counted = [torch.empty(0, dtype=torch.uint8)], [torch.empty(0, dtype=torch.bool)]
+    for prompt, answer in pairs:
+        tokens += [prompt, answer, answer.new_tensor([tokenizer.end_of_text])]
+        counted += [torch.zeros(len(prompt), dtype=torch.bool), torch.ones(len(answer) + 1, dtype=torch.bool)]
+    ends = np.cumsum([len(prompt) + len(answer) + 1 for prompt, answer in pairs], dtype=np.int64)
+    return _Part(torch.cat(tokens), ends, torch.cat(counted))
+
+
 def _encode(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, packed: bool) -> _Part:
     """Documents with an end of text behind each; or, where they are not to be told apart, their text."""
     if not packed:
@@ -127,17 +177,22 @@ def _material(
         sizes: Any = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
         try:
             source = (
-                data.Packed(part.tokens, part.ends, **sizes) if packed else data.Stream(part.tokens, **sizes)
+                data.Packed(part.tokens, part.ends, counted=part.counted, **sizes)
+                if packed
+                else data.Stream(part.tokens, **sizes)
             )
         except ValueError as error:
             raise ValueError(f"the {kind} text of {name} cannot be used: {error}") from None
         sources.append(source)
+    targets = val.tokens[: min(len(val.tokens), _ENTROPY_TOKENS)]
+    if val.counted is not None:
+        targets = targets[val.counted[: len(targets)]]
     return Material(
         name=f"{name}, {'packed documents' if packed else 'one stream'}",
         tokenizer=tokenizer,
         train=sources[0],
         val=sources[1],
         size=f"{len(train.tokens):,} tokens for training, {len(val.tokens):,} held out",
-        entropy=data.unigram_entropy(val.tokens[: min(len(val.tokens), _ENTROPY_TOKENS)]),
+        entropy=data.unigram_entropy(targets),
         digest=digest,
     )

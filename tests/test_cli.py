@@ -60,7 +60,13 @@ def test_every_field_is_an_option_and_a_toml_key(tmp_path: Path, monkeypatch: py
     special = {
         **{"position": "rotary", "activation": "relu", "dtype": "float32", "backend": "reference"},
         **{"packing": "documents", "optimizer": "muon", "schedule": "wsd", "parallel": "fsdp"},
-        **{"checkpoint_activations": True, "patience": 3, "init_from": ""},
+        **{
+            "checkpoint_activations": True,
+            "patience": 3,
+            "init_from": "",
+            "task": "code",
+            "skip_broken": True,
+        },
         **{
             "n_head": 2,
             "n_embd": 8,

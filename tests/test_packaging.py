@@ -53,8 +53,10 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     wanted = {"fastgpt/py.typed"}
     for folder, package in (("fastgpt", "fastgpt"), ("kernels/triton", "fastgpt/kernels")):
         base = ROOT / folder
-        wanted |= {f"{package}/{path.relative_to(base).as_posix()}" for path in base.rglob("*.py")}
+        paths = (path for path in base.rglob("*") if path.suffix in (".py", ".toml"))
+        wanted |= {f"{package}/{path.relative_to(base).as_posix()}" for path in paths}
     assert {"fastgpt/ops/gelu.py", "fastgpt/reference/gelu.py", "fastgpt/kernels/gelu.py"} <= wanted
+    assert "fastgpt/tasks/templates/code.toml" in wanted
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -71,7 +73,9 @@ def test_sdist_holds_all_that_a_build_needs(built):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE", "fastgpt/py.typed"}
     for folder in ("csrc", "kernels", "fastgpt"):
-        paths = (p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"))
+        paths = (
+            p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".toml", ".cpp", ".h", ".cu", ".cuh")
+        )
         needed |= {path.relative_to(ROOT).as_posix() for path in paths}
     assert not needed - names
 

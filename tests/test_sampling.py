@@ -180,3 +180,15 @@ def test_no_rows_are_no_rows():
     assert MODELS["learned"].generate(tokens(0, 3), 2, seed=1).shape == (0, 5)
     with pytest.raises(ValueError, match="lengths of no prompts"):
         MODELS["learned"].generate(tokens(0, 3), 2, lengths=torch.empty(0, dtype=torch.long))
+
+
+def test_what_the_memory_of_the_cache_held_before_is_never_seen(monkeypatch: pytest.MonkeyPatch):
+    """Columns behind a shorter row are hidden, but read: NaN there would make the whole row NaN."""
+    fresh = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **kw: fresh(*args, **kw).fill_(torch.nan))
+    prompts = [tokens(1, length)[0] for length in (2, 6, 4)]
+    idx, lengths = batch(prompts)
+    model = MODELS["rotary"]
+    together = model.generate(idx, 5, temperature=0, lengths=lengths)
+    for row, prompt in zip(together, prompts, strict=True):
+        assert grown(row) == model.generate(prompt[None], 5, temperature=0)[0].tolist()
