@@ -54,7 +54,8 @@ class KVCache:
         B, H, T, D = k.shape
         buffers = self._layers[layer]
         if buffers is None:
-            buffers = k.new_empty(B, H, self.capacity, D), v.new_empty(B, H, self.capacity, D)
+            # Zeros: a masked column of shorter rows may never be written, and 0 times what lies there could be NaN.
+            buffers = k.new_zeros(B, H, self.capacity, D), v.new_zeros(B, H, self.capacity, D)
             self._layers[layer] = buffers
         end = self.length + T
         for buffer, new in zip(buffers, (k, v), strict=True):

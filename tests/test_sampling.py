@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from test_model import lively, tokens
 from torch import Tensor
 
+import fastgpt
 from fastgpt.kv_cache import KVCache
 from fastgpt.model import GPT, POSITIONS
 from fastgpt.sampling import NOTHING, Sampling, sampling_distribution
+from fastgpt.testing import poisoned_memory
 
 MODELS = {
     position: lively(position=position, tie_head=False).eval() for position in POSITIONS
@@ -180,3 +182,15 @@ def test_no_rows_are_no_rows():
     assert MODELS["learned"].generate(tokens(0, 3), 2, seed=1).shape == (0, 5)
     with pytest.raises(ValueError, match="lengths of no prompts"):
         MODELS["learned"].generate(tokens(0, 3), 2, lengths=torch.empty(0, dtype=torch.long))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_ragged_batch_reads_no_column_that_nobody_wrote(backend: str):
+    prompts = [tokens(1, n, seed=n)[0] for n in (1, 9, 3)]
+    model = MODELS["learned"]
+    with fastgpt.use_backend(backend):
+        expected = [model.generate(p[None], 12, temperature=0)[0].tolist() for p in prompts]
+        with poisoned_memory(True):
+            idx, lengths = batch(prompts)
+            found = model.generate(idx, 12, temperature=0, lengths=lengths)
+    assert [grown(row) for row in found] == expected
