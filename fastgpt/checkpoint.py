@@ -82,17 +82,23 @@ class Checkpoint:
                 place.copy_(found[name])
 
     def load_training(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Restore the state of the optimizers, so that training goes on bit for bit."""
+        """Restore the state of the optimizers, so that training goes on bit for bit. One that has not taken a step, at
+        the beginning or because float16 overflowed in all of them, has none.
+        """
         states: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self._tensors("optimizer", dict(model.named_parameters())).items():
             name, _, entry = key.rpartition(".")
             states.setdefault(name, {})[entry] = tensor
-        owners = {id(p): o for o in optimizers for group in o.param_groups for p in group["params"]}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        owners = {names[id(p)]: o for o in optimizers for group in o.param_groups for p in group["params"]}
+        stepped = {id(owners[name]) for name in states if name in owners}
         for name, parameter in model.named_parameters():
+            if id(owners[name]) not in stepped:
+                continue
             if name not in states:
                 raise CheckpointError(f"{self.path} holds no optimizer state for {name}")
             state = {k: v.to(parameter.device) for k, v in states[name].items()}
-            owners[id(parameter)].state[parameter] = state
+            owners[name].state[parameter] = state
 
     def load_tokenizer(self) -> ByteTokenizer | BPETokenizer:
         """The tokenizer that the model was trained with."""
@@ -245,7 +251,7 @@ def exists(out: Path) -> bool:
 
 def sweep(out: Path) -> None:
     """Remove what is no checkpoint, or no longer one: what saves that died left, and what gave way."""
-    for leftover in out.glob(f"{_TEMPORARY}*"):
+    for leftover in out.glob(f"{_TEMPORARY}{_PREFIX}*"):  # others write there too: a data set, an export
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -54,7 +54,7 @@ class KVCache:
         B, H, T, D = k.shape
         buffers = self._layers[layer]
         if buffers is None:
-            # Zeros, not what the memory held: a hidden column meets its values, at weight 0, and 0 · NaN is NaN.
+            # Zeros: a masked column of shorter rows may never be written, and 0 times what lies there could be NaN.
             buffers = k.new_zeros(B, H, self.capacity, D), v.new_zeros(B, H, self.capacity, D)
             self._layers[layer] = buffers
         end = self.length + T

@@ -32,7 +32,7 @@ class Papers:
         """Write what is known at the start; a resumed run goes on with what is there, up to its step."""
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.toml").write_text(_toml(config), "utf-8")
+        (self.out / "config.toml").write_text(_toml(config), "utf-8", "replace")
         with (self.out / "environment.json").open("a" if resumed_at else "w", encoding="utf-8") as stream:
             stream.write(json.dumps(_environment()) + "\n")
         self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)
@@ -65,7 +65,8 @@ class Papers:
 def _toml(config: TrainConfig) -> str:
     """The options as TOML; None, which it has no word for, is left out, and so is `resume`."""
     options = {k: v for k, v in config.as_dict().items() if v is not None and k != "resume"}
-    return "".join(f"{name} = {json.dumps(value)}\n" for name, value in options.items())
+    lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in options.items())
+    return "".join(lines).replace("\x7f", "\\u007f")  # TOML has no surrogate pairs, and no bare DEL
 
 
 def _environment() -> dict[str, Any]:

@@ -18,18 +18,21 @@ from fastgpt.pretrained import open_model
 
 def config_from(options: dict[str, Any]) -> TrainConfig:
     """The configuration for the options a user gave; with `resume`, the checkpoint's own where none are
-    given. With `init_from`, the architecture of that model. A process that torchrun started again resumes.
+    given. With `init_from`, the architecture of that model. A process that torchrun started again resumes if the
+    checkpoint is of the same options: what another run left there, for which the first start ended, is not touched.
     """
     config = TrainConfig()
     out = str(options.get("out", config.out))
-    if restarted() and checkpoint.exists(Path(out)):
-        options = options | {"resume": True}
     if options.get("resume"):
         config = _checkpoint_to_resume(out).train.override({"out": out})
     elif options.get("init_from"):
         start = open_model(str(options["init_from"]))[0].config
         config = config.override({name: getattr(start, name) for name in (*ARCHITECTURE, "block_size")})
-    return config.override(options)
+    config = config.override(options)
+    if not config.resume and restarted() and checkpoint.exists(Path(out)):
+        resumed = replace(config, resume=True)
+        return resumed if replace(_checkpoint_to_resume(out).train, resume=True) == resumed else config
+    return config
 
 
 class Start:
@@ -99,3 +102,8 @@ def _check_model_fields(config: TrainConfig, resumed: Checkpoint) -> None:
             raise CheckpointError(
                 f"--resume cannot change the model: {name} is {saved!r} in {resumed.path}, not {wanted!r}"
             )
+    ours, theirs = config.optimizer, resumed.train.optimizer
+    if ours != theirs and "muon" in (ours, theirs):  # Adam and AdamW have the same state
+        raise CheckpointError(
+            f"--resume cannot change the optimizer: {resumed.path} holds the state of {theirs}, not of {ours}"
+        )

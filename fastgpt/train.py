@@ -160,11 +160,13 @@ class Run:
         """Loop to the end of the schedule, of the time, of patience, or to a signal."""
         config, validation = self.config, self.validation
         started = time.perf_counter()
-        if self.step == 0:
+        if validation.step < 0:
             self.evaluate()
-        stopped = impatient = False
+            if config.patience is not None:  # it may be the best there will be
+                self.save(torch.zeros(()))
+        stopped, impatient = False, self.impatient
         with _StopSignal() as stop:
-            while self.step < config.max_steps:
+            while self.step < config.max_steps and not impatient:
                 loss = self.update()
                 self.step += 1
                 self.bar.update()
@@ -175,7 +177,7 @@ class Run:
                     self.evaluate()
                 late = config.max_minutes and time.perf_counter() - started > 60 * config.max_minutes
                 stopped, late = self.agree(stop.received and not last, late)
-                impatient = config.patience is not None and validation.since_best >= config.patience
+                impatient = self.impatient
                 best = config.patience is not None and validation.best_step == self.step
                 if self.step % config.save_every == 0 or last or stopped or late or impatient or best:
                     self.save(loss)
@@ -186,9 +188,10 @@ class Run:
             self.say(f"stopped at step {self.step}: saved; pass --resume to go on")
             return TrainResult(self.step, self.val_loss, self.material.entropy, finished=False)
         if impatient:
+            best_path = checkpoint.step_path(self.out, validation.best_step)
             self.say(
                 f"stopped early at step {self.step}: no better validation loss in {validation.since_best} evaluations; "
-                f"the best, {validation.best_loss:.4f}, is {checkpoint.step_path(self.out, validation.best_step)}"
+                f"the best, {validation.best_loss:.4f}, {'is' if best_path.exists() else 'was'} {best_path}"
             )
         return self.finish()
 
@@ -213,11 +216,21 @@ class Run:
             self.scaler.unscale_(optimizer)
         if config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        overflowed = self._overflowed()
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if not overflowed:
+                self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
         return total
+
+    def _overflowed(self) -> bool:
+        """Whether float16 overflowed in the gradients of any optimizer; then none takes the step."""
+        if not self.scaler.is_enabled():
+            return False
+        found = [self.scaler._found_inf_per_device(optimizer) for optimizer in self.optimizers]
+        (count,) = self.processes.total(sum(flag.item() for flags in found for flag in flags.values()))
+        return count > 0
 
     def loss_sum(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
         """The sum of the losses of a batch's targets, computed in the dtype of the run."""
@@ -317,6 +330,11 @@ class Run:
         return None if self.validation.step < 0 else self.validation.loss
 
     @property
+    def impatient(self) -> bool:
+        """Whether the validation loss has not become better for as long as the run is to wait."""
+        return self.config.patience is not None and self.validation.since_best >= self.config.patience
+
+    @property
     def unigram(self) -> str:
         """The loss of the best model without context, with its name."""
         unit = "byte" if self.material.tokenizer.name == "bytes" else "token"
@@ -359,7 +377,9 @@ class Run:
 
 
 class _StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag; the second one acts as it always did."""
+    """Turns SIGINT and SIGTERM into a flag; a second SIGINT acts as it always did. A second SIGTERM does not: a
+    scheduler signals every process, and torchrun passes on its own.
+    """
 
     def __init__(self) -> None:
         self.received = False
@@ -377,7 +397,8 @@ class _StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        self.__exit__()
+        if number == signal.SIGINT:
+            signal.signal(number, self._former[number])
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

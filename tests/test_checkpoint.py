@@ -154,3 +154,11 @@ def test_weights_of_another_model_do_not_load(tmp_path: Path):
     other = GPT(CONFIG.override({"n_embd": 32}).model(256))
     with pytest.raises(CheckpointError, match="does not fit the model"):
         open_checkpoint(tmp_path).load_weights(other)
+
+
+def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
+    """`fastgpt data` writes OUT/data through OUT/.writing-data, and keeps the old one in .writing-data.old."""
+    for name in (".writing-data", ".writing-data.old"):
+        (tmp_path / name).mkdir()
+    save(tmp_path, 5)
+    assert (tmp_path / ".writing-data").is_dir() and (tmp_path / ".writing-data.old").is_dir()

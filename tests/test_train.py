@@ -24,7 +24,7 @@ from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.start import config_from
-from fastgpt.train import train
+from fastgpt.train import _StopSignal, train
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
 
@@ -313,3 +313,31 @@ def test_a_kept_heap_takes_no_page_faults_for_memory_it_has_had():
         assert kept == (mode == "keep" and heap.keep_heap())
     if heap.keep_heap():
         assert found["keep"] < 100 < 16_000 < found["leave"]
+
+
+def test_a_restart_by_torchrun_resumes_the_same_run_and_no_other(
+    options: dict, monkeypatch: pytest.MonkeyPatch
+):
+    """The first start refuses a directory with a checkpoint; the restart must not take it for its own."""
+    train(config_from(options | {"max_steps": 2}))
+    assert not config_from(options | {"max_steps": 2}).resume
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert config_from(options | {"max_steps": 2}).resume
+    with pytest.raises(CheckpointError, match="pass --resume to go on, or another --out"):
+        train(config_from(options))
+    assert checkpoint.open_checkpoint(options["out"]).step == 2
+
+
+def test_a_second_sigterm_does_not_cut_the_save_short():
+    """torchrun passes on the signal that a scheduler has sent to every process."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with _StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received
+    with _StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from fastgpt import checkpoint
-from fastgpt.config import TrainConfig
+from fastgpt.config import TrainConfig, read_toml
 from fastgpt.data import Batch, DatasetWriter
+from fastgpt.distributed import Processes
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.start import config_from
 from fastgpt.tokenizer import ByteTokenizer
-from fastgpt.train import train
+from fastgpt.train import Run, train
 
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(80)]
 
@@ -289,3 +290,59 @@ def test_options_that_make_no_run_are_refused(wrong: dict, message: str):
 def test_batches_know_how_many_targets_count():
     targets = torch.tensor([[1, -100, 3], [-100, -100, 0]])
     assert Batch(targets, targets).counted == 3
+
+
+def test_the_state_of_another_optimizer_is_refused(options: dict):
+    options |= {"max_steps": 2}
+    run(options, optimizer="muon")
+    with pytest.raises(checkpoint.CheckpointError, match=r"--resume cannot change the optimizer: .* of muon"):
+        run({"out": options["out"], "resume": True, "optimizer": "adamw"})
+    adam, _ = run(options, out=f"{options['out']}2", optimizer="adam")
+    again, _ = run({"out": f"{options['out']}2", "resume": True, "optimizer": "adamw", "max_steps": 4})
+    assert again[:2] == adam and len(again) == 4
+
+
+def test_a_run_that_patience_ended_does_not_go_on(options: dict, capfd, monkeypatch):
+    """It got worse from the start: what it started from is the best, and is kept."""
+    from fastgpt import train as module
+
+    monkeypatch.setattr(
+        module._Validation, "add", _with_losses(module._Validation.add, iter([1.0, 2.0, 3.0, 4.0]))
+    )
+    assert (
+        train(TrainConfig().override(options | {"eval_every": 2, "patience": 2, "save_every": 1})).step == 4
+    )
+    best = Path(options["out"]) / "step-00000000"
+    assert f"the best, 1.0000, is {best}" in capfd.readouterr().out
+    opened = checkpoint.open_checkpoint(best)
+    assert opened.step == 0 and opened.load_model().config.n_layer == 1
+    assert train(config_from({"out": options["out"], "resume": True})).step == 4
+    assert f"the best, 1.0000, is {best}" in capfd.readouterr().out
+    assert checkpoint.open_checkpoint(options["out"]).step == 4
+
+
+def test_no_optimizer_takes_a_step_in_which_float16_overflowed(options: dict):
+    """AdamW's gradients are finite sooner than Muon's; a checkpoint without a step so far can be resumed."""
+    options |= {"dtype": "float16", "optimizer": "muon", "block_size": 16, "sample_tokens": 0}
+    whole = Run(config_from(options), Processes())
+    whole.scaler = torch.amp.GradScaler("cpu", init_scale=1e9)
+    changed = []
+    for _ in range(16):
+        before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
+        loss = whole.update()
+        whole.step += 1
+        if whole.step == 1:
+            whole.save(loss)
+        after = whole.model.state_dict()
+        changed.append({name: not torch.equal(before[name], after[name]) for name in before})
+    whole.close()
+    assert not any(changed[0].values()) and all(changed[-1].values())
+    assert all(all(step.values()) or not any(step.values()) for step in changed)
+    again, _ = run({"out": options["out"], "resume": True, "max_steps": 3})
+    assert len(again) == 2
+
+
+def test_the_options_of_a_run_can_be_read_whatever_its_name(options: dict, tmp_path: Path):
+    options |= {"out": str(tmp_path / "\U0001f600 \x7f \u00e9"), "max_steps": 1, "sample_tokens": 0}
+    run(options)
+    assert TrainConfig().override(read_toml(Path(options["out"]) / "config.toml")) == config_from(options)
