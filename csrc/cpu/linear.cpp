@@ -8,8 +8,8 @@
 // rounded once.
 //
 // Few rows, as in decoding, are bound by reading W: M·N·K multiply-adds for N·K elements. So W is read once, as it lies
-// in memory, without packing. A row of it is dotted with all rows of x, which lie in the first-level cache as float: for 8
-// rows 8 multiply-adds and 9 loads a vector, 5 cycles for 64 bytes, which the memory does not deliver.
+// in memory, without packing. A row of it is dotted with all rows of x, which lie in the first-level cache as float:
+// for 8 rows 8 multiply-adds and 9 loads a vector, 5 cycles for 64 bytes, which the memory does not deliver.
 //
 // Where the CPU does not multiply bfloat16, for other types, and for odd sizes, whose rows do not divide into pairs,
 // PyTorch's product serves.
