@@ -138,6 +138,8 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.seed >= 1 << 63:
+            raise ValueError(f"seed must be below 2^63, not {self.seed}")
         for name in ("data", "out", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")

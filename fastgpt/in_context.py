@@ -39,6 +39,7 @@ from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 SEQUENCES = 256  # of each kind
 _AT_ONCE = 8192  # tokens a forward pass
+_LOGITS_AT_ONCE = 1 << 26  # of them, where the logits are needed
 _RESAMPLES = 1000
 _SYMBOLS = 8  # inputs that a function is defined on
 _Generator = np.random.Generator
@@ -190,11 +191,13 @@ def k_shot(
 def loss_by_position(model: GPT, tokens: Tensor, *, windows: int = SEQUENCES) -> list[Position]:
     """The loss of a text, tokens (N,), by position in windows spread evenly over it; an interval over the windows.
 
+    There are fewer windows in a short text, so that they do not overlap, which would make the interval too narrow.
     Raises ValueError for a text that does not fill a window.
     """
     block = model.config.block_size
-    source = data.Stream(tokens, batch_size=max(1, _AT_ONCE // block), block_size=block)
-    count = -(-min(windows, len(tokens) - block) // source.batch_size)
+    windows = max(1, min(windows, (len(tokens) - 1) // block))
+    source = data.Stream(tokens, batch_size=min(windows, max(1, _AT_ONCE // block)), block_size=block)
+    count = windows // source.batch_size
     device = model.wte.weight.device
     losses = []
     for batch in source.even(count):
@@ -256,7 +259,8 @@ def _guesses(model: GPT, tokens: Tensor, places: Tensor) -> Iterator[tuple[Tenso
     T - 1, both on the CPU.
     """
     device = model.wte.weight.device
-    for part in places.split(max(1, _AT_ONCE // places.shape[1])):
+    at_once = min(_AT_ONCE, _LOGITS_AT_ONCE // model.config.vocab_size)
+    for part in places.split(max(1, at_once // places.shape[1])):
         logits = model(tokens[part[:, :-1]].to(device))[0]
         yield part, logits[..., tokens.to(device)].argmax(-1).cpu()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fastgpt import in_context
 from fastgpt.cli import main
 from fastgpt.data import SHORTEST, Repeats
-from fastgpt.in_context import FUNCTIONS, alphabet, estimate, induction, k_shot, measure
+from fastgpt.in_context import FUNCTIONS, alphabet, estimate, induction, k_shot, loss_by_position, measure
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
@@ -87,6 +87,23 @@ def test_intervals_are_of_the_right_width(ones: int, zeros: int):
     assert found.mean == pytest.approx(p)
     assert found.low <= found.mean <= found.high
     assert found.high - found.low == pytest.approx(2 * 1.96 * (p * (1 - p) / n) ** 0.5, abs=0.5 / n**0.5)
+
+
+@pytest.mark.parametrize("length", [17, 40, 16 * 5 + 1, 4000])
+def test_windows_of_a_text_do_not_overlap(length: int, monkeypatch: pytest.MonkeyPatch):
+    model = GPT(GPTConfig(vocab_size=5000, block_size=16, n_layer=1, n_head=1, n_embd=8)).eval()
+    seen: list[torch.Tensor] = []
+    forward = GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, idx, *a, **k: [seen.append(idx), forward(self, idx, *a, **k)][1]
+    )
+    found = loss_by_position(model, torch.arange(length), windows=64)
+    places = torch.cat(seen).flatten().tolist()
+    assert len(places) == len(set(places))
+    assert 16 * (64 if length == 4000 else 1) <= len(places) <= length - 1
+    assert found[-1].last == 16
+    with pytest.raises(ValueError, match="too few for a block"):
+        loss_by_position(model, torch.arange(16))
 
 
 def test_the_alphabet_has_words_alone():
