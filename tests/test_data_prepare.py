@@ -43,10 +43,8 @@ def documents(dataset: TokenDataset, split: str) -> list[str]:
     """The texts of a split, taken apart again."""
     tokens, tokenizer = dataset.split(split), dataset.tokenizer()
     ends = tokens.document_ends.tolist()
-    assert all(tokens.read(end - 1, end).item() == tokenizer.end_of_text for end in ends)
-    return [
-        tokenizer.decode(tokens.read(start, end - 1)) for start, end in zip([0, *ends], ends, strict=False)
-    ]
+    assert all(tokens[end - 1 : end].item() == tokenizer.end_of_text for end in ends)
+    return [tokenizer.decode(tokens[start : end - 1]) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
