@@ -51,8 +51,14 @@ class Processes:
             torch.cuda.set_device(device)
         self = cls(device, rank, world, sharded=parallel == "fsdp")
         with self.together():
+            # torchrun keeps its store over a restart, and with it the addresses of the processes before.
+            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=_PATIENCE))
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=dist.PrefixStore(f"start {_restarts()}", store),
+                rank=rank,
+                world_size=world,
+                timeout=_PATIENCE,
             )
         return self
 
@@ -131,7 +137,11 @@ class Processes:
 
 def restarted() -> bool:
     """Whether torchrun started this process again after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def _lost(error: RuntimeError) -> bool:
