@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 _PATIENCE = timedelta(minutes=10)  # for a process that does not answer; one that died is noticed at once
@@ -52,10 +54,10 @@ class Processes:
         self = cls(device, rank, world, sharded=parallel == "fsdp")
         with self.together():
             # torchrun keeps its store over a restart, and with it the addresses of the processes before.
-            store, *_ = next(dist.rendezvous("env://", rank, world, timeout=_PATIENCE))
+            store, *_ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=dist.PrefixStore(f"start {_restarts()}", store),
+                store=PrefixStore(f"start {_restarts()}", store),
                 rank=rank,
                 world_size=world,
                 timeout=_PATIENCE,
