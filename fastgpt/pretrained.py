@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.checkpoint import open_checkpoint
+from fastgpt.durable import flush
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 
@@ -217,9 +217,9 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary)
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         temporary.rename(directory)
-        _flush(directory.parent)
+        flush(directory.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -306,15 +306,6 @@ def _bytes_as_bpe() -> str:
     engine.pre_tokenizer = pre_tokenizer
     engine.decoder = decoders.ByteLevel()
     return engine.to_str()
-
-
-def _flush(path: Path) -> None:
-    """Have the kernel write a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def open_model(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer]:

@@ -58,6 +58,12 @@ def _fresh_randomness_and_threads():
     torch.manual_seed(seed)
 
 
+@pytest.fixture
+def single_thread(_fresh_randomness_and_threads):
+    """For models so small that a second thread is only waited for."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Each backend in turn, in force for the test; on the CPU, the CUDA kernels run in the emulator."""
