@@ -156,11 +156,8 @@ def _encode(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, packed: b
         return _Part(tokens, np.array([len(tokens)]))
     if tokenizer.end_of_text is None:
         raise ValueError("packing='documents' needs a tokenizer with an end of text, such as <|endoftext|>")
-    documents: list[Tensor] = []
-    for text in texts:
-        tokens = tokenizer.encode(text)
-        documents.append(torch.cat((tokens, tokens.new_tensor([tokenizer.end_of_text]))))
-    return _Part(torch.cat(documents), np.cumsum([len(document) for document in documents]))
+    ended = [torch.cat((t, t.new_tensor([tokenizer.end_of_text]))) for t in tokenizer.encode_batch(texts)]
+    return _Part(torch.cat(ended), np.cumsum([len(document) for document in ended]))
 
 
 def _material(
