@@ -6,8 +6,13 @@
 import functools
 import json
 import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")  # whose cuobjdump reads the machine code
 
@@ -56,6 +61,31 @@ def test_every_kernel_keeps_its_bounds_and_does_not_spill():
     records = [record for found in cubins.records(FILES) for record in found]
     check_against_committed(records)
     assert {key(record) for record in records} == set(committed())
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_linear_gelu_compiles_against_the_real_cublaslt(tmp_path):
+    """Whose header a plain machine lacks; the package that has it is of 420 MB."""
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path]
+    done = subprocess.run([*download, "nvidia-cublas==13.*"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"nvidia-cublas cannot be had: {done.stderr.strip().splitlines()[-1]}")
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        files.extractall(tmp_path, [name for name in files.namelist() if "/include/" in name])
+    (header,) = tmp_path.rglob("cublasLt.h")
+    source, compiled = cubins.SOURCES / "linear_gelu.cu", tmp_path / "linear_gelu.o"
+    include = Path(torch.__file__).parent / "include"
+    command = [cubins._nvcc(), "-c", *cubins._flags(), "-arch=sm_90a", f"-I{cubins.SOURCES}", f"-I{include}"]
+    named = {}
+    for more in ([], [f"-Xcompiler=-idirafter,{header.parent}"]):
+        done = subprocess.run(
+            [*command, *more, "-o", compiled, source], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        named[bool(more)] = b"cublasLtMatmulAlgoGetHeuristic" in compiled.read_bytes()
+    assert named == {False: False, True: True}
 
 
 def test_committed_file_has_every_kernel_for_every_architecture():
@@ -120,6 +150,19 @@ def test_attention_uses_the_matrix_units():
         assert record["hmma"] + record["hgmma"] + record["utchmma"] > 0, key(record)
         assert record["loop"] is not None or "options" in record["config"], key(record)
         assert record["arch"] == "sm_80" or record["exempt"], key(record)
+
+
+def test_attention_without_masks_stays_within_its_instructions():
+    """For a score, on every architecture: exponentials, fp32 arithmetic, integers (addresses and the loop's own)."""
+    found = [r for r in committed().values() if r["kernel"] in cubins.PRODUCTS and r["loop"]]
+    sixteen_bits = [r for r in found if not r["config"].startswith("fp32")]
+    heads = {(r["kernel"], r["config"].split()[1], r["arch"]) for r in sixteen_bits}
+    assert len(heads) == len(cubins.PRODUCTS) * len(("HEAD=64", "HEAD=128")) * len(ARCHITECTURES)
+    for record in sixteen_bits:
+        loop = record["loop"]
+        assert loop["mufu"] <= 1.1, key(record)
+        assert loop["fp32"] <= (5 if record["direction"] == "fwd" else 6), key(record)
+        assert loop["int"] <= 0.5, key(record)
 
 
 @needs_nvcc

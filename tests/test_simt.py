@@ -256,16 +256,17 @@ PLANTED = [
     ("attention", "attention.cu", "wait_copies<0>();\n    sync_block();", "wait_copies<0>();", f"{RACE}|{UNWRITTEN}"),
     ("attention", "attention.cu", "wait_copies<0>();\n    sync", "wait_copies<1>();\n    sync", "copy is on its way"),
     ("attention", "attention.cuh", "x >= low && x <= high", "x >= low && x < high", WRONG),
-    ("attention", "tiles.cuh", "i * STEP < rows", "i * STEP <= rows", OUTSIDE),
-    ("attention", "tiles.cuh", "return row / (8 / PERIOD) % PERIOD;",
-     "return (row + 1) / (8 / PERIOD) % PERIOD;", WRONG),
+    ("attention", "tiles.cuh", "pass * STEP < rows", "pass * STEP <= rows", OUTSIDE),
+    ("attention", "tiles.cuh", "+ pass * STEP, chunk() + right)", "+ pass * STEP, (chunk() ^ 1) + right)", WRONG),
     ("attention", "attention_bwd.cu", "sync_block();\n\n        const SharedAddress down", "const SharedAddress down",
      f"{RACE}|{UNWRITTEN}"),
     ("attention", "attention_bwd.cu", "++h)\n            if (!edge || start + y + 8 * h < place.Lq) {",
      "++h) {", OUTSIDE),
     ("attention 300 64", "attention_bwd.cu", "work(std::false_type{}, stage, start);\n          arrive();",
      "work(std::false_type{}, stage, start);\n          wait_copies<0>();", RACE),
-    ("attention 400 64", "tiles.cuh", "swizzle(i * STEP) << 4", "swizzle(i) << 4", f"{RACE}|{UNWRITTEN}|way"),
+    ("attention 400 64", "tiles.cuh", "to + i * STEP * Shape::PITCH", "to + i * Shape::PITCH",
+     f"{RACE}|{UNWRITTEN}|way"),
+    ("attention 400 64", "tiles.cuh", "behind(piece, pitch_, STEP * 16)", "behind(piece, pitch_, STEP * 8)", WRONG),
 ]  # fmt: skip
 QUICK = 3
 

@@ -250,6 +250,22 @@ def test_loop_is_found_and_its_instructions_counted():
     assert found["serial"] == round(matrix / (matrix + sum(others)), 4)
 
 
+@pytest.mark.parametrize("jump", ["@P0 BRA 0x10", "@!UP0 BRA 0x10", "BRA.U UP0, 0x10", "BRA.U !UP0, 0x10"])
+def test_what_follows_a_conditional_jump_backwards_is_no_loop(jump):
+    """Blackwell's uniform jumps name their predicate among the operands."""
+    lines = (
+        "MOV R0, R1",
+        "HMMA R0, R4, R8, R0",
+        jump,
+        "HMMA R0, R4, R8, R0",
+        "@P1 BRA 0x60",
+        "FFMA R0, R1, R2, R3",
+    )
+    lines += ("HMMA R0, R4, R8, R0", "EXIT")
+    code = instructions("".join(f"/*{16 * n:04x}*/ {line} ;\n" for n, line in enumerate(lines)))
+    assert [[i.address for i in body] for body in loops(code, "matrix")] == [[0x10, 0x20]]
+
+
 @pytest.mark.parametrize(
     ("opcode", "pipe", "flops"),
     [

@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   if (first >= place.Lq) return;
 
   const Copier<T, ROWS, HEAD, THREADS> q(qs.of(batch, head, place.first_row), qs.strides.row, p.D);
-  const Copier<T, COLUMNS, HEAD, THREADS> k(ks.of(batch, key_head, place.first_column), ks.strides.row, p.D);
-  const Copier<T, COLUMNS, HEAD, THREADS> v(vs.of(batch, key_head, place.first_column), vs.strides.row, p.DV);
+  const Copier<T, COLUMNS, HEAD, THREADS, true> k(ks.of(batch, key_head, place.first_column), ks.strides.row, p.D);
+  const Copier<T, COLUMNS, HEAD, THREADS, true> v(vs.of(batch, key_head, place.first_column), vs.strides.row, p.DV);
   const SharedAddress memory = shared_memory();
   const bool aligned = !OPTIONS || p.aligned;
 
@@ -175,8 +175,6 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
       const SharedAddress stage = i % 2 * S::STAGE, other = memory + (i + 1) % 2 * S::STAGE;
       k.whole(other + S::K, next_k);
       v.whole(other + S::V, next_v);
-      next_k = k.next(next_k);
-      next_v = v.next(next_v);
       commit_copies();
       work(std::false_type{}, stage, 0);
       arrive();

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
                       right_lane = made_anew(U::template right<Wide>());
   const bool same = sizeof(T) == 2;  // the two forms of 16-bit factors are one
   const SharedAddress down_lane = same ? left_lane : made_anew(U::template right_down<Wide>()),
-                      ds_lane = U::template left<Square>();
+                      ds_first = memory + S::DS + y_warp * Square::PITCH + U::template left<Square>();
   const SharedAddress p_lane = memory + S::P + Square::element(y, x);
   const SharedAddress p_down_lane =
       memory + S::P + Square::right_of(U::template left_down<Square>(), own_column * BYTES);
@@ -126,8 +126,10 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
       const int block = made_anew(static_cast<uint32_t>(block_x())), b = block / blocks / key_heads;
       const int head = block / blocks % key_heads * p.group + member;
       const Place place(p, b);
-      const Copier<T, ROWS, HEAD, THREADS> q(qs.of(b, head, place.first_row), qs.strides.row, p.D);
-      const Copier<T, ROWS, HEAD, THREADS> grad(grads.of(b, head, place.first_row), grads.strides.row, p.DV);
+      // A pitch each is two registers too many beside the sums of 128.
+      using RowCopier = Copier<T, ROWS, HEAD, THREADS, HEAD <= 64>;
+      const RowCopier q(qs.of(b, head, place.first_row), qs.strides.row, p.D);
+      const RowCopier grad(grads.of(b, head, place.first_row), grads.strides.row, p.DV);
       const auto of_rows = made_anew(stats.of(b, head, place.first_row + y));
       const auto dq =
           made_anew(sums.of(b, head, place.first_row + y) + (block % blocks * sum_of_block + q_head + lane() % 4 * 2));
@@ -201,14 +203,13 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
         add_product<U, ROWS / U::K, AT_ONCE>(
             dv, left_down_at<U, Square>(p_down, 0), right_down_at<U, Wide>(down, q_stage + S::GRAD - S::Q));
         const Global<float> to = behind(dq, start, HEAD * sizeof(float));
-        const SharedAddress ds = kept(ds_lane), k_down = kept(k_down_lane);
+        const SharedAddress ds = kept(ds_first), k_down = kept(k_down_lane);
 #pragma unroll
         for (int begin = 0; begin < OWN_Q / 8; begin += DQ_AT_ONCE) {
           float part[DQ_AT_ONCE][4] = {};
-          add_product<U, COLUMNS / U::K, AT_ONCE>(
-              part, left_at<U, Square>(ds, memory + (S::DS + y_warp * Square::PITCH)), [&](int step, int d) {
-                return right_down_at<U, Wide>(k_down, k_down_base)(step, begin + d);
-              });
+          add_product<U, COLUMNS / U::K, AT_ONCE>(part, left_at<U, Square>(ds, 0), [&](int step, int d) {
+            return right_down_at<U, Wide>(k_down, k_down_base)(step, begin + d);
+          });
 #pragma unroll
           for (int h = 0; h < 2; ++h)
             if (!edge || start + y + 8 * h < place.Lq) {
@@ -231,15 +232,14 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
       arrive();
       int i = 0;
       if constexpr (!OPTIONS) {
-        int start = tiles.full;
+        const int full_count = same_in_warp(tiles.full_count);
+        int start = same_in_warp(tiles.full);
         Global<const T> next_q = q.tile(start + ROWS), next_grad = grad.tile(start + ROWS);
 #pragma unroll 1
-        for (; i + 1 < tiles.full_count; ++i) {
+        for (; i + 1 < full_count; ++i) {
           const SharedAddress stage = i % 2 * S::STAGE, other = memory + (i + 1) % 2 * S::STAGE;
           q.whole(other + S::Q, next_q);
           grad.whole(other + S::GRAD, next_grad);
-          next_q = q.next(next_q);
-          next_grad = grad.next(next_grad);
           commit_copies();
           work(std::false_type{}, stage, start);
           arrive();

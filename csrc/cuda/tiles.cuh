@@ -47,46 +47,54 @@ struct Padded {
   __device__ static constexpr SharedAddress below(SharedAddress a) { return a + PITCH; }
 };
 
-// Copies tiles of ROWS × WIDTH from a matrix in global memory, 16 bytes a thread and pass.
-template <typename T, int ROWS, int WIDTH, int THREADS>
+// Copies tiles of ROWS × WIDTH from a matrix in global memory. Eight threads take 128 bytes of a row, a chunk of 16
+// each, and after these the row's next 128: a constant away in both memories, so that one address serves a thread's
+// whole row.
+//
+// From row to row an address takes one multiply-add of the pitch, if that is in a register of each thread (OWN_PITCH):
+// of what is the same for all of them the compiler makes shifts and additions by halves.
+template <typename T, int ROWS, int WIDTH, int THREADS, bool OWN_PITCH = false>
 class Copier {
   using Shape = Tile<T, WIDTH>;
-  static constexpr int STEP = THREADS / Shape::CHUNKS, PASSES = ROWS / STEP;
-  static_assert(THREADS % Shape::CHUNKS == 0 && ROWS % STEP == 0);
+  static constexpr int LINES = Shape::CHUNKS / Shape::PERIOD, STEP = THREADS / Shape::PERIOD, PASSES = ROWS / STEP;
+  static_assert(THREADS % Shape::PERIOD == 0 && ROWS % STEP == 0 && Shape::swizzle(STEP) == 0);
 
  public:
   // Of a matrix of `columns` ≤ WIDTH columns; `stride` from row to row in elements.
   __device__ Copier(Global<const T> matrix, int64_t stride, int columns)
-      : matrix_(matrix), stride_(stride), columns_(columns) {
-    const uint32_t pitch = static_cast<uint32_t>(stride / Shape::PER_CHUNK), first_row = made_anew(row());
-#pragma unroll
-    for (int i = 0; i < PASSES; ++i) offsets_[i] = (first_row + i * STEP) * pitch;
-    place_ = made_anew(Shape::chunk(row(), chunk()));
-  }
+      : matrix_(matrix),
+        stride_(stride),
+        columns_(columns),
+        pitch_(OWN_PITCH ? shuffle_xor(static_cast<uint32_t>(stride / Shape::PER_CHUNK), 1) : 0),
+        place_(made_anew(Shape::chunk(row(), chunk()))) {}
 
-  // This thread's columns of row `first`, and of the tile behind one. From there the addresses of its pieces take an
-  // instruction each, as long as the compiler does not see sums of three terms in them.
+  // This thread's piece of the tile whose first row that is.
   __device__ Global<const T> tile(int first) const {
-    return made_anew(matrix_ + (first * stride_ + chunk() * Shape::PER_CHUNK));
+    return made_anew(matrix_ + ((first + static_cast<int>(row())) * stride_ + chunk() * Shape::PER_CHUNK));
   }
-  __device__ Global<const T> next(Global<const T> tile) const { return made_anew(tile + ROWS * stride_); }
 
-  // A tile all of whose rows and columns are there, and begin at multiples of 16 bytes.
-  __device__ void whole(SharedAddress to, Global<const T> tile) const {
-    static_assert((STEP & (STEP - 1)) == 0);  // row() < STEP: the two have no bit of the swizzle in common
+  // A tile all of whose rows and columns are there, and begin at multiples of 16 bytes; this thread's piece of it
+  // becomes that of the tile behind.
+  __device__ void whole(SharedAddress to, Global<const T>& piece) const {
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i)
-      copy_async(
-          (place_ ^ Shape::swizzle(i * STEP) << 4) + (to + i * STEP * Shape::PITCH), behind(tile, offsets_[i], 16));
+    for (int i = 0; i < PASSES; ++i) {
+#pragma unroll
+      for (int line = 0; line < LINES; ++line)
+        copy_async(place_ + (to + i * STEP * Shape::PITCH + line * 128), piece + line * 8 * Shape::PER_CHUNK);
+      piece = made_anew(OWN_PITCH ? behind(piece, pitch_, STEP * 16) : piece + STEP * stride_);
+    }
   }
   // Rows from `rows` on are zeros, as are columns that the matrix has not.
   __device__ void some(SharedAddress to, int first, int rows, bool aligned) const {
     const Global<const T> from = matrix_ + ((first + row()) * stride_ + chunk() * Shape::PER_CHUNK);
 #pragma unroll 1
-    for (int i = 0; i < PASSES; ++i) {
-      const SharedAddress place = to + Shape::chunk(row() + i * STEP, chunk());
-      const int left = first + static_cast<int>(row()) + i * STEP < rows ? columns_ - chunk() * Shape::PER_CHUNK : 0;
-      const Global<const T> piece = from + i * STEP * stride_;
+    for (int i = 0; i < PASSES * LINES; ++i) {
+      const int pass = i / LINES, right = i % LINES * 8;  // chunks
+      const SharedAddress place = to + Shape::chunk(row() + pass * STEP, chunk() + right);
+      const int left = first + static_cast<int>(row()) + pass * STEP < rows
+                           ? columns_ - static_cast<int>(chunk() + right) * Shape::PER_CHUNK
+                           : 0;
+      const Global<const T> piece = from + (pass * STEP * stride_ + right * Shape::PER_CHUNK);
       if (aligned) {
         copy_async(place, left > 0 ? piece : matrix_, left > 0);
       } else {
@@ -100,13 +108,13 @@ class Copier {
   }
 
  private:
-  __device__ static uint32_t row() { return static_cast<uint32_t>(thread()) / Shape::CHUNKS; }
-  __device__ static uint32_t chunk() { return static_cast<uint32_t>(thread()) % Shape::CHUNKS; }
+  __device__ static uint32_t row() { return static_cast<uint32_t>(thread()) / Shape::PERIOD; }
+  __device__ static uint32_t chunk() { return static_cast<uint32_t>(thread()) % Shape::PERIOD; }
 
   Global<const T> matrix_;
   int64_t stride_;
   int columns_;
-  uint32_t offsets_[PASSES];  // 16 bytes each
+  uint32_t pitch_;  // the stride in 16 bytes
   SharedAddress place_;
 };
 
