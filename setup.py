@@ -109,6 +109,8 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
             ["g++", "-shared", "-Wl,-soname,libtorch_cuda.so", "-xc++", os.devnull, "-o", stub], check=True
         )
         libraries.append(stub.parent)
+    # cublasLt.h, which PyTorch's wheels bring along in a package of their own: the toolkit's headers go first.
+    more = [path.parent for path in torch_folder.parent.glob("nvidia/*/include/cublasLt.h")]
     codes = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     flags = [
         *NVCC_FLAGS,
@@ -116,6 +118,7 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
         "--threads=4",
         f"-I{Path('csrc/cuda').resolve()}",
         f"-I{torch_folder / 'include'}",
+        *(f"-Xcompiler=-idirafter,{path}" for path in more),
     ]
     needed = [*(f"-L{path}" for path in libraries), "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
     sources = [*sorted(Path("csrc/cuda").resolve().glob("*.cu")), note.resolve()]

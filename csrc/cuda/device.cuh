@@ -11,12 +11,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
@@ -283,6 +285,17 @@ __device__ inline T load_shared_of(int rank, SharedAddress a) {
 
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastgpt: ", what, " failed: ", cudaGetErrorString(error));
+}
+
+// A function of cuBLASLt, which PyTorch has loaded, as a member of that name; null where it has not.
+#define FASTGPT_CUBLASLT(name)     \
+  decltype(&cublasLt##name) name = \
+      reinterpret_cast<decltype(&cublasLt##name)>(cublaslt(CUBLAS_VER_MAJOR, "cublasLt" #name))
+
+inline void* cublaslt(int version, const char* name) {
+  const std::string file = "libcublasLt.so." + std::to_string(version);
+  void* library = dlopen(file.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  return library ? dlsym(library, name) : nullptr;
 }
 
 // The device of a tensor, current for as long as this lives, and the stream that PyTorch works in there.

@@ -2,8 +2,9 @@
 
 The bias is added in the product's accumulator, so that z = x @ weight.T + bias is rounded once. Were it added in a
 pass, to a product already rounded, a z near 0 would carry the error of a large x @ weight.T: more than the error rule
-allows. Triton has the activation in the product's epilogue, in C++ and CUDA it is a pass behind linear's product. The
-backward is the pass of bias_gelu's with a bias of 0, because it also sums dbias, and linear's products.
+allows. Triton has the activation in the product's epilogue, and so has CUDA where cuBLASLt does (tanh, 16 bits); else,
+and in C++, it is a pass behind linear's product. The backward is the pass of bias_gelu's with a bias of 0, because it
+also sums dbias, and linear's products.
 """
 
 from __future__ import annotations
@@ -60,21 +61,17 @@ _LINEAR_GELU_BWD = define(
 )
 
 
-# Who has no op of its own, but linear's products and the passes of GELU and bias_gelu.
-_IN_PASSES = ("cpp", "cuda")
-
-
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if backend in _IN_PASSES:
+    if backend == "cpp":
         z = LINEAR_FWD[backend](x, weight, bias)
         return _FWD[backend](z, tanh), z
     return _LINEAR_GELU_FWD[backend](x, weight, bias, tanh, with_z)
 
 
 def _backward(grad: Tensor, z: Tensor, tanh: bool, backend: str) -> tuple[Tensor, Tensor]:
-    if backend in _IN_PASSES:
+    if backend in ("cpp", "cuda"):
         return _BIAS_BWD[backend](grad, z, z.new_zeros(z.shape[1]), tanh)
     return _LINEAR_GELU_BWD[backend](grad, z, tanh)
 

@@ -301,9 +301,14 @@ inline bool any_lane(bool x) {
 
 // ---- the host's side ----
 
+// cuBLASLt's functions are those of the header beside this one.
+#define FASTGPT_CUBLASLT(name) decltype(&cublasLt##name) name = &cublasLt##name
+
 class Device {
  public:
   explicit Device(int) {}
+  int index() const { return 0; }
+  void* stream() const { return nullptr; }
   int shared_bytes() const { return Machine::MOST_SHARED; }
   bool has_clusters() const { return true; }
   int multiprocessors() const { return 4; }
