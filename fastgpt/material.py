@@ -7,11 +7,9 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastgpt import data, in_context
 from fastgpt.config import TrainConfig
@@ -19,8 +17,6 @@ from fastgpt.model import GPT
 from fastgpt.tasks.examples import Example, load_examples
 from fastgpt.tasks.template import Template, load_template
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, make_tokenizer
-
-_ENTROPY_TOKENS = 1 << 24  # of the held-out text, enough for its entropy
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,6 @@ class Material:
     measure: Callable[[GPT], dict[str, float]] = lambda model: {}
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The training or the held-out tokens, where their documents end, and which of them count as targets, (N,) bool;
-    None: all.
-    """
-
-    tokens: data.Tokens
-    ends: data.Integers
-    counted: Tensor | None = None
-
-
 def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None = None) -> Material:
     """The data of a configuration, in a checkpoint's tokenizer if it goes on from one.
 
@@ -70,7 +55,9 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
     if tokenizer is None:
         tokenizer = make_tokenizer(config.tokenizer, corpus.train, config.vocab_size)
     packed = config.packing == "documents"
-    train, val = (_encode(texts, tokenizer, packed) for texts in (corpus.train, corpus.val))
+    train, val = (
+        data.encode_documents(texts, tokenizer, ended=packed) for texts in (corpus.train, corpus.val)
+    )
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
     return _material(config, corpus.name, packed, tokenizer, train, val, digest)
 
@@ -101,7 +88,9 @@ def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | Non
     own = dataset.tokenizer()
     if tokenizer is not None and tokenizer.serialized() != own.serialized():
         raise ValueError(f"{config.data} was prepared with another tokenizer than the model has")
-    train, val = (_Part(split, split.document_ends) for split in map(dataset.split, ("train", "val")))
+    train, val = (
+        data.Documents(split, split.document_ends) for split in map(dataset.split, ("train", "val"))
+    )
     digest = hashlib.sha256(json.dumps(dataset.facts["files"], sort_keys=True).encode()).hexdigest()
     return _material(config, config.data, config.packing != "stream", own, train, val, digest)
 
@@ -134,7 +123,7 @@ def _examples(
 
 def _encode_examples(
     examples: list[Example], template: Template, tokenizer: ByteTokenizer | BPETokenizer, block_size: int
-) -> _Part:
+) -> data.Documents:
     """Those examples that fit a block, each with an end of text behind it; answers and ends of text count."""
     if tokenizer.end_of_text is None:
         raise ValueError("a task needs a tokenizer with an end of text, such as <|endoftext|>")
@@ -146,18 +135,7 @@ def _encode_examples(
         tokens += [prompt, answer, answer.new_tensor([tokenizer.end_of_text])]
         counted += [torch.zeros(len(prompt), dtype=torch.bool), torch.ones(len(answer) + 1, dtype=torch.bool)]
     ends = np.cumsum([len(prompt) + len(answer) + 1 for prompt, answer in pairs], dtype=np.int64)
-    return _Part(torch.cat(tokens), ends, torch.cat(counted))
-
-
-def _encode(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, packed: bool) -> _Part:
-    """Documents with an end of text behind each; or, where they are not to be told apart, their text."""
-    if not packed:
-        tokens = tokenizer.encode("".join(texts))
-        return _Part(tokens, np.array([len(tokens)]))
-    if tokenizer.end_of_text is None:
-        raise ValueError("packing='documents' needs a tokenizer with an end of text, such as <|endoftext|>")
-    ended = [torch.cat((t, t.new_tensor([tokenizer.end_of_text]))) for t in tokenizer.encode_batch(texts)]
-    return _Part(torch.cat(ended), np.cumsum([len(document) for document in ended]))
+    return data.Documents(torch.cat(tokens), ends, torch.cat(counted))
 
 
 def _material(
@@ -165,31 +143,23 @@ def _material(
     name: str,
     packed: bool,
     tokenizer: ByteTokenizer | BPETokenizer,
-    train: _Part,
-    val: _Part,
+    train: data.Documents,
+    val: data.Documents,
     digest: str,
 ) -> Material:
     sources = []
-    for kind, part in (("training", train), ("held-out", val)):
-        sizes: Any = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
+    sizes = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
+    for kind, documents in (("training", train), ("held-out", val)):
         try:
-            source = (
-                data.Packed(part.tokens, part.ends, counted=part.counted, **sizes)
-                if packed
-                else data.Stream(part.tokens, **sizes)
-            )
+            sources.append(documents.source(packed, **sizes))
         except ValueError as error:
             raise ValueError(f"the {kind} text of {name} cannot be used: {error}") from None
-        sources.append(source)
-    targets = val.tokens[: min(len(val.tokens), _ENTROPY_TOKENS)]
-    if val.counted is not None:
-        targets = targets[val.counted[: len(targets)]]
     return Material(
         name=f"{name}, {'packed documents' if packed else 'one stream'}",
         tokenizer=tokenizer,
         train=sources[0],
         val=sources[1],
         size=f"{len(train.tokens):,} tokens for training, {len(val.tokens):,} held out",
-        entropy=data.unigram_entropy(targets),
+        entropy=val.entropy,
         digest=digest,
     )

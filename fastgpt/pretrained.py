@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.checkpoint import open_checkpoint
+from fastgpt.config import TrainConfig
 from fastgpt.durable import flush
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
@@ -313,13 +314,18 @@ def open_model(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer]:
 
     Raises CheckpointError, ValueError or OSError where there is none, or where the tokenizer is none of the model's.
     """
+    return open_trained(path)[:2]
+
+
+def open_trained(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer, TrainConfig | None]:
+    """`open_model`, and the configuration of the run that trained it; None of a Hugging Face GPT-2."""
     if not (Path(path) / _CONFIG).is_file():
         opened = open_checkpoint(path)
-        return opened.load_model(), opened.load_tokenizer()
+        return opened.load_model(), opened.load_tokenizer(), opened.train
     model, tokenizer = GPT.from_pretrained(path), load_tokenizer(Path(path))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} knows {tokenizer.vocab_size} tokens, and the model "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    return model, tokenizer
+    return model, tokenizer, None
