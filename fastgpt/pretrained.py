@@ -23,7 +23,7 @@ from fastgpt.checkpoint import open_checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.durable import flush
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
+from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, byte_vocabulary, load_tokenizer
 
 # The models that were published (Radford et al. 2019), by their names on the Hub.
 GPT2_SIZES = {
@@ -295,16 +295,13 @@ def _write_tokenizer(tokenizer: ByteTokenizer | BPETokenizer, directory: Path) -
 
 
 def _bytes_as_bpe() -> str:
-    """A tokenizer.json that gives the bytes of a text: byte-level BPE without merges."""
+    """A tokenizer.json that gives the bytes of a text: byte-level BPE without merges. `load_tokenizer` knows it again;
+    that a NUL ends a text, transformers learns from config.json.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # What ByteLevel writes for a byte: itself where it can be seen, else the next character from U+0100 on.
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    vocabulary = {chr(256 + hidden.index(b)) if b in hidden else chr(b): b for b in range(256)}
-    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    engine.pre_tokenizer = pre_tokenizer
+    engine = Tokenizer(models.BPE(vocab=byte_vocabulary(), merges=[]))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.decoder = decoders.ByteLevel()
     return engine.to_str()
 

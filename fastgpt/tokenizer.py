@@ -198,7 +198,10 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     try:
         if file.is_file():
             text = file.read_text("utf-8")
-            return ByteTokenizer() if json.loads(text) == {"type": "bytes"} else BPETokenizer(text)
+            if json.loads(text) == {"type": "bytes"}:
+                return ByteTokenizer()
+            tokenizer = BPETokenizer(text)
+            return ByteTokenizer() if _is_bytes(tokenizer.engine) else tokenizer
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             file = path / "vocab.json"
             return BPETokenizer(_gpt2(path).to_str())
@@ -212,6 +215,30 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     raise FileNotFoundError(
         f"there is no tokenizer {file}; --tokenizer takes bytes, bpe or a tokenizer.json, or a directory that has one, "
         "vocab.json and merges.txt, or vocab.txt"
+    )
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """Each byte under the character that byte-level BPE writes for it: its own where that can be seen, else the next
+    one from U+0100 on.
+    """
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(256 + hidden.index(b)) if b in hidden else chr(b): b for b in range(256)}
+
+
+def _is_bytes(engine: Any) -> bool:
+    """Whether it is byte-level BPE that knows the bytes and nothing else: a byte tokenizer as transformers reads it."""
+    from tokenizers import models, pre_tokenizers
+
+    before = engine.pre_tokenizer
+    return (
+        isinstance(engine.model, models.BPE)
+        and engine.get_vocab() == byte_vocabulary()
+        and not engine.get_added_tokens_decoder()
+        and engine.normalizer is None
+        and isinstance(before, pre_tokenizers.ByteLevel)
+        and not before.add_prefix_space
     )
 
 
