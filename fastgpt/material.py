@@ -16,7 +16,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.model import GPT
 from fastgpt.tasks.examples import Example, load_examples
 from fastgpt.tasks.template import Template, load_template
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, make_tokenizer
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, is_meant, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,18 +48,23 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
     if config.task is not None:
         return _examples(config, load_template(config.task), tokenizer)
     if config.data == "repeats":
-        return _repeats(config, tokenizer or make_tokenizer(config.tokenizer, [], config.vocab_size))
+        return _repeats(config, tokenizer or _new_tokenizer(config, []))
     if data.is_dataset(config.data):
         return _prepared(config, tokenizer)
     corpus = data.load_corpus(config.data)
     if tokenizer is None:
-        tokenizer = make_tokenizer(config.tokenizer, corpus.train, config.vocab_size)
+        tokenizer = _new_tokenizer(config, corpus.train)
     packed = config.packing == "documents"
     train, val = (
         data.encode_documents(texts, tokenizer, ended=packed) for texts in (corpus.train, corpus.val)
     )
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
     return _material(config, corpus.name, packed, tokenizer, train, val, digest)
+
+
+def _new_tokenizer(config: TrainConfig, texts: list[str]) -> ByteTokenizer | BPETokenizer:
+    name = "bytes" if config.tokenizer == "auto" else config.tokenizer
+    return make_tokenizer(name, texts, config.vocab_size)
 
 
 def _repeats(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer) -> Material:
@@ -88,6 +93,11 @@ def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | Non
     own = dataset.tokenizer()
     if tokenizer is not None and tokenizer.serialized() != own.serialized():
         raise ValueError(f"{config.data} was prepared with another tokenizer than the model has")
+    if tokenizer is None and config.tokenizer != own.name and not is_meant(own, config.tokenizer):
+        raise ValueError(
+            f"--tokenizer {config.tokenizer} is not the one that {config.data} was prepared with: "
+            "leave --tokenizer away, or prepare the text again"
+        )
     train, val = (
         data.Documents(split, split.document_ends) for split in map(dataset.split, ("train", "val"))
     )
@@ -103,7 +113,7 @@ def _examples(
     examples = load_examples(template.task, config.data, skip_broken=config.skip_broken)
     if tokenizer is None:
         texts = [template.instruction + template.example(example) for example in examples.train]
-        tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size)
+        tokenizer = _new_tokenizer(config, texts)
     parts = []
     note = f", {examples.skipped:,} broken lines left out" if examples.skipped else ""
     for kind, some in (("for training", examples.train), ("held out", examples.held_out)):

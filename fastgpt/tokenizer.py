@@ -190,6 +190,13 @@ def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> ByteToke
     return load_tokenizer(Path(name))
 
 
+def is_meant(own: ByteTokenizer | BPETokenizer, name: str) -> bool:
+    """Whether `--tokenizer name` means the tokenizer that a model or a dataset has: "auto" always does, "bpe", which
+    learns one, never.
+    """
+    return name == "auto" or (name != "bpe" and make_tokenizer(name, [], 0).serialized() == own.serialized())
+
+
 def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     """The tokenizer in a tokenizer.json, or in a directory that has one, GPT-2's vocab.json and merges.txt, or BERT's
     vocab.txt (lower case unless tokenizer_config.json says otherwise). Raises FileNotFoundError and ValueError.
