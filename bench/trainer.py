@@ -1,8 +1,10 @@
 """What the trainer's own work costs, and what packing saves:  python -m bench trainer
 
 The same GPT in turns:
-- a bare step (forward, backward, AdamW) on a batch that lies ready, as `python -m bench train` times it, and a step of
-  `fastgpt train`: the batch read from the data, its targets counted, seeds, clipped gradients, the schedule.
+- a bare step (forward, backward, AdamW) on a batch that lies ready, as `python -m bench train` times it, and all that
+  `fastgpt train` does from one step to the next: the batch read from the data, its targets counted, seeds, clipped
+  gradients, the schedule, the progress bar, a look at clock and signals, and, in each step, a line on the screen and in
+  the log. Validation and checkpoints are left out.
 - a step on documents packed into full blocks, and one on the same documents a row each, padded to the longest of the
   batch, by the tokens they learn from. The documents are the functions of the standard library.
 """
@@ -51,7 +53,11 @@ def run(size: str, rounds: int, as_json: bool) -> int:
 def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
     """{"size", "dtype", "tokens_per_second": {contender: [of each round]}}; tokens are those that are learned from."""
     machine = Machine("cuda" if torch.cuda.is_available() else "cpu")
-    config = TrainConfig(out=out, eval_batches=1, **size)  # type: ignore[arg-type]
+    never = rounds + 2
+    config = TrainConfig(
+        out=out, eval_batches=1, log_every=1, eval_every=never, save_every=never, max_steps=never
+    )
+    config = config.override(size)
     with contextlib.redirect_stdout(io.StringIO()):
         whole = Run(config, Processes(machine.device))
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[whole.dtype]
@@ -61,9 +67,9 @@ def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
     stream = whole.material.train.batch(0, slice(None))
     packed, padded = (itertools.cycle(batches) for batches in _documents(size, 16))
 
-    def update() -> None:
-        whole.update()
-        whole.step += 1
+    def advance() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            whole.advance()
 
     found: dict[str, list[float]] = {name: [] for pair in COMPARISONS.values() for name in pair}
     for number in range(rounds + 1):  # the first one warms up
@@ -71,7 +77,7 @@ def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
         batches = {name: batch.to(machine.device) for name, batch in batches.items()}
         calls = {
             name: (lambda b=batch: step(b.idx, b.targets, b.documents)) for name, batch in batches.items()
-        } | {"fastgpt train": update}
+        } | {"fastgpt train": advance}
         names = list(found) if number % 2 else list(reversed(found))
         seconds = machine.time_round([(lambda: None, calls[name]) for name in names])
         for name, taken in zip(names, seconds, strict=True):

@@ -157,38 +157,39 @@ def save(
     first = processes.first
     if processes.total(first and (path / _STATE).exists()) != [0]:
         return path
+    tied = model.config.tie_head
     try:
-        if first:
-            sweep(out)
-            temporary.mkdir(parents=True)
-        tied = model.config.tie_head
+        with processes.agreeing():
+            if first:
+                sweep(out)
+                temporary.mkdir(parents=True)
         tensors = {"model": _parameters(model, tied), "optimizer": dict(_moments(model, optimizers))}
         if processes.sharded:
-            _save_sharded(temporary, tensors, processes)
-        elif first:
-            for stem, named in tensors.items():
-                save_file(named, temporary / f"{stem}.safetensors")
+            _save_sharded(temporary, tensors)
+        with processes.agreeing():
+            if first:
+                if not processes.sharded:
+                    _save_whole(temporary, tensors)
+                tokenizer.save(temporary)
+                files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
+                state = {
+                    "format": FORMAT,
+                    "step": step,
+                    "train": config.as_dict(),
+                    "model": asdict(model.config),
+                    "extra": extra,
+                    "files": {file.relative_to(temporary).as_posix(): fingerprint(file) for file in files},
+                }
+                (temporary / _STATE).write_text(json.dumps(state, indent=2), "utf-8")
+                for file in (*temporary.rglob("*"), temporary):
+                    flush(file)
+                temporary.rename(path)
+                flush(out)
+    except OSError as error:
         if first:
-            tokenizer.save(temporary)
-            files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
-            state = {
-                "format": FORMAT,
-                "step": step,
-                "train": config.as_dict(),
-                "model": asdict(model.config),
-                "extra": extra,
-                "files": {file.relative_to(temporary).as_posix(): fingerprint(file) for file in files},
-            }
-            (temporary / _STATE).write_text(json.dumps(state, indent=2), "utf-8")
-            for file in (*temporary.rglob("*"), temporary):
-                flush(file)
-            temporary.rename(path)
-            flush(out)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or error
+            shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(
-            f"the checkpoint {path} could not be written ({reason}); older ones are untouched"
+            f"the checkpoint {path} could not be written ({error.strerror or error}); older ones are untouched"
         ) from error
     if first:
         for old in _steps(out)[:-KEEP]:
@@ -273,18 +274,34 @@ def _moments(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> Iterato
                 yield f"{names[id(parameter)]}.{key}", value
 
 
-def _save_sharded(folder: Path, tensors: dict[str, dict[str, Tensor]], processes: Processes) -> None:
-    """Write each process's parts, one file each."""
+def _save_whole(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Write a file each of model and optimizer."""
+    try:
+        for stem, named in tensors.items():
+            save_file(named, folder / f"{stem}.safetensors")
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _save_sharded(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+    """Write each process's parts, one file each. Raises the same OSError in all processes."""
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint import save as save_parts
     from torch.distributed.checkpoint.api import CheckpointException
 
-    processes.barrier()  # the folder is there
+    class Writer(FileSystemWriter):
+        def write_data(self, *arguments: Any) -> Any:
+            try:
+                return super().write_data(*arguments)
+            except RuntimeError as error:  # torch.save closes its file, and complains of that
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
     try:
         for stem, named in tensors.items():
-            save_parts(named, storage_writer=FileSystemWriter(folder / stem, single_file_per_rank=True))
+            save_parts(named, storage_writer=Writer(folder / stem, single_file_per_rank=True))
     except CheckpointException as error:
-        raise OSError("; ".join(sorted({str(reason[0]) for reason in error.failures.values()}))) from error
+        reasons = {getattr(reason, "strerror", None) or str(reason) for reason, _ in error.failures.values()}
+        raise OSError("; ".join(sorted(reasons))) from None
 
 
 def _parameter_of(key: str, parameters: dict[str, Tensor]) -> Tensor | None:

@@ -103,8 +103,8 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     as_json, picture = arguments.pop("json"), arguments.pop("plot")
     of_context = arguments.pop("in_context")
     if arguments["task"] is not None:
-        if picture is not None or of_context:
-            raise ValueError("--plot and --in-context are of a text; leave them away with --task")
+        if picture is not None or of_context or "packing" in arguments:
+            raise ValueError("--plot, --in-context and --packing are of a text; leave them away with --task")
         if arguments["source"] is None:
             raise ValueError("eval --task needs --data, a JSON Lines file or embedded")
         answers = evaluate_task(**arguments)
@@ -112,6 +112,8 @@ def _evaluate(arguments: dict[str, Any]) -> None:
         return
     _refuse_without_task(arguments.pop("task"), arguments, _TASK_EVALUATION)
     if of_context:
+        if "packing" in arguments:
+            raise ValueError("--in-context reads a text as one stream; leave --packing away")
         found = in_context(**arguments)
         print(json.dumps(found.as_dict()) if as_json else found.table())
         if picture is not None:
@@ -265,6 +267,12 @@ def _parser() -> argparse.ArgumentParser:
         "--in-context",
         action="store_true",
         help="measure induction and k-shot accuracy; with --data the loss by position",
+    )
+    evaluate.add_argument(
+        "--packing",
+        choices=train_config.PACKINGS,
+        default=_ABSENT,
+        help="documents: none sees its neighbour; stream: all that follows one another (default: as in training)",
     )
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")

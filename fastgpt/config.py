@@ -63,7 +63,11 @@ class TrainConfig:
         None,
         "a checkpoint, or a Hugging Face GPT-2, to start from: its weights, its tokenizer, its architecture",
     )
-    tokenizer: str = option("bytes", "bytes, bpe (learned from the data), or the path of a tokenizer.json")
+    tokenizer: str = option(
+        "auto",
+        "bytes, bpe (learned from the data), or the path of a tokenizer.json; auto: that of the model to start from or "
+        "of a prepared dataset, else bytes",
+    )
     vocab_size: int = option(4096, "tokens that bpe learns; the other tokenizers bring their own number")
 
     n_layer: int = option(6, "Transformer blocks")

@@ -120,6 +120,25 @@ class Processes:
         self.total(0)
 
     @contextlib.contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Where each process works by itself, and waits for no other: all wait at the end, and if one of them raised
+        ValueError, OSError or ImportError, the others raise the same.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except (ValueError, OSError, ImportError) as error:
+            if self.world == 1:
+                raise
+            failure = error
+        if self.world > 1:
+            failures: list[Exception | None] = [None] * self.world
+            dist.all_gather_object(failures, failure)
+            for raised in (failure, *failures):
+                if raised is not None:
+                    raise raised
+
+    @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Where all processes must take part: the failure of another one becomes a ProcessLostError."""
         try:

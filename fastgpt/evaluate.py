@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from fastgpt import data
 from fastgpt.backends import use_backend
-from fastgpt.config import resolve_device
+from fastgpt.config import PACKINGS, resolve_device
+from fastgpt.data import Batch
+from fastgpt.data.batches import IGNORED
 from fastgpt.model import GPT
-from fastgpt.pretrained import open_model
+from fastgpt.pretrained import open_trained
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 _TOKENS_AT_ONCE = 8192
 
@@ -31,13 +35,16 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats a token; `bits_per_byte` compares models with different tokenizers."""
+    """Losses in nats a token; `bits_per_byte` compares models with different tokenizers; packing is "documents" or
+    "stream".
+    """
 
     loss: float
     perplexity: float
     bits_per_byte: float
     unigram_entropy: float
     tokens: int
+    packing: str
     positions: list[Bucket]
 
     def as_dict(self) -> dict[str, Any]:
@@ -51,6 +58,7 @@ class Evaluation:
             f"perplexity  {self.perplexity:.3f}",
             f"bits/byte   {self.bits_per_byte:.4f}",
             f"tokens      {self.tokens:,} (unigram entropy {self.unigram_entropy:.4f} nats/token)",
+            f"read as     {'packed documents' if self.packing == 'documents' else 'one stream'}",
             "",
             "position     loss      tokens",
         ]
@@ -61,48 +69,93 @@ class Evaluation:
 
 
 def evaluate(
-    checkpoint: str | Path, source: str, *, device: str = "auto", backend: str = "auto"
+    checkpoint: str | Path,
+    source: str,
+    *,
+    packing: str = "auto",
+    device: str = "auto",
+    backend: str = "auto",
 ) -> Evaluation:
-    """Evaluate a model on a text, in float32.
+    """Evaluate a model on a text, in float32: every target once, in blocks as long as those it was trained on.
 
     checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
     source:     a file or a directory, evaluated whole, or "stdlib" or a prepared dataset, of which the held-out part
                 is evaluated.
+    packing:    as `TrainConfig.packing`; "auto" is that of the run. Packed documents do not see each other, their ends
+                of text are targets, and a position counts from the beginning of its document, or of the piece of it,
+                where it is longer than a block.
 
     Raises CheckpointError for the checkpoint, OSError and ValueError for the text.
     """
-    model, tokenizer = open_model(checkpoint)
+    if packing not in PACKINGS:
+        raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, not {packing!r}")
+    model, tokenizer, run = open_trained(checkpoint)
+    if packing == "auto" and run is not None:
+        packing = run.packing
+    packed = packing == "documents" or (packing == "auto" and data.is_dataset(source))
+    block_size = model.config.block_size if run is None else run.block_size
     where = resolve_device(device)
-    text = read_source(source)
-    tokens = tokenizer.encode(text)
-    if len(tokens) < 2:
-        raise ValueError(f"{source} has {len(tokens)} token; predicting one from another takes at least two")
+    documents, size = _read_documents(source, tokenizer, packed)
+    count = len(documents.tokens)
+    if count < 2:
+        raise ValueError(f"{source} has {count} token; predicting one from another takes at least two")
+    try:
+        batches = documents.source(
+            packed,
+            batch_size=max(1, _TOKENS_AT_ONCE // block_size),
+            block_size=block_size if packed else min(block_size, count - 1),
+        )
+    except ValueError as error:
+        raise ValueError(f"{source} cannot be evaluated: {error}") from None
     with use_backend(backend):
-        sums, counts = losses_by_position(model.to(where).eval(), tokens)
+        sums, counts = losses_by_position(model.to(where).eval(), batches.each())
     loss = float(sums.sum() / counts.sum())
     return Evaluation(
         loss=loss,
         perplexity=math.exp(loss),
-        bits_per_byte=float(sums.sum()) / math.log(2) / len(text.encode("utf-8")),
-        unigram_entropy=data.unigram_entropy(tokens),
+        bits_per_byte=float(sums.sum()) / math.log(2) / max(1, size),
+        unigram_entropy=documents.entropy,
         tokens=int(counts.sum()),
+        packing="documents" if packed else "stream",
         positions=_buckets(sums, counts),
     )
 
 
-def read_source(source: str) -> str:
-    """The text that a model is measured on: a file or a directory, whole, or the held-out part of "stdlib" or of a
-    prepared dataset.
+def read_texts(source: str) -> list[str]:
+    """The documents that a model is measured on: of a file or a directory all, of "stdlib" or a prepared dataset
+    those held out.
     """
     if data.is_dataset(source):
         dataset = data.open_dataset(source)
-        split, tokenizer = dataset.split("val"), dataset.tokenizer()
-        ends = split.document_ends.tolist()
-        return "".join(
-            tokenizer.decode(split[start : end - 1]) for start, end in zip([0, *ends[:-1]], ends, strict=True)
-        )
-    corpus = data.load_corpus(source)
-    return "".join(corpus.val if source == "stdlib" else corpus.train + corpus.val)
+        return list(_decoded(dataset.split("val"), dataset.tokenizer()))
+    return data.load_corpus(source).val if source == "stdlib" else data.load_documents(source)
+
+
+def _read_documents(
+    source: str, tokenizer: ByteTokenizer | BPETokenizer, packed: bool
+) -> tuple[data.Documents, int]:
+    """The same in a model's tokens, and how many bytes of text they are. The tokens of a dataset are read as they are,
+    ends of text included, unless the model has others.
+    """
+    if data.is_dataset(source):
+        dataset = data.open_dataset(source)
+        split, own = dataset.split("val"), dataset.tokenizer()
+        if own.serialized() == tokenizer.serialized():
+            size = sum(len(text.encode()) for text in _decoded(split, own))
+            return data.Documents(split, split.document_ends), size
+        texts, ended = list(_decoded(split, own)), packed or tokenizer.end_of_text is not None
+    else:
+        texts, ended = read_texts(source), packed
+    size = sum(len(text.encode()) for text in texts)
+    return data.encode_documents(texts, tokenizer, ended=ended), size
+
+
+def _decoded(split: data.TokenSplit, tokenizer: ByteTokenizer | BPETokenizer) -> Iterator[str]:
+    """The text of each document."""
+    start = 0
+    for end in split.document_ends.tolist():
+        yield tokenizer.decode(split[start : end - 1])
+        start = end
 
 
 def spans(positions: int) -> list[tuple[int, int]]:
@@ -115,26 +168,19 @@ def spans(positions: int) -> list[tuple[int, int]]:
 
 
 @torch.no_grad()
-def losses_by_position(model: GPT, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """For each position in the context the sum of the losses and their number, both (block_size,) float64.
-
-    The tokens (N,) are cut into windows of block_size, the last of them shorter; every token but the first is
-    predicted once, from those before it in its window.
+def losses_by_position(model: GPT, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """For each position in the context the sum of the losses and their number, both (block_size,) float64. Of packed
+    documents a target's position is its place in its document.
     """
-    block = model.config.block_size
-    device = model.wte.weight.device
-    sums, counts = torch.zeros(2, block, dtype=torch.float64)
-    whole, rest = divmod(len(tokens) - 1, block)
-    starts = [block * i for i in range(whole)]
-    at_once = max(1, _TOKENS_AT_ONCE // block)
-    groups = [(starts[i : i + at_once], block) for i in range(0, whole, at_once)]
-    if rest:
-        groups.append(([block * whole], rest))
-    for group, length in groups:
-        x, y = data.windows(tokens, group, length)
-        loss = model(x.to(device), y.to(device), reduction="none")[1]
-        sums[:length] += loss.double().sum(dim=0).cpu()
-        counts[:length] += len(group)
+    block_size = model.config.block_size
+    sums, counts = torch.zeros(2, block_size, dtype=torch.float64)
+    for batch in batches:
+        there = batch.to(model.wte.weight.device)
+        loss = model(there.idx, there.targets, documents=there.documents, reduction="none")[1]
+        counted = batch.targets != IGNORED
+        places = batch.places[counted]
+        sums += torch.bincount(places, loss.double().cpu()[counted], block_size)
+        counts += torch.bincount(places, minlength=block_size)
     return sums, counts
 
 

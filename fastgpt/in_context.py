@@ -31,7 +31,7 @@ from torch import Tensor
 from fastgpt import data
 from fastgpt.backends import use_backend
 from fastgpt.config import resolve_device
-from fastgpt.evaluate import read_source, spans
+from fastgpt.evaluate import read_texts, spans
 from fastgpt.model import GPT
 from fastgpt.plot import induction_curves
 from fastgpt.pretrained import open_model
@@ -129,7 +129,8 @@ def in_context(
         found = measure(model, alphabet(tokenizer, model.config.vocab_size), seed=seed)
         if source is None:
             return found
-        return replace(found, positions=loss_by_position(model, tokenizer.encode(read_source(source))))
+        text = "".join(read_texts(source))
+        return replace(found, positions=loss_by_position(model, tokenizer.encode(text)))
 
 
 def alphabet(tokenizer: ByteTokenizer | BPETokenizer, vocab_size: int) -> Tensor:

@@ -7,20 +7,16 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastgpt import data, in_context
 from fastgpt.config import TrainConfig
 from fastgpt.model import GPT
 from fastgpt.tasks.examples import Example, load_examples
 from fastgpt.tasks.template import Template, load_template
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, make_tokenizer
-
-_ENTROPY_TOKENS = 1 << 24  # of the held-out text, enough for its entropy
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, is_meant, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,6 @@ class Material:
     measure: Callable[[GPT], dict[str, float]] = lambda model: {}
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The training or the held-out tokens, where their documents end, and which of them count as targets, (N,) bool;
-    None: all.
-    """
-
-    tokens: data.Tokens
-    ends: data.Integers
-    counted: Tensor | None = None
-
-
 def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None = None) -> Material:
     """The data of a configuration, in a checkpoint's tokenizer if it goes on from one.
 
@@ -63,16 +48,23 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
     if config.task is not None:
         return _examples(config, load_template(config.task), tokenizer)
     if config.data == "repeats":
-        return _repeats(config, tokenizer or make_tokenizer(config.tokenizer, [], config.vocab_size))
+        return _repeats(config, tokenizer or _new_tokenizer(config, []))
     if data.is_dataset(config.data):
         return _prepared(config, tokenizer)
     corpus = data.load_corpus(config.data)
     if tokenizer is None:
-        tokenizer = make_tokenizer(config.tokenizer, corpus.train, config.vocab_size)
+        tokenizer = _new_tokenizer(config, corpus.train)
     packed = config.packing == "documents"
-    train, val = (_encode(texts, tokenizer, packed) for texts in (corpus.train, corpus.val))
+    train, val = (
+        data.encode_documents(texts, tokenizer, ended=packed) for texts in (corpus.train, corpus.val)
+    )
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
     return _material(config, corpus.name, packed, tokenizer, train, val, digest)
+
+
+def _new_tokenizer(config: TrainConfig, texts: list[str]) -> ByteTokenizer | BPETokenizer:
+    name = "bytes" if config.tokenizer == "auto" else config.tokenizer
+    return make_tokenizer(name, texts, config.vocab_size)
 
 
 def _repeats(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer) -> Material:
@@ -101,7 +93,14 @@ def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | Non
     own = dataset.tokenizer()
     if tokenizer is not None and tokenizer.serialized() != own.serialized():
         raise ValueError(f"{config.data} was prepared with another tokenizer than the model has")
-    train, val = (_Part(split, split.document_ends) for split in map(dataset.split, ("train", "val")))
+    if tokenizer is None and config.tokenizer != own.name and not is_meant(own, config.tokenizer):
+        raise ValueError(
+            f"--tokenizer {config.tokenizer} is not the one that {config.data} was prepared with: "
+            "leave --tokenizer away, or prepare the text again"
+        )
+    train, val = (
+        data.Documents(split, split.document_ends) for split in map(dataset.split, ("train", "val"))
+    )
     digest = hashlib.sha256(json.dumps(dataset.facts["files"], sort_keys=True).encode()).hexdigest()
     return _material(config, config.data, config.packing != "stream", own, train, val, digest)
 
@@ -114,7 +113,7 @@ def _examples(
     examples = load_examples(template.task, config.data, skip_broken=config.skip_broken)
     if tokenizer is None:
         texts = [template.instruction + template.example(example) for example in examples.train]
-        tokenizer = make_tokenizer(config.tokenizer, texts, config.vocab_size)
+        tokenizer = _new_tokenizer(config, texts)
     parts = []
     note = f", {examples.skipped:,} broken lines left out" if examples.skipped else ""
     for kind, some in (("for training", examples.train), ("held out", examples.held_out)):
@@ -134,7 +133,7 @@ def _examples(
 
 def _encode_examples(
     examples: list[Example], template: Template, tokenizer: ByteTokenizer | BPETokenizer, block_size: int
-) -> _Part:
+) -> data.Documents:
     """Those examples that fit a block, each with an end of text behind it; answers and ends of text count."""
     if tokenizer.end_of_text is None:
         raise ValueError("a task needs a tokenizer with an end of text, such as <|endoftext|>")
@@ -146,18 +145,7 @@ def _encode_examples(
         tokens += [prompt, answer, answer.new_tensor([tokenizer.end_of_text])]
         counted += [torch.zeros(len(prompt), dtype=torch.bool), torch.ones(len(answer) + 1, dtype=torch.bool)]
     ends = np.cumsum([len(prompt) + len(answer) + 1 for prompt, answer in pairs], dtype=np.int64)
-    return _Part(torch.cat(tokens), ends, torch.cat(counted))
-
-
-def _encode(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, packed: bool) -> _Part:
-    """Documents with an end of text behind each; or, where they are not to be told apart, their text."""
-    if not packed:
-        tokens = tokenizer.encode("".join(texts))
-        return _Part(tokens, np.array([len(tokens)]))
-    if tokenizer.end_of_text is None:
-        raise ValueError("packing='documents' needs a tokenizer with an end of text, such as <|endoftext|>")
-    ended = [torch.cat((t, t.new_tensor([tokenizer.end_of_text]))) for t in tokenizer.encode_batch(texts)]
-    return _Part(torch.cat(ended), np.cumsum([len(document) for document in ended]))
+    return data.Documents(torch.cat(tokens), ends, torch.cat(counted))
 
 
 def _material(
@@ -165,31 +153,23 @@ def _material(
     name: str,
     packed: bool,
     tokenizer: ByteTokenizer | BPETokenizer,
-    train: _Part,
-    val: _Part,
+    train: data.Documents,
+    val: data.Documents,
     digest: str,
 ) -> Material:
     sources = []
-    for kind, part in (("training", train), ("held-out", val)):
-        sizes: Any = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
+    sizes = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
+    for kind, documents in (("training", train), ("held-out", val)):
         try:
-            source = (
-                data.Packed(part.tokens, part.ends, counted=part.counted, **sizes)
-                if packed
-                else data.Stream(part.tokens, **sizes)
-            )
+            sources.append(documents.source(packed, **sizes))
         except ValueError as error:
             raise ValueError(f"the {kind} text of {name} cannot be used: {error}") from None
-        sources.append(source)
-    targets = val.tokens[: min(len(val.tokens), _ENTROPY_TOKENS)]
-    if val.counted is not None:
-        targets = targets[val.counted[: len(targets)]]
     return Material(
         name=f"{name}, {'packed documents' if packed else 'one stream'}",
         tokenizer=tokenizer,
         train=sources[0],
         val=sources[1],
         size=f"{len(train.tokens):,} tokens for training, {len(val.tokens):,} held out",
-        entropy=data.unigram_entropy(targets),
+        entropy=val.entropy,
         digest=digest,
     )

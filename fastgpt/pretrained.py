@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastgpt.checkpoint import open_checkpoint
+from fastgpt.config import TrainConfig
 from fastgpt.durable import flush
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
+from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, byte_vocabulary, load_tokenizer
 
 # The models that were published (Radford et al. 2019), by their names on the Hub.
 GPT2_SIZES = {
@@ -294,16 +295,13 @@ def _write_tokenizer(tokenizer: ByteTokenizer | BPETokenizer, directory: Path) -
 
 
 def _bytes_as_bpe() -> str:
-    """A tokenizer.json that gives the bytes of a text: byte-level BPE without merges."""
+    """A tokenizer.json that gives the bytes of a text: byte-level BPE without merges. `load_tokenizer` knows it again;
+    that a NUL ends a text, transformers learns from config.json.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    # What ByteLevel writes for a byte: itself where it can be seen, else the next character from U+0100 on.
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    vocabulary = {chr(256 + hidden.index(b)) if b in hidden else chr(b): b for b in range(256)}
-    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    engine.pre_tokenizer = pre_tokenizer
+    engine = Tokenizer(models.BPE(vocab=byte_vocabulary(), merges=[]))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.decoder = decoders.ByteLevel()
     return engine.to_str()
 
@@ -313,13 +311,18 @@ def open_model(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer]:
 
     Raises CheckpointError, ValueError or OSError where there is none, or where the tokenizer is none of the model's.
     """
+    return open_trained(path)[:2]
+
+
+def open_trained(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer, TrainConfig | None]:
+    """`open_model`, and the configuration of the run that trained it; None of a Hugging Face GPT-2."""
     if not (Path(path) / _CONFIG).is_file():
         opened = open_checkpoint(path)
-        return opened.load_model(), opened.load_tokenizer()
+        return opened.load_model(), opened.load_tokenizer(), opened.train
     model, tokenizer = GPT.from_pretrained(path), load_tokenizer(Path(path))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} knows {tokenizer.vocab_size} tokens, and the model "
             f"{model.config.vocab_size}: they do not belong together"
         )
-    return model, tokenizer
+    return model, tokenizer, None

@@ -14,6 +14,7 @@ from fastgpt.config import ARCHITECTURE, MODEL_FIELDS, TrainConfig
 from fastgpt.distributed import restarted
 from fastgpt.model import GPT
 from fastgpt.pretrained import open_model
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, is_meant
 
 
 def config_from(options: dict[str, Any]) -> TrainConfig:
@@ -44,7 +45,8 @@ class Start:
 
     def __init__(self, config: TrainConfig) -> None:
         """Raises CheckpointError for a directory with a checkpoint that is not to be resumed, for one without that
-        is, and for one of another model; as `open_model` for what the weights are to be taken from.
+        is, and for one of another model; ValueError for another tokenizer than that of the model; as `open_model` for
+        what the weights are to be taken from.
         """
         self._config = config
         self._weights: GPT | None = None
@@ -52,8 +54,8 @@ class Start:
         self.tokenizer = None
         self.resumed = _checkpoint_to_resume(config.out) if config.resume else None
         if self.resumed is not None:
-            _check_model_fields(config, self.resumed)
             self._model, self.tokenizer = self.resumed.model, self.resumed.load_tokenizer()
+            _check_model_fields(config, self.resumed, self.tokenizer)
         elif checkpoint.exists(Path(config.out)):
             raise CheckpointError(
                 f"{config.out} holds a checkpoint: pass --resume to go on, or another --out to start anew"
@@ -61,6 +63,11 @@ class Start:
         elif config.init_from:
             self._weights, self.tokenizer = open_model(config.init_from)
             self._model = self._weights.config
+            if not is_meant(self.tokenizer, config.tokenizer):
+                raise ValueError(
+                    f"--tokenizer {config.tokenizer} would be another than that of {config.init_from}, whose tokens "
+                    "the model knows: leave --tokenizer away, or start without --init-from"
+                )
 
     def make_model(self, vocab_size: int) -> GPT:
         """The model on the CPU, with new weights or those it starts from; `vocab_size` is a new one's.
@@ -95,10 +102,12 @@ def _checkpoint_to_resume(out: str) -> Checkpoint:
         raise CheckpointError(f"--resume has nothing to go on from: {error}") from None
 
 
-def _check_model_fields(config: TrainConfig, resumed: Checkpoint) -> None:
+def _check_model_fields(
+    config: TrainConfig, resumed: Checkpoint, tokenizer: ByteTokenizer | BPETokenizer
+) -> None:
     for name in MODEL_FIELDS:
         wanted, saved = getattr(config, name), getattr(resumed.train, name)
-        if wanted != saved:
+        if wanted != saved and not (name == "tokenizer" and is_meant(tokenizer, wanted)):
             raise CheckpointError(
                 f"--resume cannot change the model: {name} is {saved!r} in {resumed.path}, not {wanted!r}"
             )

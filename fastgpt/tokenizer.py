@@ -190,6 +190,13 @@ def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> ByteToke
     return load_tokenizer(Path(name))
 
 
+def is_meant(own: ByteTokenizer | BPETokenizer, name: str) -> bool:
+    """Whether `--tokenizer name` means the tokenizer that a model or a dataset has: "auto" always does, "bpe", which
+    learns one, never.
+    """
+    return name == "auto" or (name != "bpe" and make_tokenizer(name, [], 0).serialized() == own.serialized())
+
+
 def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     """The tokenizer in a tokenizer.json, or in a directory that has one, GPT-2's vocab.json and merges.txt, or BERT's
     vocab.txt (lower case unless tokenizer_config.json says otherwise). Raises FileNotFoundError and ValueError.
@@ -198,7 +205,10 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     try:
         if file.is_file():
             text = file.read_text("utf-8")
-            return ByteTokenizer() if json.loads(text) == {"type": "bytes"} else BPETokenizer(text)
+            if json.loads(text) == {"type": "bytes"}:
+                return ByteTokenizer()
+            tokenizer = BPETokenizer(text)
+            return ByteTokenizer() if _is_bytes(tokenizer.engine) else tokenizer
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
             file = path / "vocab.json"
             return BPETokenizer(_gpt2(path).to_str())
@@ -212,6 +222,30 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     raise FileNotFoundError(
         f"there is no tokenizer {file}; --tokenizer takes bytes, bpe or a tokenizer.json, or a directory that has one, "
         "vocab.json and merges.txt, or vocab.txt"
+    )
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """Each byte under the character that byte-level BPE writes for it: its own where that can be seen, else the next
+    one from U+0100 on.
+    """
+    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return {chr(256 + hidden.index(b)) if b in hidden else chr(b): b for b in range(256)}
+
+
+def _is_bytes(engine: Any) -> bool:
+    """Whether it is byte-level BPE that knows the bytes and nothing else: a byte tokenizer as transformers reads it."""
+    from tokenizers import models, pre_tokenizers
+
+    before = engine.pre_tokenizer
+    return (
+        isinstance(engine.model, models.BPE)
+        and engine.get_vocab() == byte_vocabulary()
+        and not engine.get_added_tokens_decoder()
+        and engine.normalizer is None
+        and isinstance(before, pre_tokenizers.ByteLevel)
+        and not before.add_prefix_space
     )
 
 

@@ -104,21 +104,25 @@ class Run:
     def __init__(self, config: TrainConfig, processes: Processes) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         self.out = Path(config.out)
-        start = Start(config)
         self.rows = processes.share(config.batch_size)
         self.dtype = resolve_dtype(config.dtype, self.device)
         heap_kept = keep_heap()
-        self.material = open_material(config, start.tokenizer)
-        self.val_batches = self.material.val.even(config.eval_batches, self.rows)
-        self.model = start.make_model(self.material.tokenizer.vocab_size).to(self.device)
+        with processes.agreeing():  # one of them may read from another disk
+            start = Start(config)
+            self.material = open_material(config, start.tokenizer)
+            self.val_batches = self.material.val.even(config.eval_batches, self.rows)
+            self.model = start.make_model(self.material.tokenizer.vocab_size).to(self.device)
         self.forward = self._wrap()
         self.optimizers = make_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.validation = 0, _Validation()
+        self.stop, self.stopped = _StopSignal(), False
+        self.deadline, self.late = math.inf, False
         if start.resumed is not None:
             self._restore(start.resumed)
         self.peak = gemm_peak(self.device, self.dtype)
-        self.papers = Papers(config, self.step if config.resume else None) if processes.first else None
+        with processes.agreeing():
+            self.papers = Papers(config, self.step if config.resume else None) if processes.first else None
         bar = {"unit": "step", "disable": None if processes.first else True, "dynamic_ncols": True}
         self.bar = tqdm(total=config.max_steps, initial=self.step, **bar)
         self._introduce(heap_kept, start.resumed)
@@ -159,41 +163,43 @@ class Run:
     def go(self) -> TrainResult:
         """Loop to the end of the schedule, of the time, of patience, or to a signal."""
         config, validation = self.config, self.validation
-        started = time.perf_counter()
+        self.deadline = time.perf_counter() + 60 * (config.max_minutes or math.inf)
         if validation.step < 0:
             self.evaluate()
             if config.patience is not None:  # it may be the best there will be
                 self.save(torch.zeros(()))
-        stopped, impatient = False, self.impatient
-        with _StopSignal() as stop:
-            while self.step < config.max_steps and not impatient:
-                loss = self.update()
-                self.step += 1
-                self.bar.update()
-                last = self.step == config.max_steps
-                if self.step % config.log_every == 0 or last:
-                    self.report(loss)
-                if self.step % config.eval_every == 0 or last:
-                    self.evaluate()
-                late = config.max_minutes and time.perf_counter() - started > 60 * config.max_minutes
-                stopped, late = self.agree(stop.received and not last, late)
-                impatient = self.impatient
-                best = config.patience is not None and validation.best_step == self.step
-                if self.step % config.save_every == 0 or last or stopped or late or impatient or best:
-                    self.save(loss)
-                if stopped or late or impatient:
-                    break
+        with self.stop:
+            while self.step < config.max_steps and not self.stopped and not self.late and not self.impatient:
+                self.advance()
         self.bar.close()
-        if stopped:
+        if self.stopped:
             self.say(f"stopped at step {self.step}: saved; pass --resume to go on")
             return TrainResult(self.step, self.val_loss, self.material.entropy, finished=False)
-        if impatient:
+        if self.impatient:
             best_path = checkpoint.step_path(self.out, validation.best_step)
             self.say(
                 f"stopped early at step {self.step}: no better validation loss in {validation.since_best} evaluations; "
                 f"the best, {validation.best_loss:.4f}, {'is' if best_path.exists() else 'was'} {best_path}"
             )
         return self.finish()
+
+    def advance(self) -> None:
+        """One step, and whatever is due behind it: reports, validation, a checkpoint, a look at clock and signals."""
+        config = self.config
+        loss = self.update()
+        self.step += 1
+        self.bar.update()
+        last = self.step == config.max_steps
+        if self.step % config.log_every == 0 or last:
+            self.report(loss)
+        if self.step % config.eval_every == 0 or last:
+            self.evaluate()
+        late = time.perf_counter() > self.deadline
+        self.stopped, self.late = self.agree(self.stop.received and not last, late)
+        best = config.patience is not None and self.validation.best_step == self.step
+        ends = last or self.stopped or self.late or self.impatient
+        if self.step % config.save_every == 0 or ends or best:
+            self.save(loss)
 
     def update(self) -> Tensor:
         """One optimizer step; returns this process's part of the mean training loss, a scalar on the device."""

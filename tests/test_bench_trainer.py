@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from bench.trainer import COMPARISONS, SIZES, _documents, measure, table
@@ -9,6 +10,12 @@ from bench.trainer import COMPARISONS, SIZES, _documents, measure, table
 
 def test_every_contender_is_timed(tmp_path: Path):
     result = measure(str(tmp_path), SIZES["tiny"], 2)
+    logged = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [(r["step"], r["train_loss"] > 0) for r in map(json.loads, logged)] == [
+        (1, True),
+        (2, True),
+        (3, True),
+    ]
     names = {name for pair in COMPARISONS.values() for name in pair}
     assert result["tokens_per_second"].keys() == names
     assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["tokens_per_second"].values())

@@ -16,8 +16,10 @@ import fastgpt
 from fastgpt.checkpoint import open_checkpoint
 from fastgpt.cli import main
 from fastgpt.config import TrainConfig
+from fastgpt.data import DatasetWriter, Stream
 from fastgpt.evaluate import losses_by_position
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 TEXT = "".join(f"for i in range({i}):\n    print(i * {i})\n" for i in range(300))
 SMALL = {
@@ -151,11 +153,92 @@ def test_eval_prints_loss_perplexity_and_loss_by_position(
     assert f"17-32        {found['positions'][-1]['loss']:.4f}" in table
 
 
+DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(60)]  # of 26 to 135 bytes
+
+
+def prepared(directory: Path, tokenizer: ByteTokenizer | BPETokenizer) -> str:
+    """DOCUMENTS as a prepared dataset; every eighth is held out."""
+    with DatasetWriter(directory, tokenizer, seed=0) as writer:
+        for i, text in enumerate(DOCUMENTS):
+            writer.add("val" if i % 8 == 0 else "train", tokenizer.encode(text))
+        writer.finish({})
+    return str(directory)
+
+
+def evaluated(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
+    capsys.readouterr()
+    assert main(["eval", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_eval_has_the_validation_loss_of_a_run_that_packed_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture, position: str
+):
+    out, data = str(tmp_path / "out"), prepared(tmp_path / "set", ByteTokenizer())
+    options = SMALL | {
+        "eval_batches": 100,
+        "dtype": "float32",
+        "position": position,
+        "data": data,
+        "out": out,
+    }
+    assert main(["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]) == 0
+    trained = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])["val_loss"]
+    found = evaluated(capsys, "--checkpoint", out, "--data", data)
+    assert found["packing"] == "documents" and found["loss"] == pytest.approx(trained, abs=1e-6)
+    held_out = DOCUMENTS[::8]
+    assert found["tokens"] == sum(map(len, held_out))  # the end of text is a target
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
+    # Longer documents than a block are cut; each piece begins at the first position.
+    pieces = [min(32, len(text) - start) for text in held_out for start in range(0, len(text), 32)]
+    counts = [sum(n > place for n in pieces) for place in range(32)]
+    buckets = [(b["first"], b["last"], b["tokens"]) for b in found["positions"]]
+    assert buckets == [(first, last, sum(counts[first - 1 : last])) for first, last, _ in buckets]
+    assert main(["eval", "--checkpoint", out, "--data", data]) == 0
+    assert "read as     packed documents\n" in capsys.readouterr().out
+
+    stream = evaluated(capsys, "--checkpoint", out, "--data", data, "--packing", "stream")
+    assert stream["packing"] == "stream" and stream["tokens"] == found["tokens"] + len(held_out) - 1
+    assert stream["loss"] != pytest.approx(found["loss"], abs=1e-4)
+
+
+def test_eval_reads_a_text_as_the_run_did(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "text").mkdir()
+    for i, text in enumerate(DOCUMENTS[:8]):
+        (tmp_path / "text" / f"{i}.py").write_text(text)
+    data = ["--data", str(tmp_path / "text")]
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    size = sum(map(len, DOCUMENTS[:8]))
+    for packing, tokens in (("documents", size), ("stream", size - 1), ("auto", size - 1)):
+        out = str(tmp_path / packing)
+        assert main(["train", *data, "--out", out, "--packing", packing, *small, "--max-steps=1"]) == 0
+        assert evaluated(capsys, "--checkpoint", out, *data)["tokens"] == tokens
+    found = evaluated(capsys, "--checkpoint", out, *data, "--packing", "documents")
+    assert found["tokens"] == size
+    for place in ([], ["--task", "answer"]):
+        assert "leave" in fails(
+            ["eval", "--checkpoint", out, *data, "--packing=stream", *(place or ["--in-context"])], capsys
+        )
+
+
+def test_eval_reads_a_dataset_of_other_tokens_by_its_text(tmp_path: Path, capsys: pytest.CaptureFixture):
+    out, bpe = str(tmp_path / "out"), BPETokenizer.train(DOCUMENTS, 300)
+    own, other = (
+        prepared(tmp_path / name, tokenizer) for name, tokenizer in (("own", ByteTokenizer()), ("bpe", bpe))
+    )
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    assert main(["train", "--data", own, "--out", out, *small, "--max-steps=1"]) == 0
+    for packing in ("documents", "stream"):
+        options = ["--checkpoint", out, "--packing", packing]
+        assert evaluated(capsys, *options, "--data", own) == evaluated(capsys, *options, "--data", other)
+
+
 def test_losses_by_position_are_those_of_the_logits():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=16)).eval()
     tokens = torch.randint(11, (8 * 3 + 4,))
-    sums, counts = losses_by_position(model, tokens)
+    sums, counts = losses_by_position(model, Stream(tokens, batch_size=2, block_size=8).each())
     assert counts.tolist() == [4.0] * 3 + [3.0] * 5
     expected = torch.zeros(8, dtype=torch.float64)
     for start in range(0, 27, 8):

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import TINY, hugging_face_gpt2, lively, tokens
 
+from fastgpt.generate import generate_texts
 from fastgpt.model import ACTIVATIONS, GPT
 from fastgpt.pretrained import GPT2_SIZES, open_model
+from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 TEXT = "def größer(x):\n    return 'Ā€ 漢字 🙂'  # <|endoftext|>\n" * 20
@@ -214,10 +216,43 @@ def test_transformers_reads_the_tokenizer_too(tmp_path: Path, kind: str):
 def test_bytes_written_as_bpe_are_the_bytes(tmp_path_factory: pytest.TempPathFactory, text: str):
     directory = tmp_path_factory.mktemp("bytes")
     lively(vocab_size=256).save_pretrained(directory / "model", ByteTokenizer())
-    read = load_tokenizer(directory / "model")
+    read = BPETokenizer((directory / "model" / "tokenizer.json").read_text("utf-8"))  # as transformers does
     assert read.encode(text).tolist() == list(text.encode())
     assert read.decode(read.encode(text)) == text
     shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize(("token", "ends"), [(0, True), (ord("x"), False)])
+def test_bytes_come_back_with_their_end_of_text(tmp_path: Path, token: int, ends: bool):
+    """From a model that says one token whatever it reads."""
+    model = lively(vocab_size=256, tie_head=False)
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.lm_head.weight[token] = 9 * model.ln_f.bias
+    model.save_pretrained(tmp_path / "model", ByteTokenizer())
+    read, tokenizer = open_model(tmp_path / "model")
+    assert isinstance(tokenizer, ByteTokenizer) and tokenizer.end_of_text == 0
+    read.save_pretrained(tmp_path / "again", tokenizer)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+    (text,) = generate_texts(tmp_path / "again", ["ab"], 5, Sampling(temperature=0))
+    assert text.continuation == ("" if ends else "xxxxx")
+    written = theirs(tmp_path / "again").generate(torch.tensor([[97, 98]]), max_new_tokens=5, do_sample=False)
+    assert written[0].tolist() == [97, 98, *[token] * (1 if ends else 5)]
+
+
+def test_bytes_are_known_again_when_transformers_has_written_them(tmp_path: Path):
+    transformers = pytest.importorskip(
+        "transformers", reason="compares with transformers, which is not installed"
+    )
+    lively(vocab_size=256).save_pretrained(tmp_path / "model", ByteTokenizer())
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    loaded.save_pretrained(tmp_path / "theirs")
+    assert isinstance(load_tokenizer(tmp_path / "theirs"), ByteTokenizer)
+    loaded.add_tokens(["def"])  # no longer bytes alone
+    loaded.save_pretrained(tmp_path / "more")
+    more = load_tokenizer(tmp_path / "more")
+    assert isinstance(more, BPETokenizer) and more.encode("def").tolist() == [256]
 
 
 def test_tokenizers_that_know_more_than_the_model_are_refused(tmp_path: Path):

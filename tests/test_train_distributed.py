@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from fastgpt import checkpoint
+from fastgpt.data import DatasetWriter
+from fastgpt.tokenizer import ByteTokenizer
 
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
 TRAIN = ["-m", "fastgpt", "train"]
@@ -41,12 +43,14 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
 
 
-def command(options: dict, *flags: str, processes: int = 1, restarts: int = 0) -> list[str]:
+def command(
+    options: dict, *flags: str, processes: int = 1, restarts: int = 0, program: list[str] = TRAIN
+) -> list[str]:
     given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     if processes == 1:
-        return [sys.executable, *TRAIN, *given, *flags]
+        return [sys.executable, *program, *given, *flags]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *launch, f"--max-restarts={restarts}", *TRAIN, *given, *flags]
+    return [sys.executable, *launch, f"--max-restarts={restarts}", *program, *given, *flags]
 
 
 def run(options: dict, *flags: str, processes: int = 1) -> str:
@@ -178,6 +182,125 @@ def test_a_signal_saves_and_ends_all_processes(options: dict, tmp_path: Path):
     printed, _ = process.communicate(timeout=120)
     (stopped,) = re.findall(r"^stopped at step (\d+): saved; pass --resume to go on$", printed, re.MULTILINE)
     assert checkpoint.open_checkpoint(tmp_path).step == int(stopped)
+
+
+def test_a_signal_to_one_process_alone_saves_and_ends_all(options: dict, tmp_path: Path):
+    process = start(options | {"out": tmp_path, "max_steps": 100_000, "save_every": 100_000})
+    read_until(process, "step 3/")
+    workers(process)[1].terminate()
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (stopped,) = re.findall(r"^stopped at step (\d+): saved; pass --resume to go on$", printed, re.MULTILINE)
+    assert checkpoint.open_checkpoint(tmp_path).step == int(stopped)
+
+
+# ---- what befalls one process alone ----
+
+
+def two_processes(options: dict, folder: Path, mischief: str) -> tuple[list[str], str]:
+    """Train in two processes, `mischief` happening in the one whose `rank` it looks for; what each returned ("" of one
+    that was killed) and what they wrote to stderr. torchrun, which ends the others, looks once a second.
+    """
+    script = folder / "train.py"
+    lines = [
+        "import os, resource, signal, sys",
+        "from pathlib import Path",
+        "rank = int(os.environ['RANK'])",
+        mischief,
+        "from fastgpt.cli import main",
+        "status = main()",
+        f"Path({str(folder)!r}, f'status-{{rank}}').write_text(str(status))",
+        "sys.exit(status)",
+    ]
+    script.write_text("\n".join(lines))
+    done = subprocess.run(
+        command(options, processes=2, program=["--monitor-interval=1", str(script), "train"]),
+        capture_output=True, text=True, env=SINGLE, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    files = [folder / f"status-{rank}" for rank in range(2)]
+    return [file.read_text() if file.exists() else "" for file in files], done.stderr
+
+
+FULL_DISK = """
+from fastgpt import checkpoint
+save = checkpoint.save
+def save_where_there_is_no_room(out, step, *arguments, **options):
+    if step == 8 and rank == {rank}:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    return save(out, step, *arguments, **options)
+checkpoint.save = save_where_there_is_no_room
+"""
+
+
+@pytest.mark.parametrize(("parallel", "rank"), [("fsdp", 1), ("ddp", 0)])
+def test_a_full_disk_of_one_process_ends_all_in_our_sentence(
+    options: dict, tmp_path: Path, parallel: str, rank: int
+):
+    out = tmp_path / "out"
+    statuses, errors = two_processes(
+        options | {"out": out, "parallel": parallel}, tmp_path, FULL_DISK.format(rank=rank)
+    )
+    assert statuses == ["2", "2"], errors
+    said = r"fastgpt: error: the checkpoint \S+/step-00000008 could not be written \((.*?)\); older ones are untouched"
+    reasons = re.findall(said, errors)
+    assert len(reasons) == 2 and all("File too large" in reason for reason in reasons), errors
+    assert "CheckpointException" not in errors and "enforce fail" not in errors
+    assert checkpoint.open_checkpoint(out).step == 4
+    assert not list(out.glob(".writing-*"))
+
+
+KILLED_BETWEEN_TWO_WRITES = """
+import torch.distributed.checkpoint as parts
+class Writer(parts.FileSystemWriter):
+    def __init__(self, folder, **options):
+        if rank == 1 and folder.match(".writing-step-00000008/optimizer"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().__init__(folder, **options)
+parts.FileSystemWriter = Writer
+"""
+
+
+def test_a_sharded_checkpoint_that_was_half_written_is_never_resumed_from(
+    options: dict, tmp_path: Path, alone: Path
+):
+    out = tmp_path / "out"
+    statuses, errors = two_processes(
+        options | {"out": out, "parallel": "fsdp"}, tmp_path, KILLED_BETWEEN_TWO_WRITES
+    )
+    assert statuses == ["2", ""] and "another process of this run is gone" in errors
+    (half,) = out.glob(".writing-*")
+    assert [(half / part / ".metadata").exists() for part in ("model", "optimizer")] == [True, False]
+    assert checkpoint.open_checkpoint(out).step == 4
+    printed = run({"out": out}, "--resume", "--parallel=auto")
+    assert "resumed at step 4\n" in printed
+    assert_same(out, alone)
+    assert not list(out.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("kind", ["line", "shard"])
+def test_data_that_one_process_alone_cannot_read_ends_all_in_the_sentence(
+    options: dict, tmp_path: Path, kind: str
+):
+    """Each has a disk of its own."""
+    for rank in range(2):
+        folder = tmp_path / f"disk-{rank}"
+        folder.mkdir()
+        lines = [json.dumps({"input": f"{i}?", "output": "yes"}) for i in range(40)]
+        (folder / "data.jsonl").write_text("\n".join([*lines, "{" * rank]))
+        with DatasetWriter(folder / "data", ByteTokenizer()) as writer:
+            for split in ("train", "val"):
+                writer.add(split, list(b"def f(x): return x") * 9)
+            writer.finish({})
+    with (folder / "data" / "train-00000.npy").open("r+b") as shard:
+        shard.seek(-1, os.SEEK_END)
+        shard.write(b"\xff")
+    data = {"line": {"data": "data.jsonl", "task": "answer"}, "shard": {"data": "data"}}[kind]
+    sentence = {"line": "data.jsonl, line 41: ", "shard": "data/train-00000.npy is damaged: "}[kind]
+    mischief = f"os.chdir(Path({str(tmp_path)!r}, f'disk-{{rank}}'))"
+    statuses, errors = two_processes(options | data | {"out": tmp_path / "out"}, tmp_path, mischief)
+    assert statuses == ["2", "2"], errors
+    assert errors.count(f"fastgpt: error: {sentence}") == 2, errors
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(options: dict, tmp_path: Path):

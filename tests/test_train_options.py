@@ -16,7 +16,7 @@ from fastgpt.distributed import Processes
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.start import config_from
-from fastgpt.tokenizer import ByteTokenizer
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt.train import Run, train
 
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(80)]
@@ -230,6 +230,49 @@ def test_a_run_starts_from_the_weights_of_another(options: dict, tmp_path: Path,
         train(config_from(start | {"n_layer": 2, "out": str(tmp_path / "third")}))
     longer = checkpoint.open_checkpoint(tmp_path / "second").load_model()
     assert longer.config.position == "rotary" and longer.config.n_embd == 32
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_the_tokenizer_of_the_model_to_start_from_is_the_only_one(options: dict, tmp_path: Path, kind: str):
+    options |= {"max_steps": 1, "sample_tokens": 0}
+    _, out = run(options, tokenizer=kind, vocab_size=300)
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, tokenizer in (
+        (own, checkpoint.open_checkpoint(out).load_tokenizer()),
+        (other, BPETokenizer.train(["another text " * 20], 300)),
+    ):
+        folder.mkdir()
+        tokenizer.save(folder)
+    start = options | {"init_from": out}
+    same = ["auto", str(own), str(own / "tokenizer.json"), *(["bytes"] if kind == "bytes" else [])]
+    for number, name in enumerate(same):
+        _, second = run(start, tokenizer=name, out=str(tmp_path / f"second-{number}"))
+        run({"out": second, "resume": True, "max_steps": 2, "tokenizer": same[-1]})  # not another one either
+    written = read_toml(tmp_path / "second-0" / "config.toml")
+    run(written | {"out": str(tmp_path / "again")})
+    for name in ("bpe", str(other), *(["bytes"] if kind == "bpe" else [])):
+        with pytest.raises(ValueError, match=f"--tokenizer {name} would be another than that of .*: leave"):
+            run(start, tokenizer=name, out=str(tmp_path / "third"))
+        with pytest.raises(checkpoint.CheckpointError, match="cannot change the model: tokenizer is"):
+            run({"out": str(tmp_path / "second-0"), "resume": True, "tokenizer": name})
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_tokenizer_beside_a_prepared_dataset_must_be_its_own(options: dict, tmp_path: Path):
+    options |= {"max_steps": 1, "sample_tokens": 0}
+    for tokenizer in (ByteTokenizer(), BPETokenizer.train(DOCUMENTS, 300)):
+        folder = str(tmp_path / f"set-{tokenizer.name}")
+        with DatasetWriter(folder, tokenizer, seed=0) as writer:
+            for split in ("train", "val"):
+                writer.add(split, tokenizer.encode(DOCUMENTS[4]))
+            writer.finish({})
+        for number, name in enumerate((tokenizer.name, folder)):
+            run(options, data=folder, tokenizer=name, out=f"{folder}-out-{number}")
+        (other,) = {"bytes", "bpe"} - {tokenizer.name}
+        with pytest.raises(
+            ValueError, match=rf"--tokenizer {other} is not the one that .* was prepared with"
+        ):
+            run(options, data=folder, tokenizer=other)
 
 
 def test_a_run_starts_from_a_gpt2_of_hugging_face(options: dict, tmp_path: Path):

@@ -1,7 +1,8 @@
 """Text in, batches out."""
 
 from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, unigram_entropy, windows
-from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, read_text
+from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, load_documents, read_text
+from fastgpt.data.documents import Documents, encode_documents
 from fastgpt.data.packing import Integers, Packing, pack
 from fastgpt.data.prepare import PrepareConfig, prepare
 from fastgpt.data.repeats import SHORTEST, Repeats
@@ -23,6 +24,7 @@ __all__ = [
     "Corpus",
     "DatasetError",
     "DatasetWriter",
+    "Documents",
     "Integers",
     "Packed",
     "Packing",
@@ -35,8 +37,10 @@ __all__ = [
     "TokenSplit",
     "Tokens",
     "batch",
+    "encode_documents",
     "is_dataset",
     "load_corpus",
+    "load_documents",
     "load_word_vectors",
     "open_dataset",
     "pack",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +42,14 @@ class Batch:
     def counted(self) -> int:
         """How many targets count."""
         return int((self.targets != IGNORED).sum())
+
+    @property
+    def places(self) -> Tensor:
+        """(B, T) int64, the place of each token in its document, from 0; without documents in its row."""
+        if self.documents is None:
+            return torch.arange(self.idx.shape[1], device=self.idx.device).expand_as(self.idx)
+        begins = self.documents[:-1].long().repeat_interleave(self.documents.long().diff())
+        return (torch.arange(len(begins), device=begins.device) - begins).view_as(self.idx)
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -83,6 +92,15 @@ class Stream:
             for i in range(0, total, self.batch_size)
         ]
 
+    def each(self) -> Iterator[Batch]:
+        """Windows side by side, the last one shorter: every token but the first is a target once."""
+        whole, rest = divmod(len(self.tokens) - 1, self.block_size)
+        starts = [self.block_size * i for i in range(whole)]
+        for i in range(0, whole, self.batch_size):
+            yield Batch(*windows(self.tokens, starts[i : i + self.batch_size], self.block_size))
+        if rest:
+            yield Batch(*windows(self.tokens, [self.block_size * whole], rest))
+
 
 class Packed:
     """Documents packed into full blocks, in which none sees its neighbour; an epoch has each block once, shuffled."""
@@ -116,6 +134,12 @@ class Packed:
         total = min(count * size, blocks)
         chosen = [i * blocks // total for i in range(total)] + [_EMPTY] * (-total % size)
         return [self._blocks(chosen[i : i + size][rows]) for i in range(0, total, size)]
+
+    def each(self) -> Iterator[Batch]:
+        """Every block once; the last batch may have fewer."""
+        blocks = range(len(self.packing))
+        for i in range(0, len(blocks), self.batch_size):
+            yield self._blocks(list(blocks[i : i + self.batch_size]))
 
     def _shuffled(self, place: int) -> int:
         """The block at a place in the endless row of shuffled epochs."""

@@ -41,16 +41,19 @@ def load_corpus(source: str) -> Corpus:
 
     Raises FileNotFoundError or another OSError for what cannot be read, ValueError for what is no text.
     """
+    return _hold_out(source, load_documents(source))
+
+
+def load_documents(source: str) -> list[str]:
+    """The documents that `source` names, whole: nothing is held out. Otherwise as `load_corpus`."""
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        return _hold_out("stdlib", _read_files(root, stdlib_files(root)))
+        return _read_files(root, stdlib_files(root))
     path = Path(source)
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file() and not hidden(file.relative_to(path))]
-        return _hold_out(source, _read_files(path, files))
-    text = read_text(path)
-    cut = len(text) - max(1, int(len(text) * _HELD_OUT_OF_A_FILE))
-    return Corpus(source, [text[:cut]], [text[cut:]])
+        return _read_files(path, files)
+    return [read_text(path)]
 
 
 def read_text(path: str | Path) -> str:
