@@ -95,6 +95,7 @@ def cuda_architectures(asked: str, nvcc: str) -> list[str]:
 
 def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str], torch_folder: Path) -> None:
     """All of csrc/cuda as one library without Python, by ninja. That it runs shows only where there is a GPU."""
+    folder = folder.resolve()  # ninja works in it
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     # What `fastgpt.extension` reads of the library without loading it.
@@ -121,7 +122,7 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
         *(f"-Xcompiler=-idirafter,{path}" for path in more),
     ]
     needed = [*(f"-L{path}" for path in libraries), "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
-    sources = [*sorted(Path("csrc/cuda").resolve().glob("*.cu")), note.resolve()]
+    sources = [*sorted(Path("csrc/cuda").resolve().glob("*.cu")), note]
     objects = {source: f"{source.stem}.o" for source in sources}
     lines = [
         *("rule compile", "  depfile = $out.d", "  deps = gcc"),

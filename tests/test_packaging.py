@@ -217,7 +217,7 @@ def test_cuda_library_is_built_for_what_was_asked_and_needs_pytorch_by_name(setu
     (tmp_path / "csrc" / "cuda" / "one.cu").write_text(source)
     library = tmp_path / "lib" / "_cuda.so"
     torch_folder = Path(find_spec("torch").origin).parent
-    setup_py["build_cuda"](library, tmp_path / "temp", nvcc, ["sm_80", "compute_90"], torch_folder)
+    setup_py["build_cuda"](library, Path("temp"), nvcc, ["sm_80", "compute_90"], torch_folder)
     monkeypatch.setattr(extension, "CUDA_LIBRARY", library)
     assert extension.cuda_architectures() == ("sm_80", "compute_90")
     needed = run(["readelf", "-d", library])
