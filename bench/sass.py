@@ -70,6 +70,11 @@ class Instruction:
         return int(found[1], 16) if found else None
 
     @property
+    def is_conditional(self) -> bool:
+        """Whether it may do nothing; Blackwell's uniform branches name their predicate among the operands."""
+        return self.predicated or bool(re.match(r"!?UP\d", self.operands) and self.opcode.startswith("BRA"))
+
+    @property
     def flops(self) -> int:
         """Of a matrix instruction, by the warp (HMMA) or the four warps (HGMMA) that it is an instruction of."""
         shape = re.search(r"^HGMMA\.(\d+)x(\d+)x(\d+)", self.opcode)
@@ -120,7 +125,7 @@ def basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list
     for n, block in enumerate(blocks):
         last = block[-1]
         follow = {number[last.target]} if last.target in number else set()
-        falls_through = last.predicated or (last.target is None and last.opcode != "EXIT")
+        falls_through = last.is_conditional or (last.target is None and last.opcode != "EXIT")
         if falls_through and n + 1 < len(blocks):
             follow.add(n + 1)
         successors.append(sorted(follow))
