@@ -200,10 +200,6 @@ def _exempt(record: dict[str, Any]) -> str | None:
         )
     if "tf32" in config and not record["spills"]:
         return "fp32 operands leave room for tiles of 32 rows, the matrix instruction of a warpgroup wants 64"
-    if "d256" in config and kernel == "attention_bwd":
-        return (
-            "dk and dv of 256 leave registers for 32 columns, the matrix instruction of a warpgroup wants 64"
-        )
     if "decoding" in config:
         return "decoding: 16 rows are a tile of a warp's matrix instruction, and k and v are read once"
     return None

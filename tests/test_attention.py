@@ -258,6 +258,15 @@ def test_large_scores_do_not_overflow(backend):
     check_error_rule(ops.attention, T.scaled_dot_product_attention, [q, k, v])
 
 
+def test_low_scores_do_not_overflow_past_the_last_column(backend):
+    """Of zeros in the place of columns, in a tile that the last one ends within, exp(0 - lse) is inf in fp16."""
+    for dtype in dtypes_of(backend):
+        q, v = torch.full((1, 1, 48, 16), 3.0, dtype=dtype), torch.randn(1, 1, 17, 16).to(dtype)
+        tensors = [x.clone().requires_grad_() for x in (q, -q[:, :, :17], v)]
+        grads = run_with_gradients(ops.attention, tensors, None)[1]
+        assert [bool(grad.isfinite().all()) for grad in grads] == [True] * 3
+
+
 def test_nan_is_not_hidden(backend):
     q, k, v = (t.detach() for t in inputs(torch.float32))
     q[0, 0, 3, 0] = torch.nan

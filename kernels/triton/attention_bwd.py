@@ -27,6 +27,7 @@ from fastgpt.kernels.attention_tiles import (
     describe,
     head,
     head_major,
+    keys_left,
     load_rows,
     longest,
     place,
@@ -87,6 +88,24 @@ def _load_statistic(p_first, o_m, Lq, other, EDGE: tl.constexpr):
         return tl.load(p_first + o)
 
 
+@triton.jit
+def _seen(
+    o_row, o_n, Lk, offset, left, right,
+    ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+):  # fmt: skip
+    """Which of ROWS rows see the columns o_n, of a tile that lies [columns, rows]; offset is that of the tile's rows.
+
+    A column's first and last row are compared, not each row's columns: two numbers a thread instead of sixteen.
+    """
+    first = o_n * 0
+    if HAS_RIGHT:
+        first = o_n - (offset + right)
+    m = o_row[None, :] >= tl.where(o_n < Lk, first, ROWS)[:, None]
+    if HAS_LEFT:
+        m = m & (o_row[None, :] <= (o_n - (offset - left))[:, None])
+    return m
+
+
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def _attention_bwd(
@@ -99,7 +118,8 @@ def _attention_bwd(
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, KEYS_LEFT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_n = tl.program_id(0) * BLOCK_N  # causal: the columns that most rows see first
@@ -126,8 +146,9 @@ def _attention_bwd(
 
     # Column j is seen by the rows j - offset - right .. j - offset + left.
     last_n = tl.minimum(start_n + BLOCK_N, Lk) - 1
+    whole = start_n + BLOCK_N <= Lk  # else exp2(0 - lse) of columns that are none may overflow
     full, full_count, before, before_count, behind, behind_count = visited_tiles(
-        start_n, last_n, Lq, -offset - right, left - offset, BLOCK_M, HAS_RIGHT, HAS_LEFT
+        start_n, last_n, Lq, -offset - right, left - offset, BLOCK_M, HAS_RIGHT, HAS_LEFT, whole
     )
     for i_group in range(0, GROUP):
         i_h = i_hk * GROUP + i_group
@@ -148,8 +169,9 @@ def _attention_bwd(
             count = full_count
             if EDGE:
                 count = before_count + behind_count
-            for i in range(0, count):
-                start_m = full + i * BLOCK_M
+            start_m = full
+            # Addresses that are kept from before a loop spill where registers are few.
+            for i in tl.range(0, count, disable_licm=EDGE or (KEYS_LEFT and BLOCK_D > 128)):
                 if EDGE:
                     start_m = tl.where(
                         i < before_count, before + i * BLOCK_M, behind + (i - before_count) * BLOCK_M
@@ -158,23 +180,27 @@ def _attention_bwd(
                 b_q = load_rows(
                     p_q_head, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, EDGE, DESCRIPTORS
                 )  # [BLOCK_M, BLOCK_D]
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_grad = load_rows(
                     p_grad_head, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, EDGE, DESCRIPTORS
                 )  # [BLOCK_M, BLOCK_DV]
-                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
                     b_s, o_m[None, :], o_n[:, None], p_mask_head, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
-                    scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, EDGE,
+                    scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, False,
                 )  # fmt: skip
+                if EDGE:
+                    m = _seen(o_row, o_n, Lk, offset + start_m, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
+                    b_s = tl.where(m, b_s, float("-inf"))
                 b_lse = _load_statistic(p_stats + 2 * o_lse, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
                 b_p = tl.exp2(b_s - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
                 b_r = b_p
                 if p_seed is not None:
                     b_keep = tl.trans(keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N))
                     b_r = tl.where(b_keep, b_p * keep_scale, 0.0)
-                    b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
+                b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                if p_seed is not None:
+                    b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 b_delta = _load_statistic(p_stats + 2 * o_lse + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if SOFTCAP:
@@ -182,8 +208,14 @@ def _attention_bwd(
                 b_ds = b_ds.to(b_q.dtype)
                 b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
                 if p_dq is not None:
-                    b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
+                    # [BLOCK_M, BLOCK_D]; k^T ds takes wgmma however few the rows, and no registers for ds^T
+                    if KEYS_LEFT and (EDGE or BLOCK_M < 64):
+                        b_dq = tl.trans(tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION))
+                    else:
+                        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)
                     add_rows(p_dq_head, i_b, i_h, start_m, b_dq, o_row, o_d, Lq, BLOCK_D, EDGE, DESCRIPTORS)
+                if not EDGE:
+                    start_m += BLOCK_M
 
     p_dk += o_b * s_dkb + o_hk * s_dkh + o_start * s_dkn
     p_dv += o_b * s_dvb + o_hk * s_dvh + o_start * s_dvn
@@ -390,6 +422,7 @@ def launch_bwd(
                 *options,
                 **const,
                 DESCRIPTORS=by_descriptors,
+                KEYS_LEFT=keys_left(q, by_descriptors),
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,

@@ -32,12 +32,12 @@ HOPPER: Table = {  # 227 KiB of shared memory, products of 64 rows and more
     "dkv": {
         64: ((64, 128, 8, 3), (32, 64, 8, 1)),
         128: ((32, 128, 8, 2), (32, 64, 8, 1)),
-        256: ((32, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((32, 64, 8, 2), (16, 64, 8, 1)),
     },
     "bwd": {
         64: ((64, 128, 8, 3), (32, 64, 8, 1)),
         128: ((32, 128, 8, 2), (16, 64, 8, 1)),
-        256: ((32, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((32, 64, 8, 2), (16, 64, 8, 1)),
     },
     "dq": {
         64: ((128, 64, 8, 3), (128, 32, 8, 2)),
@@ -47,7 +47,12 @@ HOPPER: Table = {  # 227 KiB of shared memory, products of 64 rows and more
 }
 BLACKWELL: Table = HOPPER | {  # sums lie in tensor memory; options spill with eight warps
     "fwd": HOPPER["fwd"] | {128: ((128, 64, 8, 3), (128, 32, 8, 2))},
-    "bwd": HOPPER["bwd"] | {64: ((64, 128, 8, 3), (32, 64, 4, 1)), 128: ((32, 128, 8, 2), (16, 64, 4, 1))},
+    "dkv": HOPPER["dkv"] | {256: ((32, 64, 4, 1), (32, 64, 4, 1))},
+    "bwd": {
+        64: ((64, 128, 8, 3), (16, 64, 4, 1)),
+        128: ((32, 128, 8, 2), (16, 64, 4, 1)),
+        256: ((32, 64, 8, 2), (16, 64, 4, 1)),
+    },
 }
 AMPERE: Table = {  # and every other part: at most 99 KiB
     "fwd": {
@@ -100,9 +105,12 @@ TF32: Table = {  # tensor cores for fp32 with the digits of fp16: half of AMPERE
     },
 }
 # By tensor descriptors, whose addresses take no registers, plain attention has room for larger tiles, by (major
-# capability, kernel, head dimension). 128 rows of the backward at 64: 0.45 integer instructions a score, not 0.97.
+# capability, kernel, head dimension). Integer instructions a score of the backward: with 128 rows at 64 0.41, not 0.97;
+# with 64 rows at 128 1.09, not 1.94, and 0.38 where dq is left out.
 DESCRIBED: dict[tuple[int, str, int], Tile] = {
     (9, "bwd", 64): (128, 128, 8, 2),
+    (9, "bwd", 128): (64, 128, 8, 2),
+    (9, "dkv", 128): (64, 128, 8, 2),
     (10, "fwd", 128): (128, 128, 8, 2),
 }
 # The forward of 16 rows and fewer, by head dimension: bound by the bytes of k and v, of which tiles are in flight.
@@ -197,12 +205,12 @@ def add_rows(
 
 @triton.jit
 def visited_tiles(
-    first, last, n, low, high, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr
+    first, last, n, low, high, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, whole=True
 ):
     """The tiles along an axis of n that lines first..last of the other see; line i sees i + low .. i + high.
 
     Returns (start, count) of the tiles that every line sees whole, then (start, count, start, count) of the
-    edges before and behind them.
+    edges before and behind them. All are edges where the lines are not a whole tile.
     """
     begin = 0
     full_begin = 0
@@ -214,7 +222,7 @@ def visited_tiles(
     if HAS_HIGH:
         end = tl.minimum(tl.maximum(last + high + 1, 0), n)
         full_end = tl.minimum(tl.maximum(first + high + 1, 0), n) // BLOCK * BLOCK
-    behind = tl.maximum(full_begin, full_end)
+    behind = tl.maximum(full_begin, tl.where(whole, full_end, 0))
     full_count = (behind - full_begin) // BLOCK
     before_count = (tl.maximum(tl.minimum(full_begin, end) - begin, 0) + BLOCK - 1) // BLOCK
     behind_count = (tl.maximum(end - behind, 0) + BLOCK - 1) // BLOCK
@@ -291,6 +299,16 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool, described: bool) 
     if plain and described:
         row = DESCRIBED.get((device[0], kernel, size), row)
     return chosen(f"attention_{kernel}", q, (size, int(plain), int(described), int(is_tf32(q))), row)
+
+
+def keys_left(q: Tensor, described: bool) -> bool:
+    """Whether few rows of dq are made as (k^T ds)^T: the head dimension then stands where Hopper's matrix instruction
+    wants 64 rows and Blackwell's 128. By pointers Hopper has registers for it only at 256, where all tiles are low.
+    """
+    device = capability(q)
+    if device is None or device[0] < 9 or (q.dtype == torch.float32 and not is_tf32(q)):
+        return described
+    return described or device[0] > 9 or (q.shape[-1] > 128 and q.element_size() == 2)
 
 
 def decoding_tile(q: Tensor, v: Tensor) -> Tile:
