@@ -51,7 +51,7 @@ PRODUCTS = {
 LEAST = {
     "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
     "geglu_bwd": (3, 2), "cross_entropy_fwd": (1, 0), "cross_entropy_bwd": (1, 1), "add_layer_norm_fwd": (2, 2),
-    "add_layer_norm_bwd": (3, 1),
+    "add_layer_norm_bwd": (3, 1), "add_layer_norm_bwd_rows": (2, 0),
 }  # fmt: skip
 
 
@@ -191,8 +191,6 @@ def _exempt(record: dict[str, Any]) -> str | None:
     """Why a kernel may spill, or do without the matrix instruction of its architecture; None if it may not."""
     config, kernel = record["config"], record["kernel"]
     if not kernel.startswith("attention") or kernel.endswith(("_rows", "_combine_fwd")):
-        if "D16384" in config:
-            return "a row of 16384 and its two sums are 96 registers a thread"
         return None
     if "fp32" in config:
         return (

@@ -105,6 +105,14 @@ def test_any_mixture_of_dtypes(backend, x_dtype, residual_dtype, vector_dtype, s
         torch.testing.assert_close(got, exact.to(leaf.dtype))
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_rows_longer_than_registers(backend, affine):
+    """Triton cuts them into tiles, the last of which may be a part."""
+    for dtype in dtypes_of(backend):
+        for shape in [(3, 8193), (130, 8200), (2, 16384)]:
+            check_error_rule(ops.add_layer_norm, pytorch, inputs(shape, dtype, "contiguous", affine))
+
+
 def test_no_rows_and_no_columns(backend):
     for shape in ((0, 7), (3, 0)):
         arguments = inputs(shape, torch.float32, "contiguous")

@@ -83,7 +83,7 @@ def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path):
 def test_committed_file_has_every_configuration_and_kernel():
     found = {(op, config.split(";")[0], arch) for _, op, config, arch in committed()}
     assert found == {(c.op, c.name, arch) for c in configurations() for arch in ARCHITECTURES}
-    assert len({kernel for kernel, *_ in committed()}) == 16
+    assert len({kernel for kernel, *_ in committed()}) == 17
 
 
 def test_committed_kernels_use_the_matrix_instruction_of_their_architecture():
@@ -100,9 +100,11 @@ def test_committed_kernels_use_the_matrix_instruction_of_their_architecture():
 
 STREAMING = {
     "gelu_fwd", "gelu_bwd", "bias_gelu_fwd", "bias_gelu_bwd", "geglu_fwd", "geglu_bwd", "cross_entropy_fwd",
-    "cross_entropy_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd",
+    "cross_entropy_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd", "add_layer_norm_bwd_rows",
 }  # fmt: skip
-PARAMETERS = {"add_layer_norm_fwd": 8}  # bytes an element of weight and bias, which stay in the caches
+# Bytes an element of weight and bias, which stay in the caches; and what writes a few numbers a row.
+PARAMETERS = {"add_layer_norm_fwd": 8, "add_layer_norm_bwd_rows": 4}
+WRITE_LITTLE = ("cross_entropy_fwd", "add_layer_norm_bwd_rows")
 
 
 def test_streaming_kernels_move_16_bytes_at_a_time_and_nothing_twice():
@@ -115,7 +117,7 @@ def test_streaming_kernels_move_16_bytes_at_a_time_and_nothing_twice():
             continue
         checked.add(kernel)
         assert record["wide_loads"] > 0, key(record)
-        assert record["wide_stores"] > 0 or kernel == "cross_entropy_fwd", key(record)
+        assert record["wide_stores"] > 0 or kernel in WRITE_LITTLE, key(record)
         most = 1.2 * moved["least"] + PARAMETERS.get(kernel, 0)
         assert moved["least"] <= moved["moved"] <= most, key(record)
     assert checked == STREAMING

@@ -12,7 +12,8 @@ value that is stored, so that the backward sees what the forward saw, and the va
 not E[x^2] - E[x]^2, which cancels: a row stays in registers for both. Bytes moved per element: forward two
 reads, two writes; backward three reads (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum,
 mean and rstd. dweight and dbias are summed in two stages without atomics: a fixed set of programs sums
-strided rows, PyTorch sums the partial sums.
+strided rows, PyTorch sums the partial sums. A row that is too long for the registers, beside its two sums, is cut into
+tiles, of which a kernel before finds the means: two reads more.
 """
 
 from __future__ import annotations
@@ -72,6 +73,36 @@ def _add_layer_norm_fwd(
 
 
 @triton.jit
+def _add_layer_norm_bwd_rows(
+    p_grad,
+    p_sum,
+    p_weight,
+    p_mean,
+    p_rstd,
+    p_means,
+    N,
+    D,
+    BLOCK_D: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    mean = tl.load(p_mean + i_n)
+    rstd = tl.load(p_rstd + i_n)
+    b_c1 = tl.zeros((BLOCK_D,), tl.float32)
+    b_c2 = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, D, BLOCK_D):
+        o_d = start + tl.arange(0, BLOCK_D)
+        m_d = o_d < D
+        b_sum = tl.load(p_sum + i_n * D + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK_D]
+        b_grad = tl.load(p_grad + i_n * D + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK_D]
+        if p_weight is not None:
+            b_grad *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_c1 += b_grad
+        b_c2 += b_grad * tl.where(m_d, (b_sum - mean) * rstd, 0.0)
+    tl.store(p_means + i_n, tl.sum(b_c1, 0) / D)
+    tl.store(p_means + N + i_n, tl.sum(b_c2, 0) / D)
+
+
+@triton.jit
 def _add_layer_norm_bwd(
     p_grad,  # of normed
     p_grad_sum,
@@ -79,6 +110,7 @@ def _add_layer_norm_bwd(
     p_weight,
     p_mean,
     p_rstd,
+    p_means,  # (2, N) fp32: of g and of g xhat; None: BLOCK_D is a whole row
     p_dsum,
     p_partial,  # (2, programs, D) fp32: dweight, dbias
     N,
@@ -88,7 +120,7 @@ def _add_layer_norm_bwd(
 ):
     i_partial = tl.program_id(0).to(tl.int64)
     partials = tl.num_programs(0)
-    o_d = tl.arange(0, BLOCK_D)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     if p_weight is not None:
         b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK_D]
@@ -109,8 +141,12 @@ def _add_layer_norm_bwd(
         b_dbias += b_grad
         if p_weight is not None:
             b_grad *= b_weight[None, :]
-        b_c1 = tl.sum(b_grad, 1) / D  # [BLOCK_N]
-        b_c2 = tl.sum(b_grad * b_xhat, 1) / D  # [BLOCK_N]
+        if p_means is None:
+            b_c1 = tl.sum(b_grad, 1) / D  # [BLOCK_N]
+            b_c2 = tl.sum(b_grad * b_xhat, 1) / D  # [BLOCK_N]
+        else:
+            b_c1 = tl.load(p_means + o_n, mask=m_n, other=0.0)  # [BLOCK_N]
+            b_c2 = tl.load(p_means + N + o_n, mask=m_n, other=0.0)  # [BLOCK_N]
         b_dsum = (b_grad - b_c1[:, None] - b_xhat * b_c2[:, None]) * b_rstd[:, None]
         if p_grad_sum is not None:
             b_dsum += tl.load(p_grad_sum + o, mask=m, other=0.0).to(tl.float32)
@@ -150,25 +186,33 @@ def add_layer_norm_bwd(
     dsum = torch.empty_like(sum)
     if not sum.numel():
         return dsum, *(sum.new_zeros(D, dtype=torch.float32) for _ in range(2))
-    block_d = next_power_of_2(D)
     tile, warps, partials = chosen("add_layer_norm_bwd", sum, (D,), TILE)
-    block_n = max(tile // block_d, 1)
-    partials = min(cdiv(N, block_n), partials)
+    row = next_power_of_2(D)
+    whole = row <= 2 * tile
+    block_d = row if whole else tile
+    pieces, block_n = cdiv(D, block_d), max(tile // block_d, 1)
+    partials = min(cdiv(N, block_n), max(partials // pieces, 1))
+    means = None if whole else sum.new_empty(2, N, dtype=torch.float32)
     partial = sum.new_empty(2, partials, D, dtype=torch.float32)
     with on_device_of(sum):
-        _add_layer_norm_bwd[(partials,)](
+        if means is not None:
+            _add_layer_norm_bwd_rows[(N,)](
+                grad_normed, sum, weight, mean, rstd, means, N, D, block_d, num_warps=warps
+            )
+        _add_layer_norm_bwd[(partials, pieces)](
             grad_normed,
             grad_sum,
             sum,
             weight,
             mean,
             rstd,
+            means,
             dsum,
             partial,
             N,
             D,
             block_n,
             block_d,
-            num_warps=warps if block_d <= tile else 2 * warps,  # a row that is more than a tile
+            num_warps=warps if block_d <= tile else 2 * warps,
         )
     return dsum, partial[0].sum(0), partial[1].sum(0)
