@@ -6,6 +6,7 @@ rest is a product and a pass.
 
 import pytest
 import torch
+from contract import check_opcheck, registered
 from simt import emulator
 from test_linear_gelu import inputs, ours_and_pytorch
 
@@ -81,3 +82,14 @@ def test_without_a_kernel_for_the_shape_it_goes_by_a_pass():
         emulator.library().simt_set_has_products(True)
     assert passes(arguments) == (1, 1)
     check_error_rule(*ours_and_pytorch("tanh"), arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_opcheck(dtype):
+    x, weight, bias = (t.detach() for t in inputs((5,), 16, 8, dtype))
+    bias = bias.contiguous()
+    check_opcheck(
+        registered("linear_gelu_fwd", "cuda"),
+        *((x, weight, bias, True, True), (x, weight, None, True, False)),
+        *((x, weight, bias, False, False), (x[:0], weight, None, True, True)),
+    )
