@@ -54,7 +54,7 @@ class Product {
   static constexpr uint64_t WORKSPACE = 32 << 20;  // bytes, what NVIDIA recommends for Hopper; less elsewhere
 
   Product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& y, const Tensor& z)
-      : x_(x), weight_(weight), y_(y) {
+      : device_(device_of(x)), x_(x), weight_(weight), y_(y) {
     cublasLtMatmulDesc_t made;
     check(lt_.MatmulDescCreate(&made, CUBLAS_COMPUTE_32F, CUDA_R_32F), "a description");
     description_ = {made, lt_.MatmulDescDestroy};
@@ -70,21 +70,12 @@ class Product {
       set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t{z.stride(0)});
     }
     a_ = layout(weight), b_ = layout(x), d_ = layout(y);
-    key_ = {
-        device_of(x).index(),
-        x.scalar_type(),
-        epilogue,
-        y.size(1),
-        y.size(0),
-        x.size(1),
-        weight.stride(0),
-        x.stride(0)};
+    key_ = {device_.index(), x.scalar_type(), epilogue, y.size(1), y.size(0), x.size(1), weight.stride(0), x.stride(0)};
   }
 
   // False where cuBLASLt has no kernel for it.
   bool run() {
-    const Device device = device_of(x_);
-    const auto algorithm = this->algorithm();
+    const Algorithm algorithm = find_algorithm();
     if (!algorithm) return false;
     const float one = 1.0f, zero = 0.0f;
     const Tensor workspace = empty(x_, {int64_t{WORKSPACE}}, ScalarType::Byte);
@@ -105,7 +96,7 @@ class Product {
             &*algorithm,
             workspace.data_ptr(),
             WORKSPACE,
-            device.stream()),
+            device_.stream()),
         "linear_gelu's product");
     return true;
   }
@@ -143,7 +134,7 @@ class Product {
   }
 
   // The heuristic's first, asked once for a shape: asking takes longer than a launch.
-  Algorithm algorithm() {
+  Algorithm find_algorithm() {
     static std::mutex mutex;
     static std::map<Key, Algorithm> known;
     constexpr size_t MOST = 4096;
@@ -165,6 +156,7 @@ class Product {
   }
 
   const Cublas& lt_ = Cublas::get();
+  const Device device_;
   const Tensor &x_, &weight_, &y_;
   Owned<cublasLtMatmulDesc_t> description_{nullptr, nullptr};
   Owned<cublasLtMatrixLayout_t> a_{nullptr, nullptr}, b_{nullptr, nullptr}, d_{nullptr, nullptr};
