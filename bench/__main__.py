@@ -13,7 +13,7 @@ from typing import Any
 
 OP_NAMES = (
     "attention", "cross_entropy", "linear_cross_entropy", "attention_varlen", "linear", "gelu", "bias_gelu",
-    "linear_gelu", "geglu", "add_layer_norm",
+    "linear_gelu", "mlp", "geglu", "add_layer_norm",
 )  # fmt: skip
 MEASURING = {
     **{name: f"{name}: forward and backward beside every peer" for name in OP_NAMES},

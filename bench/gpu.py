@@ -23,8 +23,8 @@ from bench.records import Record, load, save
 
 _RESERVE = 20.0  # seconds for the report at the end
 _GPU_TESTS = [f"tests/test_{op}.py" for op in
-              ("philox", "gelu", "geglu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy",
-               "add_layer_norm", "attention", "attention_varlen")]  # fmt: skip
+              ("philox", "gelu", "geglu", "linear", "linear_gelu", "mlp", "cross_entropy",
+               "linear_cross_entropy", "add_layer_norm", "attention", "attention_varlen")]  # fmt: skip
 # What each tool of compute-sanitizer looks for; all on small shapes, our kernels alone.
 _SANITIZERS = {"memcheck": ("triton", "cuda"), "racecheck": ("cuda",), "synccheck": ("cuda",)}
 

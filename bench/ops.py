@@ -10,6 +10,7 @@ from bench import (
     bench_linear,
     bench_linear_cross_entropy,
     bench_linear_gelu,
+    bench_mlp,
 )
 from bench.cases import Op
 
@@ -24,6 +25,7 @@ OPS: dict[str, Op] = {
         bench_gelu.OP,
         bench_gelu.BIAS_GELU,
         bench_linear_gelu.OP,
+        bench_mlp.OP,
         bench_geglu.OP,
         bench_add_layer_norm.OP,
     )

@@ -43,6 +43,7 @@ OPS = (
     "gelu",
     "bias_gelu",
     "linear_gelu",
+    "mlp",
     "geglu",
     "add_layer_norm",
 )

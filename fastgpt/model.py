@@ -146,12 +146,15 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        fc, proj = self.c_fc, self.c_proj
         if self.activation == "relu":
-            x = F.relu(self.c_fc(x))
-        else:
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            x = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate)
-        return self.c_proj(x)
+            return proj(F.relu(fc(x)))
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        if (
+            type(fc) is not Linear or type(proj) is not Linear
+        ):  # as where an adapter has taken a layer's place
+            return proj(ops.gelu(fc(x), approximate))
+        return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, approximate)
 
 
 class Block(nn.Module):

@@ -13,6 +13,7 @@ NAMES = (
     "gelu",
     "bias_gelu",
     "linear_gelu",
+    "mlp",
     "geglu",
     "add_layer_norm",
     "attention",
@@ -62,6 +63,15 @@ def case(name, dtype, rows=37, size=67):
     if name == "linear_gelu":
         inputs = [leaf(rows, 16), leaf(size, 16, scale=0.25), leaf(size)]
         return ops.linear_gelu, lambda *linear: T.gelu(T.linear(*linear)), inputs
+    if name == "mlp":
+        inputs = [
+            leaf(rows, 16),
+            leaf(size, 16, scale=0.25),
+            leaf(size),
+            leaf(16, size, scale=size**-0.5),
+            leaf(16),
+        ]
+        return ops.mlp, lambda x, w1, b1, w2, b2: T.linear(T.gelu(T.linear(x, w1, b1)), w2, b2), inputs
     if name == "geglu":
         return ops.geglu, lambda a, b: T.gelu(a) * b, [leaf(rows, size), leaf(rows, size)]
     if name == "add_layer_norm":

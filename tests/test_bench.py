@@ -359,13 +359,13 @@ def test_planted_wrong_acceleration_is_not_timed(machine, monkeypatch):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_planted_wrong_model_fails_the_training_benchmark(what, machine, monkeypatch):
-    right = ops.linear_gelu
+    right = ops.mlp
 
-    def wrong(x, weight, bias=None, approximate="none"):
-        y = right(x, weight, bias, approximate=approximate)
+    def wrong(*arguments):
+        y = right(*arguments)
         return 1.1 * y if what == "loss" else 2 * y - y.detach()  # the same value, twice the gradient
 
-    monkeypatch.setattr("fastgpt.ops.linear_gelu", wrong)
+    monkeypatch.setattr("fastgpt.ops.mlp", wrong)
     # Large enough a step that a wrong gradient shows within eight.
     size = {"L": 2, "H": 2, "C": 64, "T": 32, "B": 4, "V": 256}
     ours, theirs = run_train(size, "fp32", machine, Plan(0, 3, 3, ("step",), ("cpp",), ("PyTorch",)))

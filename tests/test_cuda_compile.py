@@ -65,7 +65,7 @@ def test_every_kernel_keeps_its_bounds_and_does_not_spill():
 
 @needs_nvcc
 @pytest.mark.slow
-def test_linear_gelu_compiles_against_the_real_cublaslt(tmp_path):
+def test_epilogues_compile_against_the_real_cublaslt(tmp_path):
     """Whose header a plain machine lacks; the package that has it is of 420 MB."""
     download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp_path]
     done = subprocess.run([*download, "nvidia-cublas==13.*"], capture_output=True, text=True, check=False)
@@ -75,17 +75,17 @@ def test_linear_gelu_compiles_against_the_real_cublaslt(tmp_path):
     with zipfile.ZipFile(wheel) as files:
         files.extractall(tmp_path, [name for name in files.namelist() if "/include/" in name])
     (header,) = tmp_path.rglob("cublasLt.h")
-    source, compiled = cubins.SOURCES / "linear_gelu.cu", tmp_path / "linear_gelu.o"
+    compiled = tmp_path / "compiled.o"
     include = Path(torch.__file__).parent / "include"
     command = [cubins._nvcc(), "-c", *cubins._flags(), "-arch=sm_90a", f"-I{cubins.SOURCES}", f"-I{include}"]
-    named = {}
-    for more in ([], [f"-Xcompiler=-idirafter,{header.parent}"]):
-        done = subprocess.run(
-            [*command, *more, "-o", compiled, source], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        named[bool(more)] = b"cublasLtMatmulAlgoGetHeuristic" in compiled.read_bytes()
-    assert named == {False: False, True: True}
+    for op in ("linear_gelu", "mlp"):
+        for more in ([], [f"-Xcompiler=-idirafter,{header.parent}"]):
+            source = cubins.SOURCES / f"{op}.cu"
+            done = subprocess.run(
+                [*command, *more, "-o", compiled, source], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            assert (b"cublasLtMatmulAlgoGetHeuristic" in compiled.read_bytes()) == bool(more)
 
 
 def test_committed_file_has_every_kernel_for_every_architecture():

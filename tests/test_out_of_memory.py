@@ -60,6 +60,7 @@ CASES = {
     "bias_gelu": (8, 250_000),
     "linear": (1000, 2000),
     "linear_gelu": (1000, 2000),
+    "mlp": (1000, 2000),
     "geglu": (8, 250_000),
     "add_layer_norm": (8, 500_000),
     "attention": (1000, 256),

@@ -13,6 +13,7 @@ from fastgpt.ops.gelu import bias_gelu, gelu
 from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.linear_gelu import linear_gelu
+from fastgpt.ops.mlp import mlp
 
 __all__ = [
     "add_layer_norm",
@@ -25,4 +26,5 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
+    "mlp",
 ]

@@ -80,30 +80,38 @@ class _Linear(torch.autograd.Function):
         return *(g if n else None for g, n in zip(found, needed, strict=True)), None
 
 
-def as_rows(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None, str]:
-    """Checks a layer's arguments; returns x (M, K), weight and bias as the kernels take them, and the backend."""
-    check_tensors(op, x=x, weight=weight, bias=bias)
-    check_floating(op, x=x, weight=weight, bias=bias)
+def as_rows(op: str, x: Tensor, **parameters: Tensor | None) -> tuple[Tensor, list[Any], str]:
+    """Checks the arguments of layers that follow each other, a weight and a bias each.
+
+    Returns x (M, K) and the parameters as the kernels take them, and the backend.
+    """
+    check_tensors(op, x=x, **parameters)
+    check_floating(op, x=x, **parameters)
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have at least one dimension, got a scalar")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(f"{op}: weight must have shape (N, {x.shape[-1]}), got {tuple(weight.shape)}")
-    check_last_dim(op, weight.shape[0], bias=bias)
+    size, names = x.shape[-1], list(parameters)
+    for w, b in zip(names[::2], names[1::2], strict=True):
+        weight = parameters[w]
+        if weight is None:
+            raise TypeError(f"{op}: {w} must be a torch.Tensor, got NoneType")
+        if weight.dim() != 2 or weight.shape[1] != size:
+            raise ValueError(f"{op}: {w} must have shape (N, {size}), got {tuple(weight.shape)}")
+        size = weight.shape[0]
+        check_last_dim(op, size, **{b: parameters[b]})
 
     cast = autocast_dtype(x.device)
     if cast is None or x.dtype == torch.float64:
-        check_same_dtype(op, x=x, weight=weight, bias=bias)
+        check_same_dtype(op, x=x, **parameters)
         cast = x.dtype
     backend = select(op, x.device, lambda b: no_float64_on_gpu_backends(b, x.dtype))
     x = x.to(cast)
+    given = [p for p in parameters.values() if p is not None]
     # The C++ kernels round a float32 weight while they read it; the others want it rounded once for both directions.
-    parameters = [weight] if bias is None else [weight, bias]
-    if backend != "cpp" or any(p.dtype != torch.float32 for p in parameters):
-        parameters = [p.to(cast) for p in parameters]
-    rows, *parameters = distinct(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), *parameters)
-    return rows, parameters[0], parameters[1] if bias is not None else None, backend
+    if backend != "cpp" or any(p.dtype != torch.float32 for p in given):
+        given = [p.to(cast) for p in given]
+    rows, *given = distinct(x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0), *given)
+    left = iter(given)
+    return rows, [None if p is None else next(left) for p in parameters.values()], backend
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,5 +133,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: the shapes do not match.
         BackendUnavailable: the backend asked for cannot run this case.
     """
-    rows, w, b, backend = as_rows("linear", x, weight, bias)
+    rows, (w, b), backend = as_rows("linear", x, weight=weight, bias=bias)
     return _Linear.apply(rows, w, b, backend).view(*x.shape[:-1], weight.shape[0])

@@ -70,10 +70,17 @@ def _forward(
     return _LINEAR_GELU_FWD[backend](x, weight, bias, tanh, with_z)
 
 
-def _backward(grad: Tensor, z: Tensor, tanh: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad: Tensor, z: Tensor, bias: Tensor | None, tanh: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """dz and, in its dtype, the gradient of the bias that has been added to z."""
+    if bias is None:
+        return _BWD[backend](grad, z, tanh), None
     if backend in ("cpp", "cuda"):
-        return _BIAS_BWD[backend](grad, z, z.new_zeros(z.shape[1]), tanh)
-    return _LINEAR_GELU_BWD[backend](grad, z, tanh)
+        dz, dbias = _BIAS_BWD[backend](grad, z, z.new_zeros(z.shape[1]), tanh)
+    else:
+        dz, dbias = _LINEAR_GELU_BWD[backend](grad, z, tanh)
+    return dz, dbias.to(bias.dtype)
 
 
 class _LinearGelu(torch.autograd.Function):
@@ -94,12 +101,7 @@ class _LinearGelu(torch.autograd.Function):
         if twice_differentiable():
             function = lambda x, w, b: reference.linear_gelu(x, w, b, ctx.tanh)  # noqa: E731
             return *vjp(function, (x, weight, bias), grad, create_graph=True), None, None, None
-        grad, dbias = grad.contiguous(), None
-        if bias is None:
-            dz = _BWD[ctx.backend](grad, z, ctx.tanh)
-        else:
-            dz, dbias = _backward(grad, z, ctx.tanh, ctx.backend)
-            dbias = dbias.to(bias.dtype)
+        dz, dbias = _backward(grad.contiguous(), z, bias, ctx.tanh, ctx.backend)
         x_needed, weight_needed = ctx.needs_input_grad[:2]
         dx, dweight, _ = LINEAR_BWD[ctx.backend](dz, x, weight, x_needed, weight_needed, False)
         return dx if x_needed else None, dweight if weight_needed else None, dbias, None, None, None
@@ -126,7 +128,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
         BackendUnavailable: the backend asked for cannot run this case.
     """
     check_choice("linear_gelu", "approximate", approximate, APPROXIMATE)
-    rows, w, b, backend = as_rows("linear_gelu", x, weight, bias)
+    rows, (w, b), backend = as_rows("linear_gelu", x, weight=weight, bias=bias)
     with_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, w, b))
     y = _LinearGelu.apply(rows, w, b, approximate == "tanh", with_z, backend)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -9,6 +9,7 @@ from fastgpt.reference.cross_entropy import cross_entropy
 from fastgpt.reference.gelu import bias_gelu, geglu, gelu, linear_gelu
 from fastgpt.reference.linear import linear
 from fastgpt.reference.linear_cross_entropy import linear_cross_entropy
+from fastgpt.reference.mlp import mlp
 from fastgpt.reference.philox import dropout_keep
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
+    "mlp",
 ]

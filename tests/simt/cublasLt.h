@@ -1,14 +1,16 @@
-// What csrc/cuda/linear_gelu.cu asks of cuBLASLt, with a meaning for the host: names and values of NVIDIA's header,
+// What csrc/cuda/product.cuh asks of cuBLASLt, with a meaning for the host: names and values of NVIDIA's header,
 // done as its documentation says, for 16-bit numbers. What the real one refuses is refused.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #define CUBLAS_VER_MAJOR 13
 
@@ -16,7 +18,13 @@ enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_INVALID_VALUE = 7
 enum cudaDataType_t { CUDA_R_32F = 0, CUDA_R_16F = 2, CUDA_R_16BF = 14 };
 enum cublasComputeType_t { CUBLAS_COMPUTE_32F = 68 };
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
-enum cublasLtEpilogue_t { CUBLASLT_EPILOGUE_BIAS = 4, CUBLASLT_EPILOGUE_GELU = 32, CUBLASLT_EPILOGUE_GELU_AUX = 160 };
+enum cublasLtEpilogue_t {
+  CUBLASLT_EPILOGUE_BIAS = 4,
+  CUBLASLT_EPILOGUE_GELU = 32,
+  CUBLASLT_EPILOGUE_GELU_AUX = 160,
+  CUBLASLT_EPILOGUE_DGELU = 192,
+  CUBLASLT_EPILOGUE_DGELU_BGRAD = 208,
+};
 enum cublasLtMatmulDescAttributes_t {
   CUBLASLT_MATMUL_DESC_TRANSA = 3,
   CUBLASLT_MATMUL_DESC_EPILOGUE = 7,
@@ -24,13 +32,17 @@ enum cublasLtMatmulDescAttributes_t {
   CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER = 11,
   CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD = 12,
 };
-enum cublasLtMatmulPreferenceAttributes_t { CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1 };
+enum cublasLtMatmulPreferenceAttributes_t {
+  CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
+  CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+};
 
 struct cublasLtContext {};
 struct cublasLtMatmulDescOpaque_t {
   cublasOperation_t transpose_a = CUBLAS_OP_N;
   int epilogue = 1;
-  const void* bias = nullptr;
+  void* bias = nullptr;
   void* aux = nullptr;
   int64_t aux_stride = 0;
 };
@@ -41,6 +53,7 @@ struct cublasLtMatrixLayoutOpaque_t {
 };
 struct cublasLtMatmulPreferenceOpaque_t {
   uint64_t workspace = 0;
+  uint32_t alignment_a = 256, alignment_b = 256;
 };
 struct cublasLtMatmulAlgo_t {
   uint64_t data[8];
@@ -65,24 +78,26 @@ inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
   delete d;
   return CUBLAS_STATUS_SUCCESS;
 }
+template <typename T>
+cublasStatus_t simt_copy(T& field, const void* value, size_t bytes) {
+  if (bytes != sizeof(field)) return CUBLAS_STATUS_INVALID_VALUE;
+  std::memcpy(&field, value, bytes);
+  return CUBLAS_STATUS_SUCCESS;
+}
+
 inline cublasStatus_t cublasLtMatmulDescSetAttribute(
     cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t which, const void* value, size_t bytes) {
-  const auto into = [&](auto& field) {
-    if (bytes != sizeof(field)) return CUBLAS_STATUS_INVALID_VALUE;
-    std::memcpy(&field, value, bytes);
-    return CUBLAS_STATUS_SUCCESS;
-  };
   switch (which) {
     case CUBLASLT_MATMUL_DESC_TRANSA:
-      return into(d->transpose_a);
+      return simt_copy(d->transpose_a, value, bytes);
     case CUBLASLT_MATMUL_DESC_EPILOGUE:
-      return into(d->epilogue);
+      return simt_copy(d->epilogue, value, bytes);
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
-      return into(d->bias);
+      return simt_copy(d->bias, value, bytes);
     case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
-      return into(d->aux);
+      return simt_copy(d->aux, value, bytes);
     case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
-      return into(d->aux_stride);
+      return simt_copy(d->aux_stride, value, bytes);
   }
   return CUBLAS_STATUS_INVALID_VALUE;
 }
@@ -104,10 +119,16 @@ inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
-    cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t, const void* value, size_t bytes) {
-  if (bytes != sizeof(p->workspace)) return CUBLAS_STATUS_INVALID_VALUE;
-  std::memcpy(&p->workspace, value, bytes);
-  return CUBLAS_STATUS_SUCCESS;
+    cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t which, const void* value, size_t bytes) {
+  switch (which) {
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+      return simt_copy(p->workspace, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+      return simt_copy(p->alignment_a, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+      return simt_copy(p->alignment_b, value, bytes);
+  }
+  return CUBLAS_STATUS_INVALID_VALUE;
 }
 
 // Whether there is a kernel for any product: what the real one has depends on the GPU.
@@ -116,7 +137,18 @@ extern "C" inline __attribute__((used, visibility("default"))) void simt_set_has
   simt_has_products = has;
 }
 
-// Shapes and strides that agree; what the epilogue reads and writes is there, in columns of a multiple of eight.
+// In bytes, 256 at most.
+inline uint64_t simt_alignment(const void* p) {
+  const auto begin = reinterpret_cast<uintptr_t>(p);
+  return begin ? std::min<uint64_t>(begin & -begin, 256) : 256;
+}
+
+inline bool simt_is(const cublasLtMatmulDescOpaque_t& d, cublasLtEpilogue_t what) {
+  return (d.epilogue & what) == what;
+}
+
+// Shapes and strides that agree, and pointers as in the products that will follow; what the epilogue reads and writes
+// is there, in columns of a multiple of eight.
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t,
     cublasLtMatmulDesc_t d,
@@ -124,9 +156,9 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtMatrixLayout_t b,
     cublasLtMatrixLayout_t c,
     cublasLtMatrixLayout_t out,
-    cublasLtMatmulPreference_t,
+    cublasLtMatmulPreference_t p,
     int asked,
-    cublasLtMatmulHeuristicResult_t*,
+    cublasLtMatmulHeuristicResult_t* best,
     int* found) {
   *found = 0;
   const bool transposed = d->transpose_a == CUBLAS_OP_T;
@@ -134,12 +166,20 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
   bool sound =
       simt_has_products && asked > 0 && b->rows == k && out->rows == m && out->columns == b->columns && c->rows == m;
   for (const auto* l : {a, b, out}) sound = sound && l->stride >= static_cast<int64_t>(l->rows) && l->type == a->type;
-  if (d->epilogue & CUBLASLT_EPILOGUE_BIAS) sound = sound && d->bias != nullptr;
-  if (d->epilogue & 128)
+  if (simt_is(*d, CUBLASLT_EPILOGUE_BIAS) || simt_is(*d, CUBLASLT_EPILOGUE_DGELU_BGRAD))
+    sound = sound && d->bias != nullptr;
+  if (simt_is(*d, CUBLASLT_EPILOGUE_GELU_AUX) || simt_is(*d, CUBLASLT_EPILOGUE_DGELU))
     sound = sound && d->aux != nullptr && d->aux_stride % 8 == 0 && d->aux_stride >= static_cast<int64_t>(m);
   if (!sound) return CUBLAS_STATUS_NOT_SUPPORTED;
   *found = 1;
+  best->algo = {{p->alignment_a, p->alignment_b, simt_alignment(d->bias), simt_alignment(d->aux)}};
   return CUBLAS_STATUS_SUCCESS;
+}
+
+// GELU by tanh over z, and its derivative.
+inline std::pair<double, double> simt_gelu(double z) {
+  const double root = std::sqrt(2 / M_PI), t = std::tanh(root * (z + 0.044715 * z * z * z));
+  return {0.5 * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z * z)};
 }
 
 template <typename T>
@@ -152,17 +192,25 @@ void simt_multiply(
     T* out,
     const cublasLtMatrixLayoutOpaque_t& lout) {
   const bool transposed = d.transpose_a == CUBLAS_OP_T;
-  for (uint64_t j = 0; j < lout.columns; ++j)
-    for (uint64_t i = 0; i < lout.rows; ++i) {
-      double z = 0;
+  const auto to = [](double x) { return static_cast<T>(static_cast<float>(x)); };
+  T* const bias = static_cast<T*>(d.bias);
+  T* const aux = static_cast<T*>(d.aux);
+  for (uint64_t i = 0; i < lout.rows; ++i) {
+    double sum = 0;
+    for (uint64_t j = 0; j < lout.columns; ++j) {
+      double y = 0;
       for (uint64_t l = 0; l < lb.rows; ++l)
-        z += double{static_cast<float>(a[transposed ? l + i * la.stride : i + l * la.stride])} *
+        y += double{static_cast<float>(a[transposed ? l + i * la.stride : i + l * la.stride])} *
              double{static_cast<float>(b[l + j * lb.stride])};
-      if (d.epilogue & CUBLASLT_EPILOGUE_BIAS) z += static_cast<float>(static_cast<const T*>(d.bias)[i]);
-      if (d.epilogue & 128) static_cast<T*>(d.aux)[i + j * d.aux_stride] = static_cast<T>(static_cast<float>(z));
-      const double gelu = 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
-      out[i + j * lout.stride] = static_cast<T>(static_cast<float>(d.epilogue & CUBLASLT_EPILOGUE_GELU ? gelu : z));
+      if (simt_is(d, CUBLASLT_EPILOGUE_BIAS)) y += static_cast<float>(bias[i]);
+      if (simt_is(d, CUBLASLT_EPILOGUE_GELU_AUX)) aux[i + j * d.aux_stride] = to(y);
+      if (simt_is(d, CUBLASLT_EPILOGUE_GELU)) y *= simt_gelu(y).first;
+      if (simt_is(d, CUBLASLT_EPILOGUE_DGELU)) y *= simt_gelu(static_cast<float>(aux[i + j * d.aux_stride])).second;
+      sum += y;
+      out[i + j * lout.stride] = to(y);
     }
+    if (simt_is(d, CUBLASLT_EPILOGUE_DGELU_BGRAD)) bias[i] = to(sum);
+  }
 }
 
 inline cublasStatus_t cublasLtMatmul(
@@ -178,10 +226,13 @@ inline cublasStatus_t cublasLtMatmul(
     cublasLtMatrixLayout_t,
     void* out,
     cublasLtMatrixLayout_t lout,
-    const cublasLtMatmulAlgo_t*,
+    const cublasLtMatmulAlgo_t* algorithm,
     void*,
     size_t,
     void*) {
+  const void* const pointers[] = {a, b, d->bias, d->aux};
+  for (int i = 0; i < 4; ++i)
+    if (simt_alignment(pointers[i]) < algorithm->data[i]) return CUBLAS_STATUS_INVALID_VALUE;
   const auto multiply = [&](auto element) {
     using T = decltype(element);
     simt_multiply<T>(*d, static_cast<const T*>(a), *la, static_cast<const T*>(b), *lb, static_cast<T*>(out), *lout);
