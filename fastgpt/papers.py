@@ -21,6 +21,7 @@ import torch
 
 import fastgpt
 from fastgpt.config import TrainConfig
+from fastgpt.durable import writing
 from fastgpt.plot import loss_curve
 from fastgpt.runlog import RunLog
 
@@ -32,8 +33,10 @@ class Papers:
         """Write what is known at the start; a resumed run goes on with what is there, up to its step."""
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "config.toml").write_text(_toml(config), "utf-8", "replace")
-        with (self.out / "environment.json").open("a" if resumed_at else "w", encoding="utf-8") as stream:
+        options, environment = self.out / "config.toml", self.out / "environment.json"
+        with writing(options):
+            options.write_text(_toml(config), "utf-8", "replace")
+        with writing(environment), environment.open("a" if resumed_at else "w", encoding="utf-8") as stream:
             stream.write(json.dumps(_environment()) + "\n")
         self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)
         self._board = _tensorboard(self.out, resumed_at or 0) if config.tensorboard else None
@@ -53,7 +56,8 @@ class Papers:
 
     def write_sample(self, text: str) -> None:
         """Keep a sample."""
-        (self.out / "sample.txt").write_text(text, "utf-8")
+        with writing(file := self.out / "sample.txt"):
+            file.write_text(text, "utf-8")
 
     def close(self) -> None:
         """Close what is open."""

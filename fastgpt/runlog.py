@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from fastgpt.durable import writing
+
 
 class RunLog:
     """Records with a "step", and "train_loss" or "val_loss" among their values; append-only but for a
@@ -21,16 +23,18 @@ class RunLog:
         self.records: list[dict[str, Any]] = []
         if resume_at is not None and path.exists():
             self.records = [record for record in _read(path) if record["step"] <= resume_at]
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(map(_line, self.records)), "utf-8")
+        self.path, temporary = path, path.with_suffix(".writing")
+        with writing(temporary):
+            temporary.write_text("".join(map(_line, self.records)), "utf-8")
         temporary.rename(path)
         self._stream = path.open("a", encoding="utf-8")
 
     def add(self, step: int, **values: float) -> None:
         """Append a record, and hand it to the operating system at once."""
         self.records.append({"step": step, **values})
-        self._stream.write(_line(self.records[-1]))
-        self._stream.flush()
+        with writing(self.path):
+            self._stream.write(_line(self.records[-1]))
+            self._stream.flush()
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """The (step, value) of all records that have the value `name`."""
@@ -38,11 +42,13 @@ class RunLog:
 
     def sync(self) -> None:
         """Have the records on the disk: before the checkpoint that they lead up to."""
-        os.fsync(self._stream.fileno())
+        with writing(self.path):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        self._stream.close()
+        with writing(self.path):  # what could not be written is tried again
+            self._stream.close()
 
 
 def _line(record: dict[str, Any]) -> str:

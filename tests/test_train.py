@@ -17,6 +17,7 @@ import torch
 
 from fastgpt import checkpoint, heap
 from fastgpt.checkpoint import CheckpointError
+from fastgpt.cli import main
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.data import Batch, Stream
 from fastgpt.generate import generate
@@ -204,6 +205,16 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
     assert "could not be written" in done.stderr and "older ones are untouched" in done.stderr
     assert checkpoint.open_checkpoint(options["out"]).step == 4
     assert not list(Path(options["out"]).glob(".writing-*"))
+
+
+@pytest.mark.parametrize("file", ["config.toml", "environment.json", "log.jsonl", "sample.txt"])
+def test_a_full_disk_says_what_could_not_be_written(options: dict, file: str, capfd: pytest.CaptureFixture):
+    out = Path(options["out"])
+    out.mkdir()
+    # The log is begun under another name, of which it keeps what that stands for.
+    (out / {"log.jsonl": "log.writing"}.get(file, file)).symlink_to("/dev/full")
+    assert main(command(options, "--max-steps", "1")[3:]) == 2
+    assert capfd.readouterr().err == f"fastgpt: error: {out / file}: No space left on device\n"
 
 
 def test_a_text_shorter_than_a_block_is_refused(options: dict, tmp_path: Path):
