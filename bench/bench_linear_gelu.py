@@ -19,11 +19,11 @@ def inputs(case: Case, device: torch.device) -> list[Tensor]:
 
 
 def ours(case: Case) -> Function:
-    return ops.linear_gelu
+    return lambda x, w, b: ops.linear_gelu(x, w, b, **case.options)
 
 
 def pytorch(case: Case) -> Function:
-    return lambda x, w, b: T.gelu(T.linear(x, w, b))
+    return lambda x, w, b: T.gelu(T.linear(x, w, b), **case.options)
 
 
 def flops(case: Case) -> tuple[float, float]:
@@ -61,6 +61,7 @@ OP = Op(
     flops=flops,
     bytes=moved,
     held=held,
+    options=[{"approximate": "none"}, {"approximate": "tanh"}],
 )
 
 

@@ -99,6 +99,14 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a call of the layer is `ops.linear` of its parameters and nothing more: no adapter has taken its place,
+    nobody hooks it or has put another forward on it.
+    """
+    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
+    return type(layer) is Linear and "forward" not in layer.__dict__ and not any(hooks)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
 
@@ -150,11 +158,9 @@ class MLP(nn.Module):
         if self.activation == "relu":
             return proj(F.relu(fc(x)))
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        if (
-            type(fc) is not Linear or type(proj) is not Linear
-        ):  # as where an adapter has taken a layer's place
-            return proj(ops.gelu(fc(x), approximate))
-        return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, approximate)
+        if _is_plain(fc) and _is_plain(proj):
+            return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, approximate)
+        return proj(ops.gelu(fc(x), approximate))
 
 
 class Block(nn.Module):

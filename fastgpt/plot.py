@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastgpt.durable import writing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -135,4 +137,5 @@ def _frame(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 def _write(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with writing(Path(path)):
+        figure.savefig(path)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import explain
 from fastgpt.model import ACTIVATIONS, GPT, POSITIONS, GPTConfig, sampling_distribution
 
 TINY = {"vocab_size": 61, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -164,36 +163,6 @@ def test_every_variant_starts_at_log_v_and_learns(options: dict):
     model.eval()
     before, after = loss.item(), model(idx, targets)[1].item()
     assert after < before
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_mlp_is_one_op(activation: str):
-    mlp = tiny(activation=activation).h[0].mlp
-    decisions = explain(mlp, torch.randn(2, 3, 32)).decisions
-    assert [d.op for d in decisions] == (["linear"] * 2 if activation == "relu" else ["mlp"])
-
-
-@pytest.mark.parametrize("layer", ["c_fc", "c_proj"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_what_takes_the_place_of_a_layer_is_called(activation: str, layer: str):
-    """As an adapter, which has a weight too, but computes more."""
-    mlp, x = tiny(activation=activation).h[0].mlp, torch.randn(2, 3, 32)
-    expected = mlp(x)
-
-    class Adapter(torch.nn.Module):
-        def __init__(self, base: torch.nn.Linear) -> None:
-            super().__init__()
-            self.base, self.weight, self.bias = base, base.weight, base.bias
-            self.called = 0
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.called += 1
-            return self.base(x)
-
-    adapter = Adapter(getattr(mlp, layer))
-    setattr(mlp, layer, adapter)
-    torch.testing.assert_close(mlp(x), expected)
-    assert adapter.called == 1
 
 
 def test_gpt2_small_has_gpt2s_size_and_initialisation():

@@ -207,7 +207,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
     assert not list(Path(options["out"]).glob(".writing-*"))
 
 
-@pytest.mark.parametrize("file", ["config.toml", "environment.json", "log.jsonl", "sample.txt"])
+@pytest.mark.parametrize("file", ["config.toml", "environment.json", "log.jsonl", "loss.png", "sample.txt"])
 def test_a_full_disk_says_what_could_not_be_written(options: dict, file: str, capfd: pytest.CaptureFixture):
     out = Path(options["out"])
     out.mkdir()

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> mlp_bwd(
   const int64_t size = z.size(1);
 #ifdef FASTGPT_EPILOGUE
   const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  if (tanh && aligned(z) && Product::takes(grad, columns)) {
+  if (tanh && z.is_contiguous() && aligned(z) && Product::takes(grad, columns)) {
     const Tensor dz = torch::stable::empty_like(z), dbias = empty(z, {with_bias ? size : 0}, z.scalar_type());
     Epilogue epilogue{CUBLASLT_EPILOGUE_DGELU, nullptr, &z};
     if (with_bias) epilogue.kind = CUBLASLT_EPILOGUE_DGELU_BGRAD, epilogue.vector = &dbias;

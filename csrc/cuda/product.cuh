@@ -5,12 +5,13 @@
 // one has another way to go. Without the header, `call` alone is left.
 #pragma once
 
+#include <array>
+
 #include "tensors.cuh"
 
 #if __has_include(<cublasLt.h>)
 #include <cublasLt.h>
 
-#include <array>
 #include <compare>
 #include <map>
 #include <memory>
@@ -126,7 +127,7 @@ class Product {
             workspace.data_ptr(),
             WORKSPACE,
             device_.stream()),
-        "a product");
+        "a product with GELU in its epilogue");
     return true;
   }
 
@@ -193,14 +194,17 @@ class Product {
       check(lt_.MatmulPreferenceSetAttribute(made, which, &value, sizeof(value)), "a preference");
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t{WORKSPACE});
+    // Sums that are cut along K are put together in float: unless said, they may be rounded before that.
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, key_.alignment[0]);
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, key_.alignment[1]);
     cublasLtMatmulHeuristicResult_t best{};
     int found = 0;
     const cublasStatus_t status = lt_.MatmulAlgoGetHeuristic(
         handle(), description_.get(), a_.get(), b_.get(), d_.get(), d_.get(), made, 1, &best, &found);
+    if (status != CUBLAS_STATUS_NOT_SUPPORTED) check(status, "a choice of a kernel");
     if (known.size() == MOST) known.clear();
-    return known[key_] = status == CUBLAS_STATUS_SUCCESS && found > 0 ? Algorithm(best.algo) : std::nullopt;
+    return known[key_] = found > 0 && best.state == CUBLAS_STATUS_SUCCESS ? Algorithm(best.algo) : std::nullopt;
   }
 
   const Cublas& lt_ = Cublas::get();

@@ -73,7 +73,7 @@ def _forward(
 def _backward(
     grad: Tensor, z: Tensor, bias: Tensor | None, tanh: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    """dz and, in its dtype, the gradient of the bias that has been added to z."""
+    """dz and, in its dtype, the gradient of the bias that was added, if one was."""
     if bias is None:
         return _BWD[backend](grad, z, tanh), None
     if backend in ("cpp", "cuda"):
@@ -110,8 +110,8 @@ class _LinearGelu(torch.autograd.Function):
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """gelu(x @ weight.T + bias): a linear layer and its activation (Hendrycks & Gimpel, arXiv:1606.08415).
 
-    Under autocast as `ops.linear`. For the backward the arguments and the pre-activation are kept, not the
-    activation.
+    Under autocast as `ops.linear`, but that the bias's gradient is rounded. For the backward the arguments and the
+    pre-activation are kept, not the activation.
 
     Args:
         x: (..., K), any strides; float32 (on a GPU tf32 where PyTorch's products may be), bfloat16, float16, float64.

@@ -101,7 +101,8 @@ def mlp(
 ) -> Tensor:
     """gelu(x @ weight1.T + bias1) @ weight2.T + bias2: the MLP of a Transformer's layer (arXiv:1706.03762).
 
-    Under autocast as `ops.linear`. For the backward the arguments, the pre-activation and the activation are kept.
+    Under autocast as `ops.linear`, but that bias1's gradient is rounded. For the backward the arguments, the
+    pre-activation and the activation are kept.
 
     Args:
         x: (..., K), any strides; float32 (on a GPU tf32 where PyTorch's products may be), bfloat16, float16, float64.

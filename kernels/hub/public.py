@@ -12,6 +12,7 @@ from .ops import (
     linear,
     linear_cross_entropy,
     linear_gelu,
+    mlp,
 )
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_gelu",
+    "mlp",
     "use_backend",
 ]

@@ -34,8 +34,15 @@ enum cublasLtMatmulDescAttributes_t {
 };
 enum cublasLtMatmulPreferenceAttributes_t {
   CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+  CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5,
   CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+};
+
+enum cublasLtReductionScheme_t {
+  CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2,
+  CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE = 4,
+  CUBLASLT_REDUCTION_SCHEME_MASK = 7,
 };
 
 struct cublasLtContext {};
@@ -53,13 +60,14 @@ struct cublasLtMatrixLayoutOpaque_t {
 };
 struct cublasLtMatmulPreferenceOpaque_t {
   uint64_t workspace = 0;
-  uint32_t alignment_a = 256, alignment_b = 256;
+  uint32_t alignment_a = 256, alignment_b = 256, reduction = CUBLASLT_REDUCTION_SCHEME_MASK;
 };
 struct cublasLtMatmulAlgo_t {
   uint64_t data[8];
 };
 struct cublasLtMatmulHeuristicResult_t {
   cublasLtMatmulAlgo_t algo;
+  cublasStatus_t state;
 };
 using cublasLtHandle_t = cublasLtContext*;
 using cublasLtMatmulDesc_t = cublasLtMatmulDescOpaque_t*;
@@ -123,6 +131,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
   switch (which) {
     case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
       return simt_copy(p->workspace, value, bytes);
+    case CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK:
+      return simt_copy(p->reduction, value, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
       return simt_copy(p->alignment_a, value, bytes);
     case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
@@ -172,7 +182,8 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     sound = sound && d->aux != nullptr && d->aux_stride % 8 == 0 && d->aux_stride >= static_cast<int64_t>(m);
   if (!sound) return CUBLAS_STATUS_NOT_SUPPORTED;
   *found = 1;
-  best->algo = {{p->alignment_a, p->alignment_b, simt_alignment(d->bias), simt_alignment(d->aux)}};
+  best->algo = {{p->alignment_a, p->alignment_b, simt_alignment(d->bias), simt_alignment(d->aux), p->reduction}};
+  best->state = CUBLAS_STATUS_SUCCESS;
   return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -185,6 +196,7 @@ inline std::pair<double, double> simt_gelu(double z) {
 template <typename T>
 void simt_multiply(
     const cublasLtMatmulDescOpaque_t& d,
+    bool rounds,
     const T* a,
     const cublasLtMatrixLayoutOpaque_t& la,
     const T* b,
@@ -199,9 +211,11 @@ void simt_multiply(
     double sum = 0;
     for (uint64_t j = 0; j < lout.columns; ++j) {
       double y = 0;
-      for (uint64_t l = 0; l < lb.rows; ++l)
+      for (uint64_t l = 0; l < lb.rows; ++l) {
         y += double{static_cast<float>(a[transposed ? l + i * la.stride : i + l * la.stride])} *
              double{static_cast<float>(b[l + j * lb.stride])};
+        if (rounds && l % 4 == 3) y = static_cast<float>(to(y));  // cut along K, and put together where it may be
+      }
       if (simt_is(d, CUBLASLT_EPILOGUE_BIAS)) y += static_cast<float>(bias[i]);
       if (simt_is(d, CUBLASLT_EPILOGUE_GELU_AUX)) aux[i + j * d.aux_stride] = to(y);
       if (simt_is(d, CUBLASLT_EPILOGUE_GELU)) y *= simt_gelu(y).first;
@@ -235,7 +249,9 @@ inline cublasStatus_t cublasLtMatmul(
     if (simt_alignment(pointers[i]) < algorithm->data[i]) return CUBLAS_STATUS_INVALID_VALUE;
   const auto multiply = [&](auto element) {
     using T = decltype(element);
-    simt_multiply<T>(*d, static_cast<const T*>(a), *la, static_cast<const T*>(b), *lb, static_cast<T*>(out), *lout);
+    const bool rounds = algorithm->data[4] & CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE;
+    simt_multiply<T>(
+        *d, rounds, static_cast<const T*>(a), *la, static_cast<const T*>(b), *lb, static_cast<T*>(out), *lout);
     return CUBLAS_STATUS_SUCCESS;
   };
   if (la->type == CUDA_R_16F) return multiply(c10::Half{});
