@@ -333,6 +333,15 @@ def test_a_restart_by_torchrun_resumes_the_same_run_and_no_other(
     assert checkpoint.open_checkpoint(options["out"]).step == 2
 
 
+@pytest.fixture
+def _interruptible():
+    """Python's own handler of SIGINT, which is ignored where a shell has started the tests in the background."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_sigterm_does_not_cut_the_save_short():
     """torchrun passes on the signal that a scheduler has sent to every process."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
