@@ -76,7 +76,7 @@ def batch(name, padding=None, batch_size=3):
     labels = tokens.masked_fill(mask == 0, -100)
     if "MaskedLM" in name or "PreTraining" in name:
         labels = labels.masked_fill(torch.rand(tokens.shape) < 0.8, -100)
-        labels[:, LENGTH // 2] = 7
+        labels[:, [1, LENGTH // 2]] = 7  # some count, of a part of the batch too
     if name == "BertForPreTraining":
         given["next_sentence_label"] = torch.randint(0, 2, (batch_size,))
     return given | {"labels": labels}
