@@ -33,7 +33,7 @@ std::tuple<Results...> call(const char* op, const Arguments&... arguments) {
 
 #ifdef FASTGPT_EPILOGUE
 
-// What is called of the library, which PyTorch has loaded: by name, so that this one also loads where there is none.
+// What is called of the library, by name.
 struct Cublas {
   FASTGPT_CUBLASLT(Create);
   FASTGPT_CUBLASLT(Matmul);
