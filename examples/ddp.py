@@ -28,6 +28,14 @@ def main():
     steps = parser.parse_args().steps
 
     dist.init_process_group("gloo")
+    # In a function of its own: what DistributedDataParallel made must be gone before the group is. If it held the group
+    # last, it would wait for gloo's threads, and hold the GIL that they wait for.
+    train(steps)
+    dist.barrier()  # none leaves while another still listens to it
+    dist.destroy_process_group()
+
+
+def train(steps):
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(rank)  # other dropout in each process; DDP gives all of them the first one's weights
@@ -60,9 +68,6 @@ def main():
             dist.all_reduce(mean)
             if rank == 0:
                 print(f"step {step:4}  loss {mean.item():.3f}, the mean of {world} processes", flush=True)
-
-    dist.barrier()  # gloo's threads are done with our tensors, or the group could wait for them holding the GIL
-    dist.destroy_process_group()
 
 
 main()

@@ -94,7 +94,11 @@ class Processes:
             fully_shard(model, mesh=mesh)
             return model
         if self.world > 1:
-            return DistributedDataParallel(model)
+            wrapped = DistributedDataParallel(model)
+            # The last attribute is the last to go. A group that DDP's reducer held last would wait for gloo's threads
+            # and hold the GIL, which they need to let go of a tensor; one that Python held last waits without it.
+            wrapped.held_last = wrapped.process_group  # type: ignore[assignment]
+            return wrapped
         return model
 
     @contextlib.contextmanager

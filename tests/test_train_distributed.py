@@ -11,14 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # imported after a group was made, its defaults would hold that group
 
 from fastgpt import checkpoint
 from fastgpt.data import DatasetWriter
+from fastgpt.distributed import Processes
 from fastgpt.tokenizer import ByteTokenizer
 
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -93,6 +97,20 @@ def test_two_processes_have_the_losses_of_one(options: dict, alone: Path):
     out = alone.parent / "ddp"
     assert "2 processes (ddp), cpu" in run(options | {"out": out}, processes=2)
     assert_same(out, alone)
+
+
+def test_the_reducer_never_holds_the_group_last(monkeypatch: pytest.MonkeyPatch):
+    """A group that dies with it waits for gloo's threads holding the GIL: on a busy machine a run hung at its end."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # a group puts its own there
+    died: list[str] = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    wrapped = Processes(world=2).wrap(torch.nn.Linear(2, 2))
+    group = weakref.ref(wrapped.process_group, lambda _: died.append("group"))
+    reducer = weakref.ref(wrapped.reducer, lambda _: died.append("reducer"))
+    dist.destroy_process_group()
+    assert group() is not None and reducer() is not None
+    del wrapped
+    assert died == ["reducer", "group"]
 
 
 def test_two_processes_that_share_the_model_have_the_losses_of_one(options: dict, alone: Path):

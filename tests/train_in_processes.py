@@ -14,8 +14,14 @@ from client_models import VOCAB, build
 import fastgpt
 
 
-def main(how, out, untied=None):
+def main(*arguments):
     dist.init_process_group("gloo")
+    train(*arguments)  # lets go of DDP's reducer, which would wait for gloo's threads holding the GIL
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(how, out, untied=None):
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     model = build("GPT2LMHeadModel")
@@ -57,8 +63,6 @@ def main(how, out, untied=None):
         losses.append(float(mean) / world)
     if rank == 0:
         Path(out).write_text(json.dumps({"losses": losses, "ops": ops}))
-    dist.barrier()  # gloo's threads are done with our tensors, or the group could wait for them holding the GIL
-    dist.destroy_process_group()
 
 
 main(*sys.argv[1:])
