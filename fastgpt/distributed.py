@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import timedelta
@@ -158,6 +159,9 @@ class Processes:
         """Part from the others."""
         if dist.is_initialized():
             dist.destroy_process_group()
+            # Gloo's threads need the GIL to let go of the last tensors. PyTorch may hold the group beyond this, and a
+            # thread that asks for the GIL when Python has begun to end takes the process down.
+            time.sleep(0.1)
 
 
 def restarted() -> bool:

@@ -113,6 +113,23 @@ def test_the_reducer_never_holds_the_group_last(monkeypatch: pytest.MonkeyPatch)
     assert died == ["reducer", "group"]
 
 
+def test_a_tensor_that_gloo_still_holds_does_not_take_the_process_down_at_its_end():
+    program = """
+import sys
+import torch
+import torch.distributed as dist
+from fastgpt.distributed import Processes
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+dist.held_to_the_end = dist.group.WORLD  # as PyTorch's own caches hold it under FSDP2
+sys.setswitchinterval(100)  # a thread that asks for the GIL does not get it: it must be given
+dist.all_reduce(torch.ones(1), async_op=True)
+Processes().close()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_two_processes_that_share_the_model_have_the_losses_of_one(options: dict, alone: Path):
     out = alone.parent / "fsdp"
     printed = run(options | {"out": out, "parallel": "fsdp"}, processes=2)

@@ -12,13 +12,14 @@ import torch.distributed as dist
 from client_models import VOCAB, build
 
 import fastgpt
+from fastgpt.distributed import Processes
 
 
 def main(*arguments):
     dist.init_process_group("gloo")
     train(*arguments)  # lets go of DDP's reducer, which would wait for gloo's threads holding the GIL
     dist.barrier()
-    dist.destroy_process_group()
+    Processes().close()
 
 
 def train(how, out, untied=None):
