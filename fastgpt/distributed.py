@@ -8,6 +8,7 @@ agree on go over gloo, so that a GPU does not have to wait for them.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import time
@@ -63,6 +64,9 @@ class Processes:
                 world_size=world,
                 timeout=_PATIENCE,
             )
+        # Gloo's threads need the GIL to let go of the last tensors. PyTorch may hold the group beyond `close`, and a
+        # thread that asks for the GIL when Python has begun to end takes the process down.
+        atexit.register(time.sleep, 0.1)
         return self
 
     def __str__(self) -> str:
@@ -159,9 +163,6 @@ class Processes:
         """Part from the others."""
         if dist.is_initialized():
             dist.destroy_process_group()
-            # Gloo's threads need the GIL to let go of the last tensors. PyTorch may hold the group beyond this, and a
-            # thread that asks for the GIL when Python has begun to end takes the process down.
-            time.sleep(0.1)
 
 
 def restarted() -> bool:
