@@ -54,23 +54,24 @@ for name, rows, size in CASES:
         print(name, count, message, sep="\t")
 """
 
-# Rows and columns, for blocks of several MiB.
-CASES = {
+# Rows and columns, for blocks of several MiB. In the first ones threads take such blocks themselves, through C++ and not
+# through PyTorch; a heap in which other ops have left holes could serve them.
+IN_THREADS = {
+    "add_layer_norm": (4, 1_000_000),
+    "attention": (1000, 256),
+    "linear_cross_entropy": (64, 10_000),
+}
+CASES = IN_THREADS | {
     "gelu": (8, 250_000),
     "bias_gelu": (8, 250_000),
     "linear": (1000, 2000),
     "linear_gelu": (1000, 2000),
     "mlp": (1000, 2000),
     "geglu": (8, 250_000),
-    "add_layer_norm": (8, 500_000),
-    "attention": (1000, 256),
     "attention_varlen": (1000, 256),
     "cross_entropy": (8, 150_000),
-    "linear_cross_entropy": (64, 10_000),
     "linear_cross_entropy, row by row": (64, 10_000),
 }
-# Of these, threads take such blocks themselves, through C++ and not through PyTorch.
-IN_THREADS = {"add_layer_norm", "attention", "linear_cross_entropy"}
 
 
 def test_no_memory_is_an_error_and_nothing_worse():
@@ -89,4 +90,4 @@ def test_no_memory_is_an_error_and_nothing_worse():
     assert {name for name, _, _ in refused} == set(every_op.NAMES)
     messages = {message for _, _, message in refused}
     assert all("can't allocate memory" in m or m == "MemoryError: std::bad_alloc" for m in messages), messages
-    assert {name for name, _, message in refused if message.startswith("MemoryError")} >= IN_THREADS
+    assert {name for name, _, message in refused if message.startswith("MemoryError")} >= {*IN_THREADS}
