@@ -54,7 +54,7 @@ for name, rows, size in CASES:
         print(name, count, message, sep="\t")
 """
 
-# Rows and columns, for blocks of several MiB. In the first ones threads take such blocks themselves, through C++ and not
+# Rows and columns, for blocks of several MiB. In the first ones threads take such blocks themselves, through C++, not
 # through PyTorch; a heap in which other ops have left holes could serve them.
 IN_THREADS = {
     "add_layer_norm": (4, 1_000_000),
