@@ -1,7 +1,9 @@
 # Every target makes its own virtual environment, .venv, and needs nothing but Python 3.11 or later,
 # a C++20 compiler and make.
 #   make demo      train a small GPT for about two minutes on the CPU
-#   make test      the test suite          make test-all   with the slower sweeps
+#   make test      the quick tests, on all cores (tests/README.md)
+#   make test-changed  of the slow tests those that prove what has changed, since SINCE=COMMIT
+#   make test-all  everything: quick, slow, with a random seed, and the sanitizers on every variant of the kernels
 #   make asan      the ops' tests on C++ kernels that check every read, write and integer operation
 #   make lint      formatting, style, types
 #   make bench     a few minutes of benchmarks beside every peer that is installed; out/bench/report.html
@@ -15,9 +17,11 @@ TORCH ?= torch==2.13.0
 # What `make gpu` may take.
 MINUTES ?= 25
 BIN := .venv/bin
+# A worker a core; tests that share a build or what a module's fixture made stay with one.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-all asan lint bench compare gpu rehearse clean
+.PHONY: demo test test-changed test-all asan lint bench compare gpu rehearse clean
 
 .venv/.tools: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -39,10 +43,17 @@ demo: .venv/.installed
 	$(BIN)/fastgpt train --config examples/demo.toml
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-changed: .venv/.dev
+	@files="$$($(BIN)/python -m tests.support.affected --since "$(SINCE)")"; \
+	if [ -n "$$files" ]; then echo "slow tests of: $$files"; $(PYTEST) -m slow $$files; else echo "nothing has changed that a slow test proves"; fi
 
 test-all: .venv/.dev
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m "" --seed random
+	for variant in $$($(BIN)/python -c "from fastgpt import _C; print(*_C.cpu_variants())"); do \
+		$(MAKE) asan VARIANT=$$variant || exit 1; \
+	done
 
 # AddressSanitizer and UndefinedBehaviorSanitizer, with gcc; VARIANT=plain (or another that this CPU can run) instead
 # of the best one. Left out: other backends; torch.compile, which calls the same kernels; memory peaks, to which
@@ -59,7 +70,7 @@ asan: .venv/.dev
 		build_ext --sanitize --variants "$$variant"; \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest --capture=sys -o pythonpath="tests $$folder/lib" $(ASAN_TESTS) \
+	$(PYTEST) --capture=sys -o pythonpath="tests $$folder/lib" $(ASAN_TESTS) \
 		-k "not reference and not triton and not cuda and not compiles and not never_holds"
 
 lint: .venv/.dev

@@ -1,35 +1,121 @@
 """The fixtures of all tests.
 
-On the CPU, Triton runs in its interpreter. `--device cuda` runs the tests that take a backend, and only those,
-on a GPU: its kernels compiled, every tensor that a test makes on the GPU.
+`backend` is each backend in turn, `dtype` each dtype that the backend serves, `examples` the number of examples that
+hypothesis draws. What is slow is marked here: a hundred examples; on all backends but one what they share (`once`); and
+where a kernel is interpreted or emulated, what takes it long (`costly`) and float16.
+
+On the CPU, Triton runs in its interpreter and the CUDA kernels in the emulator. `--device cuda` runs the tests that
+take a backend, and only those, on a GPU: kernels compiled, every tensor that a test makes on the GPU.
 """
 
 import os
+import random
+import zlib
 
+import numpy as np
 import pytest
 import torch
+from contract import DTYPES, GPU_BACKENDS, PROVED_ONCE, dtypes_of
 from hypothesis import HealthCheck, settings
 
 import fastgpt
 from fastgpt.backends import BACKENDS
 
-settings.register_profile(
-    "fastgpt", deadline=None, max_examples=20, suppress_health_check=list(HealthCheck), print_blob=True
-)
-settings.load_profile("fastgpt")
+EXAMPLES = {"cpp": 20, "reference": 20, "triton": 5, "cuda": 5}  # by what one costs
+MANY = 100
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the kernels run")
+    parser.addoption(
+        "--seed",
+        default="0",
+        metavar="N|random",
+        help="seed of all inputs, with the test's name (default: 0)",
+    )
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    os.environ["OMP_WAIT_POLICY"] = (
+        "passive"  # of the workers, too: a thread that waits leaves its core to others
+    )
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+    if (
+        config.option.seed == "random"
+    ):  # drawn once: workers are given the options of the process that starts them
+        config.option.seed = str(int.from_bytes(os.urandom(4), "little"))
+    fixed = config.option.seed == "0"
+    if not fixed:
+        config.option.hypothesis_seed = config.option.seed
+    settings.register_profile(
+        "fastgpt",
+        deadline=None,
+        max_examples=EXAMPLES["cpp"],
+        suppress_health_check=list(HealthCheck),
+        derandomize=fixed,
+        print_blob=not fixed,
+    )
+    settings.load_profile("fastgpt")
 
 
+def pytest_report_header(config):
+    return f"seed: {config.option.seed} (--seed {config.option.seed} draws the same inputs again)"
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One worker a core that this process may use; eight at most, of about 2 GiB each."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+def pytest_generate_tests(metafunc):
+    """The cross product of backends with what depends on them."""
+    given = {
+        name
+        for mark in metafunc.definition.iter_markers("parametrize")
+        for name in (mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0])
+    }
+    names = [name for name in ("dtype", "examples") if name in metafunc.fixturenames and name not in given]
+    if "backend" not in metafunc.fixturenames or "backend" in given:
+        return
+    only = metafunc.definition.get_closest_marker("only")
+    cases = []
+    for backend in only.args if only else BACKENDS:
+        if names == ["dtype"]:
+            cases += [
+                pytest.param(backend, dtype, id=f"{backend}-{DTYPES[dtype]}") for dtype in dtypes_of(backend)
+            ]
+        elif names == ["examples"]:
+            cases.append(pytest.param(backend, EXAMPLES[backend], id=f"{backend}-{EXAMPLES[backend]}"))
+            cases.append(pytest.param(backend, MANY, id=f"{backend}-{MANY}", marks=pytest.mark.slow))
+        else:
+            cases.append(pytest.param(backend, id=backend))
+    metafunc.parametrize(["backend", *names], cases, indirect=["backend"])
+
+
+def pytest_make_parametrize_id(val):
+    """bf16 for torch.bfloat16, 2x3x64 for a shape."""
+    if isinstance(val, torch.dtype):
+        return DTYPES.get(val)
+    if isinstance(val, tuple) and all(type(n) is int for n in val):
+        return "x".join(map(str, val)) or "scalar"
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are selected by their marks
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--device") == "cuda":
+    on_gpu = config.getoption("--device") == "cuda"
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        backend = parameters.get("backend")
+        only = item.get_closest_marker("only")
+        here = only.args[0] if only and PROVED_ONCE not in only.args else PROVED_ONCE
+        again = item.get_closest_marker("once") and backend not in (None, here)
+        costly = item.get_closest_marker("costly") or parameters.get("dtype") == torch.float16
+        if again or (costly and backend in GPU_BACKENDS and not on_gpu):
+            item.add_marker(pytest.mark.slow)
+    if on_gpu:
         elsewhere = [item for item in items if "backend" not in item.fixturenames]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
@@ -49,24 +135,20 @@ def _device(pytestconfig):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_randomness_and_threads():
-    """Every test draws fresh random inputs; the seed is printed when it fails."""
-    torch.set_num_threads(2)
+def _seeded(request):
+    """Every test has inputs of its own, the same in every run with one --seed; one thread, unless it says otherwise."""
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"torch.manual_seed({seed})")
+    name = f"{request.config.option.seed} {request.node.path.name}::{request.node.name}"
+    seed = zlib.crc32(name.encode())
+    random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 @pytest.fixture
-def single_thread(_fresh_randomness_and_threads):
-    """For models so small that a second thread is only waited for."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    """Each backend in turn, in force for the test; on the CPU, the CUDA kernels run in the emulator."""
+def backend(request, _seeded):
+    """A backend, in force for the test; on the CPU, the CUDA kernels run in the emulator."""
     on_gpu = request.config.getoption("--device") == "cuda"
     if request.param == "cpp" and on_gpu:
         pytest.skip("the C++ kernels are the CPU's")
@@ -82,5 +164,7 @@ def backend(request):
     available = fastgpt.available_backends("gelu")[request.param]
     if not available:
         pytest.skip(available.reason)
+    if request.param == "cpp":
+        torch.set_num_threads(2)  # whose kernels cut their work between threads
     with fastgpt.use_backend(request.param):
         yield request.param

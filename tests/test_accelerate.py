@@ -196,7 +196,7 @@ def test_accelerated_model_saves_loads_copies_and_pickles(tmp_path):
     assert isinstance(model, Replacement), "a copy that is restored leaves the original"
 
 
-def test_eager_model_is_replaced_and_given_back_and_its_padding_is_mentioned():
+def test_eager_model_is_replaced_and_restored_and_padding_is_mentioned():
     model, inputs = build("GPT2LMHeadModel", attn_implementation="eager"), batch("GPT2LMHeadModel", "right")
     before = loss_and_gradients(model, inputs)
     assert "eager" in str(fastgpt.accelerate(model))

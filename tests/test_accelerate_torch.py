@@ -169,7 +169,7 @@ def test_decoder_computes_the_same():
     torch.testing.assert_close(model(x, memory, **options), before)
 
 
-def test_own_model_is_accelerated_in_its_modules_and_the_report_names_patch_functional():
+def test_own_model_is_accelerated_and_report_names_patch_functional():
     model = NanoGPT()
     tokens = torch.randint(0, 200, (2, 9))
     before = loss_and_gradients(model, (tokens, tokens))

@@ -4,14 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as T
 from contract import (
+    any_of,
     check_compiles_once,
     check_every_slot_is_written,
     check_opcheck,
     check_same_bits_for_any_thread_count,
-    dtypes_of,
     registered,
+    with_costly,
 )
-from hypothesis import assume, given
+from hypothesis import assume
 from hypothesis import strategies as st
 from plain_attention import composed
 
@@ -69,68 +70,66 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_obeys_the_error_rule(backend, case):
+def test_obeys_the_error_rule(backend, dtype, case):
     options, shape = CASES[case]
-    for dtype in dtypes_of(backend):
-        check_error_rule(
-            lambda q, k, v: ops.attention(q, k, v, **options),
-            lambda q, k, v: composed(q, k, v, **options),
-            inputs(dtype, **shape),
-        )
+    check_error_rule(
+        lambda q, k, v: ops.attention(q, k, v, **options),
+        lambda q, k, v: composed(q, k, v, **options),
+        inputs(dtype, **shape),
+    )
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "gapped"])
-def test_strided_inputs(backend, layout):
-    for dtype in dtypes_of(backend):
-        check_error_rule(
-            lambda q, k, v: ops.attention(q, k, v, causal="upper_left"),
-            lambda q, k, v: composed(q, k, v, causal="upper_left"),
-            inputs(dtype, layout=layout),
-        )
+def test_strided_inputs(backend, dtype, layout):
+    check_error_rule(
+        lambda q, k, v: ops.attention(q, k, v, causal="upper_left"),
+        lambda q, k, v: composed(q, k, v, causal="upper_left"),
+        inputs(dtype, layout=layout),
+    )
 
 
-def test_packed_qkv_in_and_contiguous_rows_out(backend):
+def test_packed_qkv_in_and_contiguous_rows_out(backend, dtype):
     """q, k, v are views into one (B, T, 3, H, D) tensor; the output is a view of a contiguous (B, T, H, D)."""
-    for dtype in dtypes_of(backend):
-        packed = strided((2, 19, 3, 2, 8), dtype, "contiguous")
-        ours = lambda p: ops.attention(*p.permute(2, 0, 3, 1, 4), causal="upper_left")  # noqa: E731
-        check_error_rule(ours, lambda p: composed(*p.permute(2, 0, 3, 1, 4), causal="upper_left"), [packed])
-        assert ours(packed).transpose(1, 2).is_contiguous()
+    packed = strided((2, 19, 3, 2, 8), dtype, "contiguous")
+    ours = lambda p: ops.attention(*p.permute(2, 0, 3, 1, 4), causal="upper_left")  # noqa: E731
+    check_error_rule(ours, lambda p: composed(*p.permute(2, 0, 3, 1, 4), causal="upper_left"), [packed])
+    assert ours(packed).transpose(1, 2).is_contiguous()
+
+
+MASKS = [(2, 4, 20, 20), (1, 1, 20, 20), (2, 1, 1, 20), (20, 20), (1, 20), (20, 1), ()]
+
+
+@pytest.mark.parametrize("shape", with_costly(MASKS, (1, 1, 20, 20), (20, 20), (1, 20), ()))
+@pytest.mark.parametrize("kind", ["bool", "additive", "additive float32"])
+def test_masks_of_every_broadcastable_shape(backend, dtype, shape, kind):
+    if kind == "bool":
+        mask = torch.rand(shape) > 0.3
+    else:
+        mask = torch.randn(shape).to(torch.float32 if kind.endswith("32") else dtype)
+    check_error_rule(
+        lambda q, k, v, m=mask: ops.attention(q, k, v, attn_mask=m),
+        lambda q, k, v, m=mask: composed(q, k, v, attn_mask=m),
+        inputs(dtype),
+    )
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 4, 20, 20), (1, 1, 20, 20), (2, 1, 1, 20), (20, 20), (1, 20), (20, 1), ()]
+    "asked", with_costly(["by the option", "by PyTorch's switch"], "by PyTorch's switch")
 )
-@pytest.mark.parametrize("kind", ["bool", "additive", "additive float32"])
-def test_masks_of_every_broadcastable_shape(backend, shape, kind):
-    for dtype in dtypes_of(backend):
-        if kind == "bool":
-            mask = torch.rand(shape) > 0.3
-        else:
-            mask = torch.randn(shape).to(torch.float32 if kind.endswith("32") else dtype)
-        check_error_rule(
-            lambda q, k, v, m=mask: ops.attention(q, k, v, attn_mask=m),
-            lambda q, k, v, m=mask: composed(q, k, v, attn_mask=m),
-            inputs(dtype),
-        )
-
-
-@pytest.mark.parametrize("asked", ["by the option", "by PyTorch's switch"])
-def test_deterministic_backward(backend, asked):
+def test_deterministic_backward(backend, dtype, asked):
     """Where it is another path, it is as exact; and its bits are the same in every run."""
     torch.use_deterministic_algorithms(asked == "by PyTorch's switch")
     options = {"causal": "lower_right", "softcap": 2.0, "window": (20, -1), "dropout_p": 0.3, "seed": 3}
     ours = lambda q, k, v: ops.attention(q, k, v, deterministic=asked == "by the option", **options)  # noqa: E731
-    for dtype in dtypes_of(backend):
-        tensors = [
-            strided(shape, dtype, "contiguous") for shape in ((2, 4, 70, 24), (2, 2, 80, 24), (2, 2, 80, 24))
-        ]
-        check_error_rule(ours, lambda q, k, v: composed(q, k, v, **options), tensors)
-        first, second = (run_with_gradients(ours, tensors, None)[1] for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    tensors = [
+        strided(shape, dtype, "contiguous") for shape in ((1, 2, 70, 24), (1, 1, 80, 24), (1, 1, 80, 24))
+    ]
+    check_error_rule(ours, lambda q, k, v: composed(q, k, v, **options), tensors)
+    first, second = (run_with_gradients(ours, tensors, None)[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@given(
+@any_of(
     rows=st.integers(1, 75),
     columns=st.integers(1, 75),
     size=st.integers(1, 40),
@@ -179,13 +178,12 @@ def test_any_shape_and_combination_of_options(
     )
 
 
-def test_agrees_with_pytorchs_own_kernel(backend):
-    for dtype in dtypes_of(backend):
-        check_error_rule(
-            lambda q, k, v: ops.attention(q, k, v, causal="upper_left"),
-            lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True),
-            inputs(dtype, rows=66, columns=66),
-        )
+def test_agrees_with_pytorchs_own_kernel(backend, dtype):
+    check_error_rule(
+        lambda q, k, v: ops.attention(q, k, v, causal="upper_left"),
+        lambda q, k, v: T.scaled_dot_product_attention(q, k, v, is_causal=True),
+        inputs(dtype, rows=66, columns=66),
+    )
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend):
@@ -203,7 +201,7 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(backend):
         assert torch.equal(g, torch.zeros_like(g))
 
 
-def test_log_sum_exp_is_returned_and_differentiable(backend):
+def test_log_sum_exp_is_returned_and_differentiable(backend, dtype):
     def both(q, k, v):
         out, lse = ops.attention(q, k, v, causal="upper_left", return_lse=True)
         return out, lse.to(q.dtype)
@@ -213,8 +211,7 @@ def test_log_sum_exp_is_returned_and_differentiable(backend):
         s = s.masked_fill(torch.ones(s.shape[-2:]).triu(1).bool(), -torch.inf)
         return torch.softmax(s, -1) @ v, torch.logsumexp(s, -1)
 
-    for dtype in dtypes_of(backend):
-        check_error_rule(both, expected, inputs(dtype))
+    check_error_rule(both, expected, inputs(dtype))
 
 
 def test_dropout_mask_is_the_references_bit_for_bit(backend):
@@ -258,13 +255,12 @@ def test_large_scores_do_not_overflow(backend):
     check_error_rule(ops.attention, T.scaled_dot_product_attention, [q, k, v])
 
 
-def test_low_scores_do_not_overflow_past_the_last_column(backend):
+def test_low_scores_do_not_overflow_past_the_last_column(backend, dtype):
     """Of zeros in the place of columns, in a tile that the last one ends within, exp(0 - lse) is inf in fp16."""
-    for dtype in dtypes_of(backend):
-        q, v = torch.full((1, 1, 48, 16), 3.0, dtype=dtype), torch.randn(1, 1, 17, 16).to(dtype)
-        tensors = [x.clone().requires_grad_() for x in (q, -q[:, :, :17], v)]
-        grads = run_with_gradients(ops.attention, tensors, None)[1]
-        assert [bool(grad.isfinite().all()) for grad in grads] == [True] * 3
+    q, v = torch.full((1, 1, 48, 16), 3.0, dtype=dtype), torch.randn(1, 1, 17, 16).to(dtype)
+    tensors = [x.clone().requires_grad_() for x in (q, -q[:, :, :17], v)]
+    grads = run_with_gradients(ops.attention, tensors, None)[1]
+    assert [bool(grad.isfinite().all()) for grad in grads] == [True] * 3
 
 
 def test_nan_is_not_hidden(backend):
@@ -275,12 +271,12 @@ def test_nan_is_not_hidden(backend):
     assert out[0, 0, :3].isfinite().all()
 
 
-def test_every_slot_is_written(backend):
+@pytest.mark.parametrize("lengths", with_costly([(20, 70), (70, 20)], (70, 20)))
+def test_every_slot_is_written(backend, lengths):
     """Keys that no row sees included."""
-    for shape in ({"rows": 20, "columns": 70}, {"rows": 70, "columns": 20, "heads": 4, "kv_heads": 2}):
-        check_every_slot_is_written(
-            lambda q, k, v: ops.attention(q, k, v, causal="upper_left"), inputs(torch.float32, **shape)
-        )
+    rows, columns = lengths
+    tensors = inputs(torch.float32, rows=rows, columns=columns, heads=4, kv_heads=4 if rows < columns else 2)
+    check_every_slot_is_written(lambda q, k, v: ops.attention(q, k, v, causal="upper_left"), tensors)
 
 
 def test_callers_tensors_are_not_written(backend):
@@ -313,6 +309,7 @@ def test_gradient_of_a_mask_is_served_by_the_reference():
         ops.attention(q, k, v, attn_mask=mask)
 
 
+@pytest.mark.once
 def test_opcheck(backend):
     q, k, v = (t.detach() for t in inputs(torch.float32, rows=5, columns=7))
     mask, slopes, seed = (torch.rand(5, 7) > 0.1).expand(2, 4, 5, 7), torch.rand(4), torch.tensor([5])
@@ -329,6 +326,7 @@ def test_opcheck(backend):
     )
 
 
+@pytest.mark.once
 def test_compiles_once_for_all_shapes(backend):
     def function(q, k, v):
         return ops.attention(q, k, v, causal="upper_left").transpose(1, 2).flatten(2)
@@ -337,6 +335,7 @@ def test_compiles_once_for_all_shapes(backend):
     check_compiles_once(function, batches)
 
 
+@pytest.mark.once
 def test_one_tensor_as_query_key_and_value_compiles(backend):
     x = strided((2, 4, 7, 16), torch.float32, "contiguous")
     check_compiles_once(lambda x: ops.attention(x, x, x), [[x]])

@@ -26,8 +26,19 @@ def by_descriptors_and_by_pointers(function, tensors, monkeypatch):
     return first, second
 
 
+NONE = ("head size 33", "head size 3, value size 5", "head size 256")  # which no descriptor describes
+QUICK = (
+    "upper-left causal, more columns",
+    "one row, as in decoding",
+    "window",
+    "softcap",
+    "dropout, causal, grouped",
+)
+
+
 @pytest.mark.parametrize(
-    "case", [c for c in CASES if c not in ("head size 33", "head size 3, value size 5", "head size 256")]
+    "case",
+    [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES if c not in NONE],
 )
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_tensor_descriptors_give_what_pointers_give(case, deterministic, monkeypatch):

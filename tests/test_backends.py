@@ -80,7 +80,7 @@ def test_use_backend_decorates_a_function_in_every_thread():
     assert current_backend() == "auto"
 
 
-def test_decorated_function_in_two_threads_at_once_restores_each_ones_own_choice():
+def test_decorated_function_restores_the_choice_of_each_of_two_threads():
     both_are_in = threading.Barrier(2, timeout=10)
     first_is_out = threading.Event()
     after = {}
@@ -228,7 +228,7 @@ def test_cuda_is_refused_on_the_cpu_with_the_reason():
 
 
 @needs_cpp
-def test_large_heads_go_to_the_reference_in_ops_and_to_pytorch_in_the_drop_in():
+def test_large_heads_go_to_the_reference_and_in_the_drop_in_to_pytorch():
     q = torch.randn(1, 1, 2, 257)
     assert chosen(ops.attention, q, q, q) == "reference"
     assert chosen(F.scaled_dot_product_attention, q, q, q) == "pytorch"
@@ -341,7 +341,7 @@ def test_without_the_extension_all_runs_and_the_reason_names_what_mends_it():
     assert "pip install --no-build-isolation" in reason
 
 
-def test_extension_of_another_torch_is_not_loaded_and_the_reason_names_both():
+def test_extension_of_another_torch_is_refused_with_both_versions():
     stub = (
         "stub = types.ModuleType('fastgpt._C')\n"
         "stub.build_info = lambda: {'torch': '1.0.0', 'variants': 'plain'}\n"

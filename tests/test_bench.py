@@ -83,7 +83,9 @@ def test_ours_and_pytorch_are_verified_and_timed(op, machine):
         assert (record["ratio"] is None) == (record["peer"] is None)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=() if op == "gelu" else pytest.mark.slow) for op in OPS]
+)
 @pytest.mark.parametrize("what", ["value", "gradient", "dtype", "nan"])
 def test_planted_wrong_kernel_fails_the_run(op, what, machine, monkeypatch, tmp_path, capsys):
     """A kernel of ours that is wrong in any way has no time, and the command exits with 1."""
@@ -313,6 +315,7 @@ def test_unknown_word_gives_the_known_ones(arguments, known, capsys):
     assert known in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_json_on_stdout_is_the_records():
     run = bench("gelu", "--tiny", "--seconds", 0, "--json", "--peer", "PyTorch")
     assert run.returncode == 0, run.stderr
@@ -325,6 +328,7 @@ def test_json_on_stdout_is_the_records():
     assert all(r["status"] == "ok" for r in records)
 
 
+@pytest.mark.slow
 def test_training_losses_agree_before_a_speed_counts(machine):
     plan = Plan(0, 3, 3, ("step",), backends=("cpp",))
     records = run_train(SIZES["tiny"][0], "fp32", machine, plan)
@@ -373,6 +377,7 @@ def test_planted_wrong_model_fails_the_training_benchmark(what, machine, monkeyp
     assert theirs["status"] == "ok"
 
 
+@pytest.mark.slow
 def test_interrupted_run_keeps_what_it_had(tmp_path):
     """SIGKILL in the middle: the file is whole and holds every case that was done."""
     command = [

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from bench.data import measure, table
 
 
+@pytest.mark.slow
 def test_every_contender_is_timed_and_both_sizes_are_weighed(tmp_path: Path):
     source = tmp_path / "source"
     source.mkdir()

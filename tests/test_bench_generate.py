@@ -8,6 +8,8 @@ from bench.harness import Plan
 from bench.machine import Machine
 from fastgpt.kv_cache import KVCache
 
+pytestmark = pytest.mark.xdist_group("bench_generate")  # whose fixtures are made once
+
 
 @pytest.fixture(scope="module")
 def machine():

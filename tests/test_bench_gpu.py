@@ -39,12 +39,14 @@ def test_gpu_run_survives_what_others_lack_and_break(monkeypatch, tmp_path, caps
     assert records[0]["rehearsal"] and sum("device" in r for r in records) == 1
 
 
+@pytest.mark.slow
 def test_gpu_run_fails_when_a_stage_of_ours_does(monkeypatch, tmp_path):
     staged(monkeypatch, gpu.Stage("tests", ["-c", "raise SystemExit(1)"]), QUICK_STAGE)
     assert gpu.run_gpu(tmp_path, 3.0, rehearse=True, commit=None) == 1
     assert any(r["op"] == "gelu" for r in load(tmp_path / "results.json"))  # and yet the rest is done
 
 
+@pytest.mark.slow
 def test_gpu_run_ends_a_stage_in_time_and_keeps_its_records(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "_RESERVE", 1.0)
     slow = gpu.Stage("all", ["-m", "bench", "all", "--tiny", "--seconds", "60", "--peer", "none"])
@@ -80,6 +82,7 @@ def test_stages_come_in_the_order_of_what_matters():
     assert set(OPS) <= set(names)
 
 
+@pytest.mark.slow
 def test_rehearsal_goes_through_everything(tmp_path):
     run = bench("gpu", "--rehearse", "--budget-minutes", 15, "--out", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -60,7 +60,7 @@ def test_page_of_a_rehearsal_says_so():
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
-browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome on the PATH")
+needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium or Chrome on the PATH")
 EARLY = """<script>window.errors = [];
 addEventListener("error", e => errors.push(String(e.message)));
 addEventListener("securitypolicyviolation", e => errors.push("reaches for " + e.blockedURI));</script>
@@ -101,7 +101,8 @@ def chromium(folder, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=50, check=True).stdout
 
 
-@browser
+@pytest.mark.slow
+@needs_browser
 def test_page_in_a_browser(tmp_path):
     text = whole_page().replace("<head>", "<head>" + EARLY, 1).replace("</body>", PROBE + "</body>", 1)
     # In frames, since a window has a least width that is above a phone's.
@@ -128,7 +129,8 @@ def test_page_in_a_browser(tmp_path):
         assert found["themes"] in ([light, dark, light], [dark, light, dark]) and not found["hidden"]
 
 
-@browser
+@pytest.mark.slow
+@needs_browser
 @pytest.mark.parametrize(("scheme", "low", "high"), [(1, 0.8, 1.0), (0, 0.0, 0.25)], ids=["light", "dark"])
 def test_page_follows_the_system_theme(tmp_path, scheme, low, high):
     from matplotlib.image import imread

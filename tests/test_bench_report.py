@@ -122,6 +122,7 @@ def test_readme_without_markers(tmp_path, text):
     assert readme.read_text() == text
 
 
+@pytest.mark.slow
 def test_report_is_the_same_in_another_process(tmp_path):
     source = tmp_path / "results.json"
     records.save(source, everything())

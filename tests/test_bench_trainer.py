@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from bench.trainer import COMPARISONS, SIZES, _documents, measure, table
 
 
+@pytest.mark.slow
 def test_every_contender_is_timed(tmp_path: Path):
     result = measure(str(tmp_path), SIZES["tiny"], 2)
     logged = (tmp_path / "log.jsonl").read_text().splitlines()
@@ -22,6 +25,7 @@ def test_every_contender_is_timed(tmp_path: Path):
     assert table(result).count(" of ") == len(COMPARISONS)
 
 
+@pytest.mark.slow
 def test_packed_and_padded_batches_are_of_the_same_documents():
     packed, padded = _documents(SIZES["cpu"], 4)
     assert sum(batch.counted for batch in packed) > 0.95 * sum(batch.targets.numel() for batch in packed)

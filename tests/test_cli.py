@@ -21,6 +21,8 @@ from fastgpt.evaluate import losses_by_position
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
+pytestmark = pytest.mark.xdist_group("cli")  # whose fixtures are made once
+
 TEXT = "".join(f"for i in range({i}):\n    print(i * {i})\n" for i in range(300))
 SMALL = {
     **{

@@ -306,6 +306,7 @@ def big_jsonl(path: Path, megabytes: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_leaves_nothing_that_opens(tmp_path: Path):
     source, out = big_jsonl(tmp_path / "in.jsonl", 12), tmp_path / "out"
     with subprocess.Popen(command(source, out), stderr=subprocess.DEVNULL) as process:
@@ -337,6 +338,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path, capsys: pytest.Capture
     assert sorted(file.name for file in tmp_path.iterdir()) == ["large.jsonl", "out", "small.jsonl"]
 
 
+@pytest.mark.slow
 def test_memory_is_flat_for_a_corpus_ten_times_as_large(tmp_path: Path):
     program = (
         "import resource, sys; from fastgpt.cli import main; assert main(sys.argv[1:]) == 0\n"

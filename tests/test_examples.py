@@ -84,6 +84,7 @@ def test_readme_lists_the_example(name):
 
 
 @pytest.mark.skipif(not extension.loaded(), reason="the C++ kernels are not built")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_runs_and_learns(name, tmp_path):
     for package in NEEDS.get(name, ()):

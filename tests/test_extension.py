@@ -21,7 +21,7 @@ needs_cpp = pytest.mark.skipif(not extension.loaded(), reason="the C++ kernels a
 # ATEN_CPU_CAPABILITY and the variants it allows, the best first.
 CAPS = {"default": ("plain",), "avx2": ("avx2", "plain"), "avx512": extension.VARIANTS}
 
-EVERY_OP = """
+EVERY_OP = '''
 import sys
 sys.path.insert(0, "tests")
 import torch, fastgpt
@@ -30,25 +30,38 @@ from dropin import NAMES, check_same, example, leaf
 from fastgpt import extension
 from fastgpt.testing import check_error_rule
 torch.set_num_threads(2)
+
+def pytorch_can(name, *arguments, **options):
+    """On CPUs with AMX, PyTorch's own attention in 16 bits fails where ATEN_CPU_CAPABILITY hides AVX-512 from it."""
+    try:
+        getattr(torch.nn.functional, name)(*arguments, **options)
+    except RuntimeError as error:
+        assert name == "scaled_dot_product_attention" and "pack_vnni2 is only supported" in str(error)
+        return False
+    return True
+
 with fastgpt.use_backend("cpp"):
     for name in NAMES:
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             arguments, options = example(name, dtype)
-            check_same(name, *arguments, **options)
+            if pytorch_can(name, *arguments, **options):
+                check_same(name, *arguments, **options)
     # Longer than a vector and a tile, with tails.
     check_same("gelu", leaf(7, 67))
     check_same("layer_norm", leaf(5, 131), [131], leaf(131), leaf(131))
     check_same("cross_entropy", leaf(5, 1031), torch.arange(5), reduction="none")
     check_same("linear_cross_entropy", leaf(70, 67), leaf(131, 67), torch.arange(70), reduction="none")
     for dtype in (torch.float32, torch.bfloat16):
-        check_same("scaled_dot_product_attention", *(leaf(1, 2, 131, 67, dtype=dtype) for _ in "qkv"), is_causal=True)
+        q, k, v = (leaf(1, 2, 131, 67, dtype=dtype) for _ in "qkv")
+        if pytorch_can("scaled_dot_product_attention", q, k, v, is_causal=True):
+            check_same("scaled_dot_product_attention", q, k, v, is_causal=True)
     for name in every_op.NAMES:
         check_error_rule(*every_op.case(name, torch.float32))
         if not name.startswith("attention"):  # in 16 bits rows that see few keys have a rounding more
             check_error_rule(*every_op.case(name, torch.bfloat16))
 loaded = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if "_cpu_" in line}
 print(extension.variant(), *loaded)
-"""
+'''
 
 
 @needs_cpp

@@ -21,14 +21,13 @@ from fastgpt.tasks.template import TASKS, load_template
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt.train import train
 
+pytestmark = pytest.mark.xdist_group("finetune")  # whose fixtures are made once
+
 SMALL = {
     **{"n_layer": 1, "n_head": 2, "n_embd": 32, "position": "rotary", "block_size": 64, "batch_size": 8},
     **{"max_steps": 10, "lr": 1e-2, "warmup_steps": 2, "eval_every": 5, "eval_batches": 2, "save_every": 5},
     **{"log_every": 1, "sample_tokens": 0, "dtype": "float32"},
 }
-
-
-pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture
@@ -97,7 +96,7 @@ def test_the_loss_is_on_answers_and_ends_of_text_alone(options: dict, examples: 
         assert sorted(seen) == sorted(template.prompt(e.input) + template.answer(e.output) for e in some)
 
 
-def test_examples_longer_than_a_block_and_broken_lines_are_left_out_and_counted(
+def test_long_examples_and_broken_lines_are_left_out_and_counted(
     options: dict, examples: str, capfd: pytest.CaptureFixture
 ):
     room = options["block_size"] - len(load_template("answer").prompt("x") + " y")
@@ -150,6 +149,7 @@ def test_what_cannot_be_trained_on_is_refused(options: dict, tmp_path: Path, cap
 # ---- learning ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_seconds_of_training_beat_the_untrained_model_on_held_out_items(task: str, tmp_path: Path):
     options = SMALL | {

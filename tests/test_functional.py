@@ -39,20 +39,20 @@ def test_kernels_serve_the_ordinary_call(name):
 
 
 @FIVE
-def test_ordinary_call_is_pytorchs_on_every_backend(backend, name):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        arguments, options = example(name, dtype)
-        check_same(name, *arguments, **options)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ordinary_call_is_pytorchs_on_every_backend(backend, dtype, name):
+    arguments, options = example(name, dtype)
+    check_same(name, *arguments, **options)
 
 
 @FIVE
-def test_autocast_gives_pytorchs_dtypes_and_gradients(backend, name):
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments, options = example(name, dtype)
-        if name == "linear_cross_entropy":  # large: bf16's error of a single number is a matter of luck
-            arguments = (leaf(100, 32, dtype=dtype), leaf(64, 32, dtype=dtype), classes(100, below=64))
-            options = {"linear_bias": leaf(64, dtype=dtype), "reduction": "none"}
-        check_same(name, *arguments, autocast=True, **options)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_gives_pytorchs_dtypes_and_gradients(backend, dtype, name):
+    arguments, options = example(name, dtype)
+    if name == "linear_cross_entropy":  # large: bf16's error of a single number is a matter of luck
+        arguments = (leaf(100, 32, dtype=dtype), leaf(64, 32, dtype=dtype), classes(100, below=64))
+        options = {"linear_bias": leaf(64, dtype=dtype), "reduction": "none"}
+    check_same(name, *arguments, autocast=True, **options)
 
 
 @FIVE
@@ -157,6 +157,7 @@ def test_forward_mode_differentiation_falls_back(name):
     torch.testing.assert_close(*tangents)
 
 
+@pytest.mark.once
 @FIVE
 @sdpa_kernel(SDPBackend.MATH)
 def test_double_backward_is_pytorchs(backend, name):
@@ -182,6 +183,7 @@ def test_batched_gradients_are_pytorchs(name):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.once
 def test_all_five_compile_without_a_graph_break(backend):
     width = 8
     w, b, head, bias = leaf(width), leaf(width), leaf(11, width), leaf(11)

@@ -16,6 +16,8 @@ from fastgpt.model import GPT, GPTConfig
 from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
+pytestmark = pytest.mark.xdist_group("generate")  # whose fixtures are made once
+
 TEXT = "für 漢字 🙂🙂 == != for i in range(10):\n" * 30
 TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": BPETokenizer.train([TEXT], 330)}
 texts = st.text(st.sampled_from("ab =\n\0é漢🙂\ufffd"), max_size=12)

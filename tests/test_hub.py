@@ -17,6 +17,8 @@ import fastgpt
 from fastgpt import extension, hub
 from fastgpt.backends import OPS
 
+pytestmark = [pytest.mark.xdist_group("hub"), pytest.mark.slow]  # whose fixtures are made once
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -173,7 +175,7 @@ def python(folder):
     return sorted(path for path in folder.rglob("*.py"))
 
 
-def test_a_module_imports_the_standard_library_torch_triton_and_its_neighbours(repository):
+def test_modules_import_only_stdlib_torch_triton_and_each_other(repository):
     known = {"torch", "triton", *sys.stdlib_module_names}
     for path in python(repository):
         for node in ast.walk(ast.parse(path.read_text())):

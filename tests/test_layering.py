@@ -204,5 +204,11 @@ def test_no_file_is_named_for_nothing():
     assert not [p for p in sources() if p.stem in ("utils", "util", "helpers", "misc", "monkey_patch")]
 
 
+def test_names_of_tests_are_short():
+    tests = (n for p in sources() if p.suffix == ".py" for n in ast.walk(ast.parse(p.read_text())))
+    names = [n.name for n in tests if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+    assert len(names) > 500 and not [name for name in names if len(name) > 70]
+
+
 def test_every_op_has_a_case_for_the_tests_that_take_them_all():
     assert {name.partition(",")[0] for name in every_op.NAMES} == set(OPS)

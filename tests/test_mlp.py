@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as T
 from contract import (
     GPU_BACKENDS,
+    PROVED_ONCE,
+    any_of,
     check_compiles_once,
     check_every_slot_is_written,
     check_opcheck,
     check_same_bits_for_any_thread_count,
-    dtypes_of,
     registered,
+    with_costly,
 )
-from hypothesis import given
 from hypothesis import strategies as st
 
 import fastgpt
@@ -58,16 +59,17 @@ def check(arguments, approximate="none", **options):
     check_error_rule(*ours_and_pytorch(arguments, approximate), given_of(arguments), **options)
 
 
+@pytest.mark.parametrize(
+    ("batch", "size", "width", "channels"), [((), 5, 7, 3), ((2, 3), 17, 64, 16), ((1, 1, 70), 1, 9, 8)]
+)
+@pytest.mark.parametrize("layout", with_costly(LAYOUTS, "sliced", "gapped"))
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("biases", [(False, False), (True, False), (False, True), (True, True)])
-def test_obeys_the_error_rule(backend, approximate, biases):
-    for dtype in dtypes_of(backend):
-        for layout in LAYOUTS:
-            for batch, size, width, channels in [((), 5, 7, 3), ((2, 3), 17, 64, 16), ((1, 1, 70), 1, 9, 8)]:
-                check(inputs(batch, size, width, channels, dtype, biases, layout, scale=2.0), approximate)
+def test_obeys_the_error_rule(backend, dtype, approximate, biases, layout, batch, size, width, channels):
+    check(inputs(batch, size, width, channels, dtype, biases, layout, scale=2.0), approximate)
 
 
-@given(
+@any_of(
     batch=st.lists(st.integers(0, 4), max_size=2),
     sizes=st.tuples(*[st.integers(0, 20)] * 3),
     layout=st.sampled_from(LAYOUTS),
@@ -94,11 +96,10 @@ def test_the_reference_is_pytorchs(approximate):
         torch.testing.assert_close(reference.mlp(*arguments, approximate == "tanh"), expected)
 
 
-def test_the_two_layers_are_linear_gelu_and_linear(backend):
-    for dtype in dtypes_of(backend):
-        x, weight1, bias1, weight2, bias2 = inputs((2, 3), 8, 16, 24, dtype)
-        both = ops.linear(ops.linear_gelu(x, weight1, bias1, "tanh"), weight2, bias2)
-        assert torch.equal(ops.mlp(x, weight1, bias1, weight2, bias2, "tanh"), both)
+def test_the_two_layers_are_linear_gelu_and_linear(backend, dtype):
+    x, weight1, bias1, weight2, bias2 = inputs((2, 3), 8, 16, 24, dtype)
+    both = ops.linear(ops.linear_gelu(x, weight1, bias1, "tanh"), weight2, bias2)
+    assert torch.equal(ops.mlp(x, weight1, bias1, weight2, bias2, "tanh"), both)
 
 
 def test_keeps_the_pre_activation_and_the_activation(backend):
@@ -111,6 +112,7 @@ def test_keeps_the_pre_activation_and_the_activation(backend):
     assert [t.shape for t in kept if t.data_ptr() not in known] == [(6, 7), (6, 7)]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("backend", ["reference"])
 def test_opcheck(backend):
     grad, weight = torch.randn(5, 3), torch.randn(3, 7)
@@ -174,12 +176,15 @@ def test_every_slot_is_written(backend):
         check_every_slot_is_written(ours_and_pytorch(arguments, "none")[0], given_of(arguments))
 
 
-def test_same_bits_for_any_thread_count():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_bits_for_any_thread_count(dtype):
     with fastgpt.use_backend("cpp"):
-        for dtype in (torch.float32, torch.bfloat16):
-            check_same_bits_for_any_thread_count(ops.mlp, inputs((999,), 16, 130, 24, dtype))
+        arguments = inputs((999,), 16, 130, 24, dtype)
+        pytorch = ours_and_pytorch(arguments, "none")[1] if dtype == torch.float32 else None
+        check_same_bits_for_any_thread_count(ops.mlp, arguments, pytorch)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("bias", [False, True])
 def test_compiles_once_for_all_shapes(backend, bias):
     _, *layers = inputs((), 8, 6, 10, torch.float32, (bias, bias))
@@ -195,12 +200,12 @@ def test_gradcheck_in_float64(approximate, bias):
         assert torch.autograd.gradcheck(ours_and_pytorch(arguments, approximate)[0], given_of(arguments))
 
 
+@pytest.mark.parametrize("backend", [PROVED_ONCE], indirect=True)
 def test_second_derivatives(backend):
-    if backend in GPU_BACKENDS:
-        pytest.skip("gradgradcheck needs float64, which the GPU backends refuse")
     assert torch.autograd.gradgradcheck(ops.mlp, inputs((2,), 3, 2, 3, torch.float64))
 
 
+@pytest.mark.once
 def test_second_derivatives_where_only_x_needs_one(backend):
     x, *layers = inputs((2,), 3, 4, 5, torch.float32)
     ours, pytorch = ours_and_pytorch([x, *layers], "none")

@@ -74,6 +74,7 @@ CASES = IN_THREADS | {
 }
 
 
+@pytest.mark.slow
 def test_no_memory_is_an_error_and_nothing_worse():
     cases = [(name, *shape) for name, shape in CASES.items()]
     done = subprocess.run(

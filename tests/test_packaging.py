@@ -15,6 +15,8 @@ import pytest
 
 from fastgpt import extension
 
+pytestmark = pytest.mark.xdist_group("packaging")  # whose fixtures are made once
+
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(
     ".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__", "shared", "results", "node_modules"
@@ -205,7 +207,7 @@ def test_architectures_that_cannot_be_are_refused(setup_py, nvcc, asked, said):
         setup_py["cuda_architectures"](asked, nvcc)
 
 
-def test_cuda_library_is_built_for_what_was_asked_and_needs_pytorch_by_name(setup_py, tmp_path, monkeypatch):
+def test_cuda_library_has_its_architectures_and_needs_pytorch_by_name(setup_py, tmp_path, monkeypatch):
     """Of a source of one kernel; all of them take minutes (`setup.py build_ext --cuda`)."""
     nvcc = setup_py["find_nvcc"]()
     if nvcc is None or shutil.which("readelf") is None:

@@ -113,7 +113,7 @@ def test_end_token_is_kept_and_ends_the_row():
         assert grown(row)[5:] == unbroken[:first].tolist()
 
 
-def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+def test_repetition_penalty_divides_positive_multiplies_negative_logits():
     logits = torch.tensor([[2.0, -2.0, 1.5, -0.5, 0.0]])
     seen = torch.tensor([[True, True, False, False, True]])
     choose = Sampling(temperature=0, repetition_penalty=2.0).choose

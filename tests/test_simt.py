@@ -156,7 +156,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_is_right_passes_in_every_order_of_warps_with_the_right_numbers(small, name):
+def test_sound_kernel_gives_right_numbers_in_every_order_of_warps(small, name):
     size, same = SOUND[name]
     for seed in range(25):
         small.simt_seed(ctypes.c_uint64(seed))
@@ -268,16 +268,10 @@ PLANTED = [
      f"{RACE}|{UNWRITTEN}|way"),
     ("attention 400 64", "tiles.cuh", "behind(piece, pitch_, STEP * 16)", "behind(piece, pitch_, STEP * 8)", WRONG),
 ]  # fmt: skip
-QUICK = 3
 
 
-@pytest.mark.parametrize(
-    "planted",
-    [
-        pytest.param(p, id=f"{p[1]}: {p[2].strip()}", marks=() if n < QUICK else pytest.mark.slow)
-        for n, p in enumerate(PLANTED)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [pytest.param(p, id=f"{p[1]}: {p[2].strip()}") for p in PLANTED])
 def test_planted_fault_is_found(planted, tmp_path):
     case, file, text, other, sentence = planted
     done = run_case_with(tmp_path, case, file, text, other)

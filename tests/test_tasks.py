@@ -41,7 +41,7 @@ def test_there_are_the_four_applications():
 
 
 @given(st.sampled_from(TASKS), TEXT, TEXT, st.lists(st.builds(Example, TEXT, TEXT), max_size=3))
-def test_a_prompt_with_its_answer_is_the_text_of_examples_and_gives_the_answer_back(
+def test_prompt_and_answer_are_the_training_text_and_split_again(
     task: str, text: str, output: str, shots: list[Example]
 ):
     template = load_template(task)
@@ -155,7 +155,10 @@ def test_an_input_is_on_one_side_and_stays_there(
 # ---- the embedded sets ----
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=pytest.mark.slow if t in ("answer", "summarize") else ()) for t in TASKS],
+)
 def test_embedded_examples_are_many_and_none_is_on_both_sides(task: str):
     split = load_examples(task, "embedded")
     assert load_examples(task, "embedded") == split

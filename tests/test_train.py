@@ -25,14 +25,12 @@ from fastgpt.model import GPT
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.start import config_from
 from fastgpt.train import _StopSignal, train
+from tests.support.forked import python
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
 
 
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}  # such small products only wait for a second thread
-
-
-pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 @pytest.fixture
@@ -101,9 +99,8 @@ def test_resuming_repeats_the_unbroken_run_exactly(
     assert losses(part["out"])[-1] == losses(whole["out"])[-1]
 
 
-def test_a_run_that_is_killed_again_and_again_has_the_losses_of_one_that_is_not(
-    options: dict, tmp_path: Path
-):
+@pytest.mark.slow
+def test_run_that_is_killed_repeatedly_has_the_losses_of_a_whole_one(options: dict, tmp_path: Path):
     options |= {
         "max_steps": 60,
         "eval_every": 10,
@@ -198,8 +195,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
     )
     script = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
     script += "import sys; from fastgpt.cli import main; sys.exit(main())"
-    run = [sys.executable, "-c", script, *command(options, "--resume")[3:]]
-    done = subprocess.run(run, capture_output=True, text=True, env=SINGLE, check=False)
+    done = python("-c", script, *command(options, "--resume")[3:])
     assert done.returncode == 2
     assert done.stderr.startswith("fastgpt: error: the checkpoint ") and done.stderr.count("\n") == 1
     assert "could not be written" in done.stderr and "older ones are untouched" in done.stderr

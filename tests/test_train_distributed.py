@@ -24,6 +24,9 @@ from fastgpt import checkpoint
 from fastgpt.data import DatasetWriter
 from fastgpt.distributed import Processes
 from fastgpt.tokenizer import ByteTokenizer
+from tests.support.forked import python
+
+pytestmark = pytest.mark.xdist_group("train_distributed")  # whose fixtures are made once
 
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
 TRAIN = ["-m", "fastgpt", "train"]
@@ -58,9 +61,11 @@ def command(
 
 
 def run(options: dict, *flags: str, processes: int = 1) -> str:
-    done = subprocess.run(
-        command(options, *flags, processes=processes), capture_output=True, text=True, env=SINGLE, check=False
-    )
+    words = command(options, *flags, processes=processes)
+    if processes == 1:
+        done = python(*words[1:])
+    else:
+        done = subprocess.run(words, capture_output=True, text=True, env=SINGLE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
@@ -113,7 +118,7 @@ def test_the_reducer_never_holds_the_group_last(monkeypatch: pytest.MonkeyPatch)
     assert died == ["reducer", "group"]
 
 
-def test_a_tensor_that_gloo_still_holds_does_not_take_the_process_down_at_its_end():
+def test_tensor_held_by_gloo_does_not_abort_the_process_at_its_end():
     program = """
 import sys
 import torch
@@ -133,6 +138,7 @@ processes.close()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_model_have_the_losses_of_one(options: dict, alone: Path):
     out = alone.parent / "fsdp"
     printed = run(options | {"out": out, "parallel": "fsdp"}, processes=2)
@@ -144,6 +150,7 @@ def test_two_processes_that_share_the_model_have_the_losses_of_one(options: dict
     torch.testing.assert_close(models[0](tokens)[0], models[1](tokens)[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "parallel"), [(1, "auto"), (4, "fsdp"), (2, "ddp")])
 def test_a_sharded_checkpoint_of_two_goes_on_with_any_number(
     options: dict, alone: Path, sharded: Path, processes: int, parallel: str
@@ -160,6 +167,7 @@ def test_a_sharded_checkpoint_of_two_goes_on_with_any_number(
     assert [r[2] for r in found] == pytest.approx([r[2] for r in expected], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_goes_on_sharded(options: dict, alone: Path):
     out = alone.parent / "from-one"
     run(options | {"out": out, "max_minutes": 1e-9})
@@ -188,6 +196,7 @@ def read_until(process: subprocess.Popen, pattern: str) -> None:
     raise AssertionError(f"no line like {pattern}; {process.stderr and process.stderr.read()}")
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_run_in_a_sentence_and_a_restart_resumes(options: dict, tmp_path: Path):
     process = start(options | {"out": tmp_path, "max_steps": 100_000})
     read_until(process, "step 6/")
@@ -203,6 +212,7 @@ def test_a_lost_process_ends_the_run_in_a_sentence_and_a_restart_resumes(options
     assert "resumed at step 4\n" in printed
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_where_it_was_saved(options: dict, tmp_path: Path, alone: Path):
     process = start(options | {"out": tmp_path}, restarts=1)
     read_until(process, "step 5/")
@@ -213,6 +223,7 @@ def test_torchrun_restarts_a_run_where_it_was_saved(options: dict, tmp_path: Pat
     assert_same(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_ends_all_processes(options: dict, tmp_path: Path):
     process = start(options | {"out": tmp_path, "max_steps": 100_000, "save_every": 100_000})
     read_until(process, "step 3/")
@@ -222,6 +233,7 @@ def test_a_signal_saves_and_ends_all_processes(options: dict, tmp_path: Path):
     assert checkpoint.open_checkpoint(tmp_path).step == int(stopped)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_alone_saves_and_ends_all(options: dict, tmp_path: Path):
     process = start(options | {"out": tmp_path, "max_steps": 100_000, "save_every": 100_000})
     read_until(process, "step 3/")
@@ -271,6 +283,7 @@ checkpoint.save = save_where_there_is_no_room
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "rank"), [("fsdp", 1), ("ddp", 0)])
 def test_a_full_disk_of_one_process_ends_all_in_our_sentence(
     options: dict, tmp_path: Path, parallel: str, rank: int
@@ -299,6 +312,7 @@ parts.FileSystemWriter = Writer
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_that_was_half_written_is_never_resumed_from(
     options: dict, tmp_path: Path, alone: Path
 ):
@@ -316,6 +330,7 @@ def test_a_sharded_checkpoint_that_was_half_written_is_never_resumed_from(
     assert not list(out.glob(".writing-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["line", "shard"])
 def test_data_that_one_process_alone_cannot_read_ends_all_in_the_sentence(
     options: dict, tmp_path: Path, kind: str
@@ -351,9 +366,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(options: dict, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_whose_processes_are_killed_twenty_times_has_the_losses_of_one_that_is_not(
-    options: dict, tmp_path: Path, parallel: str
-):
+def test_run_killed_twenty_times_has_the_losses_of_a_whole_one(options: dict, tmp_path: Path, parallel: str):
     options = options | {"max_steps": 200, "save_every": 3, "eval_every": 50, "parallel": parallel}
     run(options | {"out": tmp_path / "whole"}, processes=2)
     chance = random.Random(parallel)

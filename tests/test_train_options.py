@@ -22,9 +22,6 @@ from fastgpt.train import Run, train
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(80)]
 
 
-pytestmark = pytest.mark.usefixtures("single_thread")
-
-
 @pytest.fixture
 def options(tmp_path: Path) -> dict:
     folder = tmp_path / "text"
@@ -194,9 +191,7 @@ def test_float16_scales_the_loss_and_resumes_with_its_scale(options: dict, tmp_p
     assert again == whole
 
 
-def test_patience_ends_a_run_that_gets_no_better_and_keeps_its_best_checkpoint(
-    options: dict, capfd, monkeypatch
-):
+def test_patience_ends_a_run_without_progress_and_keeps_its_best(options: dict, capfd, monkeypatch):
     from fastgpt import train as module
 
     worse = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8])
@@ -232,7 +227,7 @@ def test_a_run_starts_from_the_weights_of_another(options: dict, tmp_path: Path,
     assert longer.config.position == "rotary" and longer.config.n_embd == 32
 
 
-@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("kind", ["bytes", pytest.param("bpe", marks=pytest.mark.slow)])
 def test_the_tokenizer_of_the_model_to_start_from_is_the_only_one(options: dict, tmp_path: Path, kind: str):
     options |= {"max_steps": 1, "sample_tokens": 0}
     _, out = run(options, tokenizer=kind, vocab_size=300)

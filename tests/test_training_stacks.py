@@ -91,7 +91,9 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "GPT2LMHeadModel" else pytest.mark.slow) for n in FAMILIES]
+)
 def test_compiled_model_is_one_graph_that_serves_every_length(name):
     model, twin = twins(name)
     torch._dynamo.reset()
@@ -149,13 +151,11 @@ def test_activation_checkpointing_gives_the_same(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_with_a_gradient_scaler(dtype):
-    """By the error rule: at most twice the error of the model as it was, both against float32."""
+    """By the error rule, against float32: at most twice the error of the model as it was, both the largest of three."""
     model, twin = twins("GPT2LMHeadModel")
-    inputs = batch("GPT2LMHeadModel")
-    exact = loss_and_gradients(model, inputs)[1]
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
 
-    def gradients(of):
+    def gradients(of, inputs):
         of.zero_grad()
         with torch.autocast("cpu", dtype):
             loss = of(**inputs).loss
@@ -163,10 +163,16 @@ def test_autocast_with_a_gradient_scaler(dtype):
         scaler.scale(loss).backward()
         return {name: p.grad / scaler.get_scale() for name, p in of.named_parameters()}
 
-    was, now = gradients(model), gradients(twin)
-    for name, gradient in exact.items():
-        allowed = 2 * (was[name] - gradient).abs().max() + 1e-5
-        assert (now[name] - gradient).abs().max() <= allowed, name
+    errors = {model: {}, twin: {}}
+    for _ in range(3):
+        inputs = batch("GPT2LMHeadModel")
+        exact = loss_and_gradients(model, inputs)[1]
+        for of, largest in errors.items():
+            for name, gradient in gradients(of, inputs).items():
+                error = float((gradient - exact[name]).abs().max())
+                largest[name] = max(error, largest.get(name, 0.0))
+    for name, allowed in errors[model].items():
+        assert errors[twin][name] <= 2 * allowed + 1e-5, name
 
 
 def test_lightning_module_trains(tmp_path):
@@ -196,6 +202,7 @@ def test_lightning_module_trains(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp untied", "accelerate"])
 def test_two_processes_learn_what_one_does(how, tmp_path):
     """torchrun with gloo: the losses of every step equal those of one process on the whole batch."""

@@ -181,6 +181,7 @@ def test_command_refuses_in_one_sentence(arguments, message, capsys, monkeypatch
     assert not tuned.path().exists()
 
 
+@pytest.mark.slow
 def test_rehearsal_goes_through_everything_and_keeps_nothing(tmp_path):
     done = bench("tune", "gelu", "linear_gelu", "--rehearse", "--dtype", "fp32")
     assert done.returncode == 0, done.stdout + done.stderr

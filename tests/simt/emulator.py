@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import platform
 import shutil
@@ -59,6 +60,12 @@ def build(folder: Path, sources: list[Path]) -> Path:
         RuntimeError: the compiler refuses a source; its words are in the message.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one builds
+        return _build(folder, sources)
+
+
+def _build(folder: Path, sources: list[Path]) -> Path:
     flags = " ".join(FLAGS)
     lines = [
         "rule compile",
