@@ -424,7 +424,9 @@ def test_gradients_of_long_rows_do_not_drift():
         )
 
 
-def test_fp32_goes_by_pytorchs_switch_for_tf32(monkeypatch):
+@pytest.mark.parametrize("switch", ["ieee", "tf32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp32_goes_by_pytorchs_switch_for_tf32(monkeypatch, dtype, switch):
     """Only fp32 asks for tf32, and only where PyTorch's products may use it. The interpreter rounds nothing."""
     kernels = pytest.importorskip("fastgpt.kernels.attention")
     forward, asked = kernels._attention_fwd, []
@@ -436,14 +438,7 @@ def test_fp32_goes_by_pytorchs_switch_for_tf32(monkeypatch):
             )
 
     monkeypatch.setattr(kernels, "_attention_fwd", Recorder())
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        with fastgpt.use_backend("triton"):
-            for matmul.fp32_precision in ("ieee", "tf32"):
-                for dtype in (torch.float32, torch.bfloat16):
-                    q, k, v = inputs(dtype, batch=1, rows=20, columns=20)
-                    ops.attention(q, k, v).float().sum().backward()
-    finally:
-        matmul.fp32_precision = before
-    assert asked == ["ieee", "ieee", "tf32", "ieee"]
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", switch)
+    with fastgpt.use_backend("triton"):
+        ops.attention(*inputs(dtype, batch=1, rows=20, columns=20)).float().sum().backward()
+    assert asked == [switch if dtype == torch.float32 else "ieee"]

@@ -37,10 +37,14 @@ QUICK = (
 
 
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES if c not in NONE],
+    ("case", "deterministic"),
+    [
+        pytest.param(c, d, marks=() if (c in QUICK and not d) or c == "window" else pytest.mark.slow)
+        for c in CASES
+        if c not in NONE
+        for d in (False, True)
+    ],
 )
-@pytest.mark.parametrize("deterministic", [False, True])
 def test_tensor_descriptors_give_what_pointers_give(case, deterministic, monkeypatch):
     options, shape = CASES[case]
     found = by_descriptors_and_by_pointers(

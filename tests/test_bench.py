@@ -15,8 +15,8 @@ from bench import __main__ as cli
 from bench import accelerate
 from bench.cases import Case, Peer
 from bench.compare import compare
-from bench.harness import Contender, Plan, run_case, summary
-from bench.machine import Machine, percentile
+from bench.harness import Contender, Plan, run_case
+from bench.machine import Machine
 from bench.ops import OPS
 from bench.peers import MissingError
 from bench.records import EMPTY, load, save
@@ -245,15 +245,6 @@ def test_peak_bytes_are_what_was_taken(machine):
 
     assert machine.peak_bytes(call) == pytest.approx(120 << 20, abs=2 << 20)
     assert machine.peak_bytes(lambda: None) < 2 << 20
-
-
-def test_summary_and_percentile():
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert percentile([0.0, 10.0], 0.25) == 2.5
-    assert percentile([7.0], 0.9) == 7.0
-    found = summary([float(i) for i in range(1, 12)])
-    assert (found["seconds"], found["rounds"]) == (6.0, 11)
-    assert found["spread"] == pytest.approx((10 - 2) / 2 / 6)
 
 
 def test_exponent_of_a_power():

@@ -22,6 +22,7 @@ def staged(monkeypatch, *found):
 QUICK_STAGE = gpu.Stage("gelu", ["-m", "bench", "gelu", "--tiny", "--seconds", "0", "--peer", "PyTorch"])
 
 
+@pytest.mark.slow
 def test_gpu_run_survives_what_others_lack_and_break(monkeypatch, tmp_path, capsys):
     staged(
         monkeypatch,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import fastgpt
 from fastgpt import ops
-from fastgpt.testing import check_error_rule, strided
+from fastgpt.testing import check_error_rule, poisoned_memory, strided
 
 
 def inputs(rows, size, vocab, dtype, bias, layout="contiguous"):
@@ -131,6 +131,18 @@ def test_all_ignored_targets(backend):
     for mean in (loss, ops.linear_cross_entropy(hidden, weight, y)):
         for grad in torch.autograd.grad(mean, (hidden, weight), retain_graph=True):
             assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_no_rows_give_gradients_of_zero(backend, reduction):
+    hidden, weight, bias = inputs(0, 4, 5, torch.float32, bias=True)
+    y = torch.zeros(0, dtype=torch.int64)
+    with poisoned_memory():
+        loss = ops.linear_cross_entropy(hidden, weight, y, bias=bias, reduction=reduction).sum()
+        grads = torch.autograd.grad(loss, (weight, bias))
+    assert loss == 0
+    for grad, parameter in zip(grads, (weight, bias), strict=True):
+        assert torch.equal(grad, torch.zeros_like(parameter))
 
 
 def test_target_out_of_range_raises_pytorchs_error(backend):

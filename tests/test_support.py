@@ -1,6 +1,7 @@
 """The tables that choose tests: paths to tests, and mutations to plant."""
 
 import fnmatch
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def git(folder, *arguments, date="2026-01-01T00:00:00Z"):
     subprocess.run(["git", *options, *arguments], cwd=folder, env=env, check=True, capture_output=True)
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_change_without_a_base_is_that_of_the_last_hours(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(affected, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["affected.py"])

@@ -135,7 +135,7 @@ def test_run_that_is_killed_repeatedly_has_the_losses_of_a_whole_one(options: di
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_the_run(options: dict, number: signal.Signals):
     options |= {"max_steps": 100_000, "save_every": 100_000, "eval_every": 100_000}
     process = subprocess.Popen(

@@ -56,9 +56,13 @@ def trained(model, folder, **options):
     [
         {"per_device_train_batch_size": 8},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-        {"per_device_train_batch_size": 8, "label_smoothing_factor": 0.1},
-        {"per_device_train_batch_size": 8, "bf16": True},
-        {"per_device_train_batch_size": 8, "gradient_checkpointing": True},
+        pytest.param(
+            {"per_device_train_batch_size": 8, "label_smoothing_factor": 0.1}, marks=pytest.mark.slow
+        ),
+        pytest.param({"per_device_train_batch_size": 8, "bf16": True}, marks=pytest.mark.slow),
+        pytest.param(
+            {"per_device_train_batch_size": 8, "gradient_checkpointing": True}, marks=pytest.mark.slow
+        ),
     ],
     ids=["plain", "accumulated", "smoothed", "bf16", "checkpointed"],
 )
@@ -91,9 +95,8 @@ def test_accumulated_gradients_are_those_of_the_big_batch(tmp_path):
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "GPT2LMHeadModel" else pytest.mark.slow) for n in FAMILIES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_compiled_model_is_one_graph_that_serves_every_length(name):
     model, twin = twins(name)
     torch._dynamo.reset()

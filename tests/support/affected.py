@@ -23,10 +23,11 @@ RUNS = "train train_options train_distributed checkpoint cli"
 # (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
 TABLE = [
     ("csrc/cpu/gelu*", GELUS, "cpp"),
-    ("csrc/cpu/attention*", "attention attention_varlen functional_attention philox threads", ""),
-    ("csrc/cpu/philox.h", "attention philox", ""),
+    ("csrc/cpu/attention_varlen.cpp", "attention_varlen", "cpp"),
+    ("csrc/cpu/attention*", "attention attention_varlen threads out_of_memory", "cpp or threads or memory"),
+    ("csrc/cpu/philox.h", "attention philox", "cpp or philox"),
     ("csrc/cpu/cross_entropy*", "cross_entropy linear_cross_entropy", "cpp"),
-    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy", ""),
+    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy out_of_memory", "cpp or memory or logits"),
     ("csrc/cpu/linear*", "linear linear_gelu mlp", "cpp"),
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy", "cpp"),
     ("csrc/cpu/add_layer_norm*", "add_layer_norm", "cpp or thread"),
@@ -47,7 +48,11 @@ TABLE = [
     ("csrc/*", OPS, "cpp or cuda"),
     ("kernels/triton/gelu.py", GELUS, "triton"),
     ("kernels/triton/attention_varlen.py", "attention_varlen", "triton"),
-    ("kernels/triton/attention*", "attention attention_varlen attention_split attention_descriptors", ""),
+    (
+        "kernels/triton/attention*",
+        "attention attention_varlen attention_split attention_descriptors",
+        "triton or split or descriptors",
+    ),
     (
         "kernels/triton/cross_entropy.py",
         "cross_entropy cross_entropy_with_grad linear_cross_entropy",
@@ -99,7 +104,7 @@ TABLE = [
     ("bench/sass.py", "triton_compile cuda_compile", ""),
     ("bench/gpu.py", "bench_gpu", ""),
     ("bench/page.py", "bench_page", ""),
-    ("bench/*", "bench bench_page bench_report bench_data bench_trainer bench_generate", ""),
+    ("bench/*", "bench bench_harness bench_page bench_report bench_data bench_trainer bench_generate", ""),
     ("examples/*", "examples in_context finetune", ""),
     ("tests/simt/*.[!p]*", "simt", ""),
     ("setup.py", "packaging extension", ""),
