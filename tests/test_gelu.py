@@ -35,6 +35,7 @@ def test_gelu_obeys_the_error_rule(backend, dtype, approximate, layout, shape):
         ((2, 3, 64), "sliced"),
         ((1, 1), "gapped"),
         ((40, 9), "gapped"),
+        ((130, 9), "contiguous"),  # more rows than a program takes
     ],
 )
 @pytest.mark.parametrize("approximate", ["none", "tanh"])

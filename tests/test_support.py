@@ -17,11 +17,13 @@ FILES = [
     for p in (ROOT / d).rglob("*")
 ]
 
+ALL = [*FILES, "tests/simt/machine.h", "setup.py", "pyproject.toml"]
+
 
 @pytest.mark.parametrize("row", affected.TABLE, ids=lambda row: row[0])
 def test_row_of_the_table_names_files_and_tests_that_exist(row):
     pattern, names, _ = row
-    assert fnmatch.filter([*FILES, "tests/simt/machine.h", "setup.py", "pyproject.toml"], pattern)
+    assert fnmatch.filter(ALL, pattern)
     assert not [name for name in names.split() if not (ROOT / "tests" / f"test_{name}.py").exists()]
 
 
@@ -34,7 +36,15 @@ def test_every_source_has_tests():
 def test_first_row_that_fits_is_taken():
     files, keywords = affected.tests_of("csrc/cpu/gelu.cpp")
     assert "tests/test_geglu.py" in files and "tests/test_attention.py" not in files and keywords == "cpp"
+    assert "tests/test_accelerate_torch.py" in affected.tests_of("fastgpt/integrations/torch_modules.py")[0]
     assert affected.tests_of("LICENSE") == ([], "")
+
+
+def test_every_row_of_the_table_is_the_first_for_some_file():
+    first = {
+        next(p for p, *_ in affected.TABLE if fnmatch.fnmatch(f, p)) for f in ALL if affected.tests_of(f)[0]
+    }
+    assert first == {pattern for pattern, *_ in affected.TABLE}
 
 
 def git(folder, *arguments, date="2026-01-01T00:00:00Z"):
