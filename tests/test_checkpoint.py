@@ -162,3 +162,18 @@ def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
         (tmp_path / name).mkdir()
     save(tmp_path, 5)
     assert (tmp_path / ".writing-data").is_dir() and (tmp_path / ".writing-data.old").is_dir()
+
+
+def test_files_are_flushed_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch):
+    """What a power failure leaves is a whole checkpoint or none."""
+    done: list[tuple[str, str]] = []
+    flush, rename = checkpoint.flush, Path.rename
+    monkeypatch.setattr(checkpoint, "flush", lambda path: done.append(("flush", path.name)) or flush(path))
+    monkeypatch.setattr(
+        Path, "rename", lambda old, new: done.append(("rename", new.name)) or rename(old, new)
+    )
+    written = save(tmp_path, 1)
+    at = done.index(("rename", written.name))
+    flushed = {name for what, name in done[:at] if what == "flush"}
+    assert flushed >= {file.name for file in written.iterdir()} | {"state.json"}
+    assert ("flush", tmp_path.name) in done[at:]
