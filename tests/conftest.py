@@ -37,14 +37,11 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
-    os.environ["OMP_WAIT_POLICY"] = (
-        "passive"  # of the workers, too: a thread that waits leaves its core to others
-    )
+    # Of the workers, too: a thread that waits leaves its core to others.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
-    if (
-        config.option.seed == "random"
-    ):  # drawn once: workers are given the options of the process that starts them
+    if config.option.seed == "random":  # drawn once: workers are given the options of who starts them
         config.option.seed = str(int.from_bytes(os.urandom(4), "little"))
     fixed = config.option.seed == "0"
     if not fixed:
@@ -60,8 +57,10 @@ def pytest_configure(config):
     settings.load_profile("fastgpt")
 
 
-def pytest_report_header(config):
-    return f"seed: {config.option.seed} (--seed {config.option.seed} draws the same inputs again)"
+def pytest_terminal_summary(terminalreporter, config):
+    terminalreporter.write_line(
+        f"seed: {config.option.seed} (--seed {config.option.seed} draws the same inputs)"
+    )
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -113,7 +112,7 @@ def pytest_collection_modifyitems(config, items):
         here = only.args[0] if only and PROVED_ONCE not in only.args else PROVED_ONCE
         again = item.get_closest_marker("once") and backend not in (None, here)
         costly = item.get_closest_marker("costly") or parameters.get("dtype") == torch.float16
-        if again or (costly and backend in GPU_BACKENDS and not on_gpu):
+        if not on_gpu and (again or (costly and backend in GPU_BACKENDS)):
             item.add_marker(pytest.mark.slow)
     if on_gpu:
         elsewhere = [item for item in items if "backend" not in item.fixturenames]
