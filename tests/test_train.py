@@ -24,7 +24,7 @@ from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.start import config_from
-from fastgpt.train import _StopSignal, train
+from fastgpt.train import _step_seed, _StopSignal, train
 from tests.support.forked import python
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
@@ -229,6 +229,11 @@ def test_a_loss_that_is_no_number_ends_the_run_without_a_checkpoint(options: dic
             )
         )
     assert not checkpoint.exists(Path(options["out"]))
+
+
+def test_every_step_and_process_draws_its_own_dropout():
+    seeds = {_step_seed(seed, step, rank) for seed in (0, 1) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 400
 
 
 def test_accumulation_is_the_same_step_as_one_large_batch(options: dict, monkeypatch: pytest.MonkeyPatch):

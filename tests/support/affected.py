@@ -71,7 +71,7 @@ TABLE = [
     ("fastgpt/backends.py", "backends functional extension", ""),
     ("fastgpt/extension.py", "extension backends packaging", ""),
     ("fastgpt/flash_attention.py", "flash_attention flash_attention_cuda", ""),
-    ("fastgpt/model.py", "model model_mlp sampling large", ""),
+    ("fastgpt/model.py", "model model_mlp sampling data_packing large", ""),
     ("fastgpt/positions.py", "model", ""),
     ("fastgpt/kv_cache.py", "model sampling generate", ""),
     ("fastgpt/sampling.py", "sampling generate model", ""),
