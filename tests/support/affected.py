@@ -18,19 +18,20 @@ GELUS = "gelu geglu linear_gelu mlp"
 DROP_IN = "functional functional_attention functional_losses patch_functional examples"
 OPS = f"attention attention_varlen cross_entropy linear_cross_entropy linear {GELUS} add_layer_norm"
 DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards"
+CPU = "not triton and not cuda and not reference"
 RUNS = "train train_options train_distributed checkpoint cli"
 
 # (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
 TABLE = [
-    ("csrc/cpu/gelu*", GELUS, "cpp"),
-    ("csrc/cpu/attention_varlen.cpp", "attention_varlen", "cpp"),
-    ("csrc/cpu/attention*", "attention attention_varlen threads out_of_memory", "cpp or threads or memory"),
-    ("csrc/cpu/philox.h", "attention philox", "cpp or philox"),
-    ("csrc/cpu/cross_entropy*", "cross_entropy linear_cross_entropy", "cpp"),
-    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy out_of_memory", "cpp or memory or logits"),
-    ("csrc/cpu/linear*", "linear linear_gelu mlp", "cpp"),
-    ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy", "cpp"),
-    ("csrc/cpu/add_layer_norm*", "add_layer_norm", "cpp or thread"),
+    ("csrc/cpu/gelu*", GELUS, CPU),
+    ("csrc/cpu/attention_varlen.cpp", "attention_varlen", CPU),
+    ("csrc/cpu/attention*", "attention attention_varlen threads out_of_memory", CPU),
+    ("csrc/cpu/philox.h", "attention philox", CPU),
+    ("csrc/cpu/cross_entropy*", "cross_entropy linear_cross_entropy", CPU),
+    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy out_of_memory", CPU),
+    ("csrc/cpu/linear*", "linear linear_gelu mlp", CPU),
+    ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy", CPU),
+    ("csrc/cpu/add_layer_norm*", "add_layer_norm", CPU),
     ("csrc/cuda/gelu*", GELUS, "cuda"),
     ("csrc/cuda/attention*", "attention attention_varlen attention_cuda simt", "cuda or fault"),
     ("csrc/cuda/tiles.cuh", "attention attention_varlen attention_cuda simt", "cuda or fault"),
