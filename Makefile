@@ -47,7 +47,7 @@ test: .venv/.dev
 
 # 5 is pytest's status where the chosen files have no slow test.
 test-changed: .venv/.dev
-	@files="$$($(BIN)/python -m tests.support.affected --since "$(SINCE)")"; \
+	@files="$$($(BIN)/python -m tests.support.affected --since "$(SINCE)")" || exit 1; \
 	if [ -z "$$files" ]; then echo "no slow test proves what has changed"; exit; fi; \
 	echo "slow tests of: $$files"; $(PYTEST) -m slow $$files || [ $$? = 5 ]
 

@@ -1,8 +1,8 @@
 """The fixtures of all tests.
 
 `backend` is each backend in turn, `dtype` each dtype that the backend serves, `examples` the number of examples that
-hypothesis draws. What is slow is marked here: a hundred examples; on all backends but one what they share (`once`); and
-where a kernel is interpreted or emulated, what takes it long (`costly`) and float16.
+hypothesis draws. The following become slow here: a hundred examples; tests marked `once` on all backends but one; tests
+marked `costly`, and float16, where a kernel is interpreted or emulated.
 
 On the CPU, Triton runs in its interpreter and the CUDA kernels in the emulator. `--device cuda` runs the tests that
 take a backend, and only those, on a GPU: kernels compiled, every tensor that a test makes on the GPU.
@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, settings
 import fastgpt
 from fastgpt.backends import BACKENDS
 
-EXAMPLES = {"cpp": 20, "reference": 20, "triton": 5, "cuda": 5}  # by what one costs
-MANY = 100
+EXAMPLES = {"cpp": 20, "reference": 20, "triton": 5, "cuda": 5}  # an interpreted or emulated one costs more
+MANY = 100  # in the slow tier
 
 
 def pytest_addoption(parser):
@@ -41,8 +41,12 @@ def pytest_configure(config):
     os.environ["OMP_WAIT_POLICY"] = "passive"
     if config.getoption("--device") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
-    if config.option.seed == "random":  # drawn once: workers are given the options of who starts them
+    if (
+        config.option.seed == "random"
+    ):  # drawn once: xdist passes the main process's options on to its workers
         config.option.seed = str(int.from_bytes(os.urandom(4), "little"))
+    if not config.option.seed.isdecimal():
+        raise pytest.UsageError(f"--seed takes a number or 'random', not {config.option.seed!r}")
     fixed = config.option.seed == "0"
     if not fixed:
         config.option.hypothesis_seed = config.option.seed
@@ -63,13 +67,14 @@ def pytest_terminal_summary(terminalreporter, config):
     )
 
 
-def pytest_xdist_auto_num_workers(config):
-    """One worker a core that this process may use; eight at most, of about 2 GiB each."""
+@pytest.hookimpl(optionalhook=True)  # `make gpu` needs no pytest-xdist
+def pytest_xdist_auto_num_workers():
+    """Start a worker for each core that this process may use, eight at most: each takes up to about 2 GiB."""
     return min(len(os.sched_getaffinity(0)), 8)
 
 
 def pytest_generate_tests(metafunc):
-    """The cross product of backends with what depends on them."""
+    """Parametrize tests by backend, and by the dtypes or numbers of examples of each backend."""
     given = {
         name
         for mark in metafunc.definition.iter_markers("parametrize")
@@ -148,7 +153,7 @@ def _device(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def _seeded(request):
-    """Every test has inputs of its own, the same in every run with one --seed; one thread, unless it says otherwise."""
+    """Seed all generators by the test's name and --seed; one thread, unless the test sets another number."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(False)
     name = f"{request.config.option.seed} {request.node.path.name}::{request.node.name}"
@@ -160,7 +165,7 @@ def _seeded(request):
 
 @pytest.fixture
 def backend(request, _seeded):
-    """A backend, in force for the test; on the CPU, the CUDA kernels run in the emulator."""
+    """Select a backend for the test, by its name; on the CPU, the CUDA kernels run in the emulator."""
     on_gpu = request.config.getoption("--device") == "cuda"
     if request.param == "cpp" and on_gpu:
         pytest.skip("the C++ kernels are the CPU's")

@@ -69,9 +69,8 @@ def check_opcheck(op, *argument_lists):
 
 def check_compiles_once(function, batches):
     """fullgraph, dynamic: equal to eager, and one compilation serves every batch."""
-    from torch._dynamo.testing import (
-        CompileCounterWithBackend,  # imports Triton: not before conftest.py has chosen how
-    )
+    # Not at the top: it imports Triton, and conftest.py chooses the interpreter first.
+    from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

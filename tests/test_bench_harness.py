@@ -1,4 +1,4 @@
-"""What the harness makes of times."""
+"""Summaries and ratios of measured times."""
 
 import pytest
 

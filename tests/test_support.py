@@ -28,9 +28,16 @@ def test_row_of_the_table_names_files_and_tests_that_exist(row):
 
 
 def test_every_source_has_tests():
-    """All but the examples' configurations and what is drawn or measured."""
     kinds = (".py", ".cpp", ".h", ".cu", ".cuh")
     assert not [f for f in FILES if f.endswith(kinds) and not affected.tests_of(f)[0]]
+
+
+def test_every_kernel_is_compiled_and_copied_when_it_changes():
+    """Ahead of time, for every configuration, and for the Hub's repository."""
+    for file in fnmatch.filter(FILES, "kernels/triton/*.py"):
+        assert {"tests/test_triton_compile.py", "tests/test_hub.py"} <= set(affected.tests_of(file)[0]), file
+    for file in fnmatch.filter(FILES, "csrc/cuda/*.cu*"):
+        assert "tests/test_cuda_compile.py" in affected.tests_of(file)[0], file
 
 
 def test_first_row_that_fits_is_taken():

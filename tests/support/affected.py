@@ -12,14 +12,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-HOURS = 6  # commits that lie no further apart are one change
+HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
 GELUS = "gelu geglu linear_gelu mlp"
 DROP_IN = "functional functional_attention functional_losses patch_functional examples"
 OPS = f"attention attention_varlen cross_entropy linear_cross_entropy linear {GELUS} add_layer_norm"
 DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards"
-CPU = "not triton and not cuda and not reference"
+MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch training_stacks"
+ATTENTION = "attention attention_varlen"
+LOSSES = "cross_entropy cross_entropy_with_grad linear_cross_entropy"
 RUNS = "train train_options train_distributed checkpoint cli"
+
+CPU = "not triton and not cuda and not reference"
+EMULATED = "cuda or fault"
+SPLIT = "triton or split or descriptors"
 
 # (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
 TABLE = [
@@ -32,44 +38,37 @@ TABLE = [
     ("csrc/cpu/linear*", "linear linear_gelu mlp", CPU),
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy", CPU),
     ("csrc/cpu/add_layer_norm*", "add_layer_norm", CPU),
-    ("csrc/cuda/gelu*", GELUS, "cuda"),
-    ("csrc/cuda/attention*", "attention attention_varlen attention_cuda simt", "cuda or fault"),
-    ("csrc/cuda/tiles.cuh", "attention attention_varlen attention_cuda simt", "cuda or fault"),
-    (
-        "csrc/cuda/cross_entropy*",
-        "cross_entropy cross_entropy_with_grad linear_cross_entropy simt",
-        "cuda or fault",
-    ),
-    ("csrc/cuda/add_layer_norm*", "add_layer_norm simt", "cuda or fault"),
-    ("csrc/cuda/team.cuh", "add_layer_norm simt", "cuda or fault"),
-    ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu", "cuda"),
-    ("csrc/cuda/product.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp", "cuda"),
-    ("csrc/cuda/mlp*", "mlp_cuda mlp", "cuda"),
-    ("csrc/cuda/*", f"{OPS} simt cuda_compile", "cuda or fault"),
+    ("csrc/cuda/gelu*", f"{GELUS} simt cuda_compile", EMULATED),
+    ("csrc/cuda/attention*", f"{ATTENTION} attention_cuda simt cuda_compile", EMULATED),
+    ("csrc/cuda/tiles.cuh", f"{ATTENTION} attention_cuda simt cuda_compile", EMULATED),
+    ("csrc/cuda/cross_entropy*", f"{LOSSES} simt cuda_compile", EMULATED),
+    ("csrc/cuda/add_layer_norm*", "add_layer_norm simt cuda_compile", EMULATED),
+    ("csrc/cuda/team.cuh", "add_layer_norm simt cuda_compile", EMULATED),
+    ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu cuda_compile", EMULATED),
+    ("csrc/cuda/product.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp cuda_compile", EMULATED),
+    ("csrc/cuda/mlp*", "mlp_cuda mlp cuda_compile", EMULATED),
+    ("csrc/cuda/*", f"{OPS} simt cuda_compile", EMULATED),
     ("csrc/*", OPS, "cpp or cuda"),
-    ("kernels/triton/gelu.py", GELUS, "triton"),
-    ("kernels/triton/attention_varlen.py", "attention_varlen", "triton"),
+    ("kernels/triton/gelu.py", f"{GELUS} triton_compile hub", "triton"),
+    ("kernels/triton/attention_varlen.py", "attention_varlen triton_compile hub", "triton"),
     (
         "kernels/triton/attention*",
-        "attention attention_varlen attention_split attention_descriptors",
-        "triton or split or descriptors",
+        f"{ATTENTION} attention_split attention_descriptors triton_compile hub",
+        SPLIT,
     ),
-    (
-        "kernels/triton/cross_entropy.py",
-        "cross_entropy cross_entropy_with_grad linear_cross_entropy",
-        "triton",
-    ),
-    ("kernels/triton/linear_cross_entropy.py", "linear_cross_entropy", "triton"),
-    ("kernels/triton/linear*", "linear linear_gelu mlp", "triton"),
-    ("kernels/triton/add_layer_norm.py", "add_layer_norm", "triton"),
-    ("kernels/triton/philox.py", "attention attention_varlen philox", ""),
+    ("kernels/triton/cross_entropy.py", f"{LOSSES} triton_compile hub", "triton"),
+    ("kernels/triton/linear_cross_entropy.py", "linear_cross_entropy triton_compile hub", "triton"),
+    ("kernels/triton/linear*", "linear linear_gelu mlp triton_compile hub", "triton"),
+    ("kernels/triton/add_layer_norm.py", "add_layer_norm triton_compile hub", "triton"),
+    ("kernels/triton/philox.py", f"{ATTENTION} philox triton_compile hub", "triton or philox"),
+    ("kernels/triton/tuned.py", "tune triton_compile hub", ""),
     ("kernels/hub/*", "hub", ""),
     ("kernels/*", f"{OPS} triton_compile tune hub", "triton"),
-    ("fastgpt/reference/*", f"{OPS} philox second_derivatives", "reference"),
-    ("fastgpt/ops/*", f"{OPS} cross_entropy_with_grad second_derivatives backends model threads", ""),
+    ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
+    ("fastgpt/ops/*", f"{OPS} cross_entropy_with_grad second_derivatives backends model threads hub", ""),
     ("fastgpt/functional.py", DROP_IN, ""),
     ("fastgpt/patch.py", DROP_IN, ""),
-    ("fastgpt/backends.py", "backends functional extension", ""),
+    ("fastgpt/backends.py", "backends functional extension hub", ""),
     ("fastgpt/extension.py", "extension backends packaging", ""),
     ("fastgpt/flash_attention.py", "flash_attention flash_attention_cuda", ""),
     ("fastgpt/model.py", "model model_mlp sampling data_packing large", ""),
@@ -83,20 +82,12 @@ TABLE = [
     ("fastgpt/in_context.py", "in_context", ""),
     ("fastgpt/evaluate.py", "cli in_context finetune", ""),
     ("fastgpt/tasks/*", "tasks finetune", ""),
-    (
-        "fastgpt/data/*",
-        "data data_cleaning data_duplicates data_packing data_prepare data_shards word_vectors tokenizer",
-        "",
-    ),
+    ("fastgpt/data/*", f"{DATA} word_vectors tokenizer", ""),
     ("fastgpt/distributed.py", "train_distributed train", ""),
     ("fastgpt/checkpoint.py", RUNS, ""),
     ("fastgpt/durable.py", f"{RUNS} data_shards data_prepare", ""),
-    (
-        "fastgpt/integrations/*",
-        "accelerate accelerate_calls accelerate_others accelerate_torch training_stacks",
-        "",
-    ),
-    ("fastgpt/accelerate.py", "accelerate accelerate_others accelerate_torch training_stacks", ""),
+    ("fastgpt/integrations/*", MODELS, ""),
+    ("fastgpt/accelerate.py", MODELS, ""),
     ("fastgpt/*.py", f"{RUNS} finetune in_context", ""),
     ("bench/tune.py", "tune", ""),
     ("bench/launches.py", "triton_compile", ""),
@@ -128,10 +119,10 @@ def git(*arguments: str) -> str:
 
 
 def base() -> str:
-    """Where a change begins that nobody named: the branch point from origin/main, or the last commit of hours before.
+    """Find where a change without a stated beginning starts.
 
     Returns:
-        A commit; nothing if the history is too short to tell.
+        The branch point from origin/main, else the last commit HOURS before HEAD; "" if the history is shorter.
     """
     head = git("rev-parse", "HEAD")
     try:

@@ -1,7 +1,6 @@
-"""Python programs in processes of their own that do not import PyTorch again: forks of a server that has.
+"""Run Python programs in processes forked from a server that has imported PyTorch, which saves its import.
 
-For programs that find nothing else in their environment than the tests do; what changes what is imported, or how, needs
-an interpreter of its own.
+Only for programs that need no environment variables of their own: imports that depend on them have been made.
 """
 
 import os
@@ -12,27 +11,29 @@ import tempfile
 import traceback
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
+LONGEST = 300  # seconds
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "fastgpt.cli", "fastgpt.train"])
 
 
-def python(*arguments: object, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """What `python -m MODULE …` or `python -c CODE …` prints and returns, on one thread.
+def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `python -m MODULE …` or `python -c CODE …` on one thread; return its status and output.
 
     Raises:
-        TimeoutError: it has not ended in time, and was killed.
+        TimeoutError: it has not ended within LONGEST seconds, and was killed.
     """
     words = [str(a) for a in arguments]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when the server imports PyTorch
-    with tempfile.TemporaryDirectory() as folder:
+    one_thread = mock.patch.dict(os.environ, OMP_NUM_THREADS="1")  # read when the server imports PyTorch
+    with tempfile.TemporaryDirectory() as folder, one_thread:
         out, err = (Path(folder) / name for name in ("out", "err"))
         process = CONTEXT.Process(target=_run, args=(words, str(cwd or Path.cwd()), str(out), str(err)))
         process.start()
-        process.join(timeout)
+        process.join(LONGEST)
         if process.exitcode is None:
             process.kill()
-            raise TimeoutError(f"{words[:3]} has not ended within {timeout} s")
+            raise TimeoutError(f"{words[:3]} has not ended within {LONGEST} s")
         return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from fastgpt import extension
 from tests.support.affected import ROOT, git, tests_of
 
-LONGEST = 900  # seconds for the tests of a mutation; one that never ends is caught, too
+LONGEST = 900  # seconds for the tests of a tier; what has not ended then is not judged
 
 # (name, file, what stands there once, what is put in its place)
 MUTATIONS = [
@@ -291,7 +291,7 @@ MUTATIONS = [
 
 @dataclass
 class Verdict:
-    """What became of a mutation: the tier that caught it ("quick", "slow" or "none") and by which test."""
+    """The tier that caught a mutation ("quick", "slow", "none"; "late" if its tests took too long), and the test."""
 
     name: str
     file: str
@@ -340,14 +340,14 @@ class Copy:
         shutil.copy(self.folder / "build" / "lib" / "fastgpt" / self.library, self.folder / "fastgpt")
 
     def tests(self, tier: str, files: list[str], keywords: str) -> str:
-        """Runs tests until one fails; its name, or nothing."""
+        """Run tests until one fails; return its name, or nothing.
+
+        Raises:
+            subprocess.TimeoutExpired: they have not ended within LONGEST seconds.
+        """
         chosen = ["-m", {"quick": "not slow", "slow": "slow"}[tier], *(["-k", keywords] if keywords else [])]
-        try:
-            done = self.run(
-                "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-rfE", *chosen, *files, timeout=LONGEST
-            )
-        except subprocess.TimeoutExpired:
-            return f"(no end within {LONGEST} s)"
+        options = ("-x", "-q", "-p", "no:cacheprovider", "-rfE")
+        done = self.run("-m", "pytest", *options, *chosen, *files, timeout=LONGEST)
         if done.returncode in (0, 5):  # 5: the tier has no such test
             return ""
         found = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
@@ -373,6 +373,8 @@ class Copy:
                     break
             else:
                 tier = "none"
+        except subprocess.TimeoutExpired:
+            tier = "late"
         finally:
             path.write_text(original)  # what was compiled of it is compiled again when it is needed
             shutil.copy(ROOT / "fastgpt" / self.library, self.folder / "fastgpt")
@@ -381,10 +383,10 @@ class Copy:
 
 def report(verdicts: list[Verdict]) -> str:
     """The table as Markdown."""
-    counts = {tier: sum(v.tier == tier for v in verdicts) for tier in ("quick", "slow", "none")}
+    counts = {tier: sum(v.tier == tier for v in verdicts) for tier in ("quick", "slow", "none", "late")}
     lines = [
         f"{len(verdicts)} mutations: `make test` catches {counts['quick']}, `make test-all` {counts['slow']} more, "
-        f"{counts['none']} are caught by none.",
+        f"{counts['none']} are caught by none, of {counts['late']} the tests had not ended in time.",
         "", "| mutation | file | tier | caught by |", "|---|---|---|---|",
     ]  # fmt: skip
     for v in verdicts:
