@@ -116,14 +116,15 @@ def test_masks_of_every_broadcastable_shape(backend, dtype, shape, kind):
 @pytest.mark.parametrize(
     "asked", with_costly(["by the option", "by PyTorch's switch"], "by PyTorch's switch")
 )
-def test_deterministic_backward(backend, dtype, asked):
+@pytest.mark.parametrize("heads", with_costly([(1, 2, 1), (2, 4, 2)], (2, 4, 2)))
+def test_deterministic_backward(backend, dtype, asked, heads):
     """Where it is another path, it is as exact; and its bits are the same in every run."""
     torch.use_deterministic_algorithms(asked == "by PyTorch's switch")
     options = {"causal": "lower_right", "softcap": 2.0, "window": (20, -1), "dropout_p": 0.3, "seed": 3}
     ours = lambda q, k, v: ops.attention(q, k, v, deterministic=asked == "by the option", **options)  # noqa: E731
-    tensors = [
-        strided(shape, dtype, "contiguous") for shape in ((1, 2, 70, 24), (1, 1, 80, 24), (1, 1, 80, 24))
-    ]
+    batch, query_heads, key_heads = heads
+    shapes = ((batch, query_heads, 70, 24), *[(batch, key_heads, 80, 24)] * 2)
+    tensors = [strided(shape, dtype, "contiguous") for shape in shapes]
     check_error_rule(ours, lambda q, k, v: composed(q, k, v, **options), tensors)
     first, second = (run_with_gradients(ours, tensors, None)[1] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -85,6 +85,13 @@ def test_change_without_a_base_is_that_of_the_last_hours(tmp_path, monkeypatch, 
     assert "tests/test_train.py" not in tests
 
 
+def test_tests_are_collected_without_pytest_xdist():
+    """As on a GPU machine with a PyTorch and pytest of its own."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--collect-only", "tests/test_generate.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_mutations_fit_the_sources():
     names = [name for name, *_ in mutations.MUTATIONS]
     assert len(names) == len(set(names)) >= 60
