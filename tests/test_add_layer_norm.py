@@ -151,11 +151,50 @@ def test_the_sum_is_rounded_as_pytorch_rounds_it(backend, dtype):
     assert torch.equal(normed, ops.add_layer_norm(total, None)[0])
 
 
-def test_large_mean_does_not_spoil_the_variance(backend):
-    """A mean of 1000 and a spread of 1: E[x²] - E[x]² would lose six digits."""
-    x = (torch.randn(3, 256) + 1000).requires_grad_()
-    normed, _ = ops.add_layer_norm(x, None)
-    torch.testing.assert_close(normed.double(), T.layer_norm(x.double(), (256,)), atol=2e-3, rtol=0)
+@pytest.mark.parametrize("size", [1, 2, 7, 768, 1000, 4097, 9000])
+@pytest.mark.parametrize("value", [255.1, -1000.3, 1e5, 1e10, 1e20, 1e37])
+def test_constant_rows_are_normalized_to_zero(backend, value, size):
+    """As in PyTorch where it is no NaN; the gradient, which PyTorch rounds away, is that of a variance of 0."""
+    x = torch.full((2, size), value, requires_grad=True)
+    weight, bias, upstream = torch.randn(size), torch.randn(size), torch.randn(2, size)
+    normed = ops.add_layer_norm(x, None, weight, bias)[0]
+    assert torch.equal(normed, bias.expand(2, size))
+    g = upstream.double() * weight
+    exact = (g - g.mean(dim=1, keepdim=True)) / 1e-5**0.5
+    torch.testing.assert_close(torch.autograd.grad(normed, x, upstream)[0].double(), exact, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [255.0, 1e4, 3e38])
+def test_constant_rows_of_a_rounded_sum_are_zero(backend, value):
+    x, residual = torch.full((3, 130), value / 2).bfloat16(), torch.full((3, 130), value / 2)
+    assert not ops.add_layer_norm(x, residual.bfloat16())[0].any()
+    assert not ops.add_layer_norm(x, residual)[0].any()  # a float32 sum of two dtypes
+
+
+@pytest.mark.parametrize("size", [33, 1024, 9000])
+@pytest.mark.parametrize(("offset", "spread"), [(1e3, 1.0), (255.0, 1e-2), (1e5, 1e-2), (-1e6, 1.0), (1e17, 1e14)])
+def test_rows_with_a_large_offset_keep_their_digits(backend, offset, spread, size):
+    """To float32's last digits, as if the offset were not there: mean and variance are corrected."""
+    x = (offset + spread * torch.randn(4, size)).requires_grad_()
+    upstream, exact = torch.randn(4, size), x.detach().double().requires_grad_()
+    normed, expected = ops.add_layer_norm(x, None)[0], T.layer_norm(exact, (size,))
+    torch.testing.assert_close(normed.double(), expected, atol=3e-6, rtol=3e-6)
+    ours, theirs = (torch.autograd.grad(y, t, upstream.to(y))[0] for y, t in ((normed, x), (expected, exact)))
+    scale = theirs.abs().max()
+    torch.testing.assert_close(ours.double() / scale, theirs / scale, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("first", [1e4, -1e9, 1e30])
+def test_a_first_element_far_from_the_others_costs_nothing(backend, first):
+    """The pivot of the mean is the row's first element: the result does not depend on that choice."""
+    x = torch.randn(5, 515)
+    x[:, 0] = first
+    check_error_rule(lambda x: ops.add_layer_norm(x, None)[0], lambda x: T.layer_norm(x, (515,)), [x])
+
+
+def test_rows_whose_variance_overflows_are_zero(backend):
+    x = torch.tensor([1e20, 1e37, 1e38, 1.5e38])[:, None] * torch.randn(4, 300).sign()
+    assert not ops.add_layer_norm(x, None)[0].any()
 
 
 def test_gradient_of_the_sum_alone(backend):
@@ -186,7 +225,7 @@ def test_opcheck(backend):
         (x, None, None, None, 1e-5),
         (x.bfloat16(), r, w, None, 1e-5),
     )
-    mean, rstd = x.mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()
+    mean, rstd = x.double().mean(1), (x.var(1, correction=0) + 1e-5).rsqrt()
     check_opcheck(
         registered("add_layer_norm_bwd", backend), (r, None, x, w, mean, rstd), (r, r, x, None, mean, rstd)
     )

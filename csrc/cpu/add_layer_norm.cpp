@@ -4,6 +4,11 @@
 //   with g = grad·weight:  dsum = rstd·(g - mean(g) - n·mean(g·n)) + grad_sum
 //   dweight = Σ grad·n,  dbias = Σ grad over the rows
 //
+// Rows with a large offset keep their digits: with a pivot x_0 and m = x_0 + mean(sum - x_0), rounded,
+//   mean = m + c,  c = mean(sum - m);  variance = mean((sum - m)²) - c²;  n = ((sum - m) - c)·rstd
+// A constant row has m = x_0 and n = 0 exactly. The mean is saved in double and sum - mean taken in two steps. The
+// first sum is of halves over the row's size, so that it cannot overflow.
+//
 // Bytes: the forward reads x and residual and writes sum and normed; the backward reads grad_normed,
 // grad_sum and sum and writes dsum. mean and rstd are kept, n is recomputed.
 #include "kernel.h"
@@ -22,41 +27,43 @@ void forward(
     const compute_t<T>* bias,
     T* normed,
     T* total,
-    compute_t<T>* mean,
+    double* mean,
     compute_t<T>* rstd,
     int64_t rows,
     int64_t size,
     double eps) {
   using A = compute_t<T>;
+  // The sum as it is stored, of which the statistics are.
+  const auto read = [&](int64_t i, auto... n) {
+    Vector<A> v = load<A>(x + i, n...);
+    if (!residual) return v;
+    v += load<A>(residual + i, n...);
+    store<T, A>(total + i, v, n...);
+    return load<A>(total + i, n...);
+  };
   at::parallel_for(0, rows, GRAIN / std::max<int64_t>(size, 1) + 1, [&](int64_t begin, int64_t end) {
     std::vector<A> z(size);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * size;
-      const A mu = sum_of<A>(
-                       size,
-                       [&](int64_t j, auto... n) {
-                         Vector<A> v = load<A>(x + at + j, n...);
-                         if (residual) {
-                           v += load<A>(residual + at + j, n...);
-                           store<T, A>(total + at + j, v, n...);
-                           v = load<A>(total + at + j, n...);  // the statistics are those of the rounded sum
-                         }
-                         store<A, A>(&z[j], v, n...);
-                         return v;
-                       }) /
-                   A(size);
-      const A variance = sum_of<A>(
-                             size,
-                             [&](int64_t j, auto... n) {
-                               const Vector<A> d = first<A>(load<A>(&z[j], n...) - mu, A(0), n...);
-                               return d * d;
-                             }) /
-                         A(size);
-      const A scale = A(1) / std::sqrt(variance + A(eps));
-      mean[row] = mu;
+      const A inverse = A(1) / A(size), origin = size > 0 ? read(at, 1)[0] / 2 : A(0);
+      const A middle = 2 * (origin + sum_of<A>(size, [&](int64_t j, auto... n) {
+                              const Vector<A> v = read(at + j, n...);
+                              store<A, A>(&z[j], v, n...);
+                              return first<A>(v * A(0.5) - origin, A(0), n...) * inverse;
+                            }));
+      Vector<A> sum = {}, squares = {};
+      over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+        const Vector<A> d = first<A>(load<A>(&z[j], n...) - middle, A(0), n...);
+        sum += d * inverse;
+        squares += d * d;
+      });
+      const A rest = lane_sum<A>(sum);
+      const A variance = lane_sum<A>(squares) / A(size) - std::min(rest * rest, std::numeric_limits<A>::max());
+      const A scale = A(1) / std::sqrt((variance < A(0) ? A(0) : variance) + A(eps));
+      mean[row] = double(middle) + double(rest);
       rstd[row] = scale;
       over_vectors<A>(0, size, [&](int64_t j, auto... n) {
-        Vector<A> v = (load<A>(&z[j], n...) - mu) * scale;
+        Vector<A> v = ((load<A>(&z[j], n...) - middle) - rest) * scale;
         if (weight) v *= load<A>(weight + j, n...);
         if (bias) v += load<A>(bias + j, n...);
         store<T, A>(normed + at + j, v, n...);
@@ -74,7 +81,7 @@ void backward(
     const T* grad_sum,
     const T* total,
     const compute_t<T>* weight,
-    const compute_t<T>* mean,
+    const double* mean,
     const compute_t<T>* rstd,
     T* dsum,
     compute_t<T>* partial,
@@ -89,10 +96,11 @@ void backward(
       A *dweight = partial + 2 * part * size, *dbias = dweight + size;
       for (int64_t row = part * span; row < std::min(rows, (part + 1) * span); ++row) {
         const int64_t at = row * size;
-        const A mu = mean[row], scale = rstd[row];
+        const A mu = A(mean[row]), low = A(mean[row] - double(mu)), scale = rstd[row];
         Vector<A> sum_g = {}, sum_gn = {};
         over_vectors<A>(0, size, [&](int64_t j, auto... n) {
-          const Vector<A> z = (load<A>(total + at + j, n...) - mu) * scale, d = load<A>(grad_normed + at + j, n...);
+          const Vector<A> x = first<A>((load<A>(total + at + j, n...) - mu) - low, A(0), n...), z = x * scale;
+          const Vector<A> d = load<A>(grad_normed + at + j, n...);
           store<A, A>(dweight + j, load<A>(dweight + j, n...) + d * z, n...);
           store<A, A>(dbias + j, load<A>(dbias + j, n...) + d, n...);
           const Vector<A> dw = weight ? d * load<A>(weight + j, n...) : d;
@@ -133,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
   const int64_t rows = x.size(0), size = x.size(1);
   Tensor normed = at::empty(x.sizes(), x.options());
   Tensor total = residual_ ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  Tensor mean = at::empty({rows}, x.options().dtype(acc)), rstd = at::empty_like(mean);
+  Tensor mean = at::empty({rows}, x.options().dtype(at::kDouble)), rstd = at::empty({rows}, x.options().dtype(acc));
   dispatch(type, "add_layer_norm", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -144,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
         pointer<A>(bias),
         normed.mutable_data_ptr<T>(),
         total.mutable_data_ptr<T>(),
-        mean.mutable_data_ptr<A>(),
+        mean.mutable_data_ptr<double>(),
         rstd.mutable_data_ptr<A>(),
         rows,
         size,
@@ -162,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const Tensor& rstd) {
   const auto type = total_.scalar_type(), acc = accumulator(type);
   const Tensor grad_normed = in(type, grad_normed_), grad_sum = in(type, grad_sum_), total = in(type, total_);
-  const Tensor weight = in(acc, weight_), mu = in(acc, mean), scale = in(acc, rstd);
+  const Tensor weight = in(acc, weight_), mu = in(at::kDouble, mean), scale = in(acc, rstd);
   const int64_t rows = total.size(0), size = total.size(1), parts = row_parts(rows);
   Tensor dsum = at::empty(total.sizes(), total.options());
   Tensor partial = at::zeros({parts, 2, size}, total.options().dtype(acc));
@@ -174,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
         pointer<T>(grad_sum),
         total.const_data_ptr<T>(),
         pointer<A>(weight),
-        mu.const_data_ptr<A>(),
+        mu.const_data_ptr<double>(),
         scale.const_data_ptr<A>(),
         dsum.mutable_data_ptr<T>(),
         partial.mutable_data_ptr<A>(),

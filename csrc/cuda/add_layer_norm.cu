@@ -7,12 +7,18 @@
 //   dsum = rstd (g - mean_j g - xhat mean_j (g xhat)) + grad_sum
 //   dweight = Σ_i grad_normed xhat,   dbias = Σ_i grad_normed
 //
-// Shapes: x, residual (N, D) contiguous, weight, bias (D,) float32. The arithmetic is float32. The statistics are of
-// the value that is stored, so that the backward sees what the forward saw, and the variance is of the deviations, not
-// E[x²] - E[x]², which cancels: a row stays in registers for both. A row of more than 16384 elements does not, and is
+// Shapes: x, residual (N, D) contiguous, weight, bias (D,) float32, mean (N,) float64. The arithmetic is float32. The
+// statistics are of the value that is stored, so that the backward sees what the forward saw. Rows with a large offset
+// keep their digits: with a pivot x_0 and m = x_0 + mean(sum - x_0), rounded,
+//
+//   mean = m + c,   c = mean(sum - m);   var = mean((sum - m)²) - c²;   xhat = ((sum - m) - c) rstd
+//
+// A constant row has m = x_0 and xhat = 0 exactly. sum - mean is taken in two steps in the backward, too. The first sum
+// is of halves over D, so that it cannot overflow. A row stays in registers for the statistics. A row of more than 16384 elements does not, and is
 // read again (8192 in the backward). Bytes moved per element: forward two reads, two writes; backward three reads
 // (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum, mean and rstd. dweight and dbias are summed in
 // two stages without atomics: a fixed set of blocks sums strided rows, PyTorch sums the partial sums.
+#include "../formulas.h"
 #include "team.cuh"
 #include "tensors.cuh"
 
@@ -39,7 +45,7 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     Global<const float> bias,
     Global<X> normed,
     Global<X> sum,
-    Global<float> mean,
+    Global<double> mean,
     Global<float> rstd,
     int64_t rows,
     int columns,
@@ -85,10 +91,17 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     }
   };
 
+  const float inverse = 1.0f / static_cast<float>(columns);
+  float origin = 0.0f;  // half of x_0
+  if (columns > 0) {
+    origin = to_float(load(x + start));
+    if (residual) origin = to_float(from_float<T>(origin + to_float(load(residual + start))));
+    origin *= 0.5f;
+  }
   float total[1] = {};
   const auto add_up = [&](const Vector<T, N>& v) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) total[0] += to_float(v.at[k]);
+    for (int k = 0; k < N; ++k) total[0] += (to_float(v.at[k]) * 0.5f - origin) * inverse;
   };
   if constexpr (IN_REGISTERS) {
     // All on their way before the first sum is stored; half of them where two types leave no registers for that.
@@ -107,22 +120,27 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     for (int i = team.thread; i < vectors; i += row_threads) add_up(add(i, read(i)));
   }
   team.sum(total, shared_memory());
-  const float mu = total[0] / static_cast<float>(columns);
-  float squares[1] = {};
+  const float middle = 2.0f * (origin + total[0]);
+  float moments[2] = {};  // of the deviations from it
   over([&](int, const auto& v) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) squares[0] += (to_float(v.at[k]) - mu) * (to_float(v.at[k]) - mu);
+    for (int k = 0; k < N; ++k) {
+      const float d = to_float(v.at[k]) - middle;
+      moments[0] += d * inverse;
+      moments[1] += d * d;
+    }
   });
-  team.sum(squares, shared_memory() + SLOTS);
-  const float scale = 1.0f / sqrtf(squares[0] / static_cast<float>(columns) + eps);
+  team.sum(moments, shared_memory() + SLOTS);
+  const float rest = moments[0], variance = moments[1] * inverse - fminf(rest * rest, -LOWEST);
+  const float scale = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
   if (team.thread == 0) {
-    store(mean + row, mu);
+    store(mean + row, static_cast<double>(middle) + static_cast<double>(rest));
     store(rstd + row, scale);
   }
   over([&](int i, auto v) {
     Vector<float, N> y;
 #pragma unroll
-    for (int k = 0; k < N; ++k) y.at[k] = (to_float(v.at[k]) - mu) * scale;
+    for (int k = 0; k < N; ++k) y.at[k] = (to_float(v.at[k]) - middle - rest) * scale;
     if (weight) {
       const Vector<float, N> w = load_floats<N>(weight + i * N);
 #pragma unroll
@@ -151,7 +169,7 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_bwd_kernel(
     Global<const T> grad_sum,
     Global<const T> sum,
     Global<const float> weight,
-    Global<const float> mean,
+    Global<const double> mean,
     Global<const float> rstd,
     Global<T> dsum,
     Global<float> partial_weight,
@@ -170,11 +188,11 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_bwd_kernel(
     Vector<float, N> xhat, g;  // g is grad_normed until it is weighed
     Vector<T, N> grad_sum;
   };
-  const auto terms = [&](int64_t at, float mu, float scale) {
+  const auto terms = [&](int64_t at, float mu, float low, float scale) {
     Terms t{load_floats<N>(sum + at), load_floats<N>(grad + at)};
     if (grad_sum) t.grad_sum = load_vector<N>(grad_sum + at);
 #pragma unroll
-    for (int k = 0; k < N; ++k) t.xhat.at[k] = (t.xhat.at[k] - mu) * scale;
+    for (int k = 0; k < N; ++k) t.xhat.at[k] = (t.xhat.at[k] - mu - low) * scale;
     return t;
   };
   const auto weigh = [&](Terms& t, int i, float (&sums)[2]) {
@@ -203,7 +221,9 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_bwd_kernel(
   int turn = 0;  // the slots of a turn are written again in the one after the next, when all have read them
   for (int64_t row = int64_t{block_x()} * teams + number; row < rows; row += int64_t{blocks_x()} * teams, turn ^= 1) {
     const int64_t start = row * columns;
-    const float mu = load(mean + row), scale = load(rstd + row);
+    const double mean_of_row = load(mean + row);
+    const float mu = static_cast<float>(mean_of_row), low = static_cast<float>(mean_of_row - static_cast<double>(mu));
+    const float scale = load(rstd + row);
     float sums[2] = {};  // of g and g xhat; then their means
     const auto join = [&] {
       team.sum(sums, slots + turn * 2 * SLOTS);
@@ -214,7 +234,7 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_bwd_kernel(
 #pragma unroll
       for (int h = 0; h < HELD; ++h)
         if (const int i = team.thread + h * row_threads; i < vectors) {
-          held[h] = terms(start + i * N, mu, scale);
+          held[h] = terms(start + i * N, mu, low, scale);
 #pragma unroll
           for (int k = 0; k < N; ++k) {
             dweight[h].at[k] += held[h].g.at[k] * held[h].xhat.at[k];
@@ -229,7 +249,7 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_bwd_kernel(
     } else {
 #pragma unroll 1
       for (int i = team.thread; i < vectors; i += row_threads) {
-        Terms t = terms(start + i * N, mu, scale);
+        Terms t = terms(start + i * N, mu, low, scale);
         Vector<float, N> product;
 #pragma unroll
         for (int k = 0; k < N; ++k) product.at[k] = t.g.at[k] * t.xhat.at[k];
@@ -240,7 +260,7 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_bwd_kernel(
       join();
 #pragma unroll 1
       for (int i = team.thread; i < vectors; i += row_threads) {
-        Terms t = terms(start + i * N, mu, scale);
+        Terms t = terms(start + i * N, mu, low, scale);
         float known[2];
         weigh(t, i, known);
         finish(start + i * N, t, scale, sums);
@@ -327,7 +347,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
   const int columns = columns_of(x);
   Tensor normed = empty(x, {rows, columns}, x.scalar_type());
   Tensor sum = residual.has_value() ? torch::stable::empty_like(normed) : empty(x, {0}, x_.scalar_type());
-  Tensor mean = empty(x, {rows}, ScalarType::Float), rstd = torch::stable::empty_like(mean);
+  Tensor mean = empty(x, {rows}, ScalarType::Double), rstd = empty(x, {rows}, ScalarType::Float);
   if (rows == 0) return {normed, sum, mean, rstd};
   const bool is_wide =
       wide_rows(x) && aligned(x, normed, sum) && is_aligned(residual) && is_aligned(weight) && is_aligned(bias);
@@ -342,14 +362,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
         launch<add_layer_norm_fwd_kernel<X, R, wide, in_registers>>(
             device_of(x),
             "add_layer_norm_fwd",
-            Launch{.x = cdiv(rows, teams), .threads = teams * row_threads, .shared = 2 * SLOTS},
+            Launch{.x = cdiv(rows, teams), .threads = teams * row_threads, .shared = 3 * SLOTS},
             global<const X>(x),
             global<const R>(residual),
             global<const float>(weight),
             global<const float>(bias),
             global<X>(normed),
             global<X>(sum),
-            global<float>(mean),
+            global<double>(mean),
             global<float>(rstd),
             rows,
             columns,
@@ -396,7 +416,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
             global<const T>(grad_sum),
             global<const T>(sum),
             global<const float>(weight),
-            global<const float>(mean),
+            global<const double>(mean),
             global<const float>(rstd),
             global<T>(dsum),
             global<float>(partial_weight),

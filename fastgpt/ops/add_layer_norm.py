@@ -11,15 +11,18 @@ from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import check_floating, check_last_dim, check_tensors, no_float64_on_gpu_backends
 from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.reference.add_layer_norm import centre
 from fastgpt.reference.precision import accumulator
+
+# The mean is float64 in the ops: sum - mean must keep its digits where a row has a large offset.
 
 
 def _fake_fwd(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed = x.new_empty(x.shape, dtype=dtype)
     total = x.new_empty(0) if residual is None else torch.empty_like(normed)
-    statistics = x.new_empty(x.shape[:1], dtype=accumulator(dtype))
-    return normed, total, statistics, torch.empty_like(statistics)
+    mean = x.new_empty(x.shape[:1], dtype=torch.float64)
+    return normed, total, mean, torch.empty_like(mean, dtype=accumulator(dtype))
 
 
 def _reference_fwd(
@@ -27,14 +30,15 @@ def _reference_fwd(
 ) -> tuple[Tensor, ...]:
     normed, total = reference.add_layer_norm(x, residual, weight, bias, eps)
     z = total.to(accumulator(total.dtype))
-    variance, mean = torch.var_mean(z, dim=-1, correction=0)
-    return normed, (x.new_empty(0) if residual is None else total), mean, torch.rsqrt(variance + eps)
+    centred, mean = centre(z)
+    rstd = torch.rsqrt(centred.square().mean(dim=-1) + eps)
+    return normed, (x.new_empty(0) if residual is None else total), mean[:, 0], rstd
 
 
 def _fake_bwd(
     grad_normed: Tensor, grad_sum: Any, total: Tensor, weight: Any, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, ...]:
-    vector = mean.new_empty(total.shape[1])
+    vector = rstd.new_empty(total.shape[1])
     return torch.empty_like(total), vector, torch.empty_like(vector)
 
 
@@ -47,8 +51,8 @@ def _reference_bwd(
     rstd: Tensor,
 ) -> tuple[Tensor, ...]:
     """With n = (sum - mean)·rstd and g = grad·weight:  dsum = rstd·(g - mean(g) - n·mean(g·n)) + grad_sum."""
-    acc = mean.dtype
-    n = (total.to(acc) - mean[:, None]) * rstd[:, None]
+    acc = rstd.dtype
+    n = (total.double() - mean[:, None]).to(acc) * rstd[:, None]
     grad = grad_normed.to(acc)
     g = grad if weight is None else grad * weight.to(acc)
     dsum = rstd[:, None] * (g - g.mean(dim=1, keepdim=True) - n * (g * n).mean(dim=1, keepdim=True))

@@ -21,11 +21,25 @@ def add_layer_norm(
         acc = accumulator(dtype)
         total = (x.to(acc) + residual.to(acc)).to(dtype)
     acc = accumulator(total.dtype)
-    z = total.to(acc)
-    centred = z - z.mean(dim=-1, keepdim=True)
+    centred = centre(total.to(acc))[0]
     y = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(acc)
     if bias is not None:
         y = y + bias.to(acc)
     return y.to(total.dtype), total
+
+
+def centre(z: Tensor) -> tuple[Tensor, Tensor]:
+    """z minus its mean over the last dimension, and that mean in float64, (..., D) and (..., 1).
+
+    A large offset common to a row costs no digits: with m = z_0 + mean(z - z_0), rounded, the mean is
+    m + mean(z - m). A constant row is exactly 0. The sums are over halves divided by D, so that none overflows.
+    """
+    size = z.shape[-1]
+    half = z.detach() / 2
+    pivot = half[..., :1].sum(dim=-1, keepdim=True)  # 0 in a row of no elements
+    middle = 2 * (pivot + ((half - pivot) / size).sum(dim=-1, keepdim=True))
+    deviation = z - middle
+    rest = (deviation / size).sum(dim=-1, keepdim=True)
+    return deviation - rest, middle.double() + rest.double()

@@ -7,9 +7,14 @@
     dsum = rstd (g - mean_j g - xhat mean_j (g xhat)) + grad_sum
     dweight = sum_i grad_normed xhat,   dbias = sum_i grad_normed
 
-Shapes: x, residual (N, D) contiguous, weight, bias (D,). The arithmetic is fp32. The statistics are of the
-value that is stored, so that the backward sees what the forward saw, and the variance is of the deviations,
-not E[x^2] - E[x]^2, which cancels: a row stays in registers for both. Bytes moved per element: forward two
+Shapes: x, residual (N, D) contiguous, weight, bias (D,), mean (N,) fp64. The arithmetic is fp32. The statistics are of
+the value that is stored, so that the backward sees what the forward saw; a row stays in registers for them. Rows with a
+large offset keep their digits: with a pivot x_0 and m = x_0 + mean(sum - x_0), rounded,
+
+    mean = m + c,   c = mean(sum - m);   var = mean((sum - m)^2) - c^2;   xhat = ((sum - m) - c) rstd
+
+A constant row has m = x_0 and xhat = 0 exactly. sum - mean is taken in two steps in the backward, too. The first sum is
+of halves over D, so that it cannot overflow. Bytes moved per element: forward two
 reads, two writes; backward three reads (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum,
 mean and rstd. dweight and dbias are summed in two stages without atomics: a fixed set of programs sums
 strided rows, PyTorch sums the partial sums. A row that is too long for the registers, beside its two sums, is cut into
@@ -32,6 +37,14 @@ ELEMENTS = 16
 # registers, so that two programs fit into a multiprocessor; there are about as many programs as that makes, and no
 # more, because each leaves partial sums: at N = 8192 1/16 of x.
 TILE = (4096, 8, 256)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+
+
+@triton.jit
+def _in_two_parts(x):
+    """An fp64 number as a sum of two fp32 numbers."""
+    high = x.to(tl.float32)
+    return high, (x - high.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
@@ -58,13 +71,21 @@ def _add_layer_norm_fwd(
         tl.store(p_sum + i_n * D + o_d, b_stored, mask=m_d)
         b_sum = b_stored.to(tl.float32)
 
-    mean = tl.sum(b_sum, 0) / D
-    b_deviation = tl.where(m_d, b_sum - mean, 0.0)  # [BLOCK_D]
-    rstd = 1.0 / tl.sqrt(tl.sum(b_deviation * b_deviation, 0) / D + eps)
-    tl.store(p_mean + i_n, mean)
+    origin = tl.load(p_x + i_n * D, mask=D > 0, other=0.0).to(tl.float32)
+    if p_residual is not None:
+        origin += tl.load(p_residual + i_n * D, mask=D > 0, other=0.0).to(tl.float32)
+        origin = origin.to(p_sum.dtype.element_ty).to(tl.float32)
+    b_half = tl.where(m_d, b_sum * 0.5 - origin * 0.5, 0.0)  # [BLOCK_D]
+    middle = 2.0 * (origin * 0.5 + tl.sum(b_half * (1.0 / D), 0))
+    b_deviation = tl.where(m_d, b_sum - middle, 0.0)  # [BLOCK_D]
+    rest = tl.sum(b_deviation * (1.0 / D), 0)
+    var = tl.sum(b_deviation * b_deviation, 0) / D - tl.minimum(rest * rest, LARGEST)
+    var = tl.where(var < 0.0, 0.0, var)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    tl.store(p_mean + i_n, middle.to(tl.float64) + rest.to(tl.float64))
     tl.store(p_rstd + i_n, rstd)
 
-    b_normed = b_deviation * rstd
+    b_normed = (b_deviation - rest) * rstd
     if p_weight is not None:
         b_normed *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     if p_bias is not None:
@@ -85,7 +106,7 @@ def _add_layer_norm_bwd_rows(
     BLOCK_D: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    mean = tl.load(p_mean + i_n)
+    mean, mean_low = _in_two_parts(tl.load(p_mean + i_n))
     rstd = tl.load(p_rstd + i_n)
     b_c1 = tl.zeros((BLOCK_D,), tl.float32)
     b_c2 = tl.zeros((BLOCK_D,), tl.float32)
@@ -97,7 +118,7 @@ def _add_layer_norm_bwd_rows(
         if p_weight is not None:
             b_grad *= tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_c1 += b_grad
-        b_c2 += b_grad * tl.where(m_d, (b_sum - mean) * rstd, 0.0)
+        b_c2 += b_grad * tl.where(m_d, ((b_sum - mean) - mean_low) * rstd, 0.0)
     tl.store(p_means + i_n, tl.sum(b_c1, 0) / D)
     tl.store(p_means + N + i_n, tl.sum(b_c2, 0) / D)
 
@@ -132,11 +153,12 @@ def _add_layer_norm_bwd(
         m_n = o_n < N
         m = m_n[:, None] & m_d[None, :]
         o = o_n[:, None] * D + o_d[None, :]
-        b_mean = tl.load(p_mean + o_n, mask=m_n, other=0.0)  # [BLOCK_N]
+        b_mean, b_mean_low = _in_two_parts(tl.load(p_mean + o_n, mask=m_n, other=0.0))  # [BLOCK_N]
         b_rstd = tl.load(p_rstd + o_n, mask=m_n, other=0.0)  # [BLOCK_N]
         b_sum = tl.load(p_sum + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
         b_grad = tl.load(p_grad + o, mask=m, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-        b_xhat = tl.where(m, (b_sum - b_mean[:, None]) * b_rstd[:, None], 0.0)  # [BLOCK_N, BLOCK_D]
+        b_xhat = ((b_sum - b_mean[:, None]) - b_mean_low[:, None]) * b_rstd[:, None]  # [BLOCK_N, BLOCK_D]
+        b_xhat = tl.where(m, b_xhat, 0.0)
         b_dweight += b_grad * b_xhat
         b_dbias += b_grad
         if p_weight is not None:
@@ -162,7 +184,7 @@ def add_layer_norm_fwd(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed = x.new_empty(N, D, dtype=dtype)
     total = x.new_empty(0) if residual is None else x.new_empty(N, D, dtype=dtype)
-    mean, rstd = (x.new_empty(N, dtype=torch.float32) for _ in range(2))
+    mean, rstd = x.new_empty(N, dtype=torch.float64), x.new_empty(N, dtype=torch.float32)
     if N:
         block_d = next_power_of_2(max(D, 1))
         warps = min(max(block_d // (32 * ELEMENTS), 1), 16)
