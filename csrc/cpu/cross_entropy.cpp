@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
   check_targets(y, vocab, ignore_index);
   const auto options = logits.options().dtype(accumulator(logits.scalar_type()));
   const Tensor w = weight ? weight->to(options.dtype()).contiguous() : Tensor();
-  Tensor loss = at::empty({rows}, options), lse = at::empty({rows}, options.dtype(at::kDouble));
+  Tensor loss = at::empty({rows}, options), statistics = at::empty({rows, 2}, options);
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -30,12 +30,12 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     const T* x = logits.const_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     A* losses = loss.mutable_data_ptr<A>();
-    double* lses = lse.mutable_data_ptr<double>();
+    A* both = statistics.mutable_data_ptr<A>();
     at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], lses[i]);
+      for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], both + 2 * i);
     });
   });
-  return {loss, lse};
+  return {loss, statistics};
 }
 
 // The gradient into `out`, which may be the logits themselves.
@@ -45,7 +45,7 @@ void backward_into(
     const OptionalTensor& grad_lse,
     const Tensor& logits,
     const Tensor& target,
-    const Tensor& lse,
+    const Tensor& statistics,
     const OptionalTensor& weight,
     const LossOptions& loss_options) {
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -55,7 +55,7 @@ void backward_into(
   check_targets(y, vocab, loss_options.ignore_index);
   const auto acc = accumulator(logits.scalar_type());
   const Tensor w = weight ? weight->to(acc).contiguous() : Tensor();
-  const Tensor g = grad_loss.to(acc).contiguous(), l = lse.to(at::kDouble).contiguous();
+  const Tensor g = grad_loss.to(acc).contiguous(), s = statistics.to(acc).contiguous();
   const Tensor gl = grad_lse ? grad_lse->to(acc).contiguous() : Tensor();
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
@@ -65,13 +65,13 @@ void backward_into(
     T* dx = out.mutable_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     const A* grads = g.const_data_ptr<A>();
-    const double* lses = l.const_data_ptr<double>();
+    const A* both = s.const_data_ptr<A>();
     const A* lse_grads = grad_lse ? gl.const_data_ptr<A>() : nullptr;
     const auto all = [&](auto past) {
       at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           row.template backward<past.value>(
-              x + i * stride, dx + i * out_stride, targets[i], lses[i], grads[i], lse_grads ? lse_grads[i] : A(0));
+              x + i * stride, dx + i * out_stride, targets[i], both + 2 * i, grads[i], lse_grads ? lse_grads[i] : A(0));
         if (past.value) end_stream();
       });
     };
@@ -86,7 +86,7 @@ Tensor cross_entropy_bwd(
     const OptionalTensor& grad_lse,
     const Tensor& logits,
     const Tensor& target,
-    const Tensor& lse,
+    const Tensor& statistics,
     const OptionalTensor& weight,
     int64_t ignore_index,
     double label_smoothing,
@@ -94,7 +94,7 @@ Tensor cross_entropy_bwd(
     double softcap) {
   Tensor out = at::empty(logits.sizes(), logits.options());
   backward_into(
-      out, grad_loss, grad_lse, logits, target, lse, weight, {ignore_index, label_smoothing, z_loss, softcap});
+      out, grad_loss, grad_lse, logits, target, statistics, weight, {ignore_index, label_smoothing, z_loss, softcap});
   return out;
 }
 
@@ -103,14 +103,14 @@ void cross_entropy_bwd_inplace(
     const OptionalTensor& grad_lse,
     Tensor& logits,
     const Tensor& target,
-    const Tensor& lse,
+    const Tensor& statistics,
     const OptionalTensor& weight,
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
     double softcap) {
   backward_into(
-      logits, grad_loss, grad_lse, logits, target, lse, weight, {ignore_index, label_smoothing, z_loss, softcap});
+      logits, grad_loss, grad_lse, logits, target, statistics, weight, {ignore_index, label_smoothing, z_loss, softcap});
 }
 
 TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {

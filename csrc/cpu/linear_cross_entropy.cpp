@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     bool with_grad) {
   const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), target = target_.contiguous();
   const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
-  Tensor loss = at::empty({hidden.size(0)}, options), lse = at::empty({hidden.size(0)}, options.dtype(at::kDouble));
+  Tensor loss = at::empty({hidden.size(0)}, options), statistics = at::empty({hidden.size(0), 2}, options);
   Tensor dhidden = at::empty({0}, options), dweight = at::empty({0}, options), dbias = at::empty({0}, options);
   if (with_grad) std::tie(dhidden, dweight, dbias) = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
@@ -68,13 +68,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     using A = decltype(element);
     chunks.forward(
         loss.mutable_data_ptr<A>(),
-        lse.mutable_data_ptr<double>(),
+        statistics.mutable_data_ptr<A>(),
         with_grad,
         pointer<A>(dhidden),
         pointer<A>(dweight),
         pointer<A>(dbias));
   });
-  return {loss, lse, dhidden, dweight, dbias};
+  return {loss, statistics, dhidden, dweight, dbias};
 }
 
 Gradients linear_cross_entropy_bwd(
@@ -83,7 +83,7 @@ Gradients linear_cross_entropy_bwd(
     const Tensor& weight_,
     const OptionalTensor& bias,
     const Tensor& target_,
-    const Tensor& lse_,
+    const Tensor& statistics_,
     const OptionalTensor& class_weight,
     int64_t ignore_index,
     double label_smoothing,
@@ -91,15 +91,15 @@ Gradients linear_cross_entropy_bwd(
     double softcap,
     int64_t chunk) {
   const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), target = target_.contiguous();
-  const Tensor grad = grad_loss.to(accumulator(hidden.scalar_type())).contiguous(),
-               lse = lse_.to(at::kDouble).contiguous();
+  const auto acc = accumulator(hidden.scalar_type());
+  const Tensor grad = grad_loss.to(acc).contiguous(), statistics = statistics_.to(acc).contiguous();
   auto [dhidden, dweight, dbias] = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {
     using A = decltype(element);
     chunks.backward(
         grad.const_data_ptr<A>(),
-        lse.const_data_ptr<double>(),
+        statistics.const_data_ptr<A>(),
         pointer<A>(dhidden),
         pointer<A>(dweight),
         pointer<A>(dbias));

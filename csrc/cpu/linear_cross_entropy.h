@@ -36,9 +36,9 @@ inline int64_t chunk_rows(int64_t asked, int64_t rows) {
 // What the loss and its gradient need to know of the rows of a chunk, one value a lane.
 template <typename A>
 struct Lanes {
-  std::vector<A> high, low;                // lse in two parts
-  std::vector<A> on_p, spread, on_target;  // the factors of p, of the class weight and of [class = target]
-  explicit Lanes(int64_t n) : high(n), low(n), on_p(n), spread(n), on_target(n) {}
+  std::vector<A> top;                        // m
+  std::vector<A> on_exp, spread, on_target;  // the factors of exp(x - m), of the class weight and of [class = target]
+  explicit Lanes(int64_t n) : top(n), on_exp(n), spread(n), on_target(n) {}
 };
 
 template <typename T>
@@ -76,9 +76,9 @@ class Chunks {
 
   // ---- forward, with the gradients of the sum of the losses where dhidden is given ----
 
-  void forward(A* loss, double* lse, bool with_grad, A* dhidden, A* dweight, A* dbias) {
+  void forward(A* loss, A* statistics, bool with_grad, A* dhidden, A* dweight, A* dbias) {
     const int64_t slices = (vocab_ + SLICE - 1) / SLICE;
-    std::vector<Statistics> statistics(parts_, Statistics(lanes_));
+    std::vector<Statistics> parts(parts_, Statistics(lanes_));
     kept_.reset(with_grad ? new E[vocab_ * lanes_] : nullptr);
     tops_.reset(with_grad ? new A[slices * lanes_] : nullptr);
     x_target_.resize(lanes_);
@@ -87,11 +87,12 @@ class Chunks {
       Lanes<A> lanes(lanes_);
       at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
         Space space(*this);
-        for (int64_t part = first; part < last; ++part) gather(statistics[part], span(part), space);
+        for (int64_t part = first; part < last; ++part) gather(parts[part], span(part), space);
       });
       for (int64_t r = 0; r < n_; ++r) {
-        loss[begin_ + r] = loss_of(r, statistics, lse[begin_ + r]);
-        set_lane(lanes, r, lse[begin_ + r], A(1));
+        A* const both = statistics + 2 * (begin_ + r);
+        loss[begin_ + r] = loss_of(r, parts, both);
+        set_lane(lanes, r, both, A(1));
       }
       if (with_grad) gradients(lanes, dhidden, dweight, dbias);
     }
@@ -99,12 +100,12 @@ class Chunks {
 
   // ---- backward, for upstream gradients that differ from row to row: the logits are computed again ----
 
-  void backward(const A* grad, const double* lse, A* dhidden, A* dweight, A* dbias) {
+  void backward(const A* grad, const A* statistics, A* dhidden, A* dweight, A* dbias) {
     x_target_.resize(lanes_);
     for (begin_ = 0; begin_ < rows_; begin_ += step_) {
       start_chunk(true);
       Lanes<A> lanes(lanes_);
-      for (int64_t r = 0; r < n_; ++r) set_lane(lanes, r, lse[begin_ + r], grad[begin_ + r]);
+      for (int64_t r = 0; r < n_; ++r) set_lane(lanes, r, statistics + 2 * (begin_ + r), grad[begin_ + r]);
       gradients(lanes, dhidden, dweight, dbias);
     }
   }
@@ -112,9 +113,9 @@ class Chunks {
  private:
   // A running softmax over the classes of a part.
   struct Statistics {
-    std::vector<A> top, sum, weighted, origin;
-    A total = 0;  // of the class weights
-    explicit Statistics(int64_t n) : top(n), sum(n), weighted(n), origin(n) {}
+    std::vector<A> top, sum, weighted;  // max x, Σ exp(x - top), Σ w·(top - x)
+    A total = 0;                        // Σ w
+    explicit Statistics(int64_t n) : top(n), sum(n), weighted(n) {}
   };
 
   // What a thread works in.
@@ -183,17 +184,14 @@ class Chunks {
       const int64_t n = std::min(SLICE, classes.end - v);
       project(v, n, space);
       for_targets(v, n, [&](int64_t r, int64_t y) { x_target_[r] = space.logits[y * lanes_ + r]; });
-      if (smooths && v == classes.begin)
-        // Of the smoothing sum, so that a large common offset does not drown it.
-        for (int64_t r = 0; r < lanes_; ++r) s.origin[r] = std::isfinite(space.logits[r]) ? space.logits[r] : A(0);
+      for (int64_t r = 0; r < lanes_; r += LANES<A>) gather_lanes(s, v, n, v > classes.begin, r, &space.logits[r]);
       if (smooths)
         for (int64_t c = 0; c < n; ++c) s.total += weight_of(v + c);
-      for (int64_t r = 0; r < lanes_; r += LANES<A>) gather_lanes(s, v, n, r, &space.logits[r]);
     }
   }
 
-  // LANES rows from r of the logits of n classes.
-  void gather_lanes(Statistics& s, int64_t v, int64_t n, int64_t r, const A* x) {
+  // LANES rows from r of the logits of n classes; `more`: not the first of the part.
+  void gather_lanes(Statistics& s, int64_t v, int64_t n, bool more, int64_t r, const A* x) {
     const Vector<A> old = load<A>(&s.top[r]);
     Vector<A> top = old, sum = {};
     for (int64_t c = 0; c < n; ++c) top = max(load<A>(x + c * lanes_), top);
@@ -205,7 +203,8 @@ class Chunks {
     }
     if (options_.label_smoothing > 0) {
       Vector<A> weighted = {};
-      for (int64_t c = 0; c < n; ++c) weighted += weight_of(v + c) * (load<A>(x + c * lanes_) - load<A>(&s.origin[r]));
+      if (more) weighted = (top - old) * s.total;
+      for (int64_t c = 0; c < n; ++c) weighted += weight_of(v + c) * (top - load<A>(x + c * lanes_));
       store<A, A>(&s.weighted[r], load<A>(&s.weighted[r]) + weighted);
     }
     store<A, A>(&s.sum[r], load<A>(&s.sum[r]) * exp(old - top) + sum);
@@ -213,28 +212,34 @@ class Chunks {
     if (tops_) store<A, A>(&tops_[v / SLICE * lanes_ + r], top);
   }
 
-  // The loss of row r from the statistics of all parts, and its lse.
-  A loss_of(int64_t r, const std::vector<Statistics>& parts, double& lse) const {
+  // The loss of row r from the statistics of all parts; m and s into both[0] and [1].
+  A loss_of(int64_t r, const std::vector<Statistics>& parts, A* both) const {
     A top = std::numeric_limits<A>::lowest(), sum = 0;
     for (const Statistics& s : parts) top = s.top[r] > top ? s.top[r] : top;
     for (const Statistics& s : parts) sum += s.sum[r] * std::exp(s.top[r] - top);
     const A log_sum = std::log(sum);
-    lse = double(top) + double(log_sum);
+    both[0] = top, both[1] = sum;
     if (ignored(r)) return A(0);
     const A hard = A(1 - options_.label_smoothing) * weight_of(target_[begin_ + r]);
     A loss = hard * (log_sum - (x_target_[r] - top));
-    if (options_.label_smoothing > 0)
-      for (const Statistics& s : parts) loss += smooth() * (s.total * A(lse - double(s.origin[r])) - s.weighted[r]);
-    if (options_.z_loss > 0) loss += A(options_.z_loss * lse * lse);
+    if (options_.label_smoothing > 0) {
+      A weighted = total_ * log_sum;
+      for (const Statistics& s : parts) weighted += s.weighted[r] + s.total * (top - s.top[r]);
+      loss += smooth() * (std::isinf(total_) ? total_ : weighted);
+    }
+    if (options_.z_loss > 0) loss += A(options_.z_loss) * (top + log_sum) * (top + log_sum);
     return loss;
   }
 
-  void set_lane(Lanes<A>& lanes, int64_t r, double lse, A grad) const {
+  void set_lane(Lanes<A>& lanes, int64_t r, const A* both, A grad) const {
     if (ignored(r)) grad = 0;
     const A hard = ignored(r) ? A(0) : A(1 - options_.label_smoothing) * weight_of(target_[begin_ + r]);
-    lanes.high[r] = A(lse), lanes.low[r] = A(lse - double(lanes.high[r]));
+    A on_p = hard;
+    if (options_.label_smoothing > 0) on_p += smooth() * total_;
+    if (options_.z_loss > 0) on_p += A(2 * options_.z_loss) * (both[0] + std::log(both[1]));
+    lanes.top[r] = both[0];
     lanes.spread[r] = grad * smooth(), lanes.on_target[r] = grad * hard;
-    lanes.on_p[r] = grad == A(0) ? A(0) : grad * (hard + smooth() * total_ + A(2 * options_.z_loss * lse));
+    lanes.on_exp[r] = grad == A(0) ? A(0) : grad * on_p / both[1];
   }
 
   // ---- gradients of a chunk ----
@@ -273,29 +278,29 @@ class Chunks {
   // dlogits of n classes from v into d (classes, lanes): over what was kept of them, or from the logits again.
   void slice_gradient(const Lanes<A>& lanes, int64_t v, int64_t n, E* d, Space& space) {
     const A cap = A(options_.softcap);
-    const bool again = !kept_, exponents = kept_ && cap <= A(0);
+    const bool again = !kept_, exponents = kept_ && cap <= A(0), smooths = options_.label_smoothing > 0;
     if (again) {
       project(v, n, space);
       for_targets(v, n, [&](int64_t r, int64_t y) { x_target_[r] = space.logits[y * lanes_ + r]; });
     }
     for (int64_t r = 0; r < lanes_; r += LANES<A>) {
-      const Vector<A> high = load<A>(&lanes.high[r]), low = load<A>(&lanes.low[r]);
-      const Vector<A> on_p = load<A>(&lanes.on_p[r]), spread = load<A>(&lanes.spread[r]);
+      const Vector<A> top = load<A>(&lanes.top[r]);
+      const Vector<A> on_exp = load<A>(&lanes.on_exp[r]), spread = load<A>(&lanes.spread[r]);
       // Rows without a gradient have none even if their logits are NaN.
-      const auto dead = on_p == A(0) && spread == A(0);
-      const Vector<A> factor = exponents ? on_p * exp((load<A>(&tops_[v / SLICE * lanes_ + r]) - high) - low) : on_p;
+      const auto dead = on_exp == A(0) && spread == A(0);
+      const Vector<A> factor = exponents ? on_exp * exp(load<A>(&tops_[v / SLICE * lanes_ + r]) - top) : on_exp;
       for (int64_t c = 0; c < n; ++c) {
         const Vector<A> x = again ? load<A>(&space.logits[c * lanes_ + r]) : load<A>(d + c * lanes_ + r);
-        Vector<A> g = factor * (exponents ? x : exp<FOLD<E> == 1>((x - high) - low));
-        g -= spread * weight_of(v + c);
+        Vector<A> g = factor * (exponents ? x : exp<FOLD<E> == 1>(x - top));
+        if (smooths) g -= spread * weight_of(v + c);
         if (cap > A(0)) g *= A(1) - (x / cap) * (x / cap);
         store<E, A>(d + c * lanes_ + r, dead ? Vector<A>{} : g);
       }
     }
     for_targets(v, n, [&](int64_t r, int64_t y) {
       const A x = x_target_[r];
-      A g = lanes.on_p[r] * std::exp((x - lanes.high[r]) - lanes.low[r]) - lanes.spread[r] * weight_of(v + y) -
-            lanes.on_target[r];
+      A g = lanes.on_exp[r] * std::exp(x - lanes.top[r]) - lanes.on_target[r];
+      if (smooths) g -= lanes.spread[r] * weight_of(v + y);
       if (cap > A(0)) g *= A(1) - (x / cap) * (x / cap);
       d[y * lanes_ + r] = static_cast<E>(g);
     });

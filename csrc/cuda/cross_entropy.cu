@@ -1,13 +1,13 @@
 // Softmax cross-entropy over rows of logits, forward, backward, and both at once; the formulas are in
 // cross_entropy.cuh.
 //
-// Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) float32, loss (N,) float32, lse (N,)
-// float64. Bytes moved: forward one read of the logits, backward one read and one write; p is recomputed from lse. A
+// Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) float32, loss (N,) float32, statistics
+// (N, 2) float32. Bytes moved: forward one read of the logits, backward one read and one write; p is recomputed. A
 // block takes a row, 16 bytes a thread at a time; each thread keeps a running maximum and sum of its own, and the
 // threads meet at the end of the row.
 //
 // Where the row's gradient is that of the sum of the losses, all of it takes one read and one write: the row waits in
-// shared memory for its lse. A row that is too long for a block (V = 50257 in float32) is cut between the blocks of a
+// shared memory for its statistics. A row that is too long for a block (V = 50257 in float32) is cut between the blocks of a
 // cluster, which read each other's statistics; one that is too long for a cluster is read twice.
 #include "cross_entropy.cuh"
 
@@ -23,6 +23,11 @@ constexpr int STAGES = 4;  // of a row's way into shared memory: it is looked at
 template <typename T, bool WIDE>
 constexpr int WIDTH = WIDE ? 16 / sizeof(T) : 1;
 
+__device__ inline void store_softmax(Global<float> statistics, const Softmax<float>& softmax) {
+  store(statistics, softmax.top);
+  store(statistics + 1, softmax.sum);
+}
+
 // ---- forward ----
 
 template <typename T, bool OPTIONS>
@@ -30,7 +35,7 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_fwd_kernel(
     Global<const T> logits,
     LossTensors tensors,
     Global<float> loss,
-    Global<double> lse,
+    Global<float> statistics,
     int64_t stride,
     int columns,
     LossOptions options) {
@@ -38,21 +43,19 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_fwd_kernel(
   const auto x_of = [&](const auto& v) { return values<OPTIONS>(v, options); };
   const Global<const T> row = logits + n * stride;
   const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
-  const float origin = smoothing && columns ? origin_of(x_of(load_vector<1>(row)).at[0]) : 0.0f;
   const int64_t y = load(tensors.target + n);  // on its way while the row is read
   Statistics mine;
   over_row<FWD_VECTORS>(row, Row<WIDTH<T, true>>(row, columns), [&](int j, const auto& v) {
     const auto x = x_of(v);
     mine.add(x);
-    if (smoothing) mine.add_smooth(x, origin, j, tensors);
+    if (smoothing) mine.add_smooth(x, j, tensors);
   });
   const Target target(y, columns, tensors, options);
   if (thread() == 0 && target.y >= 0) mine.x_target = x_of(load_vector<1>(row + target.y)).at[0];
   const Statistics all = join_row(mine, shared_memory(), 1);
   if (thread() != 0) return;
-  const float log_sum = logf(all.softmax.sum);
-  store(loss + n, loss_of<OPTIONS>(all, log_sum, target, origin, columns, tensors, options));
-  store(lse + n, lse_of(all, log_sum));
+  store(loss + n, loss_of<OPTIONS>(all, target, columns, tensors, options));
+  store_softmax(statistics + 2 * n, all.softmax);
 }
 
 // ---- backward ----
@@ -64,7 +67,7 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_bwd_kernel(
     Global<const float> grad_lse,
     Global<const T> logits,
     LossTensors tensors,
-    Global<const double> lse,
+    Global<const float> statistics,
     Global<T> dlogits,
     int64_t stride,
     int64_t stride_d,
@@ -73,8 +76,10 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_bwd_kernel(
   const int64_t n = block_x();
   const Target target(load(tensors.target + n), columns, tensors, options);
   const float grad = grad_loss ? load(grad_loss + n) : 1.0f;
-  Gradient g = Gradient::of<OPTIONS>(target, load(lse + n), grad, columns, tensors, options);
-  if (grad_lse) g.add_grad_lse(load(grad_lse + n));
+  const float top = load(statistics + 2 * n), sum = load(statistics + (2 * n + 1));
+  const float of_lse = grad_lse ? load(grad_lse + n) : 0.0f;
+  const Gradient g =
+      Gradient::of<OPTIONS>(target, top, sum, grad, of_lse, static_cast<bool>(grad_lse), columns, tensors, options);
   const Global<const T> row = logits + n * stride;
   const Global<T> row_d = dlogits + n * stride_d;
   over_row<BWD_VECTORS>(row, Row<WIDTH<T, WIDE>>(row, columns), [&](int j, const auto& v) {
@@ -91,7 +96,7 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_with_grad_kernel(
     Global<T> logits,
     LossTensors tensors,
     Global<float> loss,
-    Global<double> lse,
+    Global<float> statistics,
     int64_t stride,
     int columns,
     LossOptions options,
@@ -142,14 +147,14 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_with_grad_kernel(
   if (has_edge) look(r.edge(thread()), edge);
   Statistics all = join_row(mine, slots, blocks);
 
-  const float log_sum = logf(all.softmax.sum);
-  const Gradient g = Gradient::of<OPTIONS>(target, lse_of(all, log_sum), 1.0f, columns, tensors, options);
+  const Gradient g =
+      Gradient::of<OPTIONS>(target, all.softmax.top, all.softmax.sum, 1.0f, 0.0f, false, columns, tensors, options);
   const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
-  const float origin = origin_of(g.high);
-  Statistics later;  // the smoothing sum, whose origin is known by now
+  Statistics later;  // the smoothing sum, whose maximum is known by now
+  later.softmax.top = all.softmax.top;
   const auto turn = [&](int j, const auto& v) {
     const auto x = values<OPTIONS>(v, options);
-    if (smoothing) later.add_smooth(x, origin, j, tensors);
+    if (smoothing) later.add_smooth(x, j, tensors);
     store_vector(row + j, g.at<OPTIONS, T>(x, j, tensors, options));
   };
 #pragma unroll 2
@@ -160,8 +165,8 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_with_grad_kernel(
     all.smooth = join_row(later, slots, blocks).smooth;
   }
   if (rank == 0 && thread() == 0) {
-    store(loss + n, loss_of<OPTIONS>(all, log_sum, target, origin, columns, tensors, options));
-    store(lse + n, lse_of(all, log_sum));
+    store(loss + n, loss_of<OPTIONS>(all, target, columns, tensors, options));
+    store_softmax(statistics + 2 * n, all.softmax);
   }
   if (blocks > 1) sync_cluster();  // before anyone's shared memory goes
 }
@@ -203,7 +208,8 @@ struct Call {
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Call& call) {
-  Tensor loss = empty(logits, {call.rows}, ScalarType::Float), lse = empty(logits, {call.rows}, ScalarType::Double);
+  Tensor loss = empty(logits, {call.rows}, ScalarType::Float);
+  Tensor statistics = empty(logits, {call.rows, 2}, ScalarType::Float);
   if (call.rows)
     dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
       choose(call.has_options(), [&](auto has_options) {
@@ -215,20 +221,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Call& call) {
             global<const T>(logits),
             call.tensors,
             global<float>(loss),
-            global<double>(lse),
+            global<float>(statistics),
             logits.stride(0),
             call.columns,
             call.options);
       });
     });
-  return {loss, lse};
+  return {loss, statistics};
 }
 
 void backward(
     const OptionalTensor& grad_loss,
     const OptionalTensor& grad_lse,
     const Tensor& logits,
-    const Tensor& lse,
+    const Tensor& statistics,
     const Tensor& dlogits,
     const Call& call) {
   if (logits.numel() == 0) return;
@@ -248,7 +254,7 @@ void backward(
             global<const float>(grad_lse),
             global<const T>(logits),
             call.tensors,
-            global<const double>(lse),
+            global<const float>(statistics),
             global<T>(dlogits),
             logits.stride(0),
             dlogits.stride(0),
@@ -289,7 +295,7 @@ Tensor cross_entropy_bwd(
     const OptionalTensor& grad_lse,
     const Tensor& logits,
     const Tensor& target,
-    const Tensor& lse,
+    const Tensor& statistics,
     const OptionalTensor& weight,
     int64_t ignore_index,
     double label_smoothing,
@@ -297,7 +303,7 @@ Tensor cross_entropy_bwd(
     double softcap) {
   Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
-  backward(grad_loss, grad_lse, logits, lse, dlogits, call);
+  backward(grad_loss, grad_lse, logits, statistics, dlogits, call);
   return dlogits;
 }
 
@@ -306,14 +312,14 @@ void cross_entropy_bwd_inplace(
     const OptionalTensor& grad_lse,
     const Tensor& logits,
     const Tensor& target,
-    const Tensor& lse,
+    const Tensor& statistics,
     const OptionalTensor& weight,
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
     double softcap) {
   const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
-  backward(grad_loss, grad_lse, logits, lse, logits, call);
+  backward(grad_loss, grad_lse, logits, statistics, logits, call);
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_with_grad_inplace(
@@ -330,11 +336,12 @@ std::tuple<Tensor, Tensor> cross_entropy_with_grad_inplace(
   const int64_t row_bytes = call.columns * logits.element_size();
   const int blocks = static_cast<int>(blocks_for(device, row_bytes, block_bytes));
   if (call.rows == 0 || blocks == 0) {
-    const auto [loss, lse] = forward(logits, call);
-    backward({}, {}, logits, lse, logits, call);
-    return {loss, lse};
+    const auto [loss, statistics] = forward(logits, call);
+    backward({}, {}, logits, statistics, logits, call);
+    return {loss, statistics};
   }
-  Tensor loss = empty(logits, {call.rows}, ScalarType::Float), lse = empty(logits, {call.rows}, ScalarType::Double);
+  Tensor loss = empty(logits, {call.rows}, ScalarType::Float);
+  Tensor statistics = empty(logits, {call.rows, 2}, ScalarType::Float);
   const int64_t vectors = vectors_a_block(row_bytes, blocks);
   Launch shape{.x = call.rows * blocks, .threads = Call::threads_for(vectors), .cluster = blocks};
   shape.shared = static_cast<int>(SLOTS + 16 * vectors);
@@ -348,14 +355,14 @@ std::tuple<Tensor, Tensor> cross_entropy_with_grad_inplace(
           global<T>(logits),
           call.tensors,
           global<float>(loss),
-          global<double>(lse),
+          global<float>(statistics),
           logits.stride(0),
           call.columns,
           call.options,
           blocks);
     });
   });
-  return {loss, lse};
+  return {loss, statistics};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_DISPATCH_KEY, m) {

@@ -1,15 +1,16 @@
 // A row of cross-entropy, as the kernels of cross_entropy.cu take it: its 16-byte vectors, statistics and gradient.
 //
-//   x_j = logit_j, or softcap tanh(logit_j / softcap);   lse = log Σ_j exp x_j;   p_j = exp(x_j - lse)
+//   x_j = logit_j, or softcap tanh(logit_j / softcap)
+//   m = max_j x_j;   s = Σ_j exp(x_j - m);   lse = m + log s;   p_j = exp(x_j - m) / s
 //   w_j = class weights, or 1;   W = Σ_j w_j;   a = (1 - eps) w_y;   b = eps / V   (eps: label smoothing)
 //
-//   loss = a (lse - x_y) + b (W (lse - origin) - Σ_j w_j (x_j - origin)) + z lse²          0 for an ignored row
+//   loss = a (log s + m - x_y) + b (W log s + Σ_j w_j (m - x_j)) + z lse²                  0 for an ignored row
 //   dx_j = grad_loss [(a + b W + 2 z lse) p_j - a [j = y] - b w_j] + grad_lse p_j
 //          (with a softcap, times 1 - (x_j / softcap)²)
 //
-// lse is kept in float64 and x - lse taken in two steps, so that p keeps its digits where the logits are large; the
-// loss takes log Σ_j exp(x_j - top) and x_y - top apart for the same reason, and the smoothing sum is of the distances
-// from a number of the row, its origin, so that an offset common to the row does not drown it.
+// m and s are two numbers, here and in what is saved for the backward, because in their sum lse, log s would be lost
+// beside a large m. All terms of Σ_j w_j (m - x_j) have one sign, so that none cancels. What an option of 0 switches off
+// is not computed: a class weight may be infinite, and 0 inf is NaN.
 #pragma once
 
 #include "../formulas.h"
@@ -88,10 +89,11 @@ __device__ inline float weight_of(const LossTensors& tensors, int j) {
 
 // ---- statistics ----
 
-// Of some of a row's numbers: Σ exp(x - top) and Σ w (x - origin). Σ [j = y] x_y where the row is read in parts.
+// Of some of a row's numbers: their maximum, top, Σ exp(x - top), Σ w (top - x) and Σ w. Σ [j = y] x_y where the row is
+// read in parts.
 struct alignas(16) Statistics {
   Softmax<float> softmax;
-  float smooth = 0, x_target = 0;
+  float smooth = 0, weights = 0, x_target = 0;
 
   __device__ static float exp(float x) { return exp2_fast(x * LOG2E_32); }
 
@@ -100,20 +102,35 @@ struct alignas(16) Statistics {
     float top = x.at[0];
 #pragma unroll
     for (int k = 1; k < N; ++k) top = fmaxf(top, x.at[k]);
-    softmax.raise(fmaxf(softmax.top, top), exp);
+    raise(fmaxf(softmax.top, top));
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += exp(x.at[k] - softmax.top);
     softmax.sum += sum;
   }
+  // After `add` of the same numbers.
   template <int N>
-  __device__ void add_smooth(const Vector<float, N>& x, float origin, int j, const LossTensors& tensors) {
+  __device__ void add_smooth(const Vector<float, N>& x, int j, const LossTensors& tensors) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) smooth += weight_of(tensors, j + k) * (x.at[k] - origin);
+    for (int k = 0; k < N; ++k) {
+      const float w = weight_of(tensors, j + k);
+      smooth += w * (softmax.top - x.at[k]);
+      weights += w;
+    }
   }
-  __device__ void join(const Statistics& other) {
-    softmax.join(other.softmax, exp);
+  __device__ void raise(float top) {
+    smooth += raised(top);
+    softmax.raise(top, exp);
+  }
+  // What `smooth` grows by with the maximum; 0 where there is no number yet, whose maximum is LOWEST.
+  __device__ float raised(float top) const { return weights == 0 ? 0.0f : weights * (top - softmax.top); }
+  __device__ void join(Statistics other) {
+    const float top = fmaxf(softmax.top, other.softmax.top);
+    raise(top);
+    other.raise(top);
+    softmax.sum += other.softmax.sum;
     smooth += other.smooth;
+    weights += other.weights;
     x_target += other.x_target;
   }
   __device__ void join_lanes() {
@@ -123,6 +140,7 @@ struct alignas(16) Statistics {
       other.softmax.top = shuffle_xor(softmax.top, mask);
       other.softmax.sum = shuffle_xor(softmax.sum, mask);
       other.smooth = shuffle_xor(smooth, mask);
+      other.weights = shuffle_xor(weights, mask);
       other.x_target = shuffle_xor(x_target, mask);
       join(other);
     }
@@ -177,71 +195,64 @@ __device__ inline float sum_of_weights(const LossTensors& tensors, int columns) 
   return tensors.weight_sum ? load(tensors.weight_sum) : static_cast<float>(columns);
 }
 
-__device__ inline double lse_of(const Statistics& s, float log_sum) {
-  return static_cast<double>(s.softmax.top) + static_cast<double>(log_sum);
-}
-
-// A finite number to take differences from.
-__device__ inline float origin_of(float x) { return fabsf(x) <= -LOWEST ? x : 0.0f; }
-
 template <bool OPTIONS>
 __device__ inline float loss_of(
     const Statistics& s,
-    float log_sum,
     const Target& target,
-    float origin,
     int columns,
     const LossTensors& tensors,
     const LossOptions& options) {
   if (!target.counts) return 0.0f;
   if (!target.is_class) return NAN;
-  const double lse = lse_of(s, log_sum);
-  const float high = static_cast<float>(lse);
-  float loss = target.hard * (log_sum - (s.x_target - s.softmax.top)) + options.z_loss * high * high;
+  const float log_sum = logf(s.softmax.sum), lse = s.softmax.top + log_sum;
+  float loss = target.hard * (log_sum - (s.x_target - s.softmax.top));
+  if (options.z_loss != 0.0f) loss += options.z_loss * lse * lse;
   if (OPTIONS && options.label_smoothing != 0.0f) {
-    const float distance = static_cast<float>(lse - static_cast<double>(origin));
+    const float total = sum_of_weights(tensors, columns);
     loss += options.label_smoothing / static_cast<float>(columns) *
-            (sum_of_weights(tensors, columns) * distance - s.smooth);
+            (fabsf(total) == INFINITY ? total : total * log_sum + s.smooth);
   }
   return loss;
 }
 
 // ---- a row's gradient ----
 
-// dx_j = c_p p_j - c_y [j = y] - c_w w_j
+// dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j
 struct Gradient {
-  float high, low_2;  // lse in two parts, the lower one times log2(e)
+  float top;  // m
   float c_p = 0, c_y = 0, c_w = 0;
   int y;
   bool any = false;  // else it is 0, even where the logits are NaN
 
+  // grad_lse: 0 where there is none, which `any_lse` says.
   template <bool OPTIONS>
   __device__ static Gradient of(
       const Target& target,
-      double lse,
+      float top,
+      float sum,
       float grad,
+      float grad_lse,
+      bool any_lse,
       int columns,
       const LossTensors& tensors,
       const LossOptions& options) {
     Gradient g;
-    g.high = static_cast<float>(lse);
-    g.low_2 = static_cast<float>(lse - static_cast<double>(g.high)) * LOG2E_32;
+    g.top = top;
     g.y = target.y;
-    if (!target.counts) return g;
-    g.any = true;
-    if (!target.is_class) grad = NAN;
-    g.c_y = grad * target.hard;
-    g.c_p = g.c_y + grad * 2.0f * options.z_loss * g.high;
-    if (OPTIONS && options.label_smoothing != 0.0f) {
-      g.c_w = grad * options.label_smoothing / static_cast<float>(columns);
-      g.c_p += g.c_w * sum_of_weights(tensors, columns);
+    g.any = target.counts || any_lse;
+    g.c_p = grad_lse;
+    if (target.counts) {
+      if (!target.is_class) grad = NAN;
+      g.c_y = grad * target.hard;
+      g.c_p += g.c_y;
+      if (options.z_loss != 0.0f) g.c_p += grad * 2.0f * options.z_loss * (top + logf(sum));
+      if (OPTIONS && options.label_smoothing != 0.0f) {
+        g.c_w = grad * options.label_smoothing / static_cast<float>(columns);
+        g.c_p += g.c_w * sum_of_weights(tensors, columns);
+      }
     }
+    g.c_p /= sum;
     return g;
-  }
-
-  __device__ void add_grad_lse(float grad) {
-    c_p += grad;
-    any = true;
   }
 
   // Of the elements from j on, whose values are x.
@@ -252,7 +263,7 @@ struct Gradient {
     float dx[N] = {};
     if (any) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) dx[k] = c_p * exp2_fast(fmaf(x.at[k] - high, LOG2E_32, -low_2));
+      for (int k = 0; k < N; ++k) dx[k] = c_p * exp2_fast((x.at[k] - top) * LOG2E_32);
       if (OPTIONS && c_w != 0.0f) {
 #pragma unroll
         for (int k = 0; k < N; ++k) dx[k] -= c_w * weight_of(tensors, j + k);

@@ -18,44 +18,57 @@ from fastgpt.ops._checks import (
     no_float64_on_gpu_backends,
 )
 from fastgpt.ops._library import define, twice_differentiable, vjp
-from fastgpt.reference.cross_entropy import check_targets
+from fastgpt.reference.cross_entropy import capped, check_targets, softmax_statistics
 from fastgpt.reference.precision import accumulator
 
 REDUCTIONS = ("mean", "sum", "none")
 
 _OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
-# lse is float64 in the ops: p = exp(x - lse) must keep its digits where the logits are large.
-_BWD_ARGUMENTS = f"Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor lse, {_OPTIONS}"
+# statistics (N, 2): the row's maximum m and Σ exp(x - m). In one number, lse = m + log Σ, the logarithm would be lost
+# beside a large m.
+_BWD_ARGUMENTS = (
+    f"Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor statistics, {_OPTIONS}"
+)
 
 
 def _fake_fwd(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(logits.shape[0], dtype=accumulator(logits.dtype))
-    return loss, torch.empty_like(loss, dtype=torch.float64)
+    return loss, loss.new_empty((*loss.shape, 2))
 
 
 def _reference_bwd(
-    grad_loss: Tensor, grad_lse: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, *options: Any
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    *options: Any,
 ) -> Tensor:
     found = vjp(lambda x: reference.cross_entropy(x, target, *options), (logits,), (grad_loss, grad_lse))[0]
     return found.contiguous()
 
 
-def _reference_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
-    loss, lse = reference.cross_entropy(*arguments)
-    return loss, lse.double()
+def _reference_fwd(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    loss = reference.cross_entropy(logits, target, *options)[0]
+    return loss, softmax_statistics(capped(logits, options[-1]))
 
 
 def _reference_bwd_inplace(
-    grad_loss: Tensor, grad_lse: Tensor | None, logits: Tensor, target: Tensor, lse: Tensor, *options: Any
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    *options: Any,
 ) -> None:
-    logits.copy_(_reference_bwd(grad_loss, grad_lse, logits, target, lse, *options))
+    logits.copy_(_reference_bwd(grad_loss, grad_lse, logits, target, statistics, *options))
 
 
 def _reference_with_grad_inplace(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     options = rest[:-1]
-    loss, lse = _reference_fwd(logits, target, *options)
-    _reference_bwd_inplace(torch.ones_like(loss), None, logits, target, lse, *options)
-    return loss, lse
+    loss, statistics = _reference_fwd(logits, target, *options)
+    _reference_bwd_inplace(torch.ones_like(loss), None, logits, target, statistics, *options)
+    return loss, statistics
 
 
 _FWD = define(
@@ -80,7 +93,7 @@ _BWD_INPLACE = define(
     reference=_reference_bwd_inplace,
     module="cross_entropy",
 )
-# Loss, lse, and over the logits the gradient of the sum of the losses. block_bytes: how much of a row a block of the
+# Loss, statistics, and over the logits the gradient of the sum of the losses. block_bytes: how much of a row a block of the
 # CUDA kernel may keep, 0 for its own choice.
 _WITH_GRAD_INPLACE = define(
     "cross_entropy_with_grad_inplace",
@@ -101,28 +114,30 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor | None,
         options: tuple[Any, ...],
         inplace: bool,
+        with_lse: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        loss, lse = _FWD[backend](logits, target, weight, *options)
-        ctx.save_for_backward(logits, target, lse, weight)
+    ) -> Any:
+        loss, statistics = _FWD[backend](logits, target, weight, *options)
+        ctx.save_for_backward(logits, target, statistics, weight)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.inplace, ctx.backend, ctx.acc = options, inplace, backend, loss.dtype
-        return loss, lse
+        ctx.options, ctx.inplace, ctx.backend = options, inplace, backend
+        return (loss, statistics[:, 0] + statistics[:, 1].log()) if with_lse else loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, lse, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        logits, target, statistics, weight = ctx.saved_tensors
         if twice_differentiable():
             function = lambda x: reference.cross_entropy(x, target, weight, *ctx.options)  # noqa: E731
-            grad_lse = None if grad_lse is None else grad_lse.to(ctx.acc)
-            return *vjp(function, (logits,), (grad_loss, grad_lse), create_graph=True), *[None] * 5
-        grad_loss = lse.new_zeros(lse.shape, dtype=ctx.acc) if grad_loss is None else grad_loss.contiguous()
-        grad_lse = None if grad_lse is None else grad_lse.to(grad_loss.dtype).contiguous()
-        arguments = (grad_loss, grad_lse, logits, target, lse, weight, *ctx.options)
+            return *vjp(function, (logits,), (grad_loss, grad_lse), create_graph=True), *[None] * 6
+        grad_loss = statistics.new_zeros(target.shape) if grad_loss is None else grad_loss.contiguous()
+        grad_lse = None if grad_lse is None else grad_lse.contiguous()
+        arguments = (grad_loss, grad_lse, logits, target, statistics, weight, *ctx.options)
         if ctx.inplace:
             _BWD_INPLACE[ctx.backend](*arguments)
-            return logits, *[None] * 5
-        return _BWD[ctx.backend](*arguments), *[None] * 5
+            return logits, *[None] * 6
+        return _BWD[ctx.backend](*arguments), *[None] * 6
 
 
 def reduce_rows(
@@ -231,7 +246,8 @@ def cross_entropy(
         weight = weight.detach().to(accumulator(logits.dtype)).contiguous()
     flat = target.reshape(-1).contiguous()
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
-    loss, lse = _CrossEntropy.apply(rows, flat, weight, options, inplace_backward, backend)
+    found = _CrossEntropy.apply(rows, flat, weight, options, inplace_backward, return_lse, backend)
+    loss, lse = found if return_lse else (found, None)
     loss = reduce_rows(loss.view(target.shape), target, weight, ignore_index, reduction)
     loss = loss.to(dtype_of_loss(logits, loss_dtype))
-    return (loss, lse.view(target.shape).to(accumulator(logits.dtype))) if return_lse else loss
+    return loss if lse is None else (loss, lse.view(target.shape))

@@ -24,7 +24,8 @@ from fastgpt.ops.cross_entropy import (
     mean_denominator,
     reduce_rows,
 )
-from fastgpt.reference.cross_entropy import check_targets
+from fastgpt.reference.cross_entropy import capped, check_targets, softmax_statistics
+from fastgpt.reference.linear_cross_entropy import project
 from fastgpt.reference.precision import accumulator
 
 _OPTIONS = (
@@ -46,14 +47,15 @@ def _reference_fwd(
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
     options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
-    loss, lse = reference.linear_cross_entropy(hidden, weight, bias, *options)
-    lse = lse.double()
+    logits = project(hidden, weight, bias)
+    loss = reference.cross_entropy(logits, *options)[0]
+    statistics = softmax_statistics(capped(logits, softcap))
     if not with_grad:
-        return loss, lse, *(loss.new_empty(0) for _ in range(3))
+        return loss, statistics, *(loss.new_empty(0) for _ in range(3))
     inputs = tuple(None if t is None else t.to(loss.dtype) for t in (hidden, weight, bias))
     function = lambda h, w, b: reference.linear_cross_entropy(h, w, b, *options)[0]  # noqa: E731
     grads = vjp(function, inputs, torch.ones_like(loss))
-    return loss, lse, *(loss.new_empty(0) if g is None else g for g in grads)
+    return loss, statistics, *(loss.new_empty(0) if g is None else g for g in grads)
 
 
 def _reference_bwd(
@@ -62,7 +64,7 @@ def _reference_bwd(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
@@ -82,7 +84,7 @@ def _fake_fwd(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -
     loss = hidden.new_empty(hidden.shape[0], dtype=acc)
     shapes = (hidden.shape, weight.shape, (0,) if bias is None else bias.shape)
     grads = (hidden.new_empty(shape if with_grad else (0,), dtype=acc) for shape in shapes)
-    return loss, torch.empty_like(loss, dtype=torch.float64), *grads
+    return loss, loss.new_empty((*loss.shape, 2)), *grads
 
 
 def _fake_bwd(
@@ -104,7 +106,7 @@ _FWD = define(
 )
 _BWD = define(
     "linear_cross_entropy_bwd",
-    f"(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor lse, {_OPTIONS})"
+    f"(Tensor grad_loss, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor statistics, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
@@ -143,11 +145,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         with_grad = with_grad and reduction != "none"
         layer = _rounded(hidden, weight, bias)
-        loss, lse, *grads = _FWD[backend](*layer, target, class_weight, *options, with_grad)
+        loss, statistics, *grads = _FWD[backend](*layer, target, class_weight, *options, with_grad)
         denominator = None
         if reduction == "mean":
             denominator = mean_denominator(loss.dtype, target, class_weight, options[0])
-        ctx.save_for_backward(hidden, weight, bias, target, lse, class_weight, denominator)
+        ctx.save_for_backward(hidden, weight, bias, target, statistics, class_weight, denominator)
         ctx.grads = grads if with_grad else None
         ctx.options, ctx.reduction, ctx.backend = options, reduction, backend
         if reduction == "none":
@@ -156,7 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, target, lse, class_weight, denominator = ctx.saved_tensors
+        hidden, weight, bias, target, statistics, class_weight, denominator = ctx.saved_tensors
         inputs = (hidden, weight, bias)
         if twice_differentiable():
 
@@ -168,7 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *vjp(function, inputs, grad, create_graph=True), *[None] * 6
         if ctx.reduction == "none":
             layer = _rounded(*inputs)
-            found = _BWD[ctx.backend](grad.contiguous(), *layer, target, lse, class_weight, *ctx.options)
+            found = _BWD[ctx.backend](grad.contiguous(), *layer, target, statistics, class_weight, *ctx.options)
         else:
             # Nothing valid makes the denominator 0: the loss is NaN and the gradients are 0, as PyTorch has it.
             scale = grad if denominator is None else torch.where(denominator == 0, 0, grad / denominator)

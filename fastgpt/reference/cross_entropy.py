@@ -41,26 +41,50 @@ def cross_entropy(
         IndexError: a target is outside [0, V) and is not ignore_index (checked on the CPU).
     """
     vocab = logits.shape[1]
-    x = logits.to(accumulator(logits.dtype))
-    if softcap:
-        x = softcap * torch.tanh(x / softcap)
+    x = capped(logits, softcap)
     w = x.new_ones(vocab) if weight is None else weight.to(x.dtype)
-    lse = torch.logsumexp(x, dim=1) if vocab else x.new_full((x.shape[0],), -torch.inf)
+    lse = log_sum_exp(x)
     nll = -torch.log_softmax(x, dim=1)  # lse - x, without the cancellation that large logits bring
 
     if target.is_floating_point():
         p = target.to(x.dtype) * (1 - label_smoothing) + label_smoothing / max(vocab, 1)
-        return (p * w * nll).sum(dim=1) + z_loss * lse**2, lse
+        loss = (p * w * nll).sum(dim=1)
+        return (loss + z_loss * lse**2 if z_loss else loss), lse
 
     valid = target != ignore_index
     check_targets(target, vocab, ignore_index)
     if vocab == 0:
         return x.new_zeros(x.shape[0]), lse
     y = torch.where(valid, target, 0)[:, None]
-    loss = (1 - label_smoothing) * w[y[:, 0]] * nll.gather(1, y)[:, 0] + z_loss * lse**2
+    loss = (1 - label_smoothing) * w[y[:, 0]] * nll.gather(1, y)[:, 0]
+    if z_loss:
+        loss = loss + z_loss * lse**2
     if label_smoothing:
         loss = loss + label_smoothing / vocab * (w * nll).sum(dim=1)
     return torch.where(valid, loss, 0), lse
+
+
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """The logits with their softcap, in float32 (float64 for float64)."""
+    x = logits.to(accumulator(logits.dtype))
+    return softcap * torch.tanh(x / softcap) if softcap else x
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """log Σ exp x over the last dimension, whose gradient does not need a log-sum that a large maximum has absorbed."""
+    if not x.shape[-1]:
+        return x.new_full(x.shape[:-1], -torch.inf)
+    m = x.detach().amax(dim=-1)
+    m = torch.where(m.isfinite(), m, 0)
+    return m + torch.log(torch.exp(x - m[..., None]).sum(dim=-1))
+
+
+def softmax_statistics(x: Tensor) -> Tensor:
+    """The maximum m of each row of x (N, V) and Σ exp(x - m), as (N, 2)."""
+    if not x.shape[1]:
+        return x.new_zeros(x.shape[0], 2)
+    m = x.amax(dim=1)
+    return torch.stack([m, torch.exp(x - m[:, None]).sum(dim=1)], dim=1)
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:

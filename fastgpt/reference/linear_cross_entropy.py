@@ -21,8 +21,12 @@ def linear_cross_entropy(
 
     hidden (N, D), weight (V, D), bias (V,) or None; the rest and the results as `cross_entropy`.
     """
+    logits = project(hidden, weight, bias)
+    return cross_entropy(logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+
+
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The logits (N, V), in float32 (float64 for float64)."""
     acc = accumulator(hidden.dtype)
     logits = hidden.to(acc) @ weight.to(acc).T
-    if bias is not None:
-        logits = logits + bias.to(acc)
-    return cross_entropy(logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    return logits if bias is None else logits + bias.to(acc)

@@ -1,16 +1,18 @@
 """Softmax cross-entropy over rows of logits, with everything that is a function of one row.
 
-    x_j = logit_j, or softcap tanh(logit_j / softcap);   lse = log sum_j exp x_j;   p_j = exp(x_j - lse)
+    x_j = logit_j, or softcap tanh(logit_j / softcap)
+    m = max_j x_j;   s = sum_j exp(x_j - m);   lse = m + log s;   p_j = exp(x_j - m) / s
     w_j = class weights, or 1;   W = sum_j w_j;   a = (1 - eps) w_y;   b = eps / V   (eps: label smoothing)
 
-    loss = a (lse - x_y) + b (W lse - sum_j w_j x_j) + z lse^2                           0 for an ignored row
+    loss = a (log s + m - x_y) + b (W log s + sum_j w_j (m - x_j)) + z lse^2             0 for an ignored row
     dx_j = grad_loss [(a + b W + 2 z lse) p_j - a [j = y] - b w_j] + grad_lse p_j
            (with a softcap, times 1 - (x_j / softcap)^2)
 
-Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) fp32, loss (N,) fp32, lse (N,) fp64.
-lse is kept in fp64 and x - lse taken in two steps, so that p keeps its digits where the logits are large; the
-loss takes log sum_j exp(x_j - max) and x_y - max apart for the same reason. One program takes one row. Bytes
-moved: forward one read of the logits, backward one read and one write; p is recomputed from lse. The forward
+Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) fp32, loss (N,) fp32, statistics (N, 2)
+fp32: m and s. They are two numbers, because in their sum lse, log s would be lost beside a large m. All terms of
+sum_j w_j (m - x_j) have one sign, so that none cancels. What an option of 0 switches off is not computed: a class
+weight may be infinite, and 0 inf is NaN. One program takes one row. Bytes
+moved: forward one read of the logits, backward one read and one write; p is recomputed from m and s. The forward
 reads a row once whatever its length: each lane of the block, 16 bytes wide, keeps a running maximum and sum of its
 own (one exp an element and one for the rescaling), and the lanes meet at the end of the row.
 
@@ -78,10 +80,10 @@ def _load(p_tile, o, m, other, EDGE: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    b_max, b_sum, b_smooth, p_row, p_weight, start, shift, end, origin, softcap,
+    b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile more in the lanes' maxima, sums of exp(x - maximum) and sums of w (x - origin).
+    """One tile more in the lanes' maxima, and in the sums of exp(x - maximum), w (maximum - x) and w.
 
     A lane takes GROUP neighbours, which one thread has loaded at once: their maximum is taken first, so that the sum is
     rescaled once a group, and an element costs one exponential and four other instructions.
@@ -98,13 +100,23 @@ def _accumulate(
     b_e = tl.exp2((b_group - b_new[:, None]) * LOG2E)
     b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.sum(b_e, 1)
     if SMOOTHING:
-        b_term = b_x - origin
+        b_term = (b_new[:, None] - b_group).reshape(BLOCK_V)
+        b_more = tl.full((BLOCK_V,), 1.0, tl.float32)
         if p_weight is not None:
-            b_term *= _load(p_weight + (start - shift), o, m, 0.0, EDGE)
+            b_more = _load(p_weight + (start - shift), o, m, 0.0, EDGE)
+            b_term *= b_more
         if EDGE:
             b_term = tl.where(m, b_term, 0.0)
-        b_smooth += tl.sum(b_term.reshape(BLOCK_V // GROUP, GROUP), 1)
-    return b_new, b_sum, b_smooth
+            b_more = tl.where(m, b_more, 0.0)
+        b_smooth += _raised(b_w, b_max, b_new) + tl.sum(b_term.reshape(BLOCK_V // GROUP, GROUP), 1)
+        b_w += tl.sum(b_more.reshape(BLOCK_V // GROUP, GROUP), 1)
+    return b_new, b_sum, b_smooth, b_w
+
+
+@triton.jit
+def _raised(b_w, b_max, b_new):
+    """What sums of w (maximum - x) grow by with the maximum. 0 where there was no x yet: that maximum is LOWEST."""
+    return tl.where(b_w == 0.0, 0.0, b_w * (b_new - b_max))
 
 
 @triton.jit
@@ -114,7 +126,7 @@ def _cross_entropy_fwd(
     p_weight,
     p_weight_sum,
     p_loss,
-    p_lse,
+    p_statistics,
     stride,
     V,
     ignore_index,
@@ -132,29 +144,27 @@ def _cross_entropy_fwd(
     end = V + shift
     b_max = tl.full((BLOCK_V // GROUP,), LOWEST, tl.float32)
     b_sum = tl.zeros((BLOCK_V // GROUP,), tl.float32)
-    b_smooth = tl.zeros((BLOCK_V // GROUP,), tl.float32)  # sum_j w_j (x_j - x_0)
-    # x_0, so that a large offset common to the row does not drown the sum.
-    origin = _cap(tl.load(p_logits + i_n * stride).to(tl.float32), softcap, SOFTCAP)
-    origin = tl.where(tl.abs(origin) < float("inf"), origin, 0.0)
-    b_max, b_sum, b_smooth = _accumulate(
-        b_max, b_sum, b_smooth, p_row, p_weight, 0, shift, end, origin, softcap,
+    b_smooth = tl.zeros((BLOCK_V // GROUP,), tl.float32)
+    b_w = tl.zeros((BLOCK_V // GROUP,), tl.float32)
+    b_max, b_sum, b_smooth, b_w = _accumulate(
+        b_max, b_sum, b_smooth, b_w, p_row, p_weight, 0, shift, end, softcap,
         SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
     )  # fmt: skip
     whole = end // BLOCK_V * BLOCK_V
     for start in range(BLOCK_V, whole, BLOCK_V):
-        b_max, b_sum, b_smooth = _accumulate(
-            b_max, b_sum, b_smooth, p_row, p_weight, start, shift, end, origin, softcap,
+        b_max, b_sum, b_smooth, b_w = _accumulate(
+            b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
             SMOOTHING, SOFTCAP, False, BLOCK_V, GROUP,
         )  # fmt: skip
     for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # none or one
-        b_max, b_sum, b_smooth = _accumulate(
-            b_max, b_sum, b_smooth, p_row, p_weight, start, shift, end, origin, softcap,
+        b_max, b_sum, b_smooth, b_w = _accumulate(
+            b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
             SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
         )  # fmt: skip
 
     row_max = tl.max(b_max, 0)
-    log_sum = tl.log(tl.sum(b_sum * tl.exp2((b_max - row_max) * LOG2E), 0))
-    lse = row_max.to(tl.float64) + log_sum.to(tl.float64)
+    row_sum = tl.sum(b_sum * tl.exp2((b_max - row_max) * LOG2E), 0)
+    log_sum = tl.log(row_sum)
 
     y = tl.load(p_target + i_n)
     counts, is_class = _check_target(y, ignore_index, V)
@@ -163,28 +173,30 @@ def _cross_entropy_fwd(
     a = 1.0 - eps
     if p_weight is not None:
         a *= tl.load(p_weight + y, mask=is_class, other=0.0)
-    lse_high = lse.to(tl.float32)
-    loss = a * (log_sum - (x_y - row_max)) + z_loss * lse_high * lse_high
+    loss = a * (log_sum - (x_y - row_max))
+    loss += tl.where(z_loss == 0.0, 0.0, z_loss * (row_max + log_sum) * (row_max + log_sum))
     if SMOOTHING:
         W = V.to(tl.float32)
         if p_weight is not None:
             W = tl.load(p_weight_sum)
-        loss += eps / V * (W * (lse - origin).to(tl.float32) - tl.sum(b_smooth, 0))
+        smooth = W * log_sum + tl.sum(b_smooth + _raised(b_w, b_max, row_max), 0)
+        loss += eps / V * tl.where(tl.abs(W) == float("inf"), W, smooth)
     loss = tl.where(is_class, loss, float("nan"))
     tl.store(p_loss + i_n, tl.where(counts, loss, 0.0))
-    tl.store(p_lse + i_n, lse)
+    tl.store(p_statistics + 2 * i_n, row_max)
+    tl.store(p_statistics + 2 * i_n + 1, row_sum)
 
 
 @triton.jit
 def _gradient(
-    p_row, p_row_d, p_weight, start, shift, end, y, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+    p_row, p_row_d, p_weight, start, shift, end, y, counts, row_max, c_p, c_y, c_w, softcap,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dx_j = c_p p_j - c_y [j = y] - c_w w_j for a tile; y, start and end count on the aligned grid."""
+    """dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j for a tile; y, start and end count on the aligned grid."""
     o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m = (o >= shift - start) & (o < end - start)
     b_x = _cap(_load(p_row + start, o, m, float("-inf"), EDGE), softcap, SOFTCAP)
-    b_dx = c_p * tl.exp2(((b_x - lse_high) - lse_low) * LOG2E)
+    b_dx = c_p * tl.exp2((b_x - row_max) * LOG2E)
     if SMOOTHING:
         if p_weight is not None:
             b_dx -= c_w * _load(p_weight + (start - shift), o, m, 0.0, EDGE)
@@ -207,7 +219,7 @@ def _cross_entropy_bwd(
     p_grad_lse,
     p_logits,
     p_target,
-    p_lse,
+    p_statistics,
     p_weight,
     p_weight_sum,
     p_dlogits,  # may be p_logits
@@ -226,17 +238,16 @@ def _cross_entropy_bwd(
     i_n = tl.program_id(0).to(tl.int64)
     y = tl.load(p_target + i_n)
     counts, is_class = _check_target(y, ignore_index, V)
-    lse = tl.load(p_lse + i_n)
-    lse_high = lse.to(tl.float32)
-    lse_low = (lse - lse_high).to(tl.float32)
+    row_max = tl.load(p_statistics + 2 * i_n)
+    row_sum = tl.load(p_statistics + 2 * i_n + 1)
 
-    # dx_j = c_p p_j - c_y [j = y] - c_w w_j
+    # dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j
     grad = tl.load(p_grad_loss + i_n)
     grad = tl.where(is_class, grad, float("nan"))
     c_y = grad * (1.0 - eps)
     if p_weight is not None:
         c_y *= tl.load(p_weight + y, mask=is_class, other=0.0)
-    c_p = c_y + grad * 2.0 * z_loss * lse_high
+    c_p = c_y + tl.where(z_loss == 0.0, 0.0, grad * 2.0 * z_loss * (row_max + tl.log(row_sum)))
     c_w = grad * eps / V
     if SMOOTHING:
         W = V.to(tl.float32)
@@ -249,6 +260,7 @@ def _cross_entropy_bwd(
     if p_grad_lse is not None:
         c_p += tl.load(p_grad_lse + i_n)
         counts = counts | True  # every row has a gradient then
+    c_p /= row_sum
 
     o_row, shift = _row_start(i_n, stride)
     o_row_d = i_n * stride_d - shift
@@ -260,17 +272,17 @@ def _cross_entropy_bwd(
     y_shifted = (y + shift).to(tl.int32)
     whole = end // BLOCK_V * BLOCK_V
     _gradient(
-        p_row, p_row_d, p_weight, 0, shift, end, y_shifted, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+        p_row, p_row_d, p_weight, 0, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
         SMOOTHING, SOFTCAP, True, BLOCK_V,
     )  # fmt: skip
     for start in range(BLOCK_V, whole, BLOCK_V):
         _gradient(
-            p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+            p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
             SMOOTHING, SOFTCAP, False, BLOCK_V,
         )  # fmt: skip
     for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # none or one
         _gradient(
-            p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, lse_high, lse_low, c_p, c_y, c_w, softcap,
+            p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
             SMOOTHING, SOFTCAP, True, BLOCK_V,
         )  # fmt: skip
 
@@ -286,10 +298,10 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor]:
     N, V = logits.shape
     loss = logits.new_empty(N, dtype=torch.float32)
-    lse = logits.new_empty(N, dtype=torch.float64)
+    statistics = logits.new_empty(N, 2, dtype=torch.float32)
     if not V:  # the sum of no exponentials; no target is a class
         loss.copy_(torch.where(target == ignore_index, 0.0, torch.nan))
-        lse.fill_(-torch.inf)
+        statistics.zero_()
     elif N:
         block, warps = _tile("cross_entropy_fwd", logits, label_smoothing, softcap)
         with on_device_of(logits):
@@ -299,7 +311,7 @@ def cross_entropy_fwd(
                 weight,
                 _weight_sum(weight, label_smoothing),
                 loss,
-                lse,
+                statistics,
                 logits.stride(0),
                 V,
                 ignore_index,
@@ -312,7 +324,7 @@ def cross_entropy_fwd(
                 16 // logits.element_size(),
                 num_warps=warps,
             )
-    return loss, lse
+    return loss, statistics
 
 
 def cross_entropy_bwd(
@@ -320,7 +332,7 @@ def cross_entropy_bwd(
     grad_lse: Tensor | None,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
@@ -329,7 +341,7 @@ def cross_entropy_bwd(
 ) -> Tensor:
     dlogits = logits.new_empty(logits.shape)
     options = (weight, ignore_index, label_smoothing, z_loss, softcap)
-    _launch_bwd(dlogits, grad_loss, grad_lse, logits, target, lse, *options)
+    _launch_bwd(dlogits, grad_loss, grad_lse, logits, target, statistics, *options)
     return dlogits
 
 
@@ -338,7 +350,7 @@ def cross_entropy_bwd_inplace(
     grad_lse: Tensor | None,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
@@ -347,7 +359,7 @@ def cross_entropy_bwd_inplace(
 ) -> None:
     """Writes the gradient over the logits: each element is read before it is written, by the same thread."""
     options = (weight, ignore_index, label_smoothing, z_loss, softcap)
-    _launch_bwd(logits, grad_loss, grad_lse, logits, target, lse, *options)
+    _launch_bwd(logits, grad_loss, grad_lse, logits, target, statistics, *options)
 
 
 def cross_entropy_with_grad_inplace(
@@ -360,11 +372,11 @@ def cross_entropy_with_grad_inplace(
     softcap: float,
     block_bytes: int,
 ) -> tuple[Tensor, Tensor]:
-    """Loss, lse, and over the logits the gradient of loss.sum()."""
+    """Loss, statistics, and over the logits the gradient of loss.sum()."""
     options = (weight, ignore_index, label_smoothing, z_loss, softcap)
-    loss, lse = cross_entropy_fwd(logits, target, *options)
-    _launch_bwd(logits, torch.ones_like(loss), None, logits, target, lse, *options)
-    return loss, lse
+    loss, statistics = cross_entropy_fwd(logits, target, *options)
+    _launch_bwd(logits, torch.ones_like(loss), None, logits, target, statistics, *options)
+    return loss, statistics
 
 
 def _launch_bwd(
@@ -373,7 +385,7 @@ def _launch_bwd(
     grad_lse: Tensor | None,
     logits: Tensor,
     target: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
@@ -390,7 +402,7 @@ def _launch_bwd(
             grad_lse,
             logits,
             target,
-            lse,
+            statistics,
             weight,
             _weight_sum(weight, label_smoothing),
             dlogits,

@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer's output, without the logits ever being whole in memory.
 
-    logits = hidden weight^T + bias,   loss and lse as in cross_entropy.py
+    logits = hidden weight^T + bias,   loss and statistics as in cross_entropy.py
     dhidden = dlogits weight,   dweight = dlogits^T hidden,   dbias = sum_i dlogits_i
 
 Shapes: hidden (N, D), weight (V, D), bias (V,), target (N,). The rows go through in chunks of C: the logits
@@ -133,12 +133,12 @@ def _forward(
     chunk: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and lse and, `with_grad`, the fp32 gradients of loss.sum()."""
+    """Loss and statistics and, `with_grad`, the fp32 gradients of loss.sum()."""
     (N, D), V = hidden.shape, weight.shape[0]
     options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
     fp32 = {"dtype": torch.float32, "device": hidden.device}
     loss = torch.empty(N, **fp32)
-    lse = torch.empty(N, dtype=torch.float64, device=hidden.device)
+    statistics = torch.empty((N, 2), **fp32)
     dhidden = torch.empty((N, D) if with_grad else 0, **fp32)
     dweight = torch.zeros((V, D) if with_grad else 0, **fp32)
     dbias = torch.zeros(V if with_grad and bias is not None else 0, **fp32)
@@ -150,14 +150,14 @@ def _forward(
         h, y = hidden[part], target[part]
         logits = _logits(h, weight, bias, buffer)
         if with_grad:
-            loss[part], lse[part] = kernels.with_grad_inplace(logits, y, *options, 0)
+            loss[part], statistics[part] = kernels.with_grad_inplace(logits, y, *options, 0)
             _mm_fp32(logits, weight, dhidden[part])
             _add_mm_fp32(dweight, logits.t(), h)
             if bias is not None:
                 dbias += logits.sum(0, dtype=torch.float32)
         else:
-            loss[part], lse[part] = kernels.fwd(logits, y, *options)
-    return loss, lse, dhidden, dweight, dbias
+            loss[part], statistics[part] = kernels.fwd(logits, y, *options)
+    return loss, statistics, dhidden, dweight, dbias
 
 
 def _backward(
@@ -167,7 +167,7 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     class_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
@@ -188,7 +188,7 @@ def _backward(
         part = slice(start, min(start + rows, N))
         h = hidden[part]
         logits = _logits(h, weight, bias, buffer)
-        kernels.bwd_inplace(grad_loss[part], None, logits, target[part], lse[part], *options)
+        kernels.bwd_inplace(grad_loss[part], None, logits, target[part], statistics[part], *options)
         torch.mm(logits, weight, out=dhidden[part])
         _add_mm_fp32(dweight, logits.t(), h)
         if bias is not None:
