@@ -151,8 +151,8 @@ def _attention(
             torch.zeros(1, dtype=torch.int64) if dropout else None,
         )
         options = (size**-0.5, True, left, right, softcap, dropout)
-        out, lse = attention.attention_fwd(q, k, v, *extras, *options)
-        attention.attention_bwd(out, None, q, k, v, out, lse, *extras, *options, False, deterministic)
+        out, stats = attention.attention_fwd(q, k, v, *extras, *options)
+        attention.attention_bwd(out, None, q, k, v, out, stats, *extras, *options, False, deterministic)
 
     return launch
 
@@ -175,8 +175,8 @@ def _attention_varlen(dtype: torch.dtype, size: int) -> Callable[[], None]:
         q = torch.empty(256, 2, size, dtype=dtype)
         bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
         options = (bounds, bounds, None, None, 128, 128, size**-0.5, False, -1, 0, 0.0, 0.0)
-        out, lse = attention_varlen.attention_varlen_fwd(q, q, q, *options)
-        attention_varlen.attention_varlen_bwd(out, None, q, q, q, out, lse, *options, False)
+        out, stats = attention_varlen.attention_varlen_fwd(q, q, q, *options)
+        attention_varlen.attention_varlen_bwd(out, None, q, q, q, out, stats, *options, False)
 
     return launch
 
@@ -189,8 +189,8 @@ def _cross_entropy(
 
         logits, target = torch.empty(4, classes, dtype=dtype), torch.zeros(4, dtype=torch.int64)
         options = (torch.ones(classes) if smoothing else None, -100, smoothing, 0.0, softcap)
-        loss, lse = cross_entropy.cross_entropy_fwd(logits, target, *options)
-        cross_entropy.cross_entropy_bwd(loss, None, logits, target, lse, *options)
+        loss, statistics = cross_entropy.cross_entropy_fwd(logits, target, *options)
+        cross_entropy.cross_entropy_bwd(loss, None, logits, target, statistics, *options)
 
     return launch
 

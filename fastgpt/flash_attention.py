@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastgpt.backends import PYTORCH, select
 from fastgpt.ops._checks import FLOATS
-from fastgpt.ops.attention import band_bounds, refusal
+from fastgpt.ops.attention import band_bounds, lse_of, refusal, statistics_of
 
 NAME = "fastgpt"
 
@@ -166,7 +166,8 @@ def _cpu_forward(
     if backend is None:
         return None
     mask, options = _expanded(attn_mask, query, key), _cpu_options(query, is_causal, scale)
-    out, lse = _run("attention_fwd", backend, *_rows(query, key, value), mask, None, None, *options)
+    out, stats = _run("attention_fwd", backend, *_rows(query, key, value), mask, None, None, *options)
+    lse = lse_of(stats)
     if mask is not None:  # PyTorch's logsumexp of a row that sees nothing: its own backward may be given it
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
     return _laid_out(out, query), lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -191,7 +192,8 @@ def _cpu_backward(
     if backend is None:
         return None
     mask, options = _expanded(attn_mask, query, key), _cpu_options(query, is_causal, scale)
-    tensors = (grad_out, None, *_rows(query, key, value), out, logsumexp.contiguous(), mask, None, None)
+    stats = statistics_of(logsumexp)
+    tensors = (grad_out, None, *_rows(query, key, value), out, stats, mask, None, None)
     return tuple(_run("attention_bwd", backend, *tensors, *options, False, _deterministic())[:3])
 
 
@@ -258,12 +260,13 @@ def _cuda_forward(
     options = _cuda_options(query, is_causal, scale, window_size_left, window_size_right)
     if cum_seq_q is not None:
         tensors = (*_rows(query, key, value), cum_seq_q, cum_seq_k, None, None)
-        out, lse = _run("attention_varlen_fwd", backend, *tensors, max_q, max_k, *options)
+        out, stats = _run("attention_varlen_fwd", backend, *tensors, max_q, max_k, *options)
     else:
         tensors = (*_rows(*(t.transpose(1, 2) for t in (query, key, value))), None, None, None)
-        out, lse = _run("attention_fwd", backend, *tensors, *options)
+        out, stats = _run("attention_fwd", backend, *tensors, *options)
         out = out.transpose(1, 2)
     # FlashAttention's logsumexp of a row that sees nothing, which its own backward may be given.
+    lse = lse_of(stats)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     # Without dropout nobody reads the generator's state: as PyTorch leaves it, unwritten.
     rng_state, unused = (torch.empty(shape, dtype=torch.uint64, device=query.device) for shape in ((2,), ()))
@@ -297,14 +300,14 @@ def _cuda_backward(
         return None
     options = _cuda_options(query, is_causal, scale, window_size_left, window_size_right)
     q, k, v, out, grad_out = _rows(query, key, value, out, grad_out)
-    lse = logsumexp.contiguous()
+    stats = statistics_of(logsumexp)
     if cum_seq_q is not None:
         extras = (cum_seq_q, cum_seq_k, None, None, max_q, max_k, *options, _deterministic())
-        found = _run("attention_varlen_bwd", backend, grad_out, None, q, k, v, out, lse, *extras)
+        found = _run("attention_varlen_bwd", backend, grad_out, None, q, k, v, out, stats, *extras)
     else:
         q, k, v, out, grad_out = (t.transpose(1, 2) for t in (q, k, v, out, grad_out))
         extras = (None, None, None, *options, False, _deterministic())
-        found = _run("attention_bwd", backend, grad_out, None, q, k, v, out, lse, *extras)
+        found = _run("attention_bwd", backend, grad_out, None, q, k, v, out, stats, *extras)
         found = [t.transpose(1, 2) for t in found[:3]]
     return tuple(_laid_out(t, x) for t, x in zip(found, (query, key, value), strict=True))
 

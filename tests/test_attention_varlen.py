@@ -318,9 +318,9 @@ def test_opcheck(backend):
     full = (cu_q, cu_k, torch.rand(4, 4), torch.tensor([5]), 30, 30, 0.3, True, 4, 2, 3.0, 0.3)
     forward = registered("attention_varlen_fwd", backend)
     check_opcheck(forward, (q, k, v, *plain), (q, k, v, *full))
-    out, lse = forward(q, k, v, *full)
-    grads = torch.randn_like(out), lse.clamp(-1, 1)
-    check_opcheck(registered("attention_varlen_bwd", backend), (*grads, q, k, v, out, lse, *full, False))
+    out, stats = forward(q, k, v, *full)
+    grads = torch.randn_like(out), stats[..., 0].clamp(-1, 1)
+    check_opcheck(registered("attention_varlen_bwd", backend), (*grads, q, k, v, out, stats, *full, False))
 
 
 @pytest.mark.once
@@ -352,13 +352,13 @@ def test_document_bounds_are_checked(backend, cu, message):
     """On a GPU they are read there, where nothing outside the tensors is touched: the next test."""
     q, right = torch.randn(11, 2, 8), torch.full_like(cu, 11).scatter(0, torch.tensor([0]), 0)
     options = (None, None, 11, 11, 0.3, False, -1, -1, 0.0, 0.0)
-    out, lse = torch.zeros(11, 2, 8), torch.zeros(2, 11)
+    out, stats = torch.zeros(11, 2, 8), torch.zeros(2, 11, 2)
     for name, (cu_q, cu_k) in {"cu_seqlens_q": (cu, right), "cu_seqlens_k": (right, cu)}.items():
         with pytest.raises(ValueError, match=f"{name} {message}"):
             ops.attention_varlen(q, q, q, cu_q, cu_k, 11, 11)
         with pytest.raises(ValueError, match=f"{name} {message}"):
             registered("attention_varlen_bwd", backend)(
-                out, None, q, q, q, out, lse, cu_q, cu_k, *options, False
+                out, None, q, q, q, out, stats, cu_q, cu_k, *options, False
             )
 
 

@@ -2,7 +2,10 @@
 // for packed documents in attention_varlen.cpp.
 //
 //   s = scale·q·kᵀ;  s = c·tanh(s/c);  s -= slope·|i + offset - j|;  s += mask;  s = -inf outside the band
-//   p = exp(s - lse);  out = (p∘keep)·v
+//   m = max s,  l = log Σ exp(s - m);  p = exp((s - m) - l);  out = (p∘keep)·v
+//
+// m and l are two numbers: in their sum, the log-sum-exp, l would be lost beside large scores. m is a rounded product,
+// and so s is rounded before it is subtracted: where the compiler contracts the two, a large s - m is a rounding error.
 //
 // One task per (document, head, tile of queries) walks the keys with a running maximum and sum (online softmax,
 // arXiv:1805.02867); the scores of a tile are never stored beyond it. bfloat16 is multiplied as such where the
@@ -28,17 +31,18 @@ template <typename E, typename A>
 bool softmax_tile(const Tile& t, A scale, const A* s, Unit<E>* p, const A* keep, A* top, A* sum, A* rescale) {
   bool moved = false;
   for (int64_t r = 0; r < t.m; r += LANES<A>) {
+    const auto score = [&](int64_t c) { return rounded<A>(load<A>(s + c * ROWS + r) * scale); };
     Vector<A> tile_top = broadcast(NOTHING<A>);
-    for (int64_t c = 0; c < t.n; ++c) tile_top = max(load<A>(s + c * ROWS + r) * scale, tile_top);
+    for (int64_t c = 0; c < t.n; ++c) tile_top = max(score(c), tile_top);
     const Vector<A> old = load<A>(top + r), now = max(old, tile_top);
     // Where nothing was seen yet, any finite origin makes exp(-inf) = 0 of the scores.
     const Vector<A> origin = now == NOTHING<A> ? Vector<A>{} : now;
     const Vector<A> factor = exp(old - origin);
-    Vector<A> total = load<A>(sum + r) * factor;
+    Vector<A> total = {};  // of the tile, so that a sum of 2^24 grows by more than one at a time
     for (int64_t c = 0; c < t.n; c += 2) {
       Vector<A> e[2] = {};
       for (int64_t i = 0; i < 2 && c + i < t.n; ++i) {
-        e[i] = exp<FOLD<E> == 1>(load<A>(s + (c + i) * ROWS + r) * scale - origin);
+        e[i] = exp<FOLD<E> == 1>(score(c + i) - origin);
         total += e[i];
         if (keep) e[i] *= load<A>(keep + (c + i) * ROWS + r);
       }
@@ -47,7 +51,7 @@ bool softmax_tile(const Tile& t, A scale, const A* s, Unit<E>* p, const A* keep,
     moved |= any_above<A>(now, old);
     store<A, A>(rescale + r, factor);
     store<A, A>(top + r, now);
-    store<A, A>(sum + r, total);
+    store<A, A>(sum + r, load<A>(sum + r) * factor + total);
   }
   return moved;
 }
@@ -61,7 +65,7 @@ void forward(
     const Mask<compute_t<T>>& mask,
     const compute_t<T>* alibi,
     View<T> out,
-    View<compute_t<T>> lse) {
+    View<compute_t<T>> stats) {
   using A = compute_t<T>;
   using E = factor_t<T>;
   using U = Unit<E>;
@@ -111,7 +115,9 @@ void forward(
           const Vector<A> x = load<A>(&o[r * value_width + d]) * inverse;
           store<T, A>(to + d, nothing ? Vector<A>{} : x, n...);
         });
-        *lse.at(p.queries, h, first + r) = nothing ? NOTHING<A> : top[r] + std::log(sum[r]);
+        A* const of_row = stats.at(p.queries, h, first + r);
+        of_row[0] = nothing ? NOTHING<A> : top[r];
+        of_row[1] = nothing ? A(0) : std::log(sum[r]);
       }
     });
   });
@@ -161,10 +167,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const auto acc = accumulator(q.scalar_type());
   Tensor out = head_major(q, q.size(0), p.heads, q.size(2), p.value_size);
-  Tensor lse = at::empty({q.size(0), p.heads, q.size(2)}, q.options().dtype(acc));
+  Tensor stats = at::empty({q.size(0), p.heads, q.size(2), 2}, q.options().dtype(acc));
   const Tensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
-  attend(entries(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, lse);
-  return {out, lse};
+  attend(entries(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, stats);
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -174,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& k_,
     const Tensor& v_,
     const Tensor& out_,
-    const Tensor& lse,
+    const Tensor& stats,
     const OptionalTensor& attn_mask,
     const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed,
@@ -196,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dk = head_major(k, q.size(0), p.kv_heads, k.size(2), p.size);
   Tensor dv = head_major(v, q.size(0), p.kv_heads, k.size(2), p.value_size);
   const Tensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
-  attend_backward(entries(q, k, p), grad, grad_lse, q, k, v, out, lse, mask, slopes, dq, dk, dv);
+  attend_backward(entries(q, k, p), grad, grad_lse, q, k, v, out, stats.to(acc).contiguous(), mask, slopes, dq, dk, dv);
   return {dq, dk, dv, at::empty({0}, q.options())};
 }
 
@@ -247,7 +253,7 @@ void attend(
     const Tensor& mask,
     const Tensor& slopes,
     const Tensor& out,
-    const Tensor& lse) {
+    const Tensor& stats) {
   if (documents.empty()) return;
   dispatch(q.scalar_type(), "attention", [&](auto element) {
     using T = decltype(element);
@@ -260,7 +266,7 @@ void attend(
         Mask<A>(mask),
         slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
         View<T>(out),
-        View<A>(lse));
+        View<A>(stats));
   });
 }
 
@@ -272,7 +278,7 @@ void attend_backward(
     const Tensor& k,
     const Tensor& v,
     const Tensor& out,
-    const Tensor& lse,
+    const Tensor& stats,
     const Tensor& mask,
     const Tensor& slopes,
     const Tensor& dq,
@@ -290,7 +296,7 @@ void attend_backward(
         View<const T>(k),
         View<const T>(v),
         View<const T>(out),
-        View<const A>(lse),
+        View<const A>(stats),
         Mask<A>(mask),
         slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
         View<T>(dq),

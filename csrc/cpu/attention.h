@@ -1,5 +1,5 @@
 // What the launchers of attention.cpp and attention_varlen.cpp share. Tensors are (B, heads, L, D), rows contiguous,
-// and (B, heads, L) for one number a row; undefined where there is none.
+// and (B, heads, L) for one number a row; undefined where there is none. stats: (B, heads, L, 2), m and l of each row.
 #pragma once
 
 #include "attention_tiles.h"
@@ -24,7 +24,7 @@ Problem describe(
     double softcap,
     double dropout_p);
 
-// Writes out and lse of the documents.
+// Writes out and stats of the documents.
 void attend(
     const Problems& documents,
     const Tensor& q,
@@ -33,7 +33,7 @@ void attend(
     const Tensor& mask,
     const Tensor& slopes,
     const Tensor& out,
-    const Tensor& lse);
+    const Tensor& stats);
 
 // Writes dq, dk and dv of the documents.
 void attend_backward(
@@ -44,7 +44,7 @@ void attend_backward(
     const Tensor& k,
     const Tensor& v,
     const Tensor& out,
-    const Tensor& lse,
+    const Tensor& stats,
     const Tensor& mask,
     const Tensor& slopes,
     const Tensor& dq,

@@ -1,6 +1,6 @@
 // Scaled dot-product attention on the CPU, backward.
 //
-//   delta = Σ dout·out - g_lse;  p = exp(s - lse)
+//   delta = Σ dout·out - g_lse = Σ p·dp - g_lse;  p = exp((s - m) - l)
 //   dv = (p∘keep)ᵀ·dout;  dp = (dout·vᵀ)∘keep;  ds = p∘(dp - delta)·(1 - (s/c)²)
 //   dq = scale·ds·k;  dk = scale·dsᵀ·q
 //
@@ -8,6 +8,8 @@
 // that one would be much of the whole, every parts-th tile of its queries; it walks the tiles of its queries and for
 // each the keys that they see. dq is summed in the tile, dk and dv in float buffers of the task, which are added up in
 // the end: how many parts there are follows from the shapes, so that no bit depends on the number of threads.
+//
+// delta is a sum over out, which is rounded, or where one tile has all columns of a row over p·dp, which is not.
 //
 // FLOPs: 10·D a visible pair, at the rate of the matrix product. Beside them a tile has 4,096 exponentials and packs
 // what five products need: q and dout in both directions once a tile of queries, k once in all.
@@ -51,7 +53,8 @@ struct BackwardWork {
   }
 };
 
-// delta of m rows, and their lse; a row that saw nothing, or is none, gets an lse of +inf and so p = 0.
+// delta of m rows, and their m and l; a row that saw nothing, or is none, gets an m of +inf and so p = 0. ONE: delta
+// lacks Σ p·dp.
 template <typename T, typename A>
 inline void row_statistics(
     const Problem& p,
@@ -59,42 +62,61 @@ inline void row_statistics(
     View<const T> grad,
     View<const A> grad_lse,
     View<const T> out,
-    View<const A> lse,
+    View<const A> stats,
+    bool one,
     A* delta,
-    A* top) {
+    A* top,
+    A* log_sum) {
   for (int64_t r = 0; r < ROWS; ++r) {
-    delta[r] = 0, top[r] = -NOTHING<A>;
-    if (r >= t.m || *lse.at(p.queries, t.h, t.first + r) == NOTHING<A>) continue;
+    delta[r] = 0, top[r] = -NOTHING<A>, log_sum[r] = 0;
+    if (r >= t.m) continue;
+    const A* of_row = stats.at(p.queries, t.h, t.first + r);
+    if (of_row[0] == NOTHING<A>) continue;
     const T *g = grad.at(p.queries, t.h, t.first + r), *o = out.at(p.queries, t.h, t.first + r);
     Vector<A> sum = {};
-    over_vectors<A>(0, p.value_size, [&](int64_t d, auto... n) { sum += load<A>(g + d, n...) * load<A>(o + d, n...); });
+    if (!one)
+      over_vectors<A>(
+          0, p.value_size, [&](int64_t d, auto... n) { sum += load<A>(g + d, n...) * load<A>(o + d, n...); });
     delta[r] = lane_sum<A>(sum) - (grad_lse.data ? *grad_lse.at(p.queries, t.h, t.first + r) : A(0));
-    top[r] = *lse.at(p.queries, t.h, t.first + r);
+    top[r] = of_row[0], log_sum[r] = of_row[1];
   }
 }
 
-// From scores s and products dp to the factors: p (for dv) and ds (for dk and, by keys, for dq).
-template <typename E, typename A>
+// From scores s and products dp to the factors: p (for dv) and ds (for dk and, by keys, for dq). ONE: the tile has all
+// columns, and delta lacks its sum over them.
+template <bool ONE, typename E, typename A>
 inline void gradient_tile(
     const Problem& p,
     const Tile& t,
     A scale,  // of s, where it is not applied yet
-    const A* s,
+    A* s,
     const A* dp,
     const A* slope,
     const A* keep,
     const A* delta,
-    const A* lse,
+    const A* top,
+    const A* log_sum,
     Unit<E>* p_queries,
     Unit<E>* ds_queries,
     Unit<E>* ds_keys) {
   for (int64_t r = 0; r < whole_steps<A>(t.m); r += LANES<A>) {
-    const Vector<A> row_delta = load<A>(delta + r), row_lse = load<A>(lse + r);
+    Vector<A> row_delta = load<A>(delta + r);
+    const Vector<A> row_top = load<A>(top + r), row_log_sum = load<A>(log_sum + r);
+    const auto probability = [&](int64_t at) {
+      return exp<FOLD<E> == 1>((rounded<A>(load<A>(s + at) * scale) - row_top) - row_log_sum);
+    };
+    if constexpr (ONE)
+      for (int64_t c = 0; c < t.n; ++c) {
+        const int64_t at = c * ROWS + r;
+        const Vector<A> e = probability(at);
+        store<A, A>(s + at, e);
+        row_delta += e * (keep ? load<A>(dp + at) * load<A>(keep + at) : load<A>(dp + at));
+      }
     for (int64_t c = 0; c < t.n; c += 2) {
       Vector<A> ds[2] = {};
       for (int64_t i = 0; i < 2 && c + i < t.n; ++i) {
         const int64_t at = (c + i) * ROWS + r;
-        Vector<A> e = exp<FOLD<E> == 1>(load<A>(s + at) * scale - row_lse), d = load<A>(dp + at);
+        Vector<A> e = ONE ? load<A>(s + at) : probability(at), d = load<A>(dp + at);
         if (keep) d *= load<A>(keep + at);
         ds[i] = e * (d - row_delta) * A(p.scale);
         if (slope) ds[i] *= load<A>(slope + at);
@@ -141,7 +163,7 @@ void backward(
     View<const T> k,
     View<const T> v,
     View<const T> out,
-    View<const compute_t<T>> lse,
+    View<const compute_t<T>> stats,
     const Mask<compute_t<T>>& mask,
     const compute_t<T>* alibi,
     View<T> dq,
@@ -166,7 +188,7 @@ void backward(
     Buffer<A> s(COLUMNS * ROWS), dp(COLUMNS * ROWS), slope(call.softcap > 0 ? COLUMNS * ROWS : 0),
         keep(drops ? COLUMNS * ROWS : 0);
     Buffer<A> dq_tile(ROWS * width), own(work.longest * stride);
-    A delta[ROWS], top[ROWS];
+    A delta[ROWS], top[ROWS], log_sum[ROWS];
     work.tasks.each(begin, end, [&](int64_t document, int64_t task) {
       const Problem& p = documents[document];
       const int64_t tiles = p.row_tiles(), parts = work.parts[document], kv = task / parts;
@@ -190,10 +212,10 @@ void backward(
           pack_pairs(g_pairs.data(), value_width, g_at, grad.row, t.m, p.value_size);
           qp = {q_pairs.data(), width}, gp = {g_pairs.data(), value_width};
         }
-        row_statistics(p, t, grad, grad_lse, out, lse, delta, top);
-        std::fill_n(dq_tile.begin(), t.m * width, A(0));
-
         const Span seen = p.columns_of(first, first + t.m);
+        const bool one = seen.end <= seen.begin / COLUMNS * COLUMNS + COLUMNS;
+        row_statistics(p, t, grad, grad_lse, out, stats, one, delta, top, log_sum);
+        std::fill_n(dq_tile.begin(), t.m * width, A(0));
         for (t.j = seen.begin / COLUMNS * COLUMNS; t.j < seen.end; t.j += COLUMNS) {
           t.n = std::min(COLUMNS, p.columns - t.j);
           product_of_keys(p, t, depth, {ks.data + t.j * ks.row, ks.row}, Operand<U>{qt.data(), ROWS}, s.data());
@@ -204,7 +226,8 @@ void backward(
           U* const ps = FOLDED ? folded.data() : reinterpret_cast<U*>(s.data());
           U* const ds_keys = FOLDED ? folded.data() + COLUMNS * ROWS / FOLD<E> : reinterpret_cast<U*>(dp.data());
           U* const ds = FOLDED ? folded.data() + COLUMNS * ROWS / FOLD<E> * 2 : ds_keys;
-          gradient_tile<E, A>(
+          const auto turn = [&](auto alone) {
+            gradient_tile<alone.value, E, A>(
               p,
               t,
               simple ? A(p.scale) : A(1),
@@ -214,9 +237,12 @@ void backward(
               drops ? keep.data() : nullptr,
               delta,
               top,
+              log_sum,
               ps,
               ds,
               ds_keys);
+          };
+          one ? turn(std::true_type{}) : turn(std::false_type{});
           add_over_queries<E>(p, t, ps, gp, dvs + t.j * value_width, value_width);
           add_over_queries<E>(p, t, ds, qp, dks + t.j * width, width);
           add_over_keys<E>(p, t, ds_keys, {kp.data + t.j / FOLD<E> * kp.row, kp.row, kp.column}, dq_tile.data(), width);

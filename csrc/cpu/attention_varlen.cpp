@@ -66,10 +66,10 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
   const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
   const auto acc = accumulator(q.scalar_type());
   Tensor out = at::empty({q.size(2), p.heads, p.value_size}, q.options());
-  Tensor lse = at::empty({p.heads, q.size(2)}, q.options().dtype(acc));
+  Tensor stats = at::empty({p.heads, q.size(2), 2}, q.options().dtype(acc));
   const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
-  attend(documents, q, k, v, Tensor(), slopes, entry(out), lse.unsqueeze(0));
-  return {out, lse};
+  attend(documents, q, k, v, Tensor(), slopes, entry(out), stats.unsqueeze(0));
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& k_,
     const Tensor& v_,
     const Tensor& out_,
-    const Tensor& lse,
+    const Tensor& stats_,
     const Tensor& cu_seqlens_q,
     const Tensor& cu_seqlens_k,
     const OptionalTensor& alibi_slopes,
@@ -103,8 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
   Tensor dq = at::empty(q_.sizes(), q.options());
   Tensor dk = at::empty(k_.sizes(), k.options());
   Tensor dv = at::empty(v_.sizes(), v.options());
+  const Tensor stats = stats_.to(acc).contiguous().unsqueeze(0);
   attend_backward(
-      documents, grad, grad_lse, q, k, v, out, lse.unsqueeze(0), Tensor(), slopes, entry(dq), entry(dk), entry(dv));
+      documents, grad, grad_lse, q, k, v, out, stats, Tensor(), slopes, entry(dq), entry(dk), entry(dv));
   return {dq, dk, dv};
 }
 

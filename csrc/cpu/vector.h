@@ -50,6 +50,17 @@ template <typename A>
   return Vector<A>{} + x;
 }
 
+// x, rounded to A: the compiler does not contract a product that x is with an addition that follows.
+template <typename A>
+[[gnu::always_inline]] inline Vector<A> rounded(Vector<A> x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // ---- loads and stores ----
 
 // Between words of 16 and of 32 bits; for AVX-512 the compiler would go by way of halves.

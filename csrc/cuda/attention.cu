@@ -1,16 +1,18 @@
 // Attention, forward: out = dropout(softmax(mask(softcap(scale q kᵀ) - alibi))) v, the scores never stored.
 //
-//   s_ij = scale q_i·k_j, capped, masked;   m_i = max_j s_ij;   l_i = Σ_j exp(s_ij - m_i);   lse_i = m_i + log l_i
-//   out_i = Σ_j exp(s_ij - m_i) v_j / l_i                          0 (and lse -inf) for a row that sees nothing
+//   s_ij = scale q_i·k_j, capped, masked;   m_i = max_j s_ij;   l_i = log Σ_j exp(s_ij - m_i)
+//   out_i = Σ_j exp(s_ij - m_i - l_i) v_j                       0 (m -inf, l 0) for a row that sees nothing
 //
 // (Vaswani et al., arXiv:1706.03762; tiled as in FlashAttention-2, Dao, arXiv:2307.08691.) Shapes: q (B, H, Lq, D), k
-// (B, Hk, Lk, D), v (B, Hk, Lk, DV), out (B, H, Lq, DV), lse (B, H, Lq) float32.
+// (B, Hk, Lk, D), v (B, Hk, Lk, DV), out (B, H, Lq, DV), stats (B, H, Lq, 2) float32, m and l: two numbers, because in
+// their sum, the log-sum-exp, l would be lost beside large scores.
 //
 // A block takes ROWS rows of a head, a warp 16 of them, and walks over the tiles of COLUMNS columns that its rows see:
 // first those that all rows see whole, whose loop has no mask arithmetic, then the others. The next tile of k and v is
 // copied while the matrix units work on this one. Scores become probabilities in the registers where the first product
 // leaves them, which is where the second one wants its left factor. exp is exp2 with the scale folded into its
-// argument.
+// argument: (s - max s) u with the scale or 1 for u, and never s u - m, in which m is a rounded product. What rounding
+// leaves of m is in l.
 //
 // Three kinds of kernel: plain ones for bfloat16 and float16, of 64 or 128 columns a head, causal or windowed or
 // packed; with OPTIONS for masks, softcap, slopes, dropout, other sizes (padded with zeros) and whatever does not begin
@@ -53,9 +55,9 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
     const Matrices<const T> ks,
     const Matrices<const T> vs,
     const Matrices<T> outs,
-    const Global<float> lses,
-    const int64_t lse_batch,
-    const int64_t lse_head,
+    const Global<float> stats,
+    const int64_t stats_batch,
+    const int64_t stats_head,
     const int row_tiles) {
   using U = Unit<T>;
   using S = Shared<T, HEAD, ROWS, COLUMNS>;
@@ -96,7 +98,7 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   const int of_rows = me / PARTS<T, HEAD> * 16, of_columns = me % PARTS<T, HEAD> * OWN;
   const int row = of_rows + lane() / 4, column = lane() % 4 * 2;
   const Scores<OPTIONS> scores(p, place, batch, head);
-  const float unit = scores.unit();
+  const float unit = scores.unit(), unit_2 = unit * static_cast<float>(LOG2E);
   float out[OWN / 8][4] = {}, top[2] = {-INFINITE, -INFINITE}, sum[2] = {};
   const SharedAddress q_first = made_anew(U::template left<Wide>()), k_first = made_anew(U::template right<Wide>());
   const SharedAddress v_first =
@@ -127,15 +129,15 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
       next = fmaxf(next, shuffle_xor(next, 1));
       next = fmaxf(next, shuffle_xor(next, 2));
       // A row that has seen nothing yet: -inf - 0 instead of -inf - -inf.
-      const float origin = (edge || OPTIONS) && next == -INFINITE ? 0.0f : next * unit;
-      const float factor = exp2_fast(top[h] * unit - origin);
+      const float origin = (edge || OPTIONS) && next == -INFINITE ? 0.0f : next;
+      const float factor = exp2_fast((top[h] - origin) * unit_2);
       top[h] = next;
       float part = 0;
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          s[n][i] = exp2_fast(s[n][i] * unit - origin);
+          s[n][i] = exp2_fast((s[n][i] - origin) * unit_2);
           part += s[n][i];
         }
       sum[h] = sum[h] * factor + part;
@@ -199,10 +201,13 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
     const float scale = sum[h] > 0.0f || sum[h] != sum[h] ? 1.0f / sum[h] : 0.0f;  // NaN stays
 #pragma unroll
     for (int d = 0; d < OWN / 8; ++d) out[d][2 * h] *= scale, out[d][2 * h + 1] *= scale;
-    if (lane() % 4 == 0 && of_columns == 0 && y < place.Lq)
-      store(
-          lses + (batch * lse_batch + head * lse_head + place.first_row + y),
-          sum[h] == 0.0f ? -INFINITE : top[h] * unit * static_cast<float>(LN2) + logf(sum[h]));
+    if (lane() % 4 == 0 && of_columns == 0 && y < place.Lq) {
+      const Global<float> of_row = stats + (batch * stats_batch + head * stats_head + 2 * (place.first_row + y));
+      const bool none = sum[h] == 0.0f;
+      const float high = multiply_rounded(top[h], unit);
+      store(of_row, none ? -INFINITE : high);
+      store(of_row + 1, none ? 0.0f : fmaf(top[h], unit, -high) + logf(sum[h]));
+    }
   }
   // Through the shared memory where q was.
   const SharedAddress own = memory + Wide::element(row, of_columns + column);
@@ -226,7 +231,7 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
 
 template <typename T, int HEAD, bool OPTIONS>
 void launch_fwd(
-    const Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
+    const Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats) {
   using Z = Sizes<T, HEAD, OPTIONS>;
   using S = Shared<T, HEAD, Z::ROWS, Z::COLUMNS>;
   const int64_t row_tiles = cdiv(a.longest_q, Z::ROWS);
@@ -241,16 +246,16 @@ void launch_fwd(
       a.matrices<const T>(k),
       a.matrices<const T>(v),
       a.matrices<T>(out),
-      global<float>(lse),
-      a.packed ? int64_t{0} : lse.stride(0),
-      lse.stride(a.packed ? 0 : 1),
+      global<float>(stats),
+      a.packed ? int64_t{0} : stats.stride(0),
+      stats.stride(a.packed ? 0 : 1),
       static_cast<int>(row_tiles));
 }
 
-void forward(Attention a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
+void forward(Attention a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats) {
   if (a.longest_q == 0 || a.batches == 0 || a.problem.heads == 0) return;
   with_kernel(a, q, {q, k, v, out}, [&](auto element, auto head, auto options) {
-    launch_fwd<decltype(element), head, options>(a, q, k, v, out, lse);
+    launch_fwd<decltype(element), head, options>(a, q, k, v, out, stats);
   });
 }
 
@@ -268,10 +273,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
     double softcap,
     double dropout_p) {
   Tensor out = head_major(q, q.size(1), q.size(2), v.size(3));
-  Tensor lse = empty(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
+  Tensor stats = empty(q, {q.size(0), q.size(1), q.size(2), 2}, ScalarType::Float);
   const Options options{mask, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
-  forward(Attention(q, k, v, options), q, k, v, out, lse);
-  return {out, lse};
+  forward(Attention(q, k, v, options), q, k, v, out, stats);
+  return {out, stats};
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_fwd(
@@ -292,11 +297,12 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     double dropout_p) {
   // What lies past the last document is 0, and sees nothing.
   Tensor out = zeros(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
-  Tensor lse = zeros(q, {q.size(1), q.size(0)}, ScalarType::Float);
-  torch::stable::fill_(lse, -INFINITE);
+  Tensor stats = zeros(q, {q.size(1), q.size(0), 2}, ScalarType::Float);
+  Tensor maxima = torch::stable::select(stats, 2, 0);
+  torch::stable::fill_(maxima, -INFINITE);
   const Options options{std::nullopt, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
-  forward(Attention(q, k, v, options, {cu_q, cu_k, longest_q, longest_k}), q, k, v, out, lse);
-  return {out, lse};
+  forward(Attention(q, k, v, options, {cu_q, cu_k, longest_q, longest_k}), q, k, v, out, stats);
+  return {out, stats};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_DISPATCH_KEY, m) {

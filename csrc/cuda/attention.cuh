@@ -122,20 +122,19 @@ struct Scores {
   const Problem& p;
   const Place& place;
   int batch, head;
-  float slope = 0;  // in units of log 2
+  float slope = 0;
   uint64_t seed = 0;
 
   __device__ Scores(const Problem& problem, const Place& where, int b, int h)
       : p(problem), place(where), batch(b), head(h) {
     if constexpr (OPTIONS) {
-      if (p.slopes) slope = load(p.slopes + (b * p.slopes_batch + h)) * static_cast<float>(LOG2E);
+      if (p.slopes) slope = load(p.slopes + (b * p.slopes_batch + h));
       if (p.seed) seed = static_cast<uint64_t>(load(p.seed));
     }
   }
 
-  // What `shape` leaves has to be multiplied by this to be in units of log 2: without options one multiplication serves
-  // the scale as well.
-  __device__ float unit() const { return OPTIONS ? 1.0f : p.scale * static_cast<float>(LOG2E); }
+  // What `shape` leaves has to be multiplied by this, which is positive.
+  __device__ float unit() const { return OPTIONS ? 1.0f : p.scale; }
 
   // Products to scores, -inf where nothing is seen. EDGE: of a tile that not every row sees whole.
   template <bool EDGE, int N>
@@ -171,17 +170,17 @@ struct Scores {
 
  private:
   __device__ float with_options(float product, int y, int x) const {
-    constexpr float UNIT = static_cast<float>(LOG2E);
-    float s = p.softcap > 0.0f ? tanh_of<Fast>(product * (p.scale / p.softcap)) * (p.softcap * UNIT)
-                               : product * (p.scale * UNIT);
+    // Rounded here and not contracted with a subtraction of the maximum, which is a rounded product too.
+    float s = p.softcap > 0.0f ? multiply_rounded(tanh_of<Fast>(product * (p.scale / p.softcap)), p.softcap)
+                               : multiply_rounded(product, p.scale);
     if (p.slopes) s -= slope * fabsf(static_cast<float>(y + place.offset - x));
     if (y >= place.Lq || x >= place.Lk) return s;
     const Mask& m = p.mask;
     const int64_t at = batch * m.strides.batch + head * m.strides.head + y * m.strides.row + x * m.column;
     if (m.flags) return load(m.flags + at) ? s : -INFINITE;
-    if (m.fp32) return s + load(m.fp32 + at) * UNIT;
-    if (m.in_bf16) return s + to_float(load(m.in_bf16 + at)) * UNIT;
-    if (m.in_fp16) return s + to_float(load(m.in_fp16 + at)) * UNIT;
+    if (m.fp32) return s + load(m.fp32 + at);
+    if (m.in_bf16) return s + to_float(load(m.in_bf16 + at));
+    if (m.in_fp16) return s + to_float(load(m.in_fp16 + at));
     return s;
   }
 };

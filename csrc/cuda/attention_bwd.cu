@@ -1,6 +1,6 @@
 // Attention, backward; the mathematics of the forward, and its names, are in attention.cu.
 //
-//   p_ij = exp(s_ij - lse_i);   delta_i = Σ_d out_id dout_id - dlse_i;   dp_ij = dout_i·v_j
+//   p_ij = exp(s_ij - m_i - l_i);   delta_i = Σ_d out_id dout_id - dlse_i;   dp_ij = dout_i·v_j
 //   dv_j = Σ_i p_ij dout_i;   ds_ij = p_ij (dp_ij - delta_i)
 //   dk_j = scale Σ_i ds_ij q_i;   dq_i = scale Σ_j ds_ij k_j
 //
@@ -12,7 +12,7 @@
 // memory by atomic additions, in an order that differs from run to run. Deterministic: a few blocks a head, each with a
 // sum of its own to which it adds in one order; the sums are added up at the end.
 //
-// Before it a pass over out and dout leaves (lse, delta) of each row, after it one turns the sums into dq
+// Before it a pass over out and dout leaves (m, l, delta) of each row, after it one turns the sums into dq
 // (attention_bwd_rows.cuh).
 #include "attention_bwd_rows.cuh"
 #include "attention_launch.cuh"
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
     const Matrices<const T> grads,
     const Matrices<T> dks,
     const Matrices<T> dvs,
-    const Matrices<const Vector<float, 2>> stats,
+    const Matrices<const Vector<float, 4>> by_row,
     const Matrices<float> sums,  // of dq, in rows of HEAD
     const int64_t sum_of_block,
     const int blocks) {  // a key head
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
       using RowCopier = Copier<T, ROWS, HEAD, THREADS, HEAD <= 64>;
       const RowCopier q(qs.of(b, head, place.first_row), qs.strides.row, p.D);
       const RowCopier grad(grads.of(b, head, place.first_row), grads.strides.row, p.DV);
-      const auto of_rows = made_anew(stats.of(b, head, place.first_row + y));
+      const auto of_rows = made_anew(by_row.of(b, head, place.first_row + y));
       const auto dq =
           made_anew(sums.of(b, head, place.first_row + y) + (block % blocks * sum_of_block + q_head + lane() % 4 * 2));
       const Scores<OPTIONS> scores(p, place, b, head);
@@ -140,11 +140,11 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
       const auto work = [&](auto edge, SharedAddress stage, int start) {
         // The loop without masks keeps its addresses in registers; others have none to spare.
         const auto kept = [&](SharedAddress a) { return OPTIONS || edge ? made_anew(a) : a; };
-        Vector<float, 2> row[2];  // lse and delta
-        const Global<const Vector<float, 2>> rows = behind(of_rows, start, sizeof(Vector<float, 2>));
+        Vector<float, 4> row[2];  // m, l and delta
+        const Global<const Vector<float, 4>> rows = behind(of_rows, start, sizeof(Vector<float, 4>));
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          row[h] = {{INFINITE, 0.0f}};
+          row[h] = {{INFINITE, 0.0f, 0.0f, 0.0f}};
           if (!edge || start + y + 8 * h < place.Lq) row[h] = load(rows + 8 * h);
         }
         const SharedAddress left = kept(left_lane), right = kept(right_lane), p_at = kept(p_lane);
@@ -168,7 +168,10 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 #pragma unroll
           for (int n = 0; n < M; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) s[n][i] = exp2_fast(s[n][i] * unit - row[i / 2].at[0]);
+            for (int i = 0; i < 4; ++i) {
+              const float high = row[i / 2].at[0], low = row[i / 2].at[1];
+              s[n][i] = exp2_fast(fmaf(fmaf(s[n][i], unit, -high), static_cast<float>(LOG2E), -low));
+            }
 
           add_product<U, STEPS, AT_ONCE>(
               dp,
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
               float ds[2];
 #pragma unroll
               for (int i = 0; i < 2; ++i) {
-                ds[i] = s[n][2 * h + i] * (dp[n][2 * h + i] - row[h].at[1]);
+                ds[i] = s[n][2 * h + i] * (dp[n][2 * h + i] - row[h].at[2]);
                 if constexpr (OPTIONS)
                   if (p.softcap > 0.0f) ds[i] *= bent[n][2 * h + i];
               }
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 // ---- launchers ----
 
 struct Gradients {
-  Tensor grad_out, out, lse, dq, dk, dv;
+  Tensor grad_out, out, stats, dq, dk, dv;
   OptionalTensor grad_lse;
   bool deterministic;
 };
@@ -319,7 +322,7 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
   const int64_t key_heads = p.heads / p.group, tiles = cdiv(a.longest_k, Z::COLUMNS);
   const int64_t few = std::max<int64_t>(2 * device.multiprocessors() / std::max<int64_t>(a.batches * key_heads, 1), 1);
   const int64_t blocks = g.deterministic ? std::min(tiles, few) : tiles;
-  const Tensor stats = empty(q, {rows, 2}, ScalarType::Float);
+  const Tensor by_row = empty(q, {rows, 4}, ScalarType::Float);
   const Tensor sums = zeros(q, {g.deterministic ? blocks : 1, rows, HEAD}, ScalarType::Float);
   const int64_t per_head = p.Lq, per_batch = a.packed ? 0 : p.heads * p.Lq;
   const Launch pass{.x = cdiv(rows, PASS_THREADS / WARP), .threads = PASS_THREADS};
@@ -331,9 +334,9 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
         pass,
         a.matrices<const T>(g.out),
         a.matrices<const T>(g.grad_out),
-        global<const float>(g.lse),
+        global<const float>(g.stats),
         global<const float>(g.grad_lse),
-        pairs(stats),
+        vectors_of_four(by_row),
         rows,
         p.heads,
         int64_t{p.Lq},
@@ -350,7 +353,7 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
         a.matrices<const T>(g.grad_out),
         a.matrices<T>(g.dk),
         a.matrices<T>(g.dv),
-        Matrices<const Vector<float, 2>>{pairs(stats), {per_batch, per_head, 1}},
+        Matrices<const Vector<float, 4>>{vectors_of_four(by_row), {per_batch, per_head, 1}},
         Matrices<float>{global<float>(sums), {per_batch * HEAD, per_head * HEAD, HEAD}},
         g.deterministic ? rows * HEAD : int64_t{0},
         static_cast<int>(blocks));
@@ -389,7 +392,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& k,
     const Tensor& v,
     const Tensor& out,
-    const Tensor& lse,
+    const Tensor& stats,
     const OptionalTensor& mask,
     const OptionalTensor& slopes,
     const OptionalTensor& seed,
@@ -402,7 +405,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     bool mask_grad,
     bool deterministic) {
   const auto like = [](const Tensor& x) { return head_major(x, x.size(1), x.size(2), x.size(3)); };
-  const Gradients g{whole_lines(grad_out), out, lse, like(q), like(k), like(v), grad_lse, deterministic};
+  const Gradients g{whole_lines(grad_out), out, stats, like(q), like(k), like(v), grad_lse, deterministic};
   const Options options{mask, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
   backward(Attention(q, k, v, options), g, q, k, v);
   return {g.dq, g.dk, g.dv, empty(q, {0}, q.scalar_type())};  // a mask that wants a gradient was refused before
@@ -415,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     const Tensor& k,
     const Tensor& v,
     const Tensor& out,
-    const Tensor& lse,
+    const Tensor& stats,
     const Tensor& cu_q,
     const Tensor& cu_k,
     const OptionalTensor& slopes,
@@ -430,7 +433,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     double dropout_p,
     bool deterministic) {
   const auto like = [](const Tensor& x) { return zeros(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); };
-  const Gradients g{whole_lines(grad_out), out, lse, like(q), like(k), like(v), grad_lse, deterministic};
+  const Gradients g{whole_lines(grad_out), out, stats, like(q), like(k), like(v), grad_lse, deterministic};
   const Options options{std::nullopt, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
   backward(Attention(q, k, v, options, {cu_q, cu_k, longest_q, longest_k}), g, q, k, v);
   return {g.dq, g.dk, g.dv};

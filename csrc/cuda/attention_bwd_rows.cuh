@@ -7,15 +7,15 @@ namespace fastgpt {
 
 constexpr int PASS_THREADS = 256;
 
-// ---- before: (lse in units of log 2, delta) of each row ----
+// ---- before: (m, l in units of log 2, delta) of each row ----
 
 template <typename T>
 __global__ void __launch_bounds__(PASS_THREADS) attention_bwd_rows_kernel(
     const Matrices<const T> outs,
     const Matrices<const T> grads,
-    const Global<const float> lses,
+    const Global<const float> stats,
     const Global<const float> grad_lses,
-    const Global<Vector<float, 2>> stats,
+    const Global<Vector<float, 4>> by_row,
     const int64_t rows,
     const int heads,
     const int64_t length,
@@ -30,9 +30,11 @@ __global__ void __launch_bounds__(PASS_THREADS) attention_bwd_rows_kernel(
   for (int mask = 16; mask > 0; mask /= 2) delta += shuffle_xor(delta, mask);
   if (lane() > 0) return;
   if (grad_lses) delta -= load(grad_lses + i);
-  const float lse = load(lses + i);
+  const float high = load(stats + 2 * i), low = load(stats + (2 * i + 1));
   // A row that sees nothing: exp2(s - inf) is 0.
-  store(stats + i, Vector<float, 2>{{lse == -INFINITE ? INFINITE : lse * static_cast<float>(LOG2E), delta}});
+  store(
+      by_row + i,
+      Vector<float, 4>{{high == -INFINITE ? INFINITE : high, low * static_cast<float>(LOG2E), delta, 0.0f}});
 }
 
 // ---- after: dq from its sums ----

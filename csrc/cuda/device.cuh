@@ -60,6 +60,9 @@ __device__ inline uint32_t pack(float first, float second) {
 __device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
+// A product that is not contracted with an addition.
+__device__ inline float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+
 // One instruction each, to 2 ulp; subnormal results are 0.
 __device__ inline float exp2_fast(float x) {
   float y;

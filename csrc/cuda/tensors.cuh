@@ -39,9 +39,9 @@ Global<T> global(const OptionalTensor& x) {
   return x.has_value() ? global<T>(*x) : Global<T>{};
 }
 
-// A contiguous (N, 2) of float32 as N pairs.
-inline Global<Vector<float, 2>> pairs(const Tensor& x) {
-  return global_memory(static_cast<Vector<float, 2>*>(x.data_ptr()), x.numel() / 2);
+// A contiguous (N, 4) of float32 as N vectors.
+inline Global<Vector<float, 4>> vectors_of_four(const Tensor& x) {
+  return global_memory(static_cast<Vector<float, 4>*>(x.data_ptr()), x.numel() / 4);
 }
 
 inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {

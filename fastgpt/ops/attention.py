@@ -28,6 +28,17 @@ _OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, f
 _EXTRAS = "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed"
 
 
+# stats (B, H, Lq, 2): the row's largest score m and l = log Σ exp(s - m); -inf and 0 where it sees nothing. In one number,
+# lse = m + l, l would be lost beside large scores.
+def lse_of(stats: Tensor) -> Tensor:
+    return stats[..., 0] + stats[..., 1]
+
+
+def statistics_of(lse: Tensor) -> Tensor:
+    """As good as one number allows."""
+    return torch.stack((lse, torch.zeros_like(lse)), dim=-1)
+
+
 def _head_major(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An empty (B, heads, L, D) tensor laid out as (B, L, heads, D), as the layers around attention want it."""
     batch, heads, length, size = shape
@@ -45,7 +56,7 @@ def _keywords(options: tuple[Any, ...]) -> dict[str, Any]:
 
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = _head_major(q, (*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=accumulator(q.dtype))
+    return out, q.new_empty((*q.shape[:3], 2), dtype=accumulator(q.dtype))
 
 
 def _reference_fwd(
@@ -58,7 +69,7 @@ def _reference_fwd(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     out, lse = reference.attention(q, k, v, mask, slopes, seed, **_keywords(options))
-    return _as_head_major(out), lse.contiguous()
+    return _as_head_major(out), statistics_of(lse)
 
 
 def _fake_bwd(
@@ -68,7 +79,7 @@ def _fake_bwd(
     k: Tensor,
     v: Tensor,
     out: Any,
-    lse: Any,
+    stats: Any,
     mask: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
@@ -83,7 +94,7 @@ def _reference_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     mask: Tensor | None,
     slopes: Tensor | None,
     seed: Tensor | None,
@@ -119,7 +130,7 @@ _FWD = define(
 )
 _BWD = define(
     "attention_bwd",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS},"
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_EXTRAS}, {_OPTIONS},"
     " bool mask_grad, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
@@ -139,29 +150,32 @@ class _Attention(torch.autograd.Function):
         seed: Tensor | None,
         options: tuple[Any, ...],
         deterministic: bool,
+        with_lse: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _FWD[backend](q, k, v, mask, slopes, seed, *options)
-        ctx.save_for_backward(q, k, v, mask, slopes, seed, out, lse)
+    ) -> Any:
+        out, stats = _FWD[backend](q, k, v, mask, slopes, seed, *options)
+        ctx.save_for_backward(q, k, v, mask, slopes, seed, out, stats)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.deterministic, ctx.backend = options, deterministic, backend
-        return out, lse
+        return (out, lse_of(stats)) if with_lse else out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, slopes, seed, out, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, slopes, seed, out, stats = ctx.saved_tensors
         mask_grad = ctx.needs_input_grad[3]
         if twice_differentiable():
             function = _differentiable(None if mask_grad else mask, slopes, seed, ctx.options)
             inputs = (q, k, v, mask if mask_grad else None)
-            return *vjp(function, inputs, (grad_out, grad_lse), create_graph=True), *[None] * 5
+            return *vjp(function, inputs, (grad_out, grad_lse), create_graph=True), *[None] * 6
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
         found = _BWD[ctx.backend](
-            grad_out, grad_lse, q, k, v, out, lse, mask, slopes, seed, *ctx.options, mask_grad, deterministic
+            grad_out, grad_lse, q, k, v, out, stats, mask, slopes, seed, *ctx.options, mask_grad, deterministic
         )
-        return *found[:3], found[3] if mask_grad else None, *[None] * 5
+        return *found[:3], found[3] if mask_grad else None, *[None] * 6
 
 
 def band_bounds(op: str, causal: str, window: int | tuple[int, int] | None) -> tuple[bool, int, int]:
@@ -312,5 +326,7 @@ def attention(
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
     options = (scale, *bounds, float(softcap or 0.0), float(dropout_p))
     q, k, v = distinct(q, k, v)
-    out, lse = _Attention.apply(q, k, v, attn_mask, alibi_slopes, key, options, deterministic, backend)
-    return (out, lse) if return_lse else out
+    if scale < 0:  # the kernels' scales are positive
+        q, options = -q, (-scale, *options[1:])
+    extras = (attn_mask, alibi_slopes, key)
+    return _Attention.apply(q, k, v, *extras, options, deterministic, return_lse, backend)

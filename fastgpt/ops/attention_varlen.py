@@ -17,7 +17,7 @@ from fastgpt.ops._checks import (
     distinct,
 )
 from fastgpt.ops._library import define, twice_differentiable, vjp
-from fastgpt.ops.attention import band_bounds, dropout_seed, refusal
+from fastgpt.ops.attention import band_bounds, dropout_seed, lse_of, refusal, statistics_of
 from fastgpt.reference.attention import check_documents
 from fastgpt.reference.precision import accumulator
 
@@ -34,9 +34,14 @@ def _reference(
     return reference.attention_varlen(q, k, v, cu_q, cu_k, slopes, seed, **keywords)
 
 
+def _reference_fwd(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, lse = _reference(*arguments)
+    return out, statistics_of(lse)
+
+
 def _fake_fwd(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    return out, q.new_empty(q.shape[1], q.shape[0], dtype=accumulator(q.dtype))
+    return out, q.new_empty(q.shape[1], q.shape[0], 2, dtype=accumulator(q.dtype))
 
 
 def _fake_bwd(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, ...]:
@@ -44,7 +49,7 @@ def _fake_bwd(grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, *_: 
 
 
 def _reference_bwd(
-    grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, lse: Any, *rest: Any
+    grad: Tensor, grad_lse: Any, q: Tensor, k: Tensor, v: Tensor, out: Any, stats: Any, *rest: Any
 ) -> tuple[Tensor, ...]:
     found = vjp(lambda q, k, v: _reference(q, k, v, *rest[:-1]), (q, k, v), (grad, grad_lse))
     return tuple(t.contiguous() for t in found)
@@ -54,18 +59,18 @@ _FWD = define(
     "attention_varlen_fwd",
     f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
-    reference=_reference,
+    reference=_reference_fwd,
     module="attention_varlen",
     check=lambda q, k, v, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
 )
 _BWD = define(
     "attention_varlen_bwd",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_EXTRAS}, {_OPTIONS},"
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_EXTRAS}, {_OPTIONS},"
     " bool deterministic) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
     module="attention_varlen",
-    check=lambda grad, grad_lse, q, k, v, out, lse, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
+    check=lambda grad, grad_lse, q, k, v, out, stats, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
 )
 
 
@@ -82,25 +87,28 @@ class _AttentionVarlen(torch.autograd.Function):
         seed: Tensor | None,
         options: tuple[Any, ...],
         deterministic: bool,
+        with_lse: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _FWD[backend](q, k, v, cu_q, cu_k, slopes, seed, *options)
-        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, slopes, seed)
+    ) -> Any:
+        out, stats = _FWD[backend](q, k, v, cu_q, cu_k, slopes, seed, *options)
+        ctx.save_for_backward(q, k, v, out, stats, cu_q, cu_k, slopes, seed)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.deterministic, ctx.backend = options, deterministic, backend
-        return out, lse
+        return (out, lse_of(stats)) if with_lse else out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *extras = ctx.saved_tensors
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, stats, *extras = ctx.saved_tensors
         if twice_differentiable():
             function = lambda q, k, v: _reference(q, k, v, *extras, *ctx.options)  # noqa: E731
-            return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), *[None] * 7
+            return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), *[None] * 8
         grad = torch.zeros_like(out) if grad is None else grad
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
-        found = _BWD[ctx.backend](grad, grad_lse, q, k, v, out, lse, *extras, *ctx.options, deterministic)
-        return *found, *[None] * 7
+        found = _BWD[ctx.backend](grad, grad_lse, q, k, v, out, stats, *extras, *ctx.options, deterministic)
+        return *found, *[None] * 8
 
 
 def _check_documents(
@@ -188,5 +196,7 @@ def attention_varlen(
     scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)
     options = (max_seqlen_q, max_seqlen_k, scale, *bounds, float(softcap or 0.0), float(dropout_p))
     q, k, v, cu_q, cu_k = distinct(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    out, lse = _AttentionVarlen.apply(q, k, v, cu_q, cu_k, alibi_slopes, key, options, deterministic, backend)
-    return (out, lse) if return_lse else out
+    if scale < 0:  # the kernels' scales are positive
+        q, options = -q, (*options[:2], -scale, *options[3:])
+    extras = (cu_q, cu_k, alibi_slopes, key)
+    return _AttentionVarlen.apply(q, k, v, *extras, options, deterministic, return_lse, backend)

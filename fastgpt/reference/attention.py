@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fastgpt.reference.cross_entropy import log_sum_exp
 from fastgpt.reference.philox import dropout_keep
 from fastgpt.reference.precision import accumulator
 
@@ -82,7 +83,7 @@ def attention(
     # A row that sees nothing would be 0/0: it is computed as if it saw everything, then erased.
     sees = (s != -torch.inf).any(dim=-1, keepdim=True)
     s = torch.where(sees, s, 0)
-    lse = torch.where(sees, torch.logsumexp(s, dim=-1, keepdim=True), -torch.inf)
+    lse = torch.where(sees, log_sum_exp(s)[..., None], -torch.inf)
     p = torch.softmax(s, dim=-1) * sees
     if dropout_p > 0:
         assert seed is not None

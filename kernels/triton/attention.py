@@ -1,27 +1,30 @@
 """Scaled dot-product attention, tiled: the (Lq, Lk) scores never leave the chip.
 
     s_ij = scale q_i.k_j;  softcap: s = c tanh(s / c);  + alibi: -slope |i + offset - j|;  + mask
-    lse_i = log sum_j exp s_ij,   p_ij = exp(s_ij - lse_i),   out_i = sum_j r_ij p_ij v_j
+    m_i = max_j s_ij,   l_i = log sum_j exp(s_ij - m_i),   p_ij = exp((s_ij - m_i) - l_i),   out_i = sum_j r_ij p_ij v_j
 
 over the columns i + offset - left <= j <= i + offset + right (-1: no bound), offset = Lk - Lq if lower_right
-else 0. r is 1, or dropout's mask / (1 - dropout_p) from philox.py. A row that sees no column has out 0, lse
--inf.
+else 0. r is 1, or dropout's mask / (1 - dropout_p) from philox.py. A row that sees no column has out 0, m
+-inf and l 0.
 
     delta_i = sum_d out_id dout_id - dlse_i      (= sum_j p_ij dp_ij - dlse_i)
     dv_j = sum_i r_ij p_ij dout_i,   dp_ij = r_ij dout_i.v_j,   ds_ij = p_ij (dp_ij - delta_i)
     dq_i = scale sum_j ds_ij k_j,    dk_j = scale sum_i ds_ij q_i   (a softcap: ds times 1 - (s / c)^2)
 
 Shapes: q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV); query head h reads kv head h // GROUP, GROUP = H
-/ Hk; the last stride is 1. out and lse are all that the backward keeps; the scores are recomputed from q and
-k.
+/ Hk; the last stride is 1. out, m and l are all that the backward keeps; the scores are recomputed from q and
+k. m and l are two numbers: in their sum lse, l would be lost beside large scores. A score that is a product x u, with a
+scale or a softcap for u, is never subtracted from a rounded product: s - m is (x - max x) u, or fma(x, u, -m) with what
+rounding left of m in l. So large scores keep their digits, however the compiler contracts.
 
-Forward: one program per BLOCK_M rows walks over the columns with a running maximum and sum (online softmax),
-in base 2, so that scale log2(e) is one multiply-add in front of exp2. Tiles wholly outside the band are never
+Forward: one program per BLOCK_M rows walks over the columns with a running maximum and sum (online softmax).
+Tiles wholly outside the band are never
 visited, those wholly inside do no mask arithmetic. Packed documents (attention_varlen.py) are batch entries whose
 first row, first column and lengths are read from p_cu_q and p_cu_k. The backward is in attention_bwd.py.
 
-Few rows and many columns, as in decoding: a program takes a part of the columns (SPLIT) and writes its own out_c and
-lse_c, which a second kernel joins:  lse = log sum_c exp lse_c,  out = sum_c exp(lse_c - lse) out_c.
+Few rows and many columns, as in decoding: a program takes a part of the columns (SPLIT) and writes its own out_c,
+m_c and l_c, which a second kernel joins:  m = max_c m_c,  l = log sum_c exp(m_c - m + l_c),
+out = sum_c exp(m_c - m + l_c - l) out_c.
 """
 
 from __future__ import annotations
@@ -51,9 +54,10 @@ from fastgpt.kernels.attention_tiles import (
     store_rows,
     strides,
     tile_sizes,
+    unit_of,
     visited_tiles,
 )
-from fastgpt.kernels.common import LN2, LOG2E, cdiv, multiprocessors, on_device_of
+from fastgpt.kernels.common import LOG2E, cdiv, multiprocessors, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
 __all__ = ["attention_bwd", "attention_fwd"]
@@ -72,8 +76,8 @@ def _within(start, count, first, end, BLOCK: tl.constexpr):
 # fmt: off
 @triton.jit(do_not_specialize=[*SIZES, "columns"])
 def _attention_fwd(
-    p_q, p_k, p_v, p_out, p_lse, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
+    p_q, p_k, p_v, p_out, p_stats, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_tb, s_th, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh,
     Lq, Lk, left, right, columns, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -81,7 +85,7 @@ def _attention_fwd(
     PRECISION: tl.constexpr,  # of products of fp32
     DESCRIPTORS: tl.constexpr,  # p_q, p_k, p_v are tensor descriptors
     SPLIT: tl.constexpr,  # a program takes so many columns, a multiple of BLOCK_N, and all rows
-    RAW: tl.constexpr,  # the scores are the products times a positive scale, and nothing else
+    RAW: tl.constexpr,  # the scores are a product, of q.k and a positive scale or of a tanh and a softcap
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
@@ -105,7 +109,7 @@ def _attention_fwd(
     p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
     if p_slopes is not None:
-        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
+        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh)
     if p_mask is not None:
         p_mask += o_b * s_mb + o_h * s_mh
     if p_seed is not None:
@@ -121,9 +125,7 @@ def _attention_fwd(
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
-    log2_scale = 1.0
-    if RAW:
-        log2_scale = scale * LOG2E
+    unit = unit_of(scale, softcap, SOFTCAP, RAW)
 
     last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
     full, full_count, before, before_count, behind, behind_count = visited_tiles(
@@ -151,10 +153,10 @@ def _attention_fwd(
                 b_s, o_m[:, None], o_n[None, :], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
                 scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, EDGE,
             )  # fmt: skip
-            b_new = tl.maximum(b_max, tl.max(b_s, 1) * log2_scale)  # [BLOCK_M]
+            b_new = tl.maximum(b_max, tl.max(b_s, 1))  # [BLOCK_M]
             b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf would be NaN
-            b_p = tl.exp2(b_s * log2_scale - b_safe[:, None])  # [BLOCK_M, BLOCK_N]
-            b_shrink = tl.exp2(b_max - b_safe)
+            b_p = tl.exp2((b_s - b_safe[:, None]) * (unit * LOG2E))  # [BLOCK_M, BLOCK_N]
+            b_shrink = tl.exp2((b_max - b_safe) * (unit * LOG2E))
             b_max = b_new
             b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
             if p_seed is not None:
@@ -164,19 +166,21 @@ def _attention_fwd(
             b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out * b_shrink[:, None], input_precision=PRECISION)
 
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
-    b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_divisor)) * LN2)
+    b_high = b_max * unit
+    b_low = tl.where(b_sum == 0.0, 0.0, tl.fma(b_max, unit, -b_high) + tl.log(b_divisor))
     b_out = b_out * (keep_scale / b_divisor)[:, None]
     p_out += o_b * s_ob + o_h * s_oh + (o_start + i_split * Lq) * s_om
     store_rows(p_out, b_out, o_row, o_dv, s_om, Lq - start_m, DV)
-    p_lse += o_b * s_lb + o_h * s_lh + begin_q + i_split * Lq
-    tl.store(p_lse + o_m, b_lse, mask=o_m < Lq)
+    p_stats += o_b * s_tb + o_h * s_th + 2 * (begin_q + i_split * Lq)
+    tl.store(p_stats + 2 * o_m, b_high, mask=o_m < Lq)
+    tl.store(p_stats + 2 * o_m + 1, b_low, mask=o_m < Lq)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=["Lq", "splits"])
 def _attention_combine_fwd(
-    p_part, p_part_lse,  # (B, H, splits * Lq, DV) and (B, H, splits * Lq), contiguous
-    p_out, p_lse, s_ob, s_oh, s_om,
+    p_part, p_part_stats,  # (B, H, splits * Lq, DV) and (B, H, splits * Lq, 2), contiguous
+    p_out, p_stats, s_ob, s_oh, s_om,
     Lq, splits,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):
@@ -189,9 +193,12 @@ def _attention_combine_fwd(
     o_dv = tl.arange(0, BLOCK_DV)
     o_row = (o_bh * splits + o_split) * Lq + i_m  # [BLOCK_SPLITS]
     m = o_split < splits
-    b_lse = tl.load(p_part_lse + o_row, mask=m, other=float("-inf"))
-    b_max = tl.max(b_lse, 0)
-    b_weight = tl.exp2((b_lse - tl.where(b_max == float("-inf"), 0.0, b_max)) * LOG2E)  # none sees: 0
+    b_high = tl.load(p_part_stats + 2 * o_row, mask=m, other=float("-inf"))
+    b_low = tl.load(p_part_stats + 2 * o_row + 1, mask=m, other=0.0)
+    high = tl.max(b_high, 0)
+    b_rest = (b_high - tl.where(high == float("-inf"), 0.0, high)) + b_low  # of the part's lse beyond `high`
+    rest = tl.max(b_rest, 0)
+    b_weight = tl.exp2((b_rest - tl.where(rest == float("-inf"), 0.0, rest)) * LOG2E)  # none sees: 0
     b_sum = tl.sum(b_weight, 0)
     b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
     m_part = m[:, None] & (o_dv[None, :] < DV)
@@ -199,7 +206,9 @@ def _attention_combine_fwd(
     b_out = tl.sum(b_part * (b_weight / b_divisor)[:, None], 0)  # [BLOCK_DV]
     p_out += o_b * s_ob + o_h * s_oh + i_m.to(tl.int64) * s_om
     tl.store(p_out + o_dv, b_out.to(p_out.dtype.element_ty), mask=o_dv < DV)
-    tl.store(p_lse + o_bh * Lq + i_m, b_max + tl.log2(b_divisor) * LN2)
+    p_stats += 2 * (o_bh * Lq + i_m)
+    tl.store(p_stats, high)
+    tl.store(p_stats + 1, tl.where(high == float("-inf"), 0.0, rest + tl.log(b_divisor)))
 
 
 def attention_fwd(
@@ -218,15 +227,15 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     B, H, Lq, _ = q.shape
     out = head_major(q, H, Lq, v.shape[3])
-    lse = q.new_empty(B, H, Lq, dtype=torch.float32)
+    stats = q.new_empty(B, H, Lq, 2, dtype=torch.float32)
     options = (scale, lower_right, left, right, softcap, dropout_p)
-    launch_fwd(out, lse, q, k, v, None, attn_mask, alibi_slopes, seed, *options)
-    return out, lse
+    launch_fwd(out, stats, q, k, v, None, attn_mask, alibi_slopes, seed, *options)
+    return out, stats
 
 
 def launch_fwd(
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -241,28 +250,28 @@ def launch_fwd(
     softcap: float,
     dropout_p: float,
 ) -> None:
-    """Writes out and lse; tensors of documents are the views that `Documents.views` makes."""
+    """Writes out and (m, l) of each row; tensors of documents are the views that `Documents.views` makes."""
     B, H = q.shape[:2]
     most_rows, _ = longest(q, k, documents)
     if not B * H * most_rows:
         return
-    raw = softcap == 0 and attn_mask is None and alibi_slopes is None
-    plain = raw and dropout_p == 0
+    raw = attn_mask is None and alibi_slopes is None
+    plain = raw and softcap == 0 and dropout_p == 0
     by_descriptors = describable(documents, q, k, v)
     block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain, by_descriptors)
-    splits, columns, written, written_lse = 1, 0, out, lse
+    splits, columns, written, written_stats = 1, 0, out, stats
     if documents is None and most_rows <= ROWS:
         block_m, block_n, warps, stages = decoding_tile(q, v)
         splits, columns = _split(q, k.shape[2], block_n)
     if splits > 1:
         written = q.new_empty(B, H, splits * most_rows, v.shape[3], dtype=torch.float32)
-        written_lse = lse.new_empty(B, H, splits * most_rows)
+        written_stats = stats.new_empty(B, H, splits * most_rows, 2)
     const = constants(q, k, v, lower_right, left, right, softcap)
     with on_device_of(q):
         _attention_fwd[(splits if splits > 1 else cdiv(most_rows, block_m), H, B)](
             *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n)),
             written,
-            written_lse,
+            written_stats,
             *bounds(documents),
             attn_mask,
             alibi_slopes,
@@ -271,7 +280,7 @@ def launch_fwd(
             *strides(k, 3),
             *strides(v, 3),
             *strides(written, 3),
-            *strides(written_lse, 2),
+            *strides(written_stats, 2),
             *strides(attn_mask, 4),
             *slope_strides(alibi_slopes),
             *sizes(q, k, left, right),
@@ -283,7 +292,7 @@ def launch_fwd(
             **const,
             DESCRIPTORS=by_descriptors,
             SPLIT=splits > 1,
-            RAW=raw and scale > 0,
+            RAW=raw and (scale > 0 or softcap > 0),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             num_warps=warps,
@@ -292,9 +301,9 @@ def launch_fwd(
         if splits > 1:
             _attention_combine_fwd[(most_rows, H, B)](
                 written,
-                written_lse,
+                written_stats,
                 out,
-                lse,
+                stats,
                 *strides(out, 3),
                 most_rows,
                 splits,

@@ -1,6 +1,7 @@
 """The backward of attention; the mathematics is in attention.py, whose names these are.
 
-What a row needs, delta and its lse in base 2, is made first, in one pass over out and grad_out. The main
+What a row needs, m, l in base 2 and delta, is made first, in one pass over out and grad_out. Where one tile has all
+columns (ONE), delta is sum_j p_ij dp_ij in the main kernels instead: out, of which it is the sum too, is rounded. The main
 kernel has a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]:
 p^T and ds^T then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a
 way through shared memory. ds also makes the tile's share of dQ, which is added to an fp32 sum in memory: five
@@ -37,6 +38,7 @@ from fastgpt.kernels.attention_tiles import (
     store_rows,
     strides,
     tile_sizes,
+    unit_of,
     visited_tiles,
 )
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
@@ -48,10 +50,10 @@ TILE = 2048  # elements of a program of the first kernel: it is bound by memory,
 # fmt: off
 @triton.jit(do_not_specialize=["Lq"])
 def _attention_bwd_rows(
-    p_out, p_grad, p_lse, p_grad_lse, p_stats,
+    p_out, p_grad, p_stats, p_grad_lse, p_rows,
     s_ob, s_oh, s_om, s_gb, s_gh, s_gm,
     Lq,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     # fmt: on
     o_b = tl.program_id(2).to(tl.int64)
@@ -61,29 +63,33 @@ def _attention_bwd_rows(
     o_dv = tl.arange(0, BLOCK_DV)[None, :]
     m_m = o_m < Lq
     m = m_m[:, None] & (o_dv < DV)
-    p_out += o_b * s_ob + o_h * s_oh
-    p_grad += o_b * s_gb + o_h * s_gh
-    b_out = tl.load(p_out + o_row * s_om + o_dv, mask=m, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
-    b_grad = tl.load(p_grad + o_row * s_gm + o_dv, mask=m, other=0.0).to(tl.float32)
-    b_delta = tl.sum(b_out * b_grad, 1)  # [BLOCK_M]
-    o_lse = (o_b * tl.num_programs(1) + o_h) * Lq + o_m
+    b_delta = tl.zeros((BLOCK_M,), tl.float32)
+    if not ONE:
+        p_out += o_b * s_ob + o_h * s_oh
+        p_grad += o_b * s_gb + o_h * s_gh
+        b_out = tl.load(p_out + o_row * s_om + o_dv, mask=m, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
+        b_grad = tl.load(p_grad + o_row * s_gm + o_dv, mask=m, other=0.0).to(tl.float32)
+        b_delta = tl.sum(b_out * b_grad, 1)
+    o = (o_b * tl.num_programs(1) + o_h) * Lq + o_m
     if p_grad_lse is not None:
-        b_delta -= tl.load(p_grad_lse + o_lse, mask=m_m, other=0.0)
-    # Rows that see nothing get inf: exp2(s - lse) is 0.
-    b_lse = tl.load(p_lse + o_lse, mask=m_m, other=0.0)
-    tl.store(p_stats + 2 * o_lse, tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2E, mask=m_m)
-    tl.store(p_stats + 2 * o_lse + 1, b_delta, mask=m_m)
+        b_delta -= tl.load(p_grad_lse + o, mask=m_m, other=0.0)
+    # Rows that see nothing get inf: exp2(s - inf) is 0.
+    b_high = tl.load(p_stats + 2 * o, mask=m_m, other=0.0)
+    b_low = tl.load(p_stats + 2 * o + 1, mask=m_m, other=0.0)
+    tl.store(p_rows + 4 * o, tl.where(b_high == float("-inf"), float("inf"), b_high), mask=m_m)
+    tl.store(p_rows + 4 * o + 1, b_low * LOG2E, mask=m_m)
+    tl.store(p_rows + 4 * o + 2, b_delta, mask=m_m)
 
 
 @triton.jit
 def _load_statistic(p_first, o_m, Lq, other, EDGE: tl.constexpr):
-    """Every second number from p_first on, one a row; rows that are none get the other.
+    """Every fourth number from p_first on, one a row; rows that are none get the other.
 
     The offset is compared, not the row: another number a row to be kept spills 15 registers at a head size of 64.
     """
-    o = 2 * o_m
+    o = 4 * o_m
     if EDGE:
-        return tl.load(p_first + o, mask=o < 2 * Lq, other=other)
+        return tl.load(p_first + o, mask=o < 4 * Lq, other=other)
     else:
         return tl.load(p_first + o)
 
@@ -110,15 +116,17 @@ def _seen(
 @triton.jit(do_not_specialize=SIZES)
 def _attention_bwd(
     p_q, p_k, p_v, p_grad,
-    p_stats,  # (B, H, Lq, 2): lse in base 2 and delta of each row, side by side so that one address serves both
+    p_rows,  # (B, H, Lq, 4): m, l in base 2 and delta of each row, side by side so that one address serves all
     p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dk, p_dv,
     p_dq,  # rows of BLOCK_D in fp32, unscaled, zero at first; or None
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_rb, s_rh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh, s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn, s_dqb, s_dqh,
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, KEYS_LEFT: tl.constexpr,
+    RAW: tl.constexpr,  # as in the forward
+    ONE: tl.constexpr,  # a tile has all columns
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
@@ -143,6 +151,7 @@ def _attention_bwd(
     b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, True, DESCRIPTORS)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    unit = unit_of(scale, softcap, SOFTCAP, RAW)
 
     # Column j is seen by the rows j - offset - right .. j - offset + left.
     last_n = tl.minimum(start_n + BLOCK_N, Lk) - 1
@@ -158,10 +167,10 @@ def _attention_bwd(
         p_dq_head = p_dq
         if p_dq is not None:
             p_dq_head = head(p_dq, o_b, o_h, begin_q, s_dqb, s_dqh, BLOCK_D, DESCRIPTORS)
-        o_lse = o_b * s_lb + o_h * s_lh + begin_q
+        p_row = p_rows + o_b * s_rb + o_h * s_rh + 4 * begin_q
         slope = None
         if p_slopes is not None:
-            slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
+            slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh)
         p_mask_head = p_mask
         if p_mask is not None:
             p_mask_head = p_mask + o_b * s_mb + o_h * s_mh
@@ -186,13 +195,14 @@ def _attention_bwd(
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
                     b_s, o_m[None, :], o_n[:, None], p_mask_head, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
-                    scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, False,
+                    scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, False,
                 )  # fmt: skip
                 if EDGE:
                     m = _seen(o_row, o_n, Lk, offset + start_m, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
                     b_s = tl.where(m, b_s, float("-inf"))
-                b_lse = _load_statistic(p_stats + 2 * o_lse, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
-                b_p = tl.exp2(b_s - b_lse[None, :])  # [BLOCK_N, BLOCK_M]
+                b_high = _load_statistic(p_row, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
+                b_low = _load_statistic(p_row + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
+                b_p = tl.exp2(tl.fma(b_s, unit, -b_high[None, :]) * LOG2E - b_low[None, :])  # [BLOCK_N, BLOCK_M]
                 b_r = b_p
                 if p_seed is not None:
                     b_keep = tl.trans(keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N))
@@ -201,7 +211,9 @@ def _attention_bwd(
                 b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 if p_seed is not None:
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-                b_delta = _load_statistic(p_stats + 2 * o_lse + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
+                b_delta = _load_statistic(p_row + 2, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
+                if ONE:
+                    b_delta += tl.sum(b_p * b_dp, 0)
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if SOFTCAP:
                     b_ds *= b_cap_slope
@@ -226,13 +238,14 @@ def _attention_bwd(
 # fmt: off
 @triton.jit(do_not_specialize=SIZES)
 def _attention_bwd_dq(
-    p_q, p_k, p_v, p_grad, p_stats, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dq,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_lb, s_lh, s_mb, s_mh, s_mm, s_mn,
+    p_q, p_k, p_v, p_grad, p_rows, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dq,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_rb, s_rh, s_mb, s_mh, s_mm, s_mn,
     s_sb, s_sh, s_dqb, s_dqh, s_dqm,
     Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, RAW: tl.constexpr, ONE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
@@ -258,15 +271,17 @@ def _attention_bwd_dq(
     p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
     if p_slopes is not None:
-        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh) * LOG2E
+        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh)
     if p_mask is not None:
         p_mask += o_b * s_mb + o_h * s_mh
-    o_lse = o_b * s_lb + o_h * s_lh + begin_q
+    p_row = p_rows + o_b * s_rb + o_h * s_rh + 4 * begin_q
     b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_grad = load_rows(p_grad, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, True, DESCRIPTORS)
-    b_lse = _load_statistic(p_stats + 2 * o_lse, o_m, Lq, float("inf"), True)  # [BLOCK_M]
-    b_delta = _load_statistic(p_stats + 2 * o_lse + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
+    b_high = _load_statistic(p_row, o_m, Lq, float("inf"), True)  # [BLOCK_M]
+    b_low = _load_statistic(p_row + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
+    b_delta = _load_statistic(p_row + 2, o_m, Lq, 0.0, True)  # [BLOCK_M]
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    unit = unit_of(scale, softcap, SOFTCAP, RAW)
 
     last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
     full, full_count, before, before_count, behind, behind_count = visited_tiles(
@@ -287,14 +302,16 @@ def _attention_bwd_dq(
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             b_s, b_cap_slope = scores(
                 b_s, o_m[:, None], o_n[None, :], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
-                scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, False, EDGE,
+                scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, EDGE,
             )  # fmt: skip
-            b_p = tl.exp2(b_s - b_lse[:, None])  # [BLOCK_M, BLOCK_N]
+            b_p = tl.exp2(tl.fma(b_s, unit, -b_high[:, None]) * LOG2E - b_low[:, None])  # [BLOCK_M, BLOCK_N]
             b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
             b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
             if p_seed is not None:
                 b_keep = keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+            if ONE:
+                b_delta += tl.sum(b_p * b_dp, 1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if SOFTCAP:
                 b_ds *= b_cap_slope
@@ -311,7 +328,7 @@ def attention_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     attn_mask: Tensor | None,
     alibi_slopes: Tensor | None,
     seed: Tensor | None,
@@ -328,7 +345,7 @@ def attention_bwd(
     gradients = tuple(head_major(x, *x.shape[1:]) for x in (q, k, v))
     extras = (attn_mask, alibi_slopes, seed)
     options = (scale, lower_right, left, right, softcap, dropout_p)
-    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, lse, None, *extras, *options, deterministic)
+    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, stats, None, *extras, *options, deterministic)
     return *gradients, q.new_empty(0)
 
 
@@ -342,7 +359,7 @@ def launch_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     documents: Documents | None,
     attn_mask: Tensor | None,
     alibi_slopes: Tensor | None,
@@ -363,11 +380,13 @@ def launch_bwd(
     once = slice(None) if documents is None else slice(1)
     if grad_out.stride(3) != 1:  # an expanded scalar, as out.sum() makes: the tiles want whole lines
         grad_out = grad_out[once].contiguous().expand_as(out)
+    raw = attn_mask is None and alibi_slopes is None and (scale > 0 or softcap > 0)
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
     const = constants(q, k, v, lower_right, left, right, softcap)
-    stats = lse.new_empty(*lse[once].shape, 2)
+    rows_of_all = stats[once].shape[:3]
+    by_row = stats.new_empty(*rows_of_all, 4)
     rest = (
-        stats,
+        by_row,
         *bounds(documents),
         *(attn_mask, alibi_slopes, seed if dropout_p > 0 else None),
     )
@@ -376,7 +395,7 @@ def launch_bwd(
         *strides(k, 3),
         *strides(v, 3),
         *strides(grad_out, 3),
-        *strides(lse, 2),
+        *strides(by_row.expand(B, -1, -1, -1), 2),
         *strides(attn_mask, 4),
         *slope_strides(alibi_slopes),
     )
@@ -386,30 +405,33 @@ def launch_bwd(
         *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
     )
     by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
+    tile = tile_sizes("dkv" if deterministic else "bwd", q, v, plain, by_descriptors)
+    tile_of_dq = tile_sizes("dq", q, v, plain, by_descriptors)
+    one = most_columns <= (min(tile[1], tile_of_dq[1]) if deterministic else tile[1])
     total = None
     if not deterministic:
-        shape = (*lse[once].shape, const["BLOCK_D"])
+        shape = (*rows_of_all, const["BLOCK_D"])
         total = q.new_zeros(shape, dtype=torch.float32).expand(B, -1, -1, -1)
     with on_device_of(q):
-        if lse.numel():
+        if stats.numel():
             rows, block = q.shape[2], max(TILE // const["BLOCK_DV"], 1)
-            _attention_bwd_rows[(cdiv(rows, block), H, lse[once].shape[0])](
+            _attention_bwd_rows[(cdiv(rows, block), H, rows_of_all[0])](
                 out,
                 grad_out,
-                lse,
-                grad_lse,
                 stats,
+                grad_lse,
+                by_row,
                 *strides(out, 3),
                 *strides(grad_out, 3),
                 rows,
                 DV,
                 const["BLOCK_DV"],
+                one,
                 block,
                 num_warps=4,
             )
         if B * Hk * most_columns:
-            kernel = "dkv" if total is None else "bwd"
-            block_m, block_n, warps, stages = tile_sizes(kernel, q, v, plain, by_descriptors)
+            block_m, block_n, warps, stages = tile
             _attention_bwd[(cdiv(most_columns, block_n), Hk, B)](
                 *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
                 *rest,
@@ -423,13 +445,15 @@ def launch_bwd(
                 **const,
                 DESCRIPTORS=by_descriptors,
                 KEYS_LEFT=keys_left(q, by_descriptors),
+                RAW=raw,
+                ONE=one,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,
                 num_stages=stages,
             )
         if B * H * most_rows and total is None:
-            block_m, block_n, warps, stages = tile_sizes("dq", q, v, plain, by_descriptors)
+            block_m, block_n, warps, stages = tile_of_dq
             _attention_bwd_dq[(cdiv(most_rows, block_m), H, B)](
                 *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
                 *rest,
@@ -439,6 +463,8 @@ def launch_bwd(
                 *options,
                 **const,
                 DESCRIPTORS=by_descriptors,
+                RAW=raw,
+                ONE=one,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,

@@ -230,6 +230,17 @@ def visited_tiles(
 
 
 @triton.jit
+def unit_of(scale, softcap, SOFTCAP: tl.constexpr, RAW: tl.constexpr):
+    """What `scores` leaves has to be multiplied by this. RAW: a single product, with nothing added to it."""
+    if not RAW:
+        return tl.cast(1.0, tl.float32)
+    elif SOFTCAP:
+        return tl.cast(softcap, tl.float32)
+    else:
+        return tl.cast(scale, tl.float32)
+
+
+@triton.jit
 def scores(
     b_s,
     o_m,
@@ -251,7 +262,7 @@ def scores(
     RAW: tl.constexpr,
     EDGE: tl.constexpr,
 ):
-    """From products q.k to scores in units of log 2 (unscaled if RAW), -inf where nothing is seen.
+    """From products q.k to scores in units of `unit_of`, -inf where nothing is seen.
 
     Also returns the softcap's derivative. o_m and o_n broadcast to b_s, whichever way round it is.
     """
@@ -259,16 +270,16 @@ def scores(
     if SOFTCAP:
         b_t = tanh(b_s * (scale / softcap))
         b_cap_slope = 1.0 - b_t * b_t
-        b_s = b_t * (softcap * LOG2E)
-    elif not RAW:
-        b_s = b_s * (scale * LOG2E)
+        b_s = b_t
+    if not RAW:
+        b_s *= softcap if SOFTCAP else scale
     if slope is not None:
         b_s -= slope * tl.abs(o_m + offset - o_n).to(tl.float32)
     if p_mask is not None:
         p_block = p_mask + o_m.to(tl.int64) * stride_mm + o_n.to(tl.int64) * stride_mn
         m = (o_m < Lq) & (o_n < Lk)
         if p_mask.dtype.element_ty.is_floating():
-            b_s += tl.load(p_block, mask=m, other=0.0).to(tl.float32) * LOG2E
+            b_s += tl.load(p_block, mask=m, other=0.0).to(tl.float32)
         else:
             b_s = tl.where(tl.load(p_block, mask=m, other=0) != 0, b_s, float("-inf"))
     if EDGE:
@@ -386,12 +397,14 @@ class Documents:
     max_seqlen_k: int
 
     def views(self, *tensors: Tensor) -> Iterator[Tensor]:
-        """(total, heads, size) as (documents, heads, total, size), and (heads, total) likewise: every entry is all of
-        the memory, in which a kernel goes to its document's rows."""
-        count = self.cu_seqlens_q.shape[0] - 1
+        """(total, heads, size) as (documents, heads, total, size): every entry is all of the memory, in which a kernel
+        goes to its document's rows."""
         for x in tensors:
-            heads_first = x.transpose(0, 1) if x.dim() == 3 else x
-            yield heads_first.expand(count, *heads_first.shape)
+            yield self.share(x.transpose(0, 1))
+
+    def share(self, x: Tensor) -> Tensor:
+        """(heads, total, size) as (documents, heads, total, size)."""
+        return x.expand(self.cu_seqlens_q.shape[0] - 1, *x.shape)
 
 
 def longest(q: Tensor, k: Tensor, documents: Documents | None) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Attention over packed documents, none of which sees another: attention.py's kernels, a document per batch entry.
 
-Shapes: q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), lse (H, total_q); document n holds the rows
+Shapes: q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), stats (H, total_q, 2); document n holds the rows
 cu_seqlens_q[n] .. cu_seqlens_q[n + 1] of q and likewise of k and v. The grid is made for the longest document;
 programs beyond the end of theirs return at once, and the bounds are never read on the host.
 """
@@ -35,13 +35,16 @@ def attention_varlen_fwd(
     documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     # What lies past the last document is 0, and sees nothing.
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
-    lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
+    stats = q.new_zeros((q.shape[1], q.shape[0], 2), dtype=torch.float32)
+    stats[..., 0] = -torch.inf
     launch_fwd(
-        *documents.views(out, lse, q, k, v),
+        *documents.views(out),
+        documents.share(stats),
+        *documents.views(q, k, v),
         *(documents, None, alibi_slopes, seed),
         *(scale, lower_right, left, right, softcap, dropout_p),
     )
-    return out, lse
+    return out, stats
 
 
 def attention_varlen_bwd(
@@ -51,7 +54,7 @@ def attention_varlen_bwd(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     alibi_slopes: Tensor | None,
@@ -71,7 +74,8 @@ def attention_varlen_bwd(
     launch_bwd(
         *documents.views(dq, dk, dv, grad_out),
         grad_lse,
-        *documents.views(q, k, v, out, lse),
+        *documents.views(q, k, v, out),
+        documents.share(stats),
         *(documents, None, alibi_slopes, seed),
         *(scale, lower_right, left, right, softcap, dropout_p, deterministic),
     )

@@ -64,6 +64,7 @@ inline float float_of(uint32_t bits) {
 }
 
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.0f * x : x; }
+inline float multiply_rounded(float a, float b) { return a * b; }
 inline float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
 inline float rsqrt_fast(float x) { return flushed(1.0f / std::sqrt(flushed(x))); }
 
