@@ -161,7 +161,9 @@ def test_constant_rows_are_normalized_to_zero(backend, value, size):
     assert torch.equal(normed, bias.expand(2, size))
     g = upstream.double() * weight
     exact = (g - g.mean(dim=1, keepdim=True)) / 1e-5**0.5
-    torch.testing.assert_close(torch.autograd.grad(normed, x, upstream)[0].double(), exact, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(normed, x, upstream)[0].double(), exact, atol=1e-3, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [255.0, 1e4, 3e38])
@@ -172,7 +174,9 @@ def test_constant_rows_of_a_rounded_sum_are_zero(backend, value):
 
 
 @pytest.mark.parametrize("size", [33, 1024, 9000])
-@pytest.mark.parametrize(("offset", "spread"), [(1e3, 1.0), (255.0, 1e-2), (1e5, 1e-2), (-1e6, 1.0), (1e17, 1e14)])
+@pytest.mark.parametrize(
+    ("offset", "spread"), [(1e3, 1.0), (255.0, 1e-2), (1e5, 1e-2), (-1e6, 1.0), (1e17, 1e14)]
+)
 def test_rows_with_a_large_offset_keep_their_digits(backend, offset, spread, size):
     """To float32's last digits, as if the offset were not there: mean and variance are corrected."""
     x = (offset + spread * torch.randn(4, size)).requires_grad_()

@@ -125,7 +125,9 @@ def test_short_rows_obey_the_error_rule(backend, dtype, offset, deterministic, c
     q, k, v = (strided((2, 2, columns, 16), dtype, "contiguous") for _ in range(3))
     upstream = (torch.randn(2, 2, columns, 16) + offset).to(dtype)
     check_error_rule(
-        lambda q, k, v: ops.attention(q, k, v, causal=causal, deterministic=deterministic) * upstream.to(q.dtype),
+        lambda q, k, v: (
+            ops.attention(q, k, v, causal=causal, deterministic=deterministic) * upstream.to(q.dtype)
+        ),
         lambda q, k, v: composed(q, k, v, causal=causal) * upstream.to(q.dtype),
         [q, k, v],
     )

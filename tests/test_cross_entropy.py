@@ -294,7 +294,9 @@ def test_opcheck(backend):
         (x, y, w, -100, 0.1, 0.0, 0.0),
         (x, y, None, -100, 0.0, 0.1, 2.0),
     )
-    check_opcheck(registered("cross_entropy_bwd", backend), (g, None, x, y, statistics, w, -100, 0.1, 0.0, 0.0))
+    check_opcheck(
+        registered("cross_entropy_bwd", backend), (g, None, x, y, statistics, w, -100, 0.1, 0.0, 0.0)
+    )
     check_opcheck(
         registered("cross_entropy_bwd_inplace", backend),
         (g, g, x.clone(), y, statistics, None, -100, 0.0, 0.0, 0.0),

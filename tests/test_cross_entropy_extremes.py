@@ -44,7 +44,12 @@ def _in(dtype, options):
 def test_smoothing_with_masked_classes(backend, loss_of, weighted, where, masked, vocab):
     """The sum over all classes has no pivot that one class could spoil, and that class absorbs no other."""
     logits = torch.randn(3, vocab)
-    columns = {"first": slice(1), "last": slice(-1, None), "first block": slice(5), "every other": slice(0, None, 2)}
+    columns = {
+        "first": slice(1),
+        "last": slice(-1, None),
+        "first block": slice(5),
+        "every other": slice(0, None, 2),
+    }
     logits[:, columns[where]] = masked
     y = torch.tensor([1, vocab - 2, 3])
     weight = torch.rand(vocab) + 0.1 if weighted else None
@@ -112,9 +117,7 @@ def test_an_infinite_weight_under_smoothing_is_an_infinite_loss(backend, loss_of
     weight[5] = absent
     y = torch.tensor([1, 2])
     logits = torch.randn(2, 70)
-    loss, expected = (
-        f(logits, y, weight=weight, label_smoothing=0.1) for f in (loss_of, T.cross_entropy)
-    )
+    loss, expected = (f(logits, y, weight=weight, label_smoothing=0.1) for f in (loss_of, T.cross_entropy))
     torch.testing.assert_close(loss, expected, equal_nan=True)
 
 

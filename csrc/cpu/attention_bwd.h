@@ -228,19 +228,19 @@ void backward(
           U* const ds = FOLDED ? folded.data() + COLUMNS * ROWS / FOLD<E> * 2 : ds_keys;
           const auto turn = [&](auto alone) {
             gradient_tile<alone.value, E, A>(
-              p,
-              t,
-              simple ? A(p.scale) : A(1),
-              s.data(),
-              dp.data(),
-              slope.empty() ? nullptr : slope.data(),
-              drops ? keep.data() : nullptr,
-              delta,
-              top,
-              log_sum,
-              ps,
-              ds,
-              ds_keys);
+                p,
+                t,
+                simple ? A(p.scale) : A(1),
+                s.data(),
+                dp.data(),
+                slope.empty() ? nullptr : slope.data(),
+                drops ? keep.data() : nullptr,
+                delta,
+                top,
+                log_sum,
+                ps,
+                ds,
+                ds_keys);
           };
           one ? turn(std::true_type{}) : turn(std::false_type{});
           add_over_queries<E>(p, t, ps, gp, dvs + t.j * value_width, value_width);

@@ -104,8 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
   Tensor dk = at::empty(k_.sizes(), k.options());
   Tensor dv = at::empty(v_.sizes(), v.options());
   const Tensor stats = stats_.to(acc).contiguous().unsqueeze(0);
-  attend_backward(
-      documents, grad, grad_lse, q, k, v, out, stats, Tensor(), slopes, entry(dq), entry(dk), entry(dv));
+  attend_backward(documents, grad, grad_lse, q, k, v, out, stats, Tensor(), slopes, entry(dq), entry(dk), entry(dv));
   return {dq, dk, dv};
 }
 

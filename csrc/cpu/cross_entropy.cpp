@@ -110,7 +110,14 @@ void cross_entropy_bwd_inplace(
     double z_loss,
     double softcap) {
   backward_into(
-      logits, grad_loss, grad_lse, logits, target, statistics, weight, {ignore_index, label_smoothing, z_loss, softcap});
+      logits,
+      grad_loss,
+      grad_lse,
+      logits,
+      target,
+      statistics,
+      weight,
+      {ignore_index, label_smoothing, z_loss, softcap});
 }
 
 TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {

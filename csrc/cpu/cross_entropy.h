@@ -122,7 +122,7 @@ class CrossEntropyRow {
   static constexpr bool IS_FINE = sizeof(T) > 2;
 
   struct Statistics {
-    A top = std::numeric_limits<A>::lowest();  // finite, so that a first -inf adds exp(-inf) = 0
+    A top = std::numeric_limits<A>::lowest();         // finite, so that a first -inf adds exp(-inf) = 0
     Vector<A> sum = {}, weighted = {}, weights = {};  // Σ exp(x - top), Σ w·(top - x), Σ w
     Vector<A> lost = {};                              // the rounding errors of `weighted`, to be taken from it
 

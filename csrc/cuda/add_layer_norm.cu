@@ -14,10 +14,11 @@
 //   mean = m + c,   c = mean(sum - m);   var = mean((sum - m)²) - c²;   xhat = ((sum - m) - c) rstd
 //
 // A constant row has m = x_0 and xhat = 0 exactly. sum - mean is taken in two steps in the backward, too. The first sum
-// is of halves over D, so that it cannot overflow. A row stays in registers for the statistics. A row of more than 16384 elements does not, and is
-// read again (8192 in the backward). Bytes moved per element: forward two reads, two writes; backward three reads
-// (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum, mean and rstd. dweight and dbias are summed in
-// two stages without atomics: a fixed set of blocks sums strided rows, PyTorch sums the partial sums.
+// is of halves over D, so that it cannot overflow. A row stays in registers for the statistics. A row of more than
+// 16384 elements does not, and is read again (8192 in the backward). Bytes moved per element: forward two reads, two
+// writes; backward three reads (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum, mean and rstd.
+// dweight and dbias are summed in two stages without atomics: a fixed set of blocks sums strided rows, PyTorch sums the
+// partial sums.
 #include "../formulas.h"
 #include "team.cuh"
 #include "tensors.cuh"

@@ -7,8 +7,8 @@
 // threads meet at the end of the row.
 //
 // Where the row's gradient is that of the sum of the losses, all of it takes one read and one write: the row waits in
-// shared memory for its statistics. A row that is too long for a block (V = 50257 in float32) is cut between the blocks of a
-// cluster, which read each other's statistics; one that is too long for a cluster is read twice.
+// shared memory for its statistics. A row that is too long for a block (V = 50257 in float32) is cut between the blocks
+// of a cluster, which read each other's statistics; one that is too long for a cluster is read twice.
 #include "cross_entropy.cuh"
 
 namespace fastgpt {

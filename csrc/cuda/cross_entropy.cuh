@@ -9,8 +9,8 @@
 //          (with a softcap, times 1 - (x_j / softcap)²)
 //
 // m and s are two numbers, here and in what is saved for the backward, because in their sum lse, log s would be lost
-// beside a large m. All terms of Σ_j w_j (m - x_j) have one sign, so that none cancels. What an option of 0 switches off
-// is not computed: a class weight may be infinite, and 0 inf is NaN.
+// beside a large m. All terms of Σ_j w_j (m - x_j) have one sign, so that none cancels. What an option of 0 switches
+// off is not computed: a class weight may be infinite, and 0 inf is NaN.
 #pragma once
 
 #include "../formulas.h"
@@ -197,11 +197,7 @@ __device__ inline float sum_of_weights(const LossTensors& tensors, int columns) 
 
 template <bool OPTIONS>
 __device__ inline float loss_of(
-    const Statistics& s,
-    const Target& target,
-    int columns,
-    const LossTensors& tensors,
-    const LossOptions& options) {
+    const Statistics& s, const Target& target, int columns, const LossTensors& tensors, const LossOptions& options) {
   if (!target.counts) return 0.0f;
   if (!target.is_class) return NAN;
   const float log_sum = logf(s.softmax.sum), lse = s.softmax.top + log_sum;

@@ -28,8 +28,8 @@ _OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, f
 _EXTRAS = "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed"
 
 
-# stats (B, H, Lq, 2): the row's largest score m and l = log Σ exp(s - m); -inf and 0 where it sees nothing. In one number,
-# lse = m + l, l would be lost beside large scores.
+# stats (B, H, Lq, 2): the row's largest score m and l = log Σ exp(s - m); -inf and 0 where it sees nothing. In one
+# number, lse = m + l, l would be lost beside large scores.
 def lse_of(stats: Tensor) -> Tensor:
     return stats[..., 0] + stats[..., 1]
 
@@ -130,8 +130,8 @@ _FWD = define(
 )
 _BWD = define(
     "attention_bwd",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_EXTRAS}, {_OPTIONS},"
-    " bool mask_grad, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats,"
+    f" {_EXTRAS}, {_OPTIONS}, bool mask_grad, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
     module="attention",
@@ -173,7 +173,19 @@ class _Attention(torch.autograd.Function):
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         deterministic = ctx.deterministic or torch.are_deterministic_algorithms_enabled()
         found = _BWD[ctx.backend](
-            grad_out, grad_lse, q, k, v, out, stats, mask, slopes, seed, *ctx.options, mask_grad, deterministic
+            grad_out,
+            grad_lse,
+            q,
+            k,
+            v,
+            out,
+            stats,
+            mask,
+            slopes,
+            seed,
+            *ctx.options,
+            mask_grad,
+            deterministic,
         )
         return *found[:3], found[3] if mask_grad else None, *[None] * 6
 

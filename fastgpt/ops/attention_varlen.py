@@ -65,8 +65,8 @@ _FWD = define(
 )
 _BWD = define(
     "attention_varlen_bwd",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, {_EXTRAS}, {_OPTIONS},"
-    " bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats,"
+    f" {_EXTRAS}, {_OPTIONS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
     module="attention_varlen",
@@ -97,9 +97,7 @@ class _AttentionVarlen(torch.autograd.Function):
         return (out, lse_of(stats)) if with_lse else out
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats, *extras = ctx.saved_tensors
         if twice_differentiable():
             function = lambda q, k, v: _reference(q, k, v, *extras, *ctx.options)  # noqa: E731

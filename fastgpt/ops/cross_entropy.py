@@ -93,8 +93,8 @@ _BWD_INPLACE = define(
     reference=_reference_bwd_inplace,
     module="cross_entropy",
 )
-# Loss, statistics, and over the logits the gradient of the sum of the losses. block_bytes: how much of a row a block of the
-# CUDA kernel may keep, 0 for its own choice.
+# Loss, statistics, and over the logits the gradient of the sum of the losses. block_bytes: how much of a row a block of
+# the CUDA kernel may keep, 0 for its own choice.
 _WITH_GRAD_INPLACE = define(
     "cross_entropy_with_grad_inplace",
     f"(Tensor(a!) logits, Tensor target, {_OPTIONS}, int block_bytes) -> (Tensor, Tensor)",

@@ -170,7 +170,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return *vjp(function, inputs, grad, create_graph=True), *[None] * 6
         if ctx.reduction == "none":
             layer = _rounded(*inputs)
-            found = _BWD[ctx.backend](grad.contiguous(), *layer, target, statistics, class_weight, *ctx.options)
+            found = _BWD[ctx.backend](
+                grad.contiguous(), *layer, target, statistics, class_weight, *ctx.options
+            )
         else:
             # Nothing valid makes the denominator 0: the loss is NaN and the gradients are 0, as PyTorch has it.
             scale = grad if denominator is None else torch.where(denominator == 0, 0, grad / denominator)

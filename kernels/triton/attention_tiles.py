@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.common import LOG2E, capability, is_tf32, tanh
+from fastgpt.kernels.common import capability, is_tf32, tanh
 from fastgpt.kernels.tuned import chosen
 
 # (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
