@@ -56,9 +56,8 @@ with fastgpt.use_backend("cpp"):
         if pytorch_can("scaled_dot_product_attention", q, k, v, is_causal=True):
             check_same("scaled_dot_product_attention", q, k, v, is_causal=True)
     for name in every_op.NAMES:
-        check_error_rule(*every_op.case(name, torch.float32))
-        if not name.startswith("attention"):  # in 16 bits rows that see few keys have a rounding more
-            check_error_rule(*every_op.case(name, torch.bfloat16))
+        for dtype in (torch.float32, torch.bfloat16):
+            check_error_rule(*every_op.case(name, dtype))
 loaded = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if "_cpu_" in line}
 print(extension.variant(), *loaded)
 '''

@@ -269,14 +269,13 @@ def test_any_shape_and_option(batch, rows, columns, size, size_v, dtype, mask, s
 
 
 @given(
-    rows=st.integers(20, 40),
-    columns=st.integers(20, 40),
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 70),
     size=st.integers(1, 33),
     dtype=st.sampled_from([torch.bfloat16, torch.float16]),
     mask=st.sampled_from([None, "boolean", "additive"]),
 )
 def test_any_shape_in_16_bits(rows, columns, size, dtype, mask):
-    """Four dimensions and many columns: there PyTorch fuses too, and takes delta from the rounded output."""
     q, k, v = qkv(2, 3, rows=rows, columns=columns, size=size, size_v=size, dtype=dtype)
     given_mask = {
         "boolean": torch.rand(rows, columns) > 0.3,

@@ -72,6 +72,20 @@ def test_attention():
 
 
 @pytest.mark.slow
+def test_attention_sums_more_than_two_to_the_24_keys():
+    """A float32 sum that grows by one at a time would stand still there: the log-sum-exp, the output and dv."""
+    columns = 2**25
+    k = torch.zeros(1, 1, 1, 8).expand(1, 1, columns, 8)
+    v = torch.zeros(1, 1, columns, 1)
+    v[0, 0, columns // 2 :] = 1.0
+    out, lse = ops.attention(torch.zeros(1, 1, 1, 8), k, v.requires_grad_(), return_lse=True)
+    torch.testing.assert_close(lse.item(), 25 * 0.6931471805599453, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.item(), 0.5, rtol=1e-5, atol=0)
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    torch.testing.assert_close(dv, torch.full_like(dv, 2.0**-25))
+
+
+@pytest.mark.slow
 def test_attention_varlen():
     """The last document lies beyond 2³¹ elements of k and v; the first is all that comes before."""
     needs(12)
