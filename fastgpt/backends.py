@@ -17,10 +17,11 @@ import dataclasses
 import functools
 import importlib.util
 import os
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -230,6 +231,19 @@ def _refusal(op: str, backend: str, device: torch.device, case: Callable[[str], 
     return case(backend) if reason is None else reason
 
 
+def _autograd_is_traced() -> bool:
+    """Whether Dynamo traces calls of torch.autograd, through which the backward ops cannot be differentiated."""
+    config: Any = sys.modules.get("torch._dynamo.config")
+    return bool(getattr(config, "trace_autograd_ops", False))
+
+
+_autograd_is_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _refuse_autograd_in_graph(backend: str) -> str:
+    return "torch._dynamo.config.trace_autograd_ops is set, and the graph may differentiate a backward"
+
+
 def select(op: str, device: torch.device, case: Callable[[str], str | None], *, drop_in: bool = False) -> str:
     """The backend that serves this call.
 
@@ -243,9 +257,14 @@ def select(op: str, device: torch.device, case: Callable[[str], str | None], *, 
     Raises:
         BackendUnavailable: a backend was asked for by name and cannot run the case.
     """
-    asked = current_backend()
-    if not torch.compiler.is_compiling() and _thread.recording is not None:
+    if torch.compiler.is_compiling():
+        asked = _traced_backend
+        if drop_in and _autograd_is_traced():
+            case = _refuse_autograd_in_graph
+    elif _thread.recording is not None:
         return _select_recording(op, device, case, drop_in)
+    else:
+        asked = _thread.backend
     if asked != "auto":
         reason = _refusal(op, asked, device, case)
         if reason is not None:
@@ -260,6 +279,13 @@ def select(op: str, device: torch.device, case: Callable[[str], str | None], *, 
         return PYTORCH
     # Only the reference itself can have refused here, and it says why.
     raise BackendUnavailable(f"{op} cannot run: {_refusal(op, 'reference', device, case)}")
+
+
+def refuse(op: str, reason: str) -> NoReturn:
+    """Raise BackendUnavailable for a call that no backend can serve; `explain` sees it."""
+    if not torch.compiler.is_compiling() and _thread.recording is not None:
+        _thread.recording.append(Decision(op, None, dict.fromkeys(BACKENDS, reason)))
+    raise BackendUnavailable(f"{op} cannot run: {reason}")
 
 
 def _select_recording(op: str, device: torch.device, case: Callable[[str], str | None], drop_in: bool) -> str:

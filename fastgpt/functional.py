@@ -16,12 +16,12 @@ import torch.nn.functional as _torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.autograd import forward_ad
 
 from fastgpt import ops
 from fastgpt.backends import PYTORCH, select
 from fastgpt.ops._checks import FLOATS, autocast_dtype
 from fastgpt.ops._checks import no_float64_on_gpu_backends as _no_float64
+from fastgpt.ops._transforms import active as transform
 from fastgpt.ops.attention import refusal as _attention_refusal
 
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
@@ -55,12 +55,7 @@ def plain_reason(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
             return "the arguments are on different devices"
     if required[0].dtype not in FLOATS:
         return f"the dtype is {required[0].dtype}"
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a torch.func transform is in force"
-        if forward_ad._current_level >= 0:
-            return "forward-mode differentiation is in force"
-    return None
+    return transform()
 
 
 def _number(value: Any) -> bool:

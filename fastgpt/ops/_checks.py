@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.ops._transforms import active, check_no_transform
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -16,7 +18,10 @@ def check_tensors(op: str, **tensors: Any) -> None:
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: layouts or devices do not fit.
+        BackendUnavailable: a transform is active that the op has no rule for.
     """
+    if (transform := active()) is not None:
+        check_no_transform(op, transform, tensors)
     first: tuple[str, Tensor] | None = None
     for name, tensor in tensors.items():
         if tensor is None:

@@ -95,10 +95,13 @@ def vjp(
 ) -> Any:
     """Gradients of `function(*inputs)` with respect to each input (None for a None input).
 
-    With `create_graph` the inputs must be part of a graph and the result is differentiable again;
-    without, they are detached first. This is the backward of every reference, and what every
-    backend uses for second derivatives.
+    With `create_graph`, in grad mode, the inputs must be part of a graph and the result is differentiable again;
+    without, they are detached first. Tangents of `grads` are carried on either way. This is the backward of every
+    reference, and what every backend uses for second derivatives.
     """
+    if torch._C._are_functorch_transforms_active():
+        return _vjp_in_functorch(function, inputs, grads)
+    create_graph = create_graph and torch.is_grad_enabled()
     with _autograd_on():
         # Aliases where the graph goes on: one input may be made of another, as tied weights are, and what reaches it by
         # that way is not this function's.
@@ -123,6 +126,20 @@ def vjp(
         return tuple(result)
 
 
+def _vjp_in_functorch(function: Callable[..., Any], inputs: tuple[Tensor | None, ...], grads: Any) -> Any:
+    """`vjp` for a backward that torch.func transforms, where no tensor may be made a leaf; differentiable again."""
+    given = [i for i, x in enumerate(inputs) if x is not None]
+
+    def of_given(*tensors: Tensor) -> Any:
+        return function(*(tensors[given.index(i)] if i in given else None for i in range(len(inputs))))
+
+    outputs, pull = torch.func.vjp(of_given, *(inputs[i] for i in given))  # type: ignore[misc]
+    if not isinstance(outputs, Tensor):
+        grads = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True))
+    found = dict(zip(given, pull(grads), strict=True))
+    return tuple(found.get(i) for i in range(len(inputs)))
+
+
 def _alias(x: Tensor) -> Tensor:
     return x.view_as(x)
 
@@ -140,16 +157,3 @@ def _autograd_on() -> Iterator[None]:
         exclude = exclude.remove(key)
     with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
         yield
-
-
-def is_batched(grad: torch.Tensor) -> bool:
-    """Whether an upstream gradient is a batch under vmap, of which `is_grads_batched=True` has one of its own."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None
-
-
-def twice_differentiable() -> bool:
-    """Whether the running backward must itself be differentiable (`create_graph=True`)."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()

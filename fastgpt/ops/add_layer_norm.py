@@ -10,7 +10,8 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import check_floating, check_last_dim, check_tensors, no_float64_on_gpu_backends
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.reference.add_layer_norm import centre
 from fastgpt.reference.precision import accumulator
 
@@ -104,7 +105,7 @@ class _AddLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         total, weight, bias, mean, rstd = ctx.saved_tensors
         dsum, dweight, dbias = grad_sum, None, None
-        if grad_normed is not None and twice_differentiable():
+        if grad_normed is not None and twice_differentiable(grad_normed, grad_sum):
             function = lambda t, w, b: reference.add_layer_norm(t, None, w, b, ctx.eps)[0]  # noqa: E731
             dsum, dweight, dbias = vjp(function, (total, weight, bias), grad_normed, create_graph=True)
             dsum = dsum if grad_sum is None or dsum is None else dsum + grad_sum

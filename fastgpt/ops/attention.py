@@ -18,7 +18,8 @@ from fastgpt.ops._checks import (
     distinct,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.reference.precision import accumulator
 
 CAUSAL = ("none", "upper_left", "lower_right")
@@ -165,7 +166,7 @@ class _Attention(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         q, k, v, mask, slopes, seed, out, stats = ctx.saved_tensors
         mask_grad = ctx.needs_input_grad[3]
-        if twice_differentiable():
+        if twice_differentiable(grad_out, grad_lse):
             function = _differentiable(None if mask_grad else mask, slopes, seed, ctx.options)
             inputs = (q, k, v, mask if mask_grad else None)
             return *vjp(function, inputs, (grad_out, grad_lse), create_graph=True), *[None] * 6

@@ -16,7 +16,8 @@ from fastgpt.ops._checks import (
     check_tensors,
     distinct,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.attention import band_bounds, dropout_seed, lse_of, refusal, statistics_of
 from fastgpt.reference.attention import check_documents
 from fastgpt.reference.precision import accumulator
@@ -99,7 +100,7 @@ class _AttentionVarlen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         q, k, v, out, stats, *extras = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad, grad_lse):
             function = lambda q, k, v: _reference(q, k, v, *extras, *ctx.options)  # noqa: E731
             return *vjp(function, (q, k, v), (grad, grad_lse), create_graph=True), *[None] * 8
         grad = torch.zeros_like(out) if grad is None else grad

@@ -17,7 +17,8 @@ from fastgpt.ops._checks import (
     check_tensors,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.reference.cross_entropy import capped, check_targets, softmax_statistics
 from fastgpt.reference.precision import accumulator
 
@@ -128,7 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
         logits, target, statistics, weight = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad_loss, grad_lse):
             function = lambda x: reference.cross_entropy(x, target, weight, *ctx.options)  # noqa: E731
             return *vjp(function, (logits,), (grad_loss, grad_lse), create_graph=True), *[None] * 6
         grad_loss = statistics.new_zeros(target.shape) if grad_loss is None else grad_loss.contiguous()

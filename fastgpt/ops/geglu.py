@@ -17,7 +17,8 @@ from fastgpt.ops._checks import (
     distinct,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.gelu import APPROXIMATE
 
 _FWD = define(
@@ -46,7 +47,7 @@ class _Geglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad):
             function = lambda a, b: reference.geglu(a, b, ctx.tanh)  # noqa: E731
             return *vjp(function, (a, b), grad, create_graph=True), None, None
         return *_BWD[ctx.backend](grad.contiguous(), a, b, ctx.tanh), None, None

@@ -17,7 +17,8 @@ from fastgpt.ops._checks import (
     check_tensors,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 
 APPROXIMATE = ("none", "tanh")
 
@@ -61,7 +62,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad):
             return *vjp(lambda x: reference.gelu(x, ctx.tanh), (x,), grad, create_graph=True), None, None
         return _BWD[ctx.backend](grad.contiguous(), x, ctx.tanh), None, None
 
@@ -76,7 +77,7 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad):
             function = lambda x, b: reference.bias_gelu(x, b, ctx.tanh)  # noqa: E731
             return *vjp(function, (x, bias), grad, create_graph=True), None, None
         return *_BIAS_BWD[ctx.backend](grad.contiguous(), x, bias, ctx.tanh), None, None

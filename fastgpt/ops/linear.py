@@ -22,7 +22,8 @@ from fastgpt.ops._checks import (
     distinct,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 
 
 def _fake_bwd(
@@ -73,7 +74,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad):
             return *vjp(reference.linear, (x, weight, bias), grad, create_graph=True), None
         needed = ctx.needs_input_grad[:3]
         found = LINEAR_BWD[ctx.backend](grad, x, weight, *needed)

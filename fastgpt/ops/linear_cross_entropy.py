@@ -17,7 +17,8 @@ from fastgpt.ops._checks import (
     check_tensors,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, is_batched, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import is_batched, twice_differentiable
 from fastgpt.ops.cross_entropy import (
     check_loss_options,
     dtype_of_loss,
@@ -160,7 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, statistics, class_weight, denominator = ctx.saved_tensors
         inputs = (hidden, weight, bias)
-        if twice_differentiable():
+        if twice_differentiable(grad):
 
             def function(h: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
                 layer = _rounded(h, w, b)

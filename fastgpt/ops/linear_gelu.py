@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastgpt import reference
 from fastgpt.ops._checks import check_choice
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.gelu import _BIAS_BWD, _BWD, _FWD, APPROXIMATE
 from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
 
@@ -98,7 +99,7 @@ class _LinearGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, z = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad):
             function = lambda x, w, b: reference.linear_gelu(x, w, b, ctx.tanh)  # noqa: E731
             return *vjp(function, (x, weight, bias), grad, create_graph=True), None, None, None
         dz, dbias = _backward(grad.contiguous(), z, bias, ctx.tanh, ctx.backend)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastgpt import reference
 from fastgpt.ops._checks import check_choice
-from fastgpt.ops._library import define, twice_differentiable, vjp
+from fastgpt.ops._library import define, vjp
+from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.gelu import APPROXIMATE
 from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
 from fastgpt.ops.linear_gelu import _backward as _linear_gelu_bwd
@@ -77,7 +78,7 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, bias2, z, y = ctx.saved_tensors
-        if twice_differentiable():
+        if twice_differentiable(grad):
             function = lambda x, w1, b1, w2, b2: reference.mlp(x, w1, b1, w2, b2, ctx.tanh)  # noqa: E731
             inputs = (x, weight1, bias1, weight2, bias2)
             return *vjp(function, inputs, grad, create_graph=True), None, None, None

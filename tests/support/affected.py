@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
 GELUS = "gelu geglu linear_gelu mlp"
-DROP_IN = "functional functional_attention functional_losses patch_functional examples"
+DROP_IN = "functional functional_attention functional_losses transforms patch_functional examples"
 OPS = f"attention attention_varlen cross_entropy linear_cross_entropy linear {GELUS} add_layer_norm"
 DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards"
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch training_stacks"
@@ -65,7 +65,11 @@ TABLE = [
     ("kernels/hub/*", "hub", ""),
     ("kernels/*", f"{OPS} triton_compile tune hub", "triton"),
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
-    ("fastgpt/ops/*", f"{OPS} cross_entropy_with_grad second_derivatives backends model threads hub", ""),
+    (
+        "fastgpt/ops/*",
+        f"{OPS} cross_entropy_with_grad second_derivatives transforms backends model threads hub",
+        "",
+    ),
     ("fastgpt/functional.py", DROP_IN, ""),
     ("fastgpt/patch.py", DROP_IN, ""),
     ("fastgpt/backends.py", "backends functional extension hub", ""),
