@@ -27,7 +27,7 @@ from fastgpt.ops.attention import refusal as _attention_refusal
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
 PYTORCH_GELU = _torch.gelu
 _pytorch_layer_norm = _torch.layer_norm
-_pytorch_scaled_dot_product_attention = _torch.scaled_dot_product_attention
+PYTORCH_ATTENTION = _torch.scaled_dot_product_attention
 PYTORCH_CROSS_ENTROPY = _torch.cross_entropy
 _pytorch_linear_cross_entropy = getattr(_torch, "linear_cross_entropy", None)  # from PyTorch 2.13 on
 
@@ -144,15 +144,37 @@ def scaled_dot_product_attention(
     four dimensions. The dropout masks come from another generator than PyTorch's, so that they
     differ from PyTorch's for the same seed.
     """
+    options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    out = attention(query, key, value, *options)
+    if out is None:
+        return PYTORCH_ATTENTION(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if query.is_contiguous() and not out.is_contiguous():
+        dense = out.contiguous()
+        if dense.stride() == query.stride():
+            return dense
+    return _laid_out(out, query, key, value, attn_mask, dropout_p)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """`scaled_dot_product_attention` laid out as a contiguous (B, L, H, D), or None where PyTorch's serves the call."""
     reason = plain_reason(query, key, value, optional=(attn_mask,)) or _attention_reason(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     )
     case = lambda b: _attention_refusal(b, query, value, attn_mask)  # noqa: E731
     if goes_to_pytorch("attention", query, reason, case):
-        return _pytorch_scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    shape, contiguous = query.shape, query.is_contiguous()
+        return None
+    shape = query.shape
     while query.dim() < 4:  # one head of a batch
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
     if attn_mask is not None and len(shape) == 3 and attn_mask.dim() == 3:
@@ -166,9 +188,40 @@ def scaled_dot_product_attention(
         attn_mask=attn_mask,
         dropout_p=dropout_p,
     )
-    # PyTorch's result is laid out as the query is: callers may view it without a copy.
-    out = out.contiguous() if contiguous else out
     return out.reshape(*shape[:-1], value.shape[-1]) if len(shape) < 4 else out
+
+
+def _laid_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """The result in the strides of PyTorch's, which callers may view without a copy.
+
+    On a CPU its flash attention answers in those of `empty_like(query)`, and its other implementation in those of a
+    contiguous tensor.
+    """
+    if q.device.type != "cpu":
+        return out
+    cast = _autocast_to(q)
+    if q.dtype != cast:
+        q, k, v = (torch.empty_like(t, dtype=cast) for t in (q, k, v))
+    flash = (
+        q.dim() == 4
+        and dropout_p == 0.0
+        and q.shape[-1] == v.shape[-1]
+        and 0 not in (*q.shape, *k.shape)
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and (mask is None or (mask.dim() != 3 and not mask.requires_grad))
+        and torch._C._get_flash_sdp_enabled()
+    )
+    if not flash and not out.numel():
+        return out.new_empty(out.shape).copy_(out)
+    if not flash or q.is_contiguous():
+        # By way of one dimension, so that dimensions of size 1 have their usual strides.
+        dense = out.contiguous().view(-1).view(out.shape)
+        if not flash or dense.stride() == q.stride():
+            return dense
+    if out.stride() == q.stride():
+        return out
+    like = torch.empty_like(q)
+    return out if out.stride() == like.stride() else like.copy_(out)
 
 
 def _attention_reason(

@@ -1,12 +1,15 @@
 """The drop-in's attention, option by option, against `torch.nn.functional`."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as T
-from contract import with_costly
+from contract import check_compiles_once, with_costly
 from dropin import check_same, check_same_error, leaf
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastgpt
@@ -284,11 +287,122 @@ def test_any_shape_in_16_bits(rows, columns, size, dtype, mask):
     check_same(ATTENTION, q, k, v, attn_mask=given_mask.get(mask))
 
 
-def test_the_result_is_laid_out_as_the_query_is():
-    """Contiguous, or as (B, L, H, D): the views that PyTorch's callers take need no copy."""
-    q = torch.randn(2, 3, 5, 8)
-    assert F.scaled_dot_product_attention(q, q, q).is_contiguous()
-    heads_last = torch.randn(2, 5, 3, 8).transpose(1, 2)
-    assert F.scaled_dot_product_attention(heads_last, heads_last, heads_last).transpose(1, 2).is_contiguous()
-    assert T.scaled_dot_product_attention(q, q, q).is_contiguous()
-    assert T.scaled_dot_product_attention(heads_last, heads_last, heads_last).transpose(1, 2).is_contiguous()
+def laid_out_in_every_way(*shape):
+    """Random queries of a shape in every order of its dimensions, dense, with gaps and in steps, and expanded."""
+    dims = range(len(shape))
+    for order in itertools.permutations(dims):
+        sizes, inverse = [shape[d] for d in order], [order.index(d) for d in dims]
+        whole = tuple(slice(size) for size in sizes)
+        yield torch.randn(sizes).permute(inverse)
+        yield torch.randn([size + 2 for size in sizes])[whole].permute(inverse)
+        yield torch.randn([2 * size for size in sizes])[(slice(None, None, 2),) * len(shape)].permute(inverse)
+    for expanded in range(1, 2 ** len(shape)):
+        yield torch.randn([1 if expanded >> d & 1 else shape[d] for d in dims]).expand(shape)
+    if len(shape) == 4:
+        batch, heads, length, size = shape
+        yield torch.randn(batch, heads, length, 3 * size).chunk(3, -1)[1]
+        yield torch.randn(batch, length, 3, heads, size).unbind(2)[0].transpose(1, 2)
+
+
+SHAPES = (
+    (2, 3, 5, 8),
+    (1, 3, 5, 8),
+    (2, 1, 5, 8),
+    (2, 3, 1, 8),
+    (2, 3, 5, 1),
+    (1, 1, 1, 8),
+    (3, 5, 8),
+    (1, 5, 8),
+    (5, 8),
+)
+EMPTY = ((2, 3, 5, 0), (0, 3, 5, 8), (2, 0, 5, 8), (2, 3, 0, 8))
+
+
+def option(name, shape):
+    """Key and value for a query of a shape, and options, on which the layout of PyTorch's result depends."""
+    *batch, rows, size = shape
+    columns = {"longer keys": rows + 2, "no keys": 0}.get(name, rows)
+    heads = [*batch[:-1], 1] if name == "grouped" else batch
+    key = torch.randn(*heads, columns, size)
+    value = torch.randn(*heads, columns, size + 4 if name == "wider values" else size)
+    if name == "expanded keys":
+        key = key[..., :1].expand_as(key)
+    options = {
+        "causal": {"is_causal": True},
+        "mask": {"attn_mask": torch.ones(rows, columns, dtype=torch.bool)},
+        "mask of three dimensions": {"attn_mask": torch.zeros(1, rows, columns)},
+        "mask with a gradient": {"attn_mask": torch.zeros(rows, columns, requires_grad=True)},
+        "dropout": {"dropout_p": 0.5},
+        "grouped": {"enable_gqa": True},
+    }
+    return key, value, options.get(name, {})
+
+
+FOR_FOUR = ("grouped", "mask of three dimensions")
+OPTIONS = (
+    *("plain", "longer keys", "no keys", "wider values", "expanded keys", "causal", "mask"),
+    *("mask with a gradient", "dropout", *FOR_FOUR),
+)
+
+
+def check_strides(query, name, transform=lambda function: function, autocast=False):
+    """The results of the drop-in and PyTorch have one shape, dtype and layout."""
+    key, value, options = option(name, query.shape)
+    found = []
+    for module in (T, F):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = transform(module.scaled_dot_product_attention)(query, key, value, **options)
+        found.append((out.shape, out.dtype, out.stride()))
+    assert found[0] == found[1], (query.shape, query.stride(), name)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_strides_are_pytorchs_for_every_layout_of_the_query(name):
+    for shape in (*SHAPES, *EMPTY):
+        if name not in FOR_FOUR or (len(shape) == 4 and shape[1]):
+            for query in laid_out_in_every_way(*shape):
+                check_strides(query, name)
+
+
+def test_strides_are_pytorchs_under_autocast_and_with_flash_switched_off():
+    for shape in SHAPES:
+        for query in laid_out_in_every_way(*shape):
+            check_strides(query, "plain", autocast=True)
+            with sdpa_kernel(SDPBackend.MATH):
+                check_strides(query, "plain")
+            check_strides(query.detach().requires_grad_(), "plain")
+
+
+def test_strides_of_fake_tensors_are_pytorchs():
+    for shape in SHAPES:
+        for query in list(laid_out_in_every_way(*shape))[::9]:
+            for name in ("plain", "dropout", "wider values"):
+                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    check_strides(mode.from_tensor(query), name)
+
+
+@pytest.mark.parametrize("name", ["plain", "dropout", "wider values"])
+def test_strides_are_pytorchs_when_compiled(name):
+    def compiled(function):
+        torch._dynamo.reset()
+        return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+    for shape in ((2, 3, 5, 8), (2, 1, 5, 8)):
+        for query in list(laid_out_in_every_way(*shape))[2::37]:
+            check_strides(query, name, compiled)
+
+
+def test_layout_of_the_query_changes_no_gradient():
+    for query in list(laid_out_in_every_way(2, 3, 5, 8))[::3]:
+        _, key, value = qkv(2, 3, rows=5)
+        check_same(ATTENTION, query.detach().requires_grad_(), key, value, is_causal=True)
+
+
+def test_new_layouts_compile_once_for_all_sizes():
+    def attention(q, k, v):
+        return F.scaled_dot_product_attention(q.movedim(0, 2), k, v, is_causal=True)
+
+    sizes = ((4, 2, 3, 8), (7, 3, 2, 8), (5, 4, 5, 8))
+    check_compiles_once(
+        attention, [[leaf(s[0], s[1], s[2], s[3]), *qkv(s[1], s[2], size=s[3])[1:]] for s in sizes]
+    )

@@ -88,16 +88,12 @@ def attention_forward(
             dropout_p=dropout,
         )
     else:
-        out = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=attention_mask,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=scaling,
-            enable_gqa=bool(query.shape[1] != key.shape[1]),
-        )
+        gqa = bool(query.shape[1] != key.shape[1])
+        out = functional.attention(query, key, value, attention_mask, dropout, causal, scaling, gqa)
+        if out is None:
+            out = functional.PYTORCH_ATTENTION(
+                query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=gqa
+            )
     return out.transpose(1, 2).contiguous(), None
 
 
