@@ -25,7 +25,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from fastgpt.backends import PYTORCH, select
-from fastgpt.ops._checks import FLOATS
+from fastgpt.ops._checks import FLOATS, unit_stride
 from fastgpt.ops.attention import band_bounds, lse_of, refusal, statistics_of
 
 NAME = "fastgpt"
@@ -97,7 +97,7 @@ def _reason(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, dtypes: tuple[tor
 
 def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors with contiguous rows, as the kernels want them."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    return tuple(map(unit_stride, tensors))
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:

@@ -100,6 +100,15 @@ def distinct(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def unit_stride(t: Tensor) -> Tensor:
+    """The tensor, copied unless its last dimension has the stride 1.
+
+    `contiguous` promises that only of tensors with more than one element in it: what is empty, or has a last dimension
+    of size 1, is contiguous whatever its strides.
+    """
+    return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
+
+
 def no_float64_on_gpu_backends(backend: str, dtype: torch.dtype) -> str | None:
     """The reason why a GPU backend refuses float64, or None."""
     if backend in ("triton", "cuda") and dtype == torch.float64:

@@ -17,6 +17,7 @@ from fastgpt.ops._checks import (
     check_tensors,
     distinct,
     no_float64_on_gpu_backends,
+    unit_stride,
 )
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
@@ -331,7 +332,7 @@ def attention(
     backend = select("attention", q.device, lambda b: refusal(b, q, v, attn_mask))
 
     key = dropout_seed("attention", dropout_p, seed, q.device)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = map(unit_stride, (q, k, v))
     if attn_mask is not None:
         attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if alibi_slopes is not None:

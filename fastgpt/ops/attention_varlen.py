@@ -15,6 +15,7 @@ from fastgpt.ops._checks import (
     check_same_dtype,
     check_tensors,
     distinct,
+    unit_stride,
 )
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
@@ -189,7 +190,7 @@ def attention_varlen(
     backend = select(op, q.device, lambda b: refusal(b, q, v, None))
 
     key = dropout_seed(op, dropout_p, seed, q.device)
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = map(unit_stride, (q, k, v))
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype)).contiguous()
     scale = max(q.shape[2], 1) ** -0.5 if scale is None else float(scale)

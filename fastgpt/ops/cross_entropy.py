@@ -16,9 +16,10 @@ from fastgpt.ops._checks import (
     check_last_dim,
     check_tensors,
     no_float64_on_gpu_backends,
+    unit_stride,
 )
 from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
+from fastgpt.ops._transforms import is_batched, twice_differentiable
 from fastgpt.reference.cross_entropy import capped, check_targets, softmax_statistics
 from fastgpt.reference.precision import accumulator
 
@@ -135,7 +136,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_loss = statistics.new_zeros(target.shape) if grad_loss is None else grad_loss.contiguous()
         grad_lse = None if grad_lse is None else grad_lse.contiguous()
         arguments = (grad_loss, grad_lse, logits, target, statistics, weight, *ctx.options)
-        if ctx.inplace:
+        if ctx.inplace and not is_batched(grad_loss):
             _BWD_INPLACE[ctx.backend](*arguments)
             return logits, *[None] * 6
         return _BWD[ctx.backend](*arguments), *[None] * 6
@@ -182,6 +183,15 @@ def check_loss_options(
         raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
 
 
+def _can_be_written(rows: Tensor) -> bool:
+    """Whether a kernel can write over the rows (N, V), of a last stride of 1: no two elements share memory.
+
+    Nor are they a view with PyTorch's negative bit, which no kernel sees: PyTorch hands it a copy.
+    """
+    overlap = rows.shape[0] > 1 and rows.stride(0) < rows.shape[1]
+    return not overlap and (torch.compiler.is_compiling() or not rows.is_neg())
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -213,7 +223,8 @@ def cross_entropy(
         softcap: the logits become c·tanh(logits/c); None or 0 for none.
         return_lse: also return the log-sum-exp of each row, differentiable.
         inplace_backward: the backward writes the gradient over the logits, saving their size in
-            memory. The logits must not be used afterwards, by you or by another op's backward.
+            memory. The logits must not be used afterwards, by you or by another op's backward. Logits whose elements
+            share memory (`expand`) are left as they are.
         loss_dtype: of the loss, which is computed in float32 (float64 for float64) and rounded once; None for the
             logits' dtype, or float32 under autocast, as PyTorch has it.
 
@@ -240,14 +251,13 @@ def cross_entropy(
     check_last_dim("cross_entropy", vocab, weight=weight)
     backend = select("cross_entropy", logits.device, lambda b: no_float64_on_gpu_backends(b, logits.dtype))
 
-    rows = logits.reshape(target.numel(), vocab)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    rows = unit_stride(logits.reshape(target.numel(), vocab))
+    inplace = inplace_backward and _can_be_written(rows)
     if weight is not None:
         weight = weight.detach().to(accumulator(logits.dtype)).contiguous()
     flat = target.reshape(-1).contiguous()
     options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
-    found = _CrossEntropy.apply(rows, flat, weight, options, inplace_backward, return_lse, backend)
+    found = _CrossEntropy.apply(rows, flat, weight, options, inplace, return_lse, backend)
     loss, lse = found if return_lse else (found, None)
     loss = reduce_rows(loss.view(target.shape), target, weight, ignore_index, reduction)
     loss = loss.to(dtype_of_loss(logits, loss_dtype))

@@ -67,7 +67,7 @@ TABLE = [
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
     (
         "fastgpt/ops/*",
-        f"{OPS} cross_entropy_with_grad second_derivatives transforms backends model threads hub",
+        f"{OPS} cross_entropy_with_grad second_derivatives transforms overlap backends model threads hub",
         "",
     ),
     ("fastgpt/functional.py", DROP_IN, ""),
