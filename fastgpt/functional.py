@@ -9,6 +9,7 @@ goes to PyTorch under "auto"; a backend asked for by name raises `BackendUnavail
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fastgpt import ops
 from fastgpt.backends import PYTORCH, select
 from fastgpt.ops._checks import FLOATS, autocast_dtype
 from fastgpt.ops._checks import no_float64_on_gpu_backends as _no_float64
-from fastgpt.ops._transforms import active as transform
+from fastgpt.ops._transforms import unserved
 from fastgpt.ops.attention import refusal as _attention_refusal
 
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
@@ -55,7 +56,7 @@ def plain_reason(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
             return "the arguments are on different devices"
     if required[0].dtype not in FLOATS:
         return f"the dtype is {required[0].dtype}"
-    return transform()
+    return unserved()
 
 
 def _number(value: Any) -> bool:
@@ -394,3 +395,35 @@ def _loss_reason(
     if weight is not None and (weight.dtype != dtype or weight.requires_grad):
         return "weight has another dtype than the input, or requires a gradient"
     return None
+
+
+# What `torch.jit.script` compiles in the place of the drop-in: PyTorch's functions. Two of them are builtins, which it
+# knows inside a function alone.
+def _scripted_gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return PYTORCH_GELU(input, approximate=approximate)
+
+
+def _scripted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return PYTORCH_ATTENTION(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+_SCRIPTED: tuple[tuple[Any, Any], ...] = (
+    (gelu, _scripted_gelu),
+    (layer_norm, _pytorch_layer_norm),
+    (scaled_dot_product_attention, _scripted_attention),
+    (cross_entropy, PYTORCH_CROSS_ENTROPY),
+    (linear_cross_entropy, _pytorch_linear_cross_entropy),
+)
+for _ours, _theirs in _SCRIPTED:
+    _ours.__prepare_scriptable__ = partial(lambda function: function, _theirs)

@@ -10,11 +10,11 @@ from fastgpt.integrations.replacement import Replacement
 
 
 class _GELU(Replacement):
-    option, runs = "gelu", "gelu"
+    option, runs, scripts = "gelu", "gelu", True
     approximate = "none"
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, self.approximate)
+        return functional.gelu(input, approximate=self.approximate)
 
 
 class GELUActivation(_GELU, activations.GELUActivation):

@@ -22,12 +22,24 @@ class Replacement(nn.Module):
     replaces: the class whose place it takes; of exactly this class, since a subclass may compute something else.
     option:   the argument of `accelerate` that switches it.
     runs:     the op that it runs on, for the report; remark: what the report adds.
+    scripts:  whether torch.jit.script can compile its forward, in which the drop-in is then PyTorch's.
     """
 
     replaces: ClassVar[type[nn.Module]]
     option: ClassVar[str]
     runs: ClassVar[str]
     remark: ClassVar[str] = ""
+    scripts: ClassVar[bool] = False
+
+    def __prepare_scriptable__(self) -> Replacement:
+        """Called by torch.jit.script, of every module in a model, before it compiles any."""
+        if not self.scripts:
+            raise RuntimeError(
+                f"torch.jit.script cannot compile an accelerated {type(self).replaces.__name__}: script the model "
+                "before fastgpt.accelerate(model), or after fastgpt.restore(model); torch.jit.trace and torch.export "
+                "need neither"
+            )
+        return self
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:

@@ -14,13 +14,15 @@ from fastgpt.integrations.replacement import OwnerOfGelu, Replacement
 
 class GELU(Replacement, nn.GELU):
     replaces, option, runs = nn.GELU, "gelu", "gelu"
+    scripts = True
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.gelu(input, self.approximate)
+        return functional.gelu(input, approximate=self.approximate)
 
 
 class LayerNorm(Replacement, nn.LayerNorm):
     replaces, option, runs = nn.LayerNorm, "layer_norm", "add_layer_norm"
+    scripts = True
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
@@ -28,6 +30,7 @@ class LayerNorm(Replacement, nn.LayerNorm):
 
 class CrossEntropyLoss(Replacement, nn.CrossEntropyLoss):
     replaces, option, runs = nn.CrossEntropyLoss, "cross_entropy", "cross_entropy"
+    scripts = True
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from fastgpt.backends import refuse
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 _FUNC = "a torch.func transform is in force"
 _FORWARD = "forward-mode differentiation is in force"
@@ -35,6 +36,20 @@ def active() -> str | None:
 
 # What `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo, and Triton with it.
 active._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def unserved() -> str | None:
+    """`active`, or that torch.jit.trace records operators; why the drop-in leaves everything to PyTorch, or None."""
+    if _functorch_is_active():
+        return _FUNC
+    if forward_ad._current_level >= 0:
+        return _FORWARD
+    if _tracing_state() is not None:
+        return "torch.jit.trace records operators, to save and run them without Python"
+    return None
+
+
+unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # The functions of the drop-in that compute what an op does.
 _DROP_IN = {

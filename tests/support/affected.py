@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent.parent
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
 GELUS = "gelu geglu linear_gelu mlp"
-DROP_IN = "functional functional_attention functional_losses transforms patch_functional examples"
+DROP_IN = "functional functional_attention functional_losses transforms torchscript patch_functional examples"
 OPS = f"attention attention_varlen cross_entropy linear_cross_entropy linear {GELUS} add_layer_norm"
 DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards"
-MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch training_stacks"
+MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks"
 ATTENTION = "attention attention_varlen"
 LOSSES = "cross_entropy cross_entropy_with_grad linear_cross_entropy"
 RUNS = "train train_options train_distributed checkpoint cli"
