@@ -410,4 +410,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastgpt.console import run_command
+
+    sys.exit(run_command(main))

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -183,6 +184,8 @@ def save(
                 (temporary / _STATE).write_text(json.dumps(state, indent=2), "utf-8")
                 for file in (*temporary.rglob("*"), temporary):
                     flush(file)
+                if path.exists():  # without a state: it was damaged, and is not ours to remove
+                    path.rename(out / f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
                 temporary.rename(path)
                 flush(out)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any
 
 import fastgpt
 from fastgpt import config as train_config
+from fastgpt import console
 from fastgpt.data.prepare import PrepareConfig
 from fastgpt.distributed import ProcessLostError
 from fastgpt.options import add_options
@@ -30,13 +30,21 @@ _TASK_EVALUATION = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted, 141 when the reader
+    of its output has gone.
+    """
+    return console.run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     try:
         command(arguments)
     except _ERRORS as error:
-        print(f"fastgpt: error: {_sentence(error)}", file=sys.stderr)
+        if console.reader_is_gone(error):
+            raise
+        print(f"fastgpt: error: {console.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -48,7 +56,7 @@ def _data(arguments: dict[str, Any]) -> None:
 
     inputs, as_json = arguments.pop("inputs"), arguments.pop("json")
     report = prepare(inputs, PrepareConfig(**arguments))
-    print(json.dumps(report.as_dict()) if as_json else report.table())
+    _print(report, as_json)
 
 
 def _train(arguments: dict[str, Any]) -> None:
@@ -86,7 +94,7 @@ def _generate(arguments: dict[str, Any]) -> None:
     for number, result in enumerate(results):
         text = result.text if task is None else result.continuation
         if as_json:
-            print(json.dumps(asdict(result), ensure_ascii=False), flush=True)
+            console.print_json(asdict(result))
         elif alone:
             print("" if task is None else text)
         else:
@@ -108,23 +116,31 @@ def _evaluate(arguments: dict[str, Any]) -> None:
         if arguments["source"] is None:
             raise ValueError("eval --task needs --data, a JSON Lines file or embedded")
         answers = evaluate_task(**arguments)
-        print(json.dumps(answers.as_dict(), ensure_ascii=False) if as_json else answers.table())
+        _print(answers, as_json)
         return
     _refuse_without_task(arguments.pop("task"), arguments, _TASK_EVALUATION)
     if of_context:
         if "packing" in arguments:
             raise ValueError("--in-context reads a text as one stream; leave --packing away")
         found = in_context(**arguments)
-        print(json.dumps(found.as_dict()) if as_json else found.table())
+        _print(found, as_json)
         if picture is not None:
             in_context_panels(picture, found)
         return
     if arguments["source"] is None:
         raise ValueError("eval needs --data, a text to measure the model on, or --in-context")
     result = evaluate(**arguments)
-    print(json.dumps(result.as_dict()) if as_json else result.table())
+    _print(result, as_json)
     if picture is not None:
         loss_by_position(picture, [(b.first, b.last, b.loss) for b in result.positions], result.loss)
+
+
+def _print(result: Any, as_json: bool) -> None:
+    """Print a result that has `as_dict` and `table`."""
+    if as_json:
+        console.print_json(result.as_dict())
+    else:
+        print(result.table(), flush=True)
 
 
 def _refuse_without_task(task: str | None, given: dict[str, Any], names: Sequence[str]) -> None:
@@ -144,13 +160,6 @@ def _info(arguments: dict[str, Any]) -> None:
     from fastgpt import info
 
     info.main()
-
-
-def _sentence(error: BaseException) -> str:
-    """What went wrong, on one line."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,3 +35,25 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+def enclosing_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of a training run that a path is or lies in, if any: what is written there goes with it, when the
+    run removes its older checkpoints.
+    """
+    named, real = path.absolute(), path.resolve()
+    for place in dict.fromkeys((real, *real.parents, named, *named.parents)):
+        if re.fullmatch(r"(\.writing-)?step-\d{8,}", place.name) or (
+            (place / "state.json").is_file() and (place / "tokenizer.json").is_file()
+        ):
+            return place
+    return None
+
+
+def check_outside_checkpoints(path: Path) -> None:
+    """Raise ValueError for an output inside a checkpoint."""
+    found = enclosing_checkpoint(path)
+    if found is not None:
+        raise ValueError(
+            f"{path} is in the checkpoint {found}, and would be removed with it; choose another directory"
+        )

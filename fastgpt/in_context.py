@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastgpt import data
+from fastgpt import console, data
 from fastgpt.backends import use_backend
 from fastgpt.config import resolve_device
 from fastgpt.evaluate import read_texts, spans
@@ -287,4 +287,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(console.run_command(main))

@@ -9,6 +9,7 @@ import torch
 
 from fastgpt import extension
 from fastgpt.backends import BACKENDS, OPS, available_backends
+from fastgpt.console import run_command
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "tensorboard")
 
@@ -53,10 +54,11 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main() -> int:
     """Prints the report."""
     print(report())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_command(main))

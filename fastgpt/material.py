@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,6 +39,12 @@ class Material:
     entropy: float
     digest: str
     measure: Callable[[GPT], dict[str, float]] = lambda model: {}
+
+
+def check_source(config: TrainConfig) -> None:
+    """Raise FileNotFoundError where the data of a configuration do not exist."""
+    if config.task is None and config.data not in ("stdlib", "repeats") and not Path(config.data).exists():
+        raise FileNotFoundError(f"there is no file or directory {config.data}")
 
 
 def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | None = None) -> Material:

@@ -10,10 +10,13 @@ OUT/config.toml        every option; `fastgpt train --config` takes it
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import platform
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,49 +24,93 @@ import torch
 
 import fastgpt
 from fastgpt.config import TrainConfig
+from fastgpt.console import one_line
 from fastgpt.durable import writing
 from fastgpt.plot import loss_curve
 from fastgpt.runlog import RunLog
 
+_FILES = ("config.toml", "log.jsonl", "loss.png", "sample.txt")
+
 
 class Papers:
-    """The papers of a run, in `config.out`."""
+    """The papers of a run, in `config.out`. loss.png, sample.txt and TensorBoard's files are optional: a failure to
+    write one of them is reported once and does not end the run.
+    """
 
-    def __init__(self, config: TrainConfig, resumed_at: int | None) -> None:
-        """Write what is known at the start; a resumed run goes on with what is there, up to its step."""
-        self.out = Path(config.out)
+    def __init__(
+        self, config: TrainConfig, resumed_at: int | None, warn: Callable[[str, str], object]
+    ) -> None:
+        """Write what is known at the start; a resumed run goes on with what is there, up to its step.
+
+        Args:
+            resumed_at: the step that the run goes on from, None for a new run.
+            warn: called with the name of an optional file and a message when it could not be written.
+
+        Raises:
+            FileExistsError: a new run would overwrite a file that no run has written.
+            OSError: config.toml, environment.json or log.jsonl cannot be written.
+            ValueError: TensorBoard is not installed.
+        """
+        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "--tensorboard needs the package tensorboard: pip install 'fastgpt[tensorboard]', or omit --tensorboard"
+            )
+        self.out, self._warn = Path(config.out), warn
         self.out.mkdir(parents=True, exist_ok=True)
         options, environment = self.out / "config.toml", self.out / "environment.json"
-        with writing(options):
-            options.write_text(_toml(config), "utf-8", "replace")
+        if resumed_at is None and not environment.exists():
+            for file in (self.out / name for name in _FILES):
+                if file.is_file():
+                    raise FileExistsError(
+                        f"{file} is not the file of a run and would be overwritten; move it, or choose another --out"
+                    )
+        # First, because it shows that the other files are those of a run.
         with writing(environment), environment.open("a" if resumed_at else "w", encoding="utf-8") as stream:
             stream.write(json.dumps(_environment()) + "\n")
+        with writing(options):
+            options.write_text(_toml(config), "utf-8", "replace")
         self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)
-        self._board = _tensorboard(self.out, resumed_at or 0) if config.tensorboard else None
+        self._board: Any = None
+        if config.tensorboard:
+            with self.optional("TensorBoard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=(resumed_at or 0) + 1)
+
+    @contextlib.contextmanager
+    def optional(self, name: str) -> Iterator[None]:
+        """Report an exception as a warning, the first one about `name`, instead of raising it."""
+        try:
+            yield
+        except Exception as error:
+            self._warn(name, f"{name} could not be written ({one_line(error)}); the run goes on without it")
 
     def record(self, step: int, **values: float) -> None:
         """Write the values of a step to log.jsonl, and the losses and the rate for TensorBoard."""
         self.log.add(step, **values)
         if self._board is not None:
-            for name, tag in (("train_loss", "loss/train"), ("val_loss", "loss/val"), ("lr", "lr")):
-                if name in values:
-                    self._board.add_scalar(tag, values[name], step)
+            with self.optional("TensorBoard"):
+                for name, tag in (("train_loss", "loss/train"), ("val_loss", "loss/val"), ("lr", "lr")):
+                    if name in values:
+                        self._board.add_scalar(tag, values[name], step)
 
     def draw(self, entropy: float, entropy_name: str) -> None:
         """Draw loss.png from the log."""
-        train, val = self.log.curve("train_loss"), self.log.curve("val_loss")
-        loss_curve(self.out / "loss.png", train, val, entropy, entropy_name)
+        with self.optional("loss.png"):
+            train, val = self.log.curve("train_loss"), self.log.curve("val_loss")
+            loss_curve(self.out / "loss.png", train, val, entropy, entropy_name)
 
     def write_sample(self, text: str) -> None:
         """Keep a sample."""
-        with writing(file := self.out / "sample.txt"):
+        with self.optional("sample.txt"), writing(file := self.out / "sample.txt"):
             file.write_text(text, "utf-8")
 
     def close(self) -> None:
         """Close what is open."""
         self.log.close()
         if self._board is not None:
-            self._board.close()
+            with self.optional("TensorBoard"):
+                self._board.close()
 
 
 def _toml(config: TrainConfig) -> str:
@@ -84,11 +131,3 @@ def _environment() -> dict[str, Any]:
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
-
-
-def _tensorboard(out: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs the package tensorboard") from None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from fastgpt.durable import writing
 
@@ -14,9 +17,39 @@ if TYPE_CHECKING:
 
     from fastgpt.in_context import Estimate, InContext
 
+F = TypeVar("F", bound=Callable[..., None])
 _TRAIN, _VAL, _ENTROPY = "#9db8d9", "#c8442d", "#666666"
 
 
+class PlotError(ValueError):
+    """matplotlib could not draw; the message says which file and why."""
+
+
+def _drawing(draw: F) -> F:
+    """Hide MPLBACKEND from a function that draws, and name its file when it fails.
+
+    A notebook sets that variable for its own process. Where the backend is not installed, matplotlib cannot be
+    imported, although no backend is needed.
+    """
+
+    @functools.wraps(draw)
+    def drawn(path: str | Path, *arguments: Any, **options: Any) -> None:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            draw(path, *arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise PlotError(f"the plot {path} could not be drawn: {reason[0]}") from error
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+
+    return cast(F, drawn)
+
+
+@_drawing
 def loss_curve(
     path: str | Path,
     train: Sequence[tuple[int, float]],
@@ -27,6 +60,7 @@ def loss_curve(
     """Write the (step, loss) curves as a PNG, with the loss of the best model without context as a dashed
     line.
     """
+    train, val = ([point for point in curve if math.isfinite(point[1])] for curve in (train, val))
     figure, axes = _canvas("step", "loss, nats a token")
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1, label="training")
@@ -42,6 +76,7 @@ def loss_curve(
     _write(figure, path)
 
 
+@_drawing
 def loss_by_position(path: str | Path, buckets: Sequence[tuple[int, int, float]], mean: float) -> None:
     """Write the loss of each (first, last, loss) range of positions as a PNG, positions on a logarithmic
     axis.
@@ -56,6 +91,7 @@ def loss_by_position(path: str | Path, buckets: Sequence[tuple[int, int, float]]
     _write(figure, path)
 
 
+@_drawing
 def in_context_panels(path: str | Path, found: InContext) -> None:
     """Write what `fastgpt.in_context` found as a PNG, a panel for each measurement, with its intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -94,6 +130,7 @@ def in_context_panels(path: str | Path, found: InContext) -> None:
     _write(figure, path)
 
 
+@_drawing
 def induction_curves(path: str | Path, runs: Mapping[str, Sequence[tuple[float, ...]]]) -> None:
     """Write the induction accuracy of runs over their steps as a PNG; (step, mean, low, high) each, by name."""
     figure, axes = _canvas("step", "induction accuracy")

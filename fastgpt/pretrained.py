@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastgpt.checkpoint import open_checkpoint
 from fastgpt.config import TrainConfig
-from fastgpt.durable import flush
+from fastgpt.durable import check_outside_checkpoints, flush
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, byte_vocabulary, load_tokenizer
 
@@ -206,6 +206,7 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
                 "resize_vocabulary first"
             )
         options["bos_token_id"] = options["eos_token_id"] = tokenizer.end_of_text
+    check_outside_checkpoints(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists already: remove it, or choose another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fastgpt import checkpoint
 from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import ARCHITECTURE, MODEL_FIELDS, TrainConfig
 from fastgpt.distributed import restarted
+from fastgpt.lock import check_run_directory, in_use, is_locked
 from fastgpt.model import GPT
 from fastgpt.pretrained import open_model
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, is_meant
@@ -25,7 +27,15 @@ def config_from(options: dict[str, Any]) -> TrainConfig:
     config = TrainConfig()
     out = str(options.get("out", config.out))
     if options.get("resume"):
-        config = _checkpoint_to_resume(out).train.override({"out": out})
+        check_run_directory(Path(out))
+        try:
+            config = _checkpoint_to_resume(out).train.override({"out": out})
+        except CheckpointError:
+            if (
+                is_locked(Path(out)) and os.environ.get("RANK", "0") == "0"
+            ):  # it may have been read while it changed
+                raise FileExistsError(in_use(Path(out))) from None
+            raise
     elif options.get("init_from"):
         start = open_model(str(options["init_from"]))[0].config
         config = config.override({name: getattr(start, name) for name in (*ARCHITECTURE, "block_size")})

@@ -9,28 +9,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-import threading
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastgpt import checkpoint
 from fastgpt.backends import use_backend
 from fastgpt.checkpoint import Checkpoint
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
+from fastgpt.console import Progress
 from fastgpt.data import Batch
 from fastgpt.distributed import Processes
 from fastgpt.heap import keep_heap
-from fastgpt.material import open_material
+from fastgpt.lock import DirectoryLock
+from fastgpt.material import check_source, open_material
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.papers import Papers
+from fastgpt.signals import StopSignal
 from fastgpt.start import Start
 
 _SAMPLE_TEMPERATURE = 0.8
@@ -49,8 +48,9 @@ class TrainResult:
 def train(config: TrainConfig) -> TrainResult:
     """Train as the configuration says, from the start or from the newest checkpoint in `config.out`.
 
-    Prints its progress, writes checkpoints and its papers (`fastgpt.papers`) to `config.out`. SIGINT and SIGTERM
-    save and end the run (`finished` is false then). Started by torchrun, each process takes its share.
+    Prints its progress, writes checkpoints and its papers (`fastgpt.papers`) to `config.out`, which no other run can
+    write to meanwhile. SIGINT, SIGTERM, SIGHUP and a reader of its output that goes away (`| head`) save and end the
+    run (`finished` is false then). Started by torchrun, each process takes its share.
 
     Raises ValueError for options, data or checkpoints that do not go together, OSError for what cannot be
     read or written, FloatingPointError if the loss stops being a number, ProcessLostError if another process is gone.
@@ -58,13 +58,24 @@ def train(config: TrainConfig) -> TrainResult:
     processes = Processes.meet(resolve_device(config.device), config.parallel)
     try:
         with use_backend(config.backend), processes.together():
-            run = Run(config, processes)
+            with processes.agreeing():
+                check_source(config)  # before the lock makes a directory
+                lock = DirectoryLock(Path(config.out), _warn) if processes.first else None
             try:
-                return run.go()
+                run = Run(config, processes)
+                try:
+                    return run.go()
+                finally:
+                    run.close()
             finally:
-                run.close()
+                if lock is not None:
+                    lock.release()
     finally:
         processes.close()
+
+
+def _warn(text: str) -> None:
+    print(f"fastgpt: warning: {text}", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -116,15 +127,21 @@ class Run:
         self.optimizers = make_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.validation = 0, _Validation()
-        self.stop, self.stopped = _StopSignal(), False
+        self.stop, self.stopped = StopSignal(), False
         self.deadline, self.late = math.inf, False
         if start.resumed is not None:
             self._restore(start.resumed)
         self.peak = gemm_peak(self.device, self.dtype)
-        with processes.agreeing():
-            self.papers = Papers(config, self.step if config.resume else None) if processes.first else None
-        bar = {"unit": "step", "disable": None if processes.first else True, "dynamic_ncols": True}
-        self.bar = tqdm(total=config.max_steps, initial=self.step, **bar)
+        bar = {"total": config.max_steps, "initial": self.step, "unit": "step", "dynamic_ncols": True}
+        self.progress = Progress(shown=processes.first, reader_gone=self.stop.set, **bar)
+        try:
+            with processes.agreeing():
+                resumed_at = self.step if config.resume else None
+                warn = self.progress.warn_once
+                self.papers = Papers(config, resumed_at, warn) if processes.first else None
+        except BaseException:
+            self.progress.close()
+            raise
         self._introduce(heap_kept, start.resumed)
         self._restart_clock()
 
@@ -171,7 +188,7 @@ class Run:
         with self.stop:
             while self.step < config.max_steps and not self.stopped and not self.late and not self.impatient:
                 self.advance()
-        self.bar.close()
+        self.progress.close()
         if self.stopped:
             self.say(f"stopped at step {self.step}: saved; pass --resume to go on")
             return TrainResult(self.step, self.val_loss, self.material.entropy, finished=False)
@@ -188,7 +205,7 @@ class Run:
         config = self.config
         loss = self.update()
         self.step += 1
-        self.bar.update()
+        self.progress.advance()
         last = self.step == config.max_steps
         if self.step % config.log_every == 0 or last:
             self.report(loss)
@@ -276,7 +293,7 @@ class Run:
         speed = tokens / (time.perf_counter() - self._mark)
         share = speed * self.model.flops_per_token() / (self.peak * self.processes.world)
         self.record(train_loss=value, lr=rate, tokens_per_second=round(speed))
-        self.bar.set_postfix_str(f"loss {value:.3f}, {speed:,.0f} tokens/s, {share:.0%} of the GEMM peak")
+        self.progress.note(f"loss {value:.3f}, {speed:,.0f} tokens/s, {share:.0%} of the GEMM peak")
         self.say(
             f"step {self.step}/{config.max_steps}  train loss {value:.4f}  lr {rate:.2e}  "
             f"{speed:,.0f} tokens/s  {share:.0%} of the GEMM peak"
@@ -309,9 +326,10 @@ class Run:
             self.evaluate()
         self.draw()
         if self.config.sample_tokens and self.papers is not None:
-            text = self.sample()
-            self.papers.write_sample(text)
-            self.say(f"--- sample ---{text}\n--- end of sample ---")
+            with self.papers.optional("the sample"):
+                text = self.sample()
+                self.say(f"--- sample ---{text}\n--- end of sample ---")
+                self.papers.write_sample(text)
         self.say(
             f"done at step {self.step}: val loss {self.validation.loss:.4f} nats/token, {self.unigram}; "
             f"the curve is {self.out / 'loss.png'}"
@@ -362,13 +380,11 @@ class Run:
 
     def say(self, line: str) -> None:
         """Print a line to stdout, past the progress bar."""
-        if self.processes.first:
-            with tqdm.external_write_mode():
-                print(line, flush=True)
+        self.progress.line(line)
 
     def close(self) -> None:
         """Close what is open."""
-        self.bar.close()
+        self.progress.close()
         if self.papers is not None:
             self.papers.close()
 
@@ -380,31 +396,6 @@ class Run:
 
     def _restart_clock(self) -> None:
         self._mark, self._marked_step = time.perf_counter(), self.step
-
-
-class _StopSignal:
-    """Turns SIGINT and SIGTERM into a flag; a second SIGINT acts as it always did. A second SIGTERM does not: a
-    scheduler signals every process, and torchrun passes on its own.
-    """
-
-    def __init__(self) -> None:
-        self.received = False
-        self._former: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._former[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        if number == signal.SIGINT:
-            signal.signal(number, self._former[number])
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -23,8 +23,9 @@ from fastgpt.data import Batch, Stream
 from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.optimization import learning_rate, make_optimizers
+from fastgpt.signals import StopSignal
 from fastgpt.start import config_from
-from fastgpt.train import _step_seed, _StopSignal, train
+from fastgpt.train import _step_seed, train
 from tests.support.forked import python
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
@@ -135,7 +136,10 @@ def test_run_that_is_killed_repeatedly_has_the_losses_of_a_whole_one(options: di
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(s, marks=pytest.mark.slow) for s in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_a_signal_saves_and_ends_the_run(options: dict, number: signal.Signals):
     options |= {"max_steps": 100_000, "save_every": 100_000, "eval_every": 100_000}
     process = subprocess.Popen(
@@ -203,7 +207,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
     assert not list(Path(options["out"]).glob(".writing-*"))
 
 
-@pytest.mark.parametrize("file", ["config.toml", "environment.json", "log.jsonl", "loss.png", "sample.txt"])
+@pytest.mark.parametrize("file", ["config.toml", "environment.json", "log.jsonl"])
 def test_a_full_disk_says_what_could_not_be_written(options: dict, file: str, capfd: pytest.CaptureFixture):
     out = Path(options["out"])
     out.mkdir()
@@ -211,6 +215,53 @@ def test_a_full_disk_says_what_could_not_be_written(options: dict, file: str, ca
     (out / {"log.jsonl": "log.writing"}.get(file, file)).symlink_to("/dev/full")
     assert main(command(options, "--max-steps", "1")[3:]) == 2
     assert capfd.readouterr().err == f"fastgpt: error: {out / file}: No space left on device\n"
+
+
+def test_what_is_optional_warns_once_and_does_not_end_the_run(
+    options: dict, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    """A plot, a sample and TensorBoard that fail, each in its own way and again and again."""
+    import torch.utils.tensorboard
+
+    class Writer:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def add_scalar(self, *_: object) -> None:
+            raise RuntimeError("the event file\nis gone")
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device", "events")
+
+    def sample(self: object) -> str:
+        raise IndexError("a token")
+
+    monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", Writer)
+    monkeypatch.setattr("fastgpt.train.Run.sample", sample)
+    monkeypatch.setenv("MPLBACKEND", "module://not.there")
+    out = Path(options["out"])
+    out.mkdir()
+    (out / "loss.png").symlink_to("/dev/full")
+    assert main(command(options, "--tensorboard")[3:]) == 0
+    assert capfd.readouterr().err.splitlines() == [
+        f"fastgpt: warning: {name} could not be written ({reason}); the run goes on without it"
+        for name, reason in (
+            ("TensorBoard", "the event file is gone"),
+            ("loss.png", f"{out / 'loss.png'}: No space left on device"),
+            ("the sample", "a token"),
+        )
+    ]
+    assert checkpoint.open_checkpoint(out).step == 12
+    assert main(["info"]) == 0 and os.environ["MPLBACKEND"] == "module://not.there"
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt5Agg", "nonsense"])
+def test_no_choice_of_a_backend_stops_a_plot(tmp_path: Path, backend: str):
+    script = "from fastgpt.plot import loss_curve; import sys\n"
+    script += "loss_curve(sys.argv[1], [(1, 2.0), (2, float('nan')), (3, float('inf'))], [(3, float('nan'))], 1.0, 'x')"
+    picture = tmp_path / "loss.png"
+    environment = SINGLE | {"MPLBACKEND": backend}
+    subprocess.run([sys.executable, "-c", script, str(picture)], check=True, env=environment)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_text_shorter_than_a_block_is_refused(options: dict, tmp_path: Path):
@@ -346,13 +397,27 @@ def _interruptible():
 def test_a_second_sigterm_does_not_cut_the_save_short():
     """torchrun passes on the signal that a scheduler has sent to every process."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with _StopSignal() as stop:
+    with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received
-    with _StopSignal() as stop, pytest.raises(KeyboardInterrupt):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.received
+    with StopSignal() as stop, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.received
+    finally:
+        signal.signal(signal.SIGHUP, former)

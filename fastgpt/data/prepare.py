@@ -6,8 +6,8 @@ for, and where documents end in the open shard.
 
 from __future__ import annotations
 
+import contextlib
 import random
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from fastgpt.console import Progress
 from fastgpt.data.bpe_dropout import BPEDropout
 from fastgpt.data.cleaning import MARKUP, NORMALIZATIONS, REPETITION, Rules, clean
 from fastgpt.data.duplicates import ExactDuplicates, NearDuplicates, digest
@@ -168,14 +167,13 @@ def _clean_documents(
     """The documents that cleaning leaves, counted."""
     sources = Sources(inputs, config.text_field, config.separator, config.skip_broken, report)
     rules = config.rules()
-    with tqdm(
-        desc=doing, total=sources.size(), unit="B", unit_scale=True, disable=None, file=sys.stderr
-    ) as bar:
+    bar = Progress(desc=doing, total=sources.size(), unit="B", unit_scale=True)
+    with contextlib.closing(bar):
         for text in sources.documents():
             size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
             report.read += 1
             report.bytes += size
-            bar.update(size)
+            bar.advance(size)
             cleaned = clean(text, rules)
             if cleaned.dropped:
                 report.drop(cleaned.dropped, cleaned.text or text)

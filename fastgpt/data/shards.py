@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.durable import fingerprint, flush
+from fastgpt.durable import check_outside_checkpoints, fingerprint, flush
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 FORMAT = 1
@@ -301,8 +301,9 @@ class DatasetWriter:
 
 def check_destination(out: Path, overwrite: bool) -> None:
     """Raises FileExistsError unless a data set may be written to `out`: a new or empty directory, or, to overwrite, a
-    data set.
+    data set; ValueError inside a run's checkpoint.
     """
+    check_outside_checkpoints(out)
     if is_dataset(out):
         if not overwrite:
             raise FileExistsError(f"{out} holds a prepared data set already; give --overwrite to replace it")

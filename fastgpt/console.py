@@ -1,0 +1,207 @@
+"""What the commands print: on streams of any encoding, which the reader may close at any time.
+
+stdout and stderr escape the characters that their encoding does not have. A stream that is closed from the start is the
+null device. A reader that goes away, as `head` does, ends a command without a message; `fastgpt train` saves first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from fastgpt.strict_json import dumps
+
+READER_GONE = 141  # 128 + SIGPIPE: what a shell reports of a program that writes to a closed pipe
+_GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command that prints and return its exit status, READER_GONE if nobody reads what it prints."""
+    set_up_streams()
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # here, because an error in the flush at exit cannot be handled
+            sys.stderr.flush()
+    except OSError as error:
+        if not give_up_broken_streams():
+            raise
+        if error.errno in _GONE:
+            return READER_GONE
+        print(f"fastgpt: error: standard output: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def set_up_streams() -> None:
+    """Make stdout and stderr take every text, also where they were closed when the program began."""
+    _occupy_standard_descriptors()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, _null())
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def reader_is_gone(error: BaseException) -> bool:
+    """Whether an error comes from stdout or stderr, because nobody reads it any more."""
+    return isinstance(error, OSError) and error.errno in _GONE and bool(_broken_streams())
+
+
+def give_up_broken_streams() -> bool:
+    """Point stdout and stderr to the null device where they cannot be written; return whether one was."""
+    broken = _broken_streams()
+    for name in broken:
+        _point_to_null(name, getattr(sys, name))
+    return bool(broken)
+
+
+def _broken_streams() -> list[str]:
+    broken = []
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            if stream is not None:
+                stream.flush()
+                if _has_no_reader(stream.fileno()):
+                    broken.append(name)
+        except io.UnsupportedOperation:  # it has no descriptor
+            continue
+        except (OSError, ValueError):  # ValueError: it was closed in this process
+            broken.append(name)
+    return broken
+
+
+def _has_no_reader(descriptor: int) -> bool:
+    """Whether it is a pipe without a reader, or a closed terminal. A stream without a buffer keeps no sign of it."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def print_json(value: Any) -> None:
+    """Print a value as one line of JSON, in ASCII where stdout has not all of its characters."""
+    text = dumps(value, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = dumps(value)
+    print(text, flush=True)
+
+
+class Progress:
+    """A progress bar on stderr, if that is a terminal, and lines on stdout past it. No failure of a stream is raised.
+
+    Args:
+        shown: False for a process that prints nothing.
+        reader_gone: called when stdout or stderr has lost its reader.
+        options: of `tqdm`.
+    """
+
+    def __init__(
+        self, *, shown: bool = True, reader_gone: Callable[[], object] = lambda: None, **options: Any
+    ) -> None:
+        self._shown, self._reader_gone = shown, reader_gone
+        self._warned: set[str] = set()
+        self._bar: tqdm | None = None
+        if sys.stderr is not None:
+            with self._tolerant():
+                self._bar = tqdm(disable=None if shown else True, file=sys.stderr, **options)
+
+    def advance(self, count: int = 1) -> None:
+        """Move the bar."""
+        with self._tolerant():
+            if self._bar is not None:
+                self._bar.update(count)
+
+    def note(self, text: str) -> None:
+        """Show a text beside the bar."""
+        with self._tolerant():
+            if self._bar is not None:
+                self._bar.set_postfix_str(text)
+
+    def line(self, text: str) -> None:
+        """Print a line to stdout."""
+        if self._shown:
+            with self._tolerant(), self._beside_the_bar():
+                print(_encodable(text), flush=True)
+
+    def warn_once(self, subject: str, text: str) -> None:
+        """Print a warning to stderr, the first one about a subject."""
+        if self._shown and subject not in self._warned:
+            self._warned.add(subject)
+            with self._tolerant(), self._beside_the_bar():
+                print(f"fastgpt: warning: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        with self._tolerant():
+            if self._bar is not None:
+                self._bar.close()
+
+    def _beside_the_bar(self) -> contextlib.AbstractContextManager[None]:
+        if self._bar is None or self._bar.disable:
+            return contextlib.nullcontext()
+        return tqdm.external_write_mode()
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if self._bar is not None:
+                self._bar.disable = True
+            give_up_broken_streams()
+            if getattr(error, "errno", None) in _GONE:
+                self._reader_gone()
+            else:
+                self.warn_once(
+                    "output", f"the output could not be written ({one_line(error)}); going on without"
+                )
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _occupy_standard_descriptors() -> None:
+    """Open the null device on descriptors 0 to 2 that are closed. A file that is opened later would get the number, and
+    with it what C libraries print to stderr.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def _encodable(text: str) -> str:
+    """The text with escapes for what stdout cannot encode: a caller's own stream may not escape."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _null() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def _point_to_null(name: str, stream: TextIO) -> None:
+    """Point the stream's descriptor to the null device, so that what it still holds goes there at exit."""
+    try:
+        descriptor = stream.fileno()
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, descriptor)
+        os.close(null)
+        stream.flush()
+    except (OSError, ValueError):
+        setattr(sys, name, _null())
