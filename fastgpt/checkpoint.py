@@ -34,6 +34,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.distributed import Processes
 from fastgpt.durable import fingerprint, flush
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.strict_json import dumps
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 KEEP = 2  # checkpoints that stay; the others are removed once a newer one is safe
@@ -181,7 +182,7 @@ def save(
                     "extra": extra,
                     "files": {file.relative_to(temporary).as_posix(): fingerprint(file) for file in files},
                 }
-                (temporary / _STATE).write_text(json.dumps(state, indent=2), "utf-8")
+                (temporary / _STATE).write_text(dumps(state, indent=2), "utf-8")
                 for file in (*temporary.rglob("*"), temporary):
                     flush(file)
                 if path.exists():  # without a state: it was damaged, and is not ours to remove
@@ -195,7 +196,7 @@ def save(
             f"the checkpoint {path} could not be written ({error.strerror or error}); older ones are untouched"
         ) from error
     if first:
-        for old in _steps(out)[:-KEEP]:
+        for old in steps(out)[:-KEEP]:
             if best is None or old != step_path(out, best):
                 old.rename(out / f"{_TEMPORARY}{old.name}")
         sweep(out)
@@ -214,10 +215,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}")
     if not (path / _STATE).exists():
-        steps = _steps(path)
-        if not steps:
+        found = steps(path)
+        if not found:
             raise CheckpointError(f"{path} holds no checkpoint")
-        path = steps[-1]
+        path = found[-1]
     try:
         state = json.loads((path / _STATE).read_text("utf-8"))
         if state["format"] != FORMAT:
@@ -250,7 +251,7 @@ def step_path(out: Path, step: int) -> Path:
 
 def exists(out: Path) -> bool:
     """Whether `train --out` has saved a checkpoint there."""
-    return bool(_steps(out))
+    return bool(steps(out))
 
 
 def sweep(out: Path) -> None:
@@ -259,9 +260,19 @@ def sweep(out: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _steps(out: Path) -> list[Path]:
+def steps(out: Path) -> list[Path]:
     """The directories of complete checkpoints, the newest last."""
     return sorted(path.parent for path in out.glob(f"{_PREFIX}*/{_STATE}"))
+
+
+def check_weights(model: GPT, name: str | Path) -> None:
+    """Raise CheckpointError for a model on the CPU with weights that are NaN or infinite."""
+    for key, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"the weights of {name} cannot be used: {key} holds NaN or infinity, its training has diverged; "
+                "take an older checkpoint"
+            )
 
 
 def _parameters(model: GPT, tied: bool) -> dict[str, Tensor]:

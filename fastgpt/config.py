@@ -7,6 +7,7 @@ one: defaults, the checkpoint being resumed, the TOML file, the command line.
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -136,6 +137,8 @@ class TrainConfig:
             value = getattr(self, item.name)
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{item.name} must be a finite number, not {value}")
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")

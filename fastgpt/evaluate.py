@@ -18,6 +18,7 @@ from fastgpt.data import Batch
 from fastgpt.data.batches import IGNORED
 from fastgpt.model import GPT
 from fastgpt.pretrained import open_trained
+from fastgpt.strict_json import finite
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 _TOKENS_AT_ONCE = 8192
@@ -36,7 +37,7 @@ class Bucket:
 @dataclass(frozen=True)
 class Evaluation:
     """Losses in nats a token; `bits_per_byte` compares models with different tokenizers; packing is "documents" or
-    "stream".
+    "stream". The perplexity is infinite for a loss above 709.
     """
 
     loss: float
@@ -48,8 +49,8 @@ class Evaluation:
     positions: list[Bucket]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
-        return asdict(self)
+        """The same as JSON can hold it: a perplexity that is too large for a number is None."""
+        return finite(asdict(self))
 
     def table(self) -> str:
         """The same for people."""
@@ -85,7 +86,8 @@ def evaluate(
                 of text are targets, and a position counts from the beginning of its document, or of the piece of it,
                 where it is longer than a block.
 
-    Raises CheckpointError for the checkpoint, OSError and ValueError for the text.
+    Raises CheckpointError for the checkpoint, OSError and ValueError for the text, FloatingPointError for a model whose
+    loss is no number.
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, not {packing!r}")
@@ -110,15 +112,32 @@ def evaluate(
     with use_backend(backend):
         sums, counts = losses_by_position(model.to(where).eval(), batches.each())
     loss = float(sums.sum() / counts.sum())
+    check_loss(loss, checkpoint)
     return Evaluation(
         loss=loss,
-        perplexity=math.exp(loss),
+        perplexity=_exp(loss),
         bits_per_byte=float(sums.sum()) / math.log(2) / max(1, size),
         unigram_entropy=documents.entropy,
         tokens=int(counts.sum()),
         packing="documents" if packed else "stream",
         positions=_buckets(sums, counts),
     )
+
+
+def check_loss(loss: float, model: object) -> None:
+    """Raise FloatingPointError for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss of {model} is {loss}: its training has diverged; take an older checkpoint"
+        )
+
+
+def _exp(value: float) -> float:
+    """The exponential, infinite where it is too large for a number."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def read_texts(source: str) -> list[str]:

@@ -218,6 +218,7 @@ def _continue(
         seed=seed,
         lengths=None if bool((lengths == lengths[0]).all()) else lengths,
         end_token=end,
+        num_tokens=rows[0].tokenizer.vocab_size,
         on_token=on_token,
         **asdict(sampling),
     )

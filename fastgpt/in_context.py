@@ -31,10 +31,12 @@ from torch import Tensor
 from fastgpt import console, data
 from fastgpt.backends import use_backend
 from fastgpt.config import resolve_device
-from fastgpt.evaluate import read_texts, spans
+from fastgpt.evaluate import check_loss, read_texts, spans
 from fastgpt.model import GPT
 from fastgpt.plot import induction_curves
 from fastgpt.pretrained import open_model
+from fastgpt.sampling import UNUSABLE
+from fastgpt.strict_json import finite
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 SEQUENCES = 256  # of each kind
@@ -95,7 +97,7 @@ class InContext:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON can hold it."""
-        return asdict(self)
+        return finite(asdict(self))
 
     def table(self) -> str:
         """The same for people."""
@@ -205,6 +207,7 @@ def loss_by_position(model: GPT, tokens: Tensor, *, windows: int = SEQUENCES) ->
         loss = model(batch.idx.to(device), batch.targets.to(device), reduction="none")[1]
         losses.append(loss.double().cpu())
     by_window = torch.cat(losses)
+    check_loss(float(by_window.sum()), "the model")
     return [
         Position(first, last, estimate(by_window[:, first - 1 : last].mean(1)))
         for first, last in spans(block)
@@ -263,6 +266,8 @@ def _guesses(model: GPT, tokens: Tensor, places: Tensor) -> Iterator[tuple[Tenso
     at_once = min(_AT_ONCE, _LOGITS_AT_ONCE // model.config.vocab_size)
     for part in places.split(max(1, at_once // places.shape[1])):
         logits = model(tokens[part[:, :-1]].to(device))[0]
+        if not logits.amax().isfinite():
+            raise FloatingPointError(UNUSABLE)
         yield part, logits[..., tokens.to(device)].argmax(-1).cpu()
 
 

@@ -347,6 +347,7 @@ class GPT(nn.Module):
         repetition_penalty: float = 1.0,
         end_token: int | None = None,
         on_token: Callable[[int, int], bool | None] | None = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
         """idx (B, T) with max_new_tokens sampled tokens behind it: (B, T + max_new_tokens), int64.
 
@@ -361,21 +362,23 @@ class GPT(nn.Module):
         lengths (B,), integers from 1 to T, says how long each row's prompt is where idx is padded on the
         right; a row's tokens go right behind its own prompt. A row ends by end_token, or when
         on_token(row, token), called with every token as it is chosen, returns True; rows that have ended are
-        computed no more. What lies behind a row is -1.
+        computed no more. What lies behind a row is -1. Only ids below num_tokens are chosen (of a padded vocabulary).
 
         A key-value cache makes a token cost one row. When the text outgrows block_size the window slides:
         each further token is then predicted from the last block_size tokens, at the cost of a full pass,
         because positions count from the window's start. Dropout is off; the former mode is restored.
 
-        Raises ValueError for prompts or options that are none, IndexError (from the embedding, on the CPU)
-        for a token that is not in the vocabulary.
+        Raises ValueError for prompts or options that are none, IndexError (from the embedding, on the CPU) for
+        a token that is not in the vocabulary, FloatingPointError for logits that are NaN or infinite.
         """
         _check_tokens(idx)
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         was_training = self.training
         self.eval()
         try:
-            return continue_rows(self, idx, lengths, max_new_tokens, sampling, seed, end_token, on_token)
+            return continue_rows(
+                self, idx, lengths, max_new_tokens, sampling, seed, end_token, on_token, num_tokens
+            )
         finally:
             self.train(was_training)
 

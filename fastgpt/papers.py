@@ -28,6 +28,7 @@ from fastgpt.console import one_line
 from fastgpt.durable import writing
 from fastgpt.plot import loss_curve
 from fastgpt.runlog import RunLog
+from fastgpt.strict_json import dumps
 
 _FILES = ("config.toml", "log.jsonl", "loss.png", "sample.txt")
 
@@ -66,7 +67,7 @@ class Papers:
                     )
         # First, because it shows that the other files are those of a run.
         with writing(environment), environment.open("a" if resumed_at else "w", encoding="utf-8") as stream:
-            stream.write(json.dumps(_environment()) + "\n")
+            stream.write(dumps(_environment()) + "\n")
         with writing(options):
             options.write_text(_toml(config), "utf-8", "replace")
         self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.checkpoint import open_checkpoint
+from fastgpt.checkpoint import check_weights, open_checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.durable import check_outside_checkpoints, flush
 from fastgpt.model import GPT, GPTConfig
@@ -319,8 +319,11 @@ def open_trained(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer, T
     """`open_model`, and the configuration of the run that trained it; None of a Hugging Face GPT-2."""
     if not (Path(path) / _CONFIG).is_file():
         opened = open_checkpoint(path)
-        return opened.load_model(), opened.load_tokenizer(), opened.train
+        model = opened.load_model()
+        check_weights(model, opened.path)
+        return model, opened.load_tokenizer(), opened.train
     model, tokenizer = GPT.from_pretrained(path), load_tokenizer(Path(path))
+    check_weights(model, path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {path} knows {tokenizer.vocab_size} tokens, and the model "

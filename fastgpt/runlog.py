@@ -1,4 +1,4 @@
-"""The record of a training run: OUT/log.jsonl, one JSON object a line, in memory too."""
+"""The record of a training run: OUT/log.jsonl, one JSON object a line, in memory too. null is no finite number."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.durable import writing
+from fastgpt.strict_json import dumps
 
 
 class RunLog:
@@ -38,7 +39,7 @@ class RunLog:
 
     def curve(self, name: str) -> list[tuple[int, float]]:
         """The (step, value) of all records that have the value `name`."""
-        return [(record["step"], record[name]) for record in self.records if name in record]
+        return [(record["step"], record[name]) for record in self.records if record.get(name) is not None]
 
     def sync(self) -> None:
         """Have the records on the disk: before the checkpoint that they lead up to."""
@@ -52,7 +53,7 @@ class RunLog:
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record) + "\n"
+    return dumps(record) + "\n"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

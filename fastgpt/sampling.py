@@ -25,6 +25,7 @@ from fastgpt.kv_cache import KVCache
 if TYPE_CHECKING:
     from fastgpt.model import GPT
 
+UNUSABLE = "the model's logits are NaN or infinite: its training has diverged; take an older checkpoint"
 NOTHING = -1  # in place of a token, behind the end of a row
 
 
@@ -53,7 +54,7 @@ class Sampling:
             )
 
     def choose(self, logits: Tensor, seen: Tensor | None, uniform: Tensor | None) -> Tensor:
-        """A token (N,) int64 for each row.
+        """A token (N,) int64 for each row; any of the V where the logits are not numbers.
 
         logits:  (N, V) float32.
         seen:    (N, V) bool, the tokens that the repetition penalty acts on; None for none.
@@ -69,7 +70,10 @@ class Sampling:
         probabilities = sampling_distribution(logits, self.temperature, self.top_k, self.top_p)
         edges = probabilities.double().cumsum(dim=-1)
         edges = edges / edges[:, -1:]  # the last is exactly 1, which no draw reaches
-        return torch.searchsorted(edges, uniform[:, None], right=True)[:, 0]  # never a token of probability 0
+        token = torch.searchsorted(edges, uniform[:, None], right=True)[
+            :, 0
+        ]  # never a token of probability 0
+        return token.clamp(max=logits.shape[-1] - 1)  # NaN is below no edge
 
 
 def sampling_distribution(
@@ -99,6 +103,7 @@ def continue_rows(
     seed: int | None,
     end_token: int | None,
     on_token: Callable[[int, int], bool | None] | None,
+    num_tokens: int | None,
 ) -> Tensor:
     """`GPT.generate`, for a model in evaluation mode and without gradients."""
     B, T = idx.shape  # noqa: N806
@@ -110,16 +115,22 @@ def continue_rows(
         uniform = _uniform(B, max_new_tokens, seed).to(device)
     text = torch.full((B, T + max_new_tokens), NOTHING, device=device)
     text[:, :T] = idx.masked_fill(torch.arange(T, device=device) >= ends[:, None], NOTHING)
-    seen = _seen(text, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
+    vocab_size = model.config.vocab_size if num_tokens is None else min(num_tokens, model.config.vocab_size)
+    seen = _seen(text, vocab_size) if sampling.repetition_penalty != 1 else None
 
     finished = torch.full_like(text, NOTHING)  # the rows of `text`, put back in their places as they end
     rows = torch.arange(B, device=device)
     cache = KVCache(model.config.n_layer, min(model.config.block_size, text.shape[1]))
     even = lengths is None  # then nothing has to be read back from the device
     longest = T if even else int(ends.max())
+    unusable = torch.zeros((), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
         hidden = _last_hidden(model, text, ends, longest, even, cache)
-        logits = ops.linear(hidden, model.lm_head.weight).float()
+        logits = ops.linear(hidden, model.lm_head.weight[:num_tokens]).float()
+        if logits.numel():
+            unusable |= ~logits.amax().isfinite()
+        if (on_token is not None or device.type == "cpu") and unusable:
+            raise FloatingPointError(UNUSABLE)
         token = sampling.choose(logits, seen, None if uniform is None else uniform[rows, step])
         text.scatter_(1, ends[:, None], token[:, None])
         if seen is not None:
@@ -141,6 +152,8 @@ def continue_rows(
             cache.keep(kept)
             longest = longest if even else int(ends.max())
     finished[rows] = text
+    if unusable:  # a GPU is not waited for before
+        raise FloatingPointError(UNUSABLE)
     return finished
 
 
@@ -176,9 +189,9 @@ def _uniform(rows: int, steps: int, seed: int | None) -> Tensor:
 
 
 def _seen(text: Tensor, vocab_size: int) -> Tensor:
-    """Which tokens each row of text (N, …) holds: bool (N, V)."""
+    """Which tokens below vocab_size each row of text (N, …) holds: bool (N, vocab_size)."""
     seen = torch.zeros(len(text), vocab_size + 1, dtype=torch.bool, device=text.device)
-    seen.scatter_(1, text.masked_fill(text == NOTHING, vocab_size), True)
+    seen.scatter_(1, text.masked_fill((text == NOTHING) | (text > vocab_size), vocab_size), True)
     return seen[:, :vocab_size].contiguous()
 
 

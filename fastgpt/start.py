@@ -79,6 +79,13 @@ class Start:
                     "the model knows: leave --tokenizer away, or start without --init-from"
                 )
 
+    @property
+    def loaded(self) -> Path | None:
+        """Where the weights are from, if they are not new."""
+        if self.resumed is not None:
+            return self.resumed.path
+        return Path(self._config.init_from) if self._config.init_from else None
+
     def make_model(self, vocab_size: int) -> GPT:
         """The model on the CPU, with new weights or those it starts from; `vocab_size` is a new one's.
 

@@ -5,6 +5,7 @@ Both know every text: a byte is a token of the first kind, and the fallback of t
 
 from __future__ import annotations
 
+import functools
 import json
 from itertools import chain
 from pathlib import Path
@@ -43,7 +44,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of ids (N,); an incomplete UTF-8 sequence becomes U+FFFD."""
+        """The text of ids (N,); an incomplete UTF-8 sequence becomes U+FFFD, an id outside [0, V) no text."""
         ...
 
     def words(self) -> list[str]:
@@ -74,7 +75,8 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Tensor) -> str:
-        return bytes(tokens.tolist()).decode("utf-8", errors="replace")
+        known = (token for token in tokens.tolist() if 0 <= token < self.vocab_size)
+        return bytes(known).decode("utf-8", errors="replace")
 
     def words(self) -> list[str]:
         """A character of ASCII that can be seen; "" for spaces, controls, and the bytes of longer characters."""
@@ -137,9 +139,9 @@ class BPETokenizer:
         )
         return cls(engine.to_str())
 
-    @property
-    def vocab_size(self) -> int:
-        return self.engine.get_vocab_size()
+    @functools.cached_property
+    def vocab_size(self) -> int:  # an id may be missing below the largest
+        return max(self.engine.get_vocab().values(), default=-1) + 1
 
     @property
     def end_of_text(self) -> int | None:
@@ -163,7 +165,8 @@ class BPETokenizer:
         ]
 
     def decode(self, tokens: Tensor) -> str:
-        return self.engine.decode(tokens.tolist(), skip_special_tokens=False)
+        known = [token for token in tokens.tolist() if 0 <= token < self.vocab_size]
+        return self.engine.decode(known, skip_special_tokens=False)
 
     def words(self) -> list[str]:
         """As the decoder writes each token by itself: "the" for both "Ġthe" and "the"; "" for spaces and for part of

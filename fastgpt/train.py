@@ -24,6 +24,7 @@ from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.console import Progress
 from fastgpt.data import Batch
 from fastgpt.distributed import Processes
+from fastgpt.divergence import are_numbers, diverged
 from fastgpt.heap import keep_heap
 from fastgpt.lock import DirectoryLock
 from fastgpt.material import check_source, open_material
@@ -127,10 +128,12 @@ class Run:
         self.optimizers = make_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.validation = 0, _Validation()
+        self.loaded = start.loaded
         self.stop, self.stopped = StopSignal(), False
         self.deadline, self.late = math.inf, False
         if start.resumed is not None:
             self._restore(start.resumed)
+        self.first_step = self.step
         self.peak = gemm_peak(self.device, self.dtype)
         bar = {"total": config.max_steps, "initial": self.step, "unit": "step", "dynamic_ncols": True}
         self.progress = Progress(shown=processes.first, reader_gone=self.stop.set, **bar)
@@ -207,6 +210,8 @@ class Run:
         self.step += 1
         self.progress.advance()
         last = self.step == config.max_steps
+        if self.step == self.first_step + 1:  # the loss of the weights as they were loaded
+            self._finite(loss)
         if self.step % config.log_every == 0 or last:
             self.report(loss)
         if self.step % config.eval_every == 0 or last:
@@ -273,11 +278,13 @@ class Run:
         """Print and record the loss on the held-out text."""
         self.model.eval()
         losses = sum(self.loss_sum(batch).item() for batch in self.val_batches)
-        measured = {} if self.processes.sharded else self.material.measure(self.model)
-        self.model.train()
         losses, counted = self.processes.total(losses, sum(batch.counted for batch in self.val_batches))
+        usable = math.isfinite(losses) and not self.processes.sharded
+        measured = self.material.measure(self.model) if usable else {}
+        self.model.train()
+        self.record(val_loss=losses / counted, **measured)
+        self._check_finite("validation loss", losses / counted)
         self.validation.add(self.step, losses / counted)
-        self.record(val_loss=self.validation.loss, **measured)
         self.say(f"step {self.step}: val loss {self.validation.loss:.4f} ({self.unigram})")
         if measured:
             found = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
@@ -301,8 +308,12 @@ class Run:
         self._restart_clock()
 
     def save(self, loss: Tensor) -> None:
-        """Write a checkpoint of this step, and the picture of the run so far."""
+        """Write a checkpoint of this step, and the picture of the run so far.
+
+        Raises FloatingPointError for weights that cannot be used, which would replace an older checkpoint.
+        """
         self._finite(loss)
+        self._check_weights()
         if self.papers is not None:
             self.papers.log.sync()
         validation, scaler = asdict(self.validation), self.scaler.state_dict()
@@ -344,7 +355,11 @@ class Run:
             model = saved.load_model().to(self.device)
         prompt = tokenizer.encode("\n")[None].to(self.device)
         tokens = model.generate(
-            prompt, self.config.sample_tokens, temperature=_SAMPLE_TEMPERATURE, seed=self.config.seed
+            prompt,
+            self.config.sample_tokens,
+            temperature=_SAMPLE_TEMPERATURE,
+            seed=self.config.seed,
+            num_tokens=tokenizer.vocab_size,
         )
         return tokenizer.decode(tokens[0])
 
@@ -390,9 +405,27 @@ class Run:
 
     def _finite(self, loss: Tensor) -> float:
         (value,) = self.processes.total(loss.item())
-        if not math.isfinite(value):
-            raise FloatingPointError(f"the training loss is {value} at step {self.step}; try a lower --lr")
+        self._check_finite("training loss", value)
         return value
+
+    def _check_finite(self, name: str, value: float) -> None:
+        """Raise FloatingPointError for a loss that is no number."""
+        if math.isfinite(value):
+            return
+        measured_at = self.step - (name == "training loss")  # that of a step is of the weights before it
+        loaded = self.loaded if measured_at == self.first_step else None
+        raise FloatingPointError(diverged(name, value, self.step, checkpoint.steps(self.out), loaded))
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Raise FloatingPointError unless weights and optimizer are numbers, and give a loss that is one."""
+        odd, loss = float(not are_numbers(self.model, self.optimizers)), 0.0
+        if self.validation.step != self.step:
+            self.model.eval()
+            loss = self.loss_sum(self.val_batches[0]).item()
+            self.model.train()
+        odd, loss = self.processes.total(odd, loss)
+        self._check_finite("validation loss", math.nan if odd else loss)
 
     def _restart_clock(self) -> None:
         self._mark, self._marked_step = time.perf_counter(), self.step

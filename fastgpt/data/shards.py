@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.durable import check_outside_checkpoints, fingerprint, flush
+from fastgpt.strict_json import dumps
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 FORMAT = 1
@@ -251,7 +252,7 @@ class DatasetWriter:
             self._tokenizer.save(self._temporary)
             files = sorted(self._temporary.iterdir())
             self._facts |= {"report": report, "files": {file.name: fingerprint(file) for file in files}}
-            (self._temporary / _STATE).write_text(json.dumps(self._facts, indent=1), "utf-8")
+            (self._temporary / _STATE).write_text(dumps(self._facts, indent=1), "utf-8")
             for file in (*self._temporary.iterdir(), self._temporary):
                 flush(file)
             check_destination(self._out, self._overwrite)

@@ -21,7 +21,7 @@ DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks"
 ATTENTION = "attention attention_varlen"
 LOSSES = "cross_entropy cross_entropy_with_grad linear_cross_entropy"
-RUNS = "train train_options train_distributed run_directory console checkpoint cli"
+RUNS = "train train_options train_distributed run_directory console divergence checkpoint cli"
 
 CPU = "not triton and not cuda and not reference"
 EMULATED = "cuda or fault"
@@ -78,7 +78,7 @@ TABLE = [
     ("fastgpt/model.py", "model model_mlp sampling data_packing large", ""),
     ("fastgpt/positions.py", "model", ""),
     ("fastgpt/kv_cache.py", "model sampling generate", ""),
-    ("fastgpt/sampling.py", "sampling generate model", ""),
+    ("fastgpt/sampling.py", "sampling generate model divergence", ""),
     ("fastgpt/generate.py", "generate cli sampling", ""),
     ("fastgpt/tokenizer.py", "tokenizer pretrained data_prepare", ""),
     ("fastgpt/pretrained.py", "pretrained cli", ""),
