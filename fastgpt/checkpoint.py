@@ -209,16 +209,35 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     step.
 
     Every file is compared with the size and the SHA-256 in state.json. Raises CheckpointError where there is
-    no checkpoint, or one that is truncated, altered or foreign.
+    no checkpoint, or one that is truncated, altered or foreign; the message names the newest whole one.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}")
-    if not (path / _STATE).exists():
-        found = steps(path)
-        if not found:
-            raise CheckpointError(f"{path} holds no checkpoint")
-        path = found[-1]
+    if (path / _STATE).exists():
+        return _open(path)
+    found = steps(path)
+    if not found:
+        raise CheckpointError(f"{path} holds no checkpoint")
+    try:
+        return _open(found[-1])
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {_instead_of(found[-1], found[-2::-1])}") from None
+
+
+def _instead_of(damaged: Path, older: Sequence[Path]) -> str:
+    """What can be used instead of a damaged checkpoint, and how."""
+    for path in older:
+        try:
+            _open(path)
+        except CheckpointError:
+            continue
+        return f"{path} is whole: to use it, move {damaged} to another place, or name {path} itself to load its model"
+    return "no older checkpoint is whole"
+
+
+def _open(path: Path) -> Checkpoint:
+    """The checkpoint in a step's directory, verified."""
     try:
         state = json.loads((path / _STATE).read_text("utf-8"))
         if state["format"] != FORMAT:

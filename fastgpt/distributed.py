@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from fastgpt import launch
 
 _PATIENCE = timedelta(minutes=10)  # for a process that does not answer; one that died is noticed at once
 
@@ -45,21 +46,23 @@ class Processes:
     @classmethod
     def meet(cls, device: torch.device, parallel: str) -> Processes:
         """Join the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process; `parallel` is
-        what they do then. Raises ProcessLostError where they do not come.
+        what they do then. Raises ProcessLostError where they do not come, ValueError and OSError where the launcher's
+        variables or the port are not usable.
         """
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        launched = launch.processes()
+        if launched is None:
             return cls(device)
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world = launched
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+            device = torch.device("cuda", launch.local_gpu(rank))
             torch.cuda.set_device(device)
         self = cls(device, rank, world, sharded=parallel == "fsdp")
-        with self.together():
+        with self.together(), launch.naming_the_cause(world):
             # torchrun keeps its store over a restart, and with it the addresses of the processes before.
             store, *_ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore(f"start {_restarts()}", store),
+                store=PrefixStore(f"start {launch.restarts()}", store),
                 rank=rank,
                 world_size=world,
                 timeout=_PATIENCE,
@@ -174,11 +177,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def restarted() -> bool:
     """Whether torchrun started this process again after a failure (--max-restarts)."""
-    return _restarts() > 0
-
-
-def _restarts() -> int:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return launch.restarts() > 0
 
 
 def _lost(error: RuntimeError) -> bool:

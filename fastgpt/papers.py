@@ -68,8 +68,9 @@ class Papers:
         # First, because it shows that the other files are those of a run.
         with writing(environment), environment.open("a" if resumed_at else "w", encoding="utf-8") as stream:
             stream.write(dumps(_environment()) + "\n")
-        with writing(options):
-            options.write_text(_toml(config), "utf-8", "replace")
+        if resumed_at is None or resumed_at <= config.max_steps:  # else nothing is trained with these options
+            with writing(options):
+                options.write_text(_toml(config), "utf-8", "replace")
         self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)
         self._board: Any = None
         if config.tensorboard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastgpt.config import ARCHITECTURE, MODEL_FIELDS, TrainConfig
 from fastgpt.distributed import restarted
 from fastgpt.lock import check_run_directory, in_use, is_locked
 from fastgpt.model import GPT
+from fastgpt.optimization import learning_rate
 from fastgpt.pretrained import open_model
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, is_meant
 
@@ -116,7 +118,41 @@ def _checkpoint_to_resume(out: str) -> Checkpoint:
     try:
         return checkpoint.open_checkpoint(out)
     except CheckpointError as error:
-        raise CheckpointError(f"--resume has nothing to go on from: {error}") from None
+        found = checkpoint.exists(Path(out))
+        problem = f"cannot go on from {out}" if found else "has nothing to go on from"
+        raise CheckpointError(f"--resume {problem}: {error}") from None
+
+
+# Options that a resumed run may change, with what the steps that follow then differ in from those of an unbroken run.
+_BATCHES = ("batch_size", "grad_accum", "packing", "seed", "task", "skip_broken")
+_SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "schedule", "decay_steps")
+_UPDATES = (
+    *("optimizer", "weight_decay", "beta1", "beta2", "grad_clip"),
+    *("dropout", "label_smoothing", "z_loss", "dtype"),
+)
+
+
+def changes(config: TrainConfig, resumed: Checkpoint) -> list[str]:
+    """A note for each way in which a resumed run differs from the one that saved the checkpoint."""
+    before, step, notes = resumed.train, resumed.step, []
+
+    def changed(names: Sequence[str]) -> str:
+        pairs = ((name, getattr(before, name), getattr(config, name)) for name in names)
+        return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
+
+    if found := changed(_BATCHES):
+        notes.append(f"{found}: the batches are not those that the run would have gone on with")
+    if config.max_steps <= step:
+        notes.append(
+            f"max_steps {config.max_steps} is reached at step {step}: nothing is left to train; raise --max-steps"
+        )
+    elif found := changed(_SCHEDULE):
+        old, new = learning_rate(step, before), learning_rate(step, config)
+        rate = f"from {old:.2e} to {new:.2e} at step {step}" if old != new else f"after step {step}"
+        notes.append(f"{found}: the learning rate changes {rate}")
+    if found := changed(_UPDATES):
+        notes.append(f"{found}: the steps are not those that the run would have gone on with")
+    return notes
 
 
 def _check_model_fields(

@@ -31,7 +31,7 @@ from fastgpt.material import check_source, open_material
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.papers import Papers
 from fastgpt.signals import StopSignal
-from fastgpt.start import Start
+from fastgpt.start import Start, changes
 
 _SAMPLE_TEMPERATURE = 0.8
 
@@ -177,6 +177,8 @@ class Run:
         )
         if resumed is not None:
             self.say(f"resumed at step {self.step}")
+            for note in changes(config, resumed):
+                self.say(f"note: {note}")
             if resumed.extra["data"] != material.digest:
                 self.say("note: the training text is not the one this checkpoint was trained on")
 

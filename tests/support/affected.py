@@ -21,7 +21,7 @@ DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks"
 ATTENTION = "attention attention_varlen"
 LOSSES = "cross_entropy cross_entropy_with_grad linear_cross_entropy"
-RUNS = "train train_options train_distributed run_directory console divergence checkpoint cli"
+RUNS = "train train_options train_distributed resume run_directory console divergence checkpoint cli"
 
 CPU = "not triton and not cuda and not reference"
 EMULATED = "cuda or fault"
@@ -87,7 +87,7 @@ TABLE = [
     ("fastgpt/evaluate.py", "cli in_context finetune", ""),
     ("fastgpt/tasks/*", "tasks finetune", ""),
     ("fastgpt/data/*", f"{DATA} word_vectors tokenizer", ""),
-    ("fastgpt/distributed.py", "train_distributed train", ""),
+    ("fastgpt/distributed.py", "train_distributed train resume", ""),
     ("fastgpt/checkpoint.py", RUNS, ""),
     ("fastgpt/durable.py", f"{RUNS} data_shards data_prepare", ""),
     ("fastgpt/integrations/*", MODELS, ""),
