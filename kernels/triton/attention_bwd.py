@@ -1,13 +1,13 @@
 """The backward of attention; the mathematics is in attention.py, whose names these are.
 
-What a row needs, m, l in base 2 and delta, is made first, in one pass over out and grad_out. Where one tile has all
-columns (ONE), delta is sum_j p_ij dp_ij in the main kernels instead: out, of which it is the sum too, is rounded. The
-main kernel has a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]:
-p^T and ds^T then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a
-way through shared memory. ds also makes the tile's share of dQ, which is added to an fp32 sum in memory: five
-products a tile, and an order of additions that differs from run to run. Deterministic: the kernel leaves dQ
-out, and another one, a program per BLOCK_M rows, computes s and dp again: seven products, the same bits every
-time. A GQA group's query heads are summed within the program of their key head.
+What a row needs, m, l in base 2 and delta, is made first (attention_bwd_rows.py). Where a tile has all columns (ONE),
+delta is sum_j p_ij dp_ij in the main kernels instead: out, of which it is the sum too, is rounded. The main kernel has a
+program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T and ds^T then are
+the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a way through shared memory. ds
+also makes the tile's share of dQ, which is added to an fp32 sum in memory: five products a tile, and an order of
+additions that differs from run to run. Deterministic: the kernel leaves dQ out, and another one, a program per BLOCK_M
+rows, computes s and dp again: seven products, the same bits every time. A GQA group's query heads are summed within the
+program of their key head.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.attention_bwd_rows import launch_rows, load_statistic
 from fastgpt.kernels.attention_tiles import (
     DESCRIBED_BWD,
     SIZES,
@@ -43,55 +44,6 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
-
-TILE = 2048  # elements of a program of the first kernel: it is bound by memory, and small tiles keep many in flight
-
-
-# fmt: off
-@triton.jit(do_not_specialize=["Lq"])
-def _attention_bwd_rows(
-    p_out, p_grad, p_stats, p_grad_lse, p_rows,
-    s_ob, s_oh, s_om, s_gb, s_gh, s_gm,
-    Lq,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONE: tl.constexpr, BLOCK_M: tl.constexpr,
-):
-    # fmt: on
-    o_b = tl.program_id(2).to(tl.int64)
-    o_h = tl.program_id(1).to(tl.int64)
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_row = o_m[:, None].to(tl.int64)
-    o_dv = tl.arange(0, BLOCK_DV)[None, :]
-    m_m = o_m < Lq
-    m = m_m[:, None] & (o_dv < DV)
-    b_delta = tl.zeros((BLOCK_M,), tl.float32)
-    if not ONE:
-        p_out += o_b * s_ob + o_h * s_oh
-        p_grad += o_b * s_gb + o_h * s_gh
-        b_out = tl.load(p_out + o_row * s_om + o_dv, mask=m, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
-        b_grad = tl.load(p_grad + o_row * s_gm + o_dv, mask=m, other=0.0).to(tl.float32)
-        b_delta = tl.sum(b_out * b_grad, 1)
-    o = (o_b * tl.num_programs(1) + o_h) * Lq + o_m
-    if p_grad_lse is not None:
-        b_delta -= tl.load(p_grad_lse + o, mask=m_m, other=0.0)
-    # Rows that see nothing get inf: exp2(s - inf) is 0.
-    b_high = tl.load(p_stats + 2 * o, mask=m_m, other=0.0)
-    b_low = tl.load(p_stats + 2 * o + 1, mask=m_m, other=0.0)
-    tl.store(p_rows + 4 * o, tl.where(b_high == float("-inf"), float("inf"), b_high), mask=m_m)
-    tl.store(p_rows + 4 * o + 1, b_low * LOG2E, mask=m_m)
-    tl.store(p_rows + 4 * o + 2, b_delta, mask=m_m)
-
-
-@triton.jit
-def _load_statistic(p_first, o_m, Lq, other, EDGE: tl.constexpr):
-    """Every fourth number from p_first on, one a row; rows that are none get the other.
-
-    The offset is compared, not the row: another number a row to be kept spills 15 registers at a head size of 64.
-    """
-    o = 4 * o_m
-    if EDGE:
-        return tl.load(p_first + o, mask=o < 4 * Lq, other=other)
-    else:
-        return tl.load(p_first + o)
 
 
 @triton.jit
@@ -200,8 +152,8 @@ def _attention_bwd(
                 if EDGE:
                     m = _seen(o_row, o_n, Lk, offset + start_m, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
                     b_s = tl.where(m, b_s, float("-inf"))
-                b_high = _load_statistic(p_row, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
-                b_low = _load_statistic(p_row + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
+                b_high = load_statistic(p_row, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
+                b_low = load_statistic(p_row + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 b_p = tl.exp2(tl.fma(b_s, unit, -b_high[None, :]) * LOG2E - b_low[None, :])  # [BLOCK_N, BLOCK_M]
                 b_r = b_p
                 if p_seed is not None:
@@ -211,7 +163,7 @@ def _attention_bwd(
                 b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 if p_seed is not None:
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-                b_delta = _load_statistic(p_row + 2, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
+                b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 if ONE:
                     b_delta += tl.sum(b_p * b_dp, 0)
                 b_ds = b_p * (b_dp - b_delta[None, :])
@@ -277,9 +229,9 @@ def _attention_bwd_dq(
     p_row = p_rows + o_b * s_rb + o_h * s_rh + 4 * begin_q
     b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_grad = load_rows(p_grad, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, True, DESCRIPTORS)
-    b_high = _load_statistic(p_row, o_m, Lq, float("inf"), True)  # [BLOCK_M]
-    b_low = _load_statistic(p_row + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
-    b_delta = _load_statistic(p_row + 2, o_m, Lq, 0.0, True)  # [BLOCK_M]
+    b_high = load_statistic(p_row, o_m, Lq, float("inf"), True)  # [BLOCK_M]
+    b_low = load_statistic(p_row + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
+    b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, True)  # [BLOCK_M]
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     unit = unit_of(scale, softcap, SOFTCAP, RAW)
 
@@ -374,7 +326,7 @@ def launch_bwd(
 ) -> None:
     """Writes dq, dk and dv; tensors of documents are the views that `Documents.views` makes."""
     B, H = q.shape[:2]
-    Hk, DV = v.shape[1], v.shape[3]
+    Hk = v.shape[1]
     most_rows, most_columns = longest(q, k, documents)
     # Documents lie in one memory: what is done to every row is done once, to the first entry's view of all.
     once = slice(None) if documents is None else slice(1)
@@ -383,8 +335,12 @@ def launch_bwd(
     raw = attn_mask is None and alibi_slopes is None and (scale > 0 or softcap > 0)
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
     const = constants(q, k, v, lower_right, left, right, softcap)
-    rows_of_all = stats[once].shape[:3]
-    by_row = stats.new_empty(*rows_of_all, 4)
+    by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
+    tile = tile_sizes("dkv" if deterministic else "bwd", q, v, plain, by_descriptors)
+    tile_of_dq = tile_sizes("dq", q, v, plain, by_descriptors)
+    one = most_columns <= (min(tile[1], tile_of_dq[1]) if deterministic else tile[1])
+    with on_device_of(q):
+        by_row = launch_rows(out[once], grad_out[once], stats[once], grad_lse, one)
     rest = (
         by_row,
         *bounds(documents),
@@ -404,32 +360,11 @@ def launch_bwd(
         *(scale, softcap),
         *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
     )
-    by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
-    tile = tile_sizes("dkv" if deterministic else "bwd", q, v, plain, by_descriptors)
-    tile_of_dq = tile_sizes("dq", q, v, plain, by_descriptors)
-    one = most_columns <= (min(tile[1], tile_of_dq[1]) if deterministic else tile[1])
     total = None
     if not deterministic:
-        shape = (*rows_of_all, const["BLOCK_D"])
+        shape = (*by_row.shape[:3], const["BLOCK_D"])
         total = q.new_zeros(shape, dtype=torch.float32).expand(B, -1, -1, -1)
     with on_device_of(q):
-        if stats.numel():
-            rows, block = q.shape[2], max(TILE // const["BLOCK_DV"], 1)
-            _attention_bwd_rows[(cdiv(rows, block), H, rows_of_all[0])](
-                out,
-                grad_out,
-                stats,
-                grad_lse,
-                by_row,
-                *strides(out, 3),
-                *strides(grad_out, 3),
-                rows,
-                DV,
-                const["BLOCK_DV"],
-                one,
-                block,
-                num_warps=4,
-            )
         if B * Hk * most_columns:
             block_m, block_n, warps, stages = tile
             _attention_bwd[(cdiv(most_columns, block_n), Hk, B)](
