@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastgpt.backends import PYTORCH, select
 from fastgpt.ops._checks import FLOATS, unit_stride
-from fastgpt.ops.attention import band_bounds, lse_of, refusal, statistics_of
+from fastgpt.ops.attention import band_bounds, check_same_length, lse_of, refusal, statistics_of
 
 NAME = "fastgpt"
 
@@ -79,6 +79,8 @@ def _backend(q: Tensor, v: Tensor, mask: Tensor | None, reason: str | None) -> s
 
 def _reason(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why our kernels do not serve q, k, v of (B, heads, L, D) or (total, heads, D), or None."""
+    if k.dim() == v.dim():
+        check_same_length(k, v, -2 if k.dim() == 4 else 0)
     if dropout_p != 0.0:
         return "dropout draws from PyTorch's generator there"
     if q.dtype not in dtypes or not q.dtype == k.dtype == v.dtype:

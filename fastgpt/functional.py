@@ -23,6 +23,7 @@ from fastgpt.backends import PYTORCH, select
 from fastgpt.ops._checks import FLOATS, autocast_dtype
 from fastgpt.ops._checks import no_float64_on_gpu_backends as _no_float64
 from fastgpt.ops._transforms import unserved
+from fastgpt.ops.attention import check_same_length
 from fastgpt.ops.attention import refusal as _attention_refusal
 
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
@@ -75,12 +76,16 @@ def goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[st
     return select(op, device, (lambda _: reason) if reason else case, drop_in=True) == PYTORCH
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """`torch.nn.functional.gelu` on fastgpt's kernels; see `fastgpt.ops.gelu`."""
+def gelu(input: Tensor, approximate: str = "none", *, out: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.gelu` on fastgpt's kernels; see `fastgpt.ops.gelu`. `out` goes to PyTorch."""
     reason = plain_reason(input)
     if reason is None and approximate not in ("none", "tanh"):
         reason = "approximate is neither 'none' nor 'tanh'"
+    elif out is not None:
+        reason = reason or "out is given, which PyTorch writes into"
     if goes_to_pytorch("gelu", input, reason, lambda b: _no_float64(b, input.dtype)):
+        if out is not None:
+            return PYTORCH_GELU(input, approximate=approximate, out=out)  # type: ignore[call-arg]
         return PYTORCH_GELU(input, approximate=approximate)
     if input.is_contiguous():
         return ops.gelu(input, approximate)
@@ -107,6 +112,8 @@ def layer_norm(
             or any(t.shape != shape for t in parameters)
         ):
             reason = "the shapes do not match"
+        elif any(isinstance(n, bool) for n in shape):
+            reason = "normalized_shape holds a bool"
         elif any(t.dtype not in (input.dtype, torch.float32) for t in parameters) or (
             input.dtype == torch.float64 and any(t.dtype != torch.float64 for t in parameters)
         ):
@@ -148,9 +155,7 @@ def scaled_dot_product_attention(
     options = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
     out = attention(query, key, value, *options)
     if out is None:
-        return PYTORCH_ATTENTION(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return pytorch_attention(query, key, value, *options)
     if query.is_contiguous() and not out.is_contiguous():
         dense = out.contiguous()
         if dense.stride() == query.stride():
@@ -175,6 +180,9 @@ def attention(
     case = lambda b: _attention_refusal(b, query, value, attn_mask)  # noqa: E731
     if goes_to_pytorch("attention", query, reason, case):
         return None
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        # Autocast rounds the mask with the rest: finfo.min of float32 becomes -inf.
+        attn_mask = attn_mask.to(autocast_dtype(query.device) or attn_mask.dtype)
     shape = query.shape
     while query.dim() < 4:  # one head of a batch
         query, key, value = query.unsqueeze(-3), key.unsqueeze(-3), value.unsqueeze(-3)
@@ -190,6 +198,15 @@ def attention(
         dropout_p=dropout_p,
     )
     return out.reshape(*shape[:-1], value.shape[-1]) if len(shape) < 4 else out
+
+
+def pytorch_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout_p: Any, causal: Any, scale: Any, gqa: Any
+) -> Tensor:
+    """PyTorch's attention, which is not handed keys and values that it would read beside."""
+    if all(isinstance(t, Tensor) and not t.is_nested and t.dim() > 1 for t in (key, value)):
+        check_same_length(key, value)
+    return PYTORCH_ATTENTION(query, key, value, mask, dropout_p, causal, scale=scale, enable_gqa=gqa)
 
 
 def _laid_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
@@ -229,8 +246,9 @@ def _attention_reason(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: Any, is_causal: Any, scale: Any, gqa: Any
 ) -> str | None:
     """Why no fastgpt backend can serve arguments of these shapes, dtypes and options, or None."""
-    if not (isinstance(is_causal, bool) and isinstance(gqa, bool) and (scale is None or _number(scale))):
-        return "is_causal, enable_gqa or scale is of the wrong type"
+    numbers = _number(dropout_p) and (scale is None or _number(scale))
+    if not (isinstance(is_causal, bool) and isinstance(gqa, bool) and numbers):
+        return "is_causal, enable_gqa, dropout_p or scale is of the wrong type"
     if not 2 + gqa <= q.dim() <= 4 or k.dim() != q.dim() or v.dim() != q.dim():
         return f"the inputs have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
     groups = q.dim() == 4 and gqa
@@ -273,7 +291,8 @@ def cross_entropy(
     """`torch.nn.functional.cross_entropy` on fastgpt's kernels; see `fastgpt.ops.cross_entropy`.
 
     Class indices with any number of dimensions run on the kernels, as (N, C), (C) or (N, C, d1, ...);
-    class probabilities go to PyTorch.
+    class probabilities go to PyTorch. For the backward the input itself is kept, not its log-softmax: where it
+    is changed in place between forward and backward, autograd raises a RuntimeError, and PyTorch's function does not.
     """
     reason = plain_reason(input, target, optional=(weight,)) or _loss_reason(
         target, weight, input.dtype, size_average, ignore_index, reduce, reduction, label_smoothing
@@ -386,12 +405,14 @@ def _loss_reason(
         return "size_average and reduce are deprecated"
     if reduction not in ("mean", "sum", "none"):
         return f"reduction is {reduction!r}"
-    if not 0.0 <= label_smoothing <= 1.0:
-        return "label_smoothing is not between 0 and 1"
+    if not (_number(label_smoothing) and 0.0 <= label_smoothing <= 1.0):
+        return "label_smoothing is no number between 0 and 1"
     if target.dtype != torch.int64 and label_smoothing:
         return f"the targets of a smoothed loss are {target.dtype}"
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         return f"ignore_index is a {type(ignore_index).__name__}"
+    if not -(2**63) <= ignore_index < 2**63:
+        return f"ignore_index {ignore_index} is no int64"
     if weight is not None and (weight.dtype != dtype or weight.requires_grad):
         return "weight has another dtype than the input, or requires a gradient"
     return None

@@ -89,11 +89,10 @@ def attention_forward(
         )
     else:
         gqa = bool(query.shape[1] != key.shape[1])
-        out = functional.attention(query, key, value, attention_mask, dropout, causal, scaling, gqa)
+        options = (attention_mask, dropout, causal, scaling, gqa)
+        out = functional.attention(query, key, value, *options)
         if out is None:
-            out = functional.PYTORCH_ATTENTION(
-                query, key, value, attention_mask, dropout, causal, scale=scaling, enable_gqa=gqa
-            )
+            out = functional.pytorch_attention(query, key, value, *options)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -74,10 +74,10 @@ class MultiheadAttention(Replacement, nn.MultiheadAttention):
         causal = is_causal and key_padding_mask is None  # a hint, which PyTorch follows then only
         mask = None if causal else self._mask(attn_mask, key_padding_mask)
         q, k, v = (self._heads(x) for x in self._project(query, key, value))  # (B, H, L, D)
-        dropout = self.dropout if self.training else 0.0
-        out = functional.attention(q, k, v, mask, dropout, causal)
+        options = (mask, self.dropout if self.training else 0.0, causal, None, False)
+        out = functional.attention(q, k, v, *options)
         if out is None:
-            out = functional.PYTORCH_ATTENTION(q, k, v, mask, dropout, causal)
+            out = functional.pytorch_attention(q, k, v, *options)
         out = out.permute(0, 2, 1, 3) if self.batch_first else out.permute(2, 0, 1, 3)
         return T.linear(out.flatten(2), self.out_proj.weight, self.out_proj.bias), None
 

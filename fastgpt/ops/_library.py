@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.backends import BACKENDS
+from fastgpt.ops import _flops
 
 _library = torch.library.Library("fastgpt", "DEF")
 
@@ -51,6 +52,7 @@ def define(
         _library.define(op + schema)
         torch.library.register_fake(f"fastgpt::{op}", fake, lib=_library)
         overloads[backend] = getattr(torch.ops.fastgpt, op).default
+    _flops.register(name, list(overloads.values()))
     _library.impl(f"{name}_reference", _without_autocast(reference), "CompositeExplicitAutograd")
     launchers = {"triton": None if module is None else f"{module}.{name}", "cuda": cuda}
     for backend, launcher in launchers.items():

@@ -233,6 +233,19 @@ def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str
     return no_float64_on_gpu_backends(backend, q.dtype)
 
 
+def check_same_length(k: Tensor, v: Tensor, dim: int = -2) -> None:
+    """Keys and values are as many; PyTorch's own kernels read and write beside the shorter of the two.
+
+    Raises:
+        RuntimeError: they are not.
+    """
+    if k.shape[dim] != v.shape[dim]:
+        raise RuntimeError(
+            f"scaled_dot_product_attention: key and value must have the same length, got {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
+
+
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent.parent
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
 GELUS = "gelu geglu linear_gelu mlp"
-DROP_IN = "functional functional_attention functional_losses transforms torchscript patch_functional examples"
+CALLS = "functional functional_attention functional_calls functional_losses"
+DROP_IN = f"{CALLS} transforms torchscript patch_functional examples"
 OPS = f"attention attention_varlen cross_entropy linear_cross_entropy linear {GELUS} add_layer_norm"
 DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards"
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks"
@@ -67,7 +68,7 @@ TABLE = [
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
     (
         "fastgpt/ops/*",
-        f"{OPS} cross_entropy_with_grad second_derivatives transforms overlap backends model threads hub",
+        f"{OPS} cross_entropy_with_grad second_derivatives transforms overlap flops backends model threads hub",
         "",
     ),
     ("fastgpt/functional.py", DROP_IN, ""),
