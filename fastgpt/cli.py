@@ -13,7 +13,7 @@ from fastgpt import config as train_config
 from fastgpt import console
 from fastgpt.data.prepare import PrepareConfig
 from fastgpt.distributed import ProcessLostError
-from fastgpt.options import add_options
+from fastgpt.options import TEXT_KEY, add_options
 from fastgpt.tasks.template import TASKS
 
 _ERRORS = (
@@ -111,8 +111,10 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     as_json, picture = arguments.pop("json"), arguments.pop("plot")
     of_context = arguments.pop("in_context")
     if arguments["task"] is not None:
-        if picture is not None or of_context or "packing" in arguments:
-            raise ValueError("--plot, --in-context and --packing are of a text; leave them away with --task")
+        if picture is not None or of_context or "packing" in arguments or "text_key" in arguments:
+            raise ValueError(
+                "--plot, --in-context, --packing and --text-key are of a text; leave them away with --task"
+            )
         if arguments["source"] is None:
             raise ValueError("eval --task needs --data, a JSON Lines file or embedded")
         answers = evaluate_task(**arguments)
@@ -176,7 +178,8 @@ def _parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="a text file, a .jsonl file, a directory, stdlib, or hf:NAME[:SPLIT] of Hugging Face",
+        help="a text, JSON Lines, JSON, CSV, TSV or Parquet file, also compressed, a directory, - (standard input), "
+        "stdlib, or hf:NAME[:SPLIT] of Hugging Face",
     )
     data.add_argument("--json", action="store_true", help="print the report as one JSON object")
     add_options(data, PrepareConfig)
@@ -217,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     given.add_argument(
         "--prompt", default="\n", metavar="TEXT", help="what to continue (default: a line break)"
     )
-    given.add_argument("--prompts", metavar="FILE", help="a text file of prompts, one a line")
+    given.add_argument(
+        "--prompts", metavar="FILE", help="a text file of prompts, one a line; - is standard input"
+    )
     generate.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)"
     )
@@ -269,8 +274,8 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         dest="source",
         metavar="FILE",
-        help="a text file, a directory of them, one that `fastgpt data` made, or stdlib; "
-        "with --task a JSON Lines file, or embedded",
+        help="a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory of files, one that "
+        "`fastgpt data` made, or stdlib; with --task a file of records, or embedded",
     )
     evaluate.add_argument(
         "--in-context",
@@ -283,6 +288,7 @@ def _parser() -> argparse.ArgumentParser:
         default=_ABSENT,
         help="documents: none sees its neighbour; stream: all that follows one another (default: as in training)",
     )
+    evaluate.add_argument("--text-key", default=_ABSENT, metavar="KEY", help=f"{TEXT_KEY} (default: text)")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")
     evaluate.add_argument("--task", choices=TASKS, help="measure the answers to a task's examples")

@@ -17,7 +17,7 @@ import torch
 
 from fastgpt.backends import BACKENDS
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
-from fastgpt.options import kind_of, option
+from fastgpt.options import TEXT_KEY, kind_of, option
 from fastgpt.tasks.template import TASKS
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
@@ -47,15 +47,18 @@ class TrainConfig:
 
     data: str = option(
         "stdlib",
-        "a text file, a directory of them, or one that `fastgpt data` made; stdlib: Python's own source; "
-        "repeats: random words, repeated",
+        "a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory of files, or one that "
+        "`fastgpt data` made; stdlib: Python's own source; repeats: random words, repeated",
     )
     task: str | None = option(
         None,
         "data are a JSON Lines file of input and output, or embedded; the loss is on the outputs alone",
         TASKS,
     )
-    skip_broken: bool = option(False, "with --task, leave out lines that are no example")
+    text_key: str = option("text", TEXT_KEY)
+    skip_broken: bool = option(
+        False, "leave out records without a text, with --task those that are no example"
+    )
     out: str = option("out", "directory for checkpoints, log.jsonl and loss.png")
     resume: bool = option(
         False, "go on from the newest checkpoint in --out, with its options where none are given"
@@ -84,7 +87,7 @@ class TrainConfig:
     packing: str = option(
         "auto",
         "documents: packed into full blocks, none sees its neighbour; stream: windows of all that follows one another; "
-        "auto: documents of a prepared dataset, the stream of a text",
+        "auto: documents of a prepared dataset or of records, the stream of a text",
         PACKINGS,
     )
     batch_size: int = option(16, "sequences a forward pass, of all processes together")
@@ -193,7 +196,7 @@ class TrainConfig:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The options in a TOML file. Raises OSError if it cannot be read and ValueError if it is not TOML."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        return tomllib.loads(Path(path).read_text("utf-8-sig"))  # an editor on Windows may write a mark
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 

@@ -12,6 +12,7 @@ import io
 import os
 import select
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
@@ -28,7 +29,10 @@ def run_command(command: Callable[[], int]) -> int:
     set_up_streams()
     try:
         try:
-            return command()
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", Note)
+                warnings.showwarning = _print_warning
+                return command()
         finally:
             sys.stdout.flush()  # here, because an error in the flush at exit cannot be handled
             sys.stderr.flush()
@@ -96,6 +100,26 @@ def print_json(value: Any) -> None:
     except UnicodeEncodeError:
         text = dumps(value)
     print(text, flush=True)
+
+
+class Note(UserWarning):
+    """Something that a user should know and that is no error. The commands print it as a line."""
+
+
+def note(text: str) -> None:
+    """Give a note, as a warning; of the processes of a run the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(text, Note, stacklevel=3)
+
+
+def _print_warning(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+    if issubclass(category, Note):
+        print(f"fastgpt: note: {message}", file=sys.stderr, flush=True)
+    else:
+        _show_warning(message, category, *place, **more)
+
+
+_show_warning = warnings.showwarning
 
 
 class Progress:

@@ -14,8 +14,10 @@ from torch import Tensor
 from fastgpt import data
 from fastgpt.backends import use_backend
 from fastgpt.config import PACKINGS, resolve_device
+from fastgpt.console import note
 from fastgpt.data import Batch
 from fastgpt.data.batches import IGNORED
+from fastgpt.data.report import left_out_lines
 from fastgpt.model import GPT
 from fastgpt.pretrained import open_trained
 from fastgpt.strict_json import finite
@@ -74,14 +76,16 @@ def evaluate(
     source: str,
     *,
     packing: str = "auto",
+    text_key: str = "text",
     device: str = "auto",
     backend: str = "auto",
 ) -> Evaluation:
     """Evaluate a model on a text, in float32: every target once, in blocks as long as those it was trained on.
 
     checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
-    source:     a file or a directory, evaluated whole, or "stdlib" or a prepared dataset, of which the held-out part
-                is evaluated.
+    source:     a file, "-" for standard input, or a directory, evaluated whole, or "stdlib" or a prepared dataset, of
+                which the held-out part is evaluated.
+    text_key:   the key or column of the text in records.
     packing:    as `TrainConfig.packing`; "auto" is that of the run. Packed documents do not see each other, their ends
                 of text are targets, and a position counts from the beginning of its document, or of the piece of it,
                 where it is longer than a block.
@@ -94,13 +98,14 @@ def evaluate(
     model, tokenizer, run = open_trained(checkpoint)
     if packing == "auto" and run is not None:
         packing = run.packing
-    packed = packing == "documents" or (packing == "auto" and data.is_dataset(source))
     block_size = model.config.block_size if run is None else run.block_size
     where = resolve_device(device)
-    documents, size = _read_documents(source, tokenizer, packed)
+    documents, size, packed = _read_documents(source, tokenizer, packing, text_key)
     count = len(documents.tokens)
     if count < 2:
-        raise ValueError(f"{source} has {count} token; predicting one from another takes at least two")
+        raise ValueError(
+            f"{data.name_of(source)} has {count} token; predicting one from another takes at least two"
+        )
     try:
         batches = documents.source(
             packed,
@@ -108,7 +113,7 @@ def evaluate(
             block_size=block_size if packed else min(block_size, count - 1),
         )
     except ValueError as error:
-        raise ValueError(f"{source} cannot be evaluated: {error}") from None
+        raise ValueError(f"{data.name_of(source)} cannot be evaluated: {error}") from None
     with use_backend(backend):
         sums, counts = losses_by_position(model.to(where).eval(), batches.each())
     loss = float(sums.sum() / counts.sum())
@@ -140,33 +145,44 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def read_texts(source: str) -> list[str]:
+def read_texts(source: str, text_key: str = "text") -> list[str]:
     """The documents that a model is measured on: of a file or a directory all, of "stdlib" or a prepared dataset
     those held out.
     """
+    return _read_texts(source, text_key).texts
+
+
+def _read_texts(source: str, text_key: str) -> data.Loaded:
     if data.is_dataset(source):
         dataset = data.open_dataset(source)
-        return list(_decoded(dataset.split("val"), dataset.tokenizer()))
-    return data.load_corpus(source).val if source == "stdlib" else data.load_documents(source)
+        return data.Loaded(list(_decoded(dataset.split("val"), dataset.tokenizer())))
+    if source == "stdlib":
+        return data.Loaded(data.load_corpus(source).val)
+    loaded = data.read_source(source, text_key)
+    for line in left_out_lines(loaded.left_out):
+        note(line)
+    return loaded
 
 
 def _read_documents(
-    source: str, tokenizer: ByteTokenizer | BPETokenizer, packed: bool
-) -> tuple[data.Documents, int]:
-    """The same in a model's tokens, and how many bytes of text they are. The tokens of a dataset are read as they are,
-    ends of text included, unless the model has others.
+    source: str, tokenizer: ByteTokenizer | BPETokenizer, packing: str, text_key: str
+) -> tuple[data.Documents, int, bool]:
+    """The same in a model's tokens, how many bytes of text they are, and whether they are packed. The tokens of a
+    dataset are read as they are, ends of text included, unless the model has others.
     """
     if data.is_dataset(source):
-        dataset = data.open_dataset(source)
+        dataset, packed = data.open_dataset(source), packing != "stream"
         split, own = dataset.split("val"), dataset.tokenizer()
         if own.serialized() == tokenizer.serialized():
             size = sum(len(text.encode()) for text in _decoded(split, own))
-            return data.Documents(split, split.document_ends), size
+            return data.Documents(split, split.document_ends), size, packed
         texts, ended = list(_decoded(split, own)), packed or tokenizer.end_of_text is not None
     else:
-        texts, ended = read_texts(source), packed
+        loaded = _read_texts(source, text_key)
+        texts, ended = loaded.texts, data.are_packed(packing, loaded.records, tokenizer)
+        packed = ended
     size = sum(len(text.encode()) for text in texts)
-    return data.encode_documents(texts, tokenizer, ended=ended), size
+    return data.encode_documents(texts, tokenizer, ended=ended), size, packed
 
 
 def _decoded(split: data.TokenSplit, tokenizer: ByteTokenizer | BPETokenizer) -> Iterator[str]:

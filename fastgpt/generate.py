@@ -184,11 +184,17 @@ def continue_texts(
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a text file, one a line. Raises OSError and ValueError for a file that has none."""
+    """The prompts in a text file, one a line; "-" is standard input. Raises OSError and ValueError for a file that has
+    none.
+    """
+    if (kind := data.format_of(path)) != "text":
+        raise ValueError(f"prompts are read from a text file, one a line, and {path} is named as {kind}")
     prompts = data.read_text(path).removesuffix("\n").split("\n")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip("\r"):
-            raise ValueError(f"line {number} of {path} is empty; give every prompt at least one character")
+            raise ValueError(
+                f"line {number} of {data.name_of(path)} is empty; give every prompt at least one character"
+            )
     return [prompt.removesuffix("\r") for prompt in prompts]
 
 

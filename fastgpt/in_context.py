@@ -120,6 +120,7 @@ def in_context(
     device: str = "auto",
     backend: str = "auto",
     seed: int = 0,
+    text_key: str = "text",
 ) -> InContext:
     """Measure a model, in float32; with a text, `source` as `evaluate` takes it, by position too.
 
@@ -131,7 +132,7 @@ def in_context(
         found = measure(model, alphabet(tokenizer, model.config.vocab_size), seed=seed)
         if source is None:
             return found
-        text = "".join(read_texts(source))
+        text = "".join(read_texts(source, text_key))
         return replace(found, positions=loss_by_position(model, tokenizer.encode(text)))
 
 

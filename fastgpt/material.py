@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ class Material:
     entropy: the unigram entropy of the held-out text, of a task the answers', in nats a token.
     digest:  of the training data: whether a checkpoint was trained on the same.
     measure: what else is recorded of the model at each validation.
+    left_out: a line for each file of a directory that was not read.
     """
 
     name: str
@@ -39,11 +40,22 @@ class Material:
     entropy: float
     digest: str
     measure: Callable[[GPT], dict[str, float]] = lambda model: {}
+    left_out: list[str] = field(default_factory=list)
 
 
-def check_source(config: TrainConfig) -> None:
-    """Raise FileNotFoundError where the data of a configuration do not exist."""
-    if config.task is None and config.data not in ("stdlib", "repeats") and not Path(config.data).exists():
+def check_source(config: TrainConfig, processes: int) -> None:
+    """Raise FileNotFoundError where the data of a configuration do not exist, ValueError where several processes would
+    share a stream.
+    """
+    if data.can_be_read_once(config.data) and processes > 1:
+        raise ValueError(
+            f"{data.name_of(config.data)} can be read by one process; write it to a file for {processes}"
+        )
+    if (
+        config.task is None
+        and config.data not in ("stdlib", "repeats", "-")
+        and not Path(config.data).exists()
+    ):
         raise FileNotFoundError(f"there is no file or directory {config.data}")
 
 
@@ -58,15 +70,16 @@ def open_material(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer |
         return _repeats(config, tokenizer or _new_tokenizer(config, []))
     if data.is_dataset(config.data):
         return _prepared(config, tokenizer)
-    corpus = data.load_corpus(config.data)
+    corpus = data.load_corpus(config.data, config.text_key, config.skip_broken)
     if tokenizer is None:
         tokenizer = _new_tokenizer(config, corpus.train)
-    packed = config.packing == "documents"
+    packed = data.are_packed(config.packing, corpus.records, tokenizer)
     train, val = (
         data.encode_documents(texts, tokenizer, ended=packed) for texts in (corpus.train, corpus.val)
     )
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
-    return _material(config, corpus.name, packed, tokenizer, train, val, digest)
+    name = data.name_of(corpus.name)
+    return replace(_material(config, name, packed, tokenizer, train, val, digest), left_out=corpus.left_out)
 
 
 def _new_tokenizer(config: TrainConfig, texts: list[str]) -> ByteTokenizer | BPETokenizer:

@@ -6,10 +6,12 @@ import argparse
 from dataclasses import field, fields
 from typing import Any, get_args, get_type_hints
 
+TEXT_KEY = "key or column of the text in JSON, CSV and Parquet files; a.b for a key in another"
 
-def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text, and the values it may take where those are few."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+
+def option(default: Any, text: str, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = ()) -> Any:
+    """A field with its help text, the values it may take where those are few, and other names of its option."""
+    return field(default=default, metadata={"help": text, "choices": choices, "aliases": aliases})
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
@@ -31,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
             settings["type"] = kind
             settings["choices"] = item.metadata["choices"] or None
             settings["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument("--" + item.name.replace("_", "-"), **settings)
+        parser.add_argument("--" + item.name.replace("_", "-"), *item.metadata["aliases"], **settings)
 
 
 def kind_of(hint: Any) -> type:

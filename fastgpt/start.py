@@ -124,7 +124,7 @@ def _checkpoint_to_resume(out: str) -> Checkpoint:
 
 
 # Options that a resumed run may change, with what the steps that follow then differ in from those of an unbroken run.
-_BATCHES = ("batch_size", "grad_accum", "packing", "seed", "task", "skip_broken")
+_BATCHES = ("batch_size", "grad_accum", "packing", "seed", "task", "text_key", "skip_broken")
 _SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "schedule", "decay_steps")
 _UPDATES = (
     *("optimizer", "weight_decay", "beta1", "beta2", "grad_clip"),

@@ -23,6 +23,7 @@ from fastgpt.checkpoint import Checkpoint
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.console import Progress
 from fastgpt.data import Batch
+from fastgpt.data.report import left_out_lines
 from fastgpt.distributed import Processes
 from fastgpt.divergence import are_numbers, diverged
 from fastgpt.heap import keep_heap
@@ -60,7 +61,7 @@ def train(config: TrainConfig) -> TrainResult:
     try:
         with use_backend(config.backend), processes.together():
             with processes.agreeing():
-                check_source(config)  # before the lock makes a directory
+                check_source(config, processes.world)  # before the lock makes a directory
                 lock = DirectoryLock(Path(config.out), _warn) if processes.first else None
             try:
                 run = Run(config, processes)
@@ -159,13 +160,16 @@ class Run:
         self.step = resumed.step
         resumed.load_weights(self.model)
         resumed.load_training(self.model, self.optimizers)
-        self.validation = _Validation(**resumed.extra["validation"])
+        saved = {name: value for name, value in resumed.extra["validation"].items() if value is not None}
+        self.validation = _Validation(**saved)
         if resumed.extra["scaler"]:
             self.scaler.load_state_dict(resumed.extra["scaler"])
 
     def _introduce(self, heap_kept: bool, resumed: Checkpoint | None) -> None:
         config, material, heap = self.config, self.material, ", heap kept" if heap_kept else ""
         self.say(f"data: {material.name}; {material.size}, vocabulary of {material.tokenizer.vocab_size:,}")
+        for line in left_out_lines(material.left_out):
+            self.say(f"data: {line}")
         self.say(
             f"model: {self.model.num_parameters():,} parameters; {config.n_layer} layers, "
             f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}"

@@ -1,8 +1,10 @@
 """Text in, batches out."""
 
 from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, unigram_entropy, windows
-from fastgpt.data.corpus import HELD_OUT, Corpus, load_corpus, load_documents, read_text
-from fastgpt.data.documents import Documents, encode_documents
+from fastgpt.data.corpus import HELD_OUT, Corpus, Loaded, load_corpus, load_documents, read_source, read_text
+from fastgpt.data.documents import Documents, are_packed, encode_documents
+from fastgpt.data.files import can_be_read_once, name_of
+from fastgpt.data.formats import format_of
 from fastgpt.data.packing import Integers, Packing, pack
 from fastgpt.data.prepare import PrepareConfig, prepare
 from fastgpt.data.repeats import SHORTEST, Repeats
@@ -26,6 +28,7 @@ __all__ = [
     "DatasetWriter",
     "Documents",
     "Integers",
+    "Loaded",
     "Packed",
     "Packing",
     "PrepareConfig",
@@ -36,15 +39,20 @@ __all__ = [
     "TokenDataset",
     "TokenSplit",
     "Tokens",
+    "are_packed",
     "batch",
+    "can_be_read_once",
     "encode_documents",
+    "format_of",
     "is_dataset",
     "load_corpus",
     "load_documents",
     "load_word_vectors",
+    "name_of",
     "open_dataset",
     "pack",
     "prepare",
+    "read_source",
     "read_text",
     "unigram_entropy",
     "windows",

@@ -37,6 +37,13 @@ class Documents:
         return Stream(self.tokens, **sizes)
 
 
+def are_packed(packing: str, records: bool, tokenizer: ByteTokenizer | BPETokenizer) -> bool:
+    """Whether texts are read as packed documents: as `packing` says, and where it is "auto" those of records, if the
+    tokenizer can mark their ends.
+    """
+    return packing == "documents" or (packing == "auto" and records and tokenizer.end_of_text is not None)
+
+
 def encode_documents(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, *, ended: bool) -> Documents:
     """Documents with an end of text behind each; or, where they are not to be told apart, their text.
 

@@ -19,10 +19,11 @@ from fastgpt.console import Progress
 from fastgpt.data.bpe_dropout import BPEDropout
 from fastgpt.data.cleaning import MARKUP, NORMALIZATIONS, REPETITION, Rules, clean
 from fastgpt.data.duplicates import ExactDuplicates, NearDuplicates, digest
+from fastgpt.data.files import can_be_read_once, name_of
 from fastgpt.data.report import Report, count
 from fastgpt.data.shards import SHARD_TOKENS, DatasetWriter, check_destination
 from fastgpt.data.sources import END_OF_TEXT, Sources
-from fastgpt.options import option
+from fastgpt.options import TEXT_KEY, option
 from fastgpt.tokenizer import make_tokenizer
 
 _BATCH = 1 << 20  # characters that are encoded together, on all cores
@@ -37,9 +38,9 @@ class PrepareConfig:
     out: str = option("out/data", "directory of the prepared data set")
     overwrite: bool = option(False, "replace the data set that is there already, once the new one is whole")
 
-    text_field: str = option("text", "the key of the text in JSON Lines and Hugging Face data sets")
+    text_key: str = option("text", TEXT_KEY, aliases=("--text-field",))
     separator: str = option(END_OF_TEXT, "the line between the documents of a text file")
-    skip_broken: bool = option(False, "leave out, and count, JSON lines without a text")
+    skip_broken: bool = option(False, "leave out, and count, records without a text")
 
     normalization: str = option("NFC", "of Unicode", NORMALIZATIONS)
     markup: str = option("auto", "strip HTML and XML where a text holds it, always, or never", MARKUP)
@@ -94,6 +95,12 @@ def prepare(inputs: Sequence[str], config: PrepareConfig) -> Report:
     """
     started = time.perf_counter()
     check_destination(Path(config.out), config.overwrite)
+    once = [name_of(source) for source in inputs if can_be_read_once(source)]
+    if once and config.tokenizer == "bpe":
+        raise ValueError(
+            f"{once[0]} can be read once, and --tokenizer bpe reads the text twice; take --tokenizer bytes or the path "
+            "of a tokenizer, or write the text to a file first"
+        )
     near = None if config.near_duplicates is None else NearDuplicates(config.near_duplicates)
     tokenizer = make_tokenizer(config.tokenizer, _sample(inputs, config), config.vocab_size)
     dropout = BPEDropout(tokenizer, config.bpe_dropout) if config.bpe_dropout else None
@@ -165,7 +172,7 @@ def _clean_documents(
     inputs: Sequence[str], config: PrepareConfig, report: Report, doing: str
 ) -> Iterator[_Document]:
     """The documents that cleaning leaves, counted."""
-    sources = Sources(inputs, config.text_field, config.separator, config.skip_broken, report)
+    sources = Sources(inputs, config.text_key, config.separator, config.skip_broken, report)
     rules = config.rules()
     bar = Progress(desc=doing, total=sources.size(), unit="B", unit_scale=True)
     with contextlib.closing(bar):

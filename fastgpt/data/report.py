@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _SHOWN = 60  # characters of an example
+MOST_LINES = 100  # about files that were not read
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Report:
         changed: clean documents that were not so before, by what changed them.
         dropped: documents by reason.
         skipped: lines and files that gave no document, by reason.
+        left_out: of directories, each file, link and directory that was not read, with the reason.
         examples: for each reason, the beginning of the first document, or where the first line or file is.
         tokens, documents: by split, ends of text included.
         vocab_size: tokens that the tokenizer knows.
@@ -32,6 +34,7 @@ class Report:
     changed: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
     examples: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=dict)
@@ -74,7 +77,15 @@ class Report:
         width = max(len(name) for name, *_ in rows)
         lines = [f"{name:<{width}}{number:>15,}  {more}".rstrip() for name, number, more in rows]
         speed = f"{self.seconds:.1f} s, {self.mb_per_second:.1f} MB/s"
+        lines += left_out_lines(self.left_out)
         return "\n".join([*lines, f"{self.out}: {speed}; {self.vocab_size:,} tokens in the vocabulary"])
+
+
+def left_out_lines(left_out: list[str]) -> list[str]:
+    """A line for each file that was not read, and one for those beyond MOST_LINES."""
+    lines = [f"left out {entry}" for entry in left_out[:MOST_LINES]]
+    more = len(left_out) - MOST_LINES
+    return [*lines, f"left out {more:,} more"] if more > 0 else lines
 
 
 def count(counts: dict[str, int], what: str, number: int = 1) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt.data.files import STANDARD_INPUT, name_of
+from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, read_records
 from fastgpt.tasks.embedded import embedded
 
 EMBEDDED = "embedded"
@@ -50,48 +51,43 @@ def load_examples(task: str, source: str, *, skip_broken: bool = False) -> Examp
 
 
 def read_examples(path: str | Path, *, skip_broken: bool = False) -> tuple[list[Example], int]:
-    """The examples in a JSON Lines file, {"input": …, "output": …} each, in their order, and how many lines held none
-    and were left out. Other keys are ignored, and so are blank lines.
+    """The examples in a file of records, {"input": …, "output": …} each, in their order, and how many records held none
+    and were left out. It is JSON Lines, or JSON, CSV, TSV or Parquet by its name; "-" is standard input. Other keys are
+    ignored, and so are blank lines.
 
     Raises OSError for a file that cannot be read; ValueError for one without examples, and, with its number, for a line
     that is no example unless `skip_broken` is true.
     """
-    path = Path(path)
-    if not path.exists():
+    name = name_of(path)
+    if str(path) != STANDARD_INPUT and not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}; a task takes a JSON Lines file, or {EMBEDDED}")
+    kind = format_of(path)
     examples: list[Example] = []
     skipped = 0
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                examples.append(_example(line))
-            except ValueError as error:
-                if not skip_broken:
-                    raise ValueError(
-                        f"{path}, line {number}: {error}; --skip-broken leaves such lines out"
-                    ) from None
-                skipped += 1
+    for record in read_records(path, JSON_LINES if kind == TEXT else kind):
+        try:
+            examples.append(_example(record))
+        except ValueError as error:
+            if not skip_broken:
+                raise ValueError(f"{record.place}: {error}; --skip-broken leaves such lines out") from None
+            skipped += 1
     if not examples:
-        raise ValueError(f'{path} holds no examples; it takes lines of {{"input": "…", "output": "…"}}')
+        raise ValueError(f'{name} holds no examples; it takes lines of {{"input": "…", "output": "…"}}')
     return examples, skipped
 
 
-def _example(line: bytes) -> Example:
-    """The example in a line. Raises ValueError for what is wrong with it."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
+def _example(record: Record) -> Example:
+    """The example in a record. Raises ValueError for what is wrong with it."""
+    if record.problem is not None:
+        raise ValueError(record.problem)
+    if not isinstance(record.value, dict):
         raise ValueError("not a JSON object")
-    return Example(*(_field(record, name) for name in ("input", "output")))
+    return Example(*(_field(record.value, name) for name in ("input", "output")))
 
 
 def _field(record: dict[str, Any], name: str) -> str:
     if name not in record:
-        raise ValueError(f"there is no {name!r}")
+        raise ValueError(f"there is no {name!r}; the keys are {', '.join(map(repr, record)) or 'none'}")
     text = record[name]
     if not isinstance(text, str):
         raise ValueError(f"{name!r} is not a string")

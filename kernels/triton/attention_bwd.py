@@ -1,13 +1,13 @@
 """The backward of attention; the mathematics is in attention.py, whose names these are.
 
 What a row needs, m, l in base 2 and delta, is made first (attention_bwd_rows.py). Where a tile has all columns (ONE),
-delta is sum_j p_ij dp_ij in the main kernels instead: out, of which it is the sum too, is rounded. The main kernel has
-a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T and ds^T then
-are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a way through shared memory. ds
-also makes the tile's share of dQ, which is added to an fp32 sum in memory: five products a tile, and an order of
-additions that differs from run to run. Deterministic: the kernel leaves dQ out, and another one, a program per BLOCK_M
-rows, computes s and dp again: seven products, the same bits every time. A GQA group's query heads are summed within the
-program of their key head.
+delta is sum_j p_ij dp_ij in the main kernels instead: out, of which it is the sum too, is rounded. The main kernel
+has a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T and ds^T
+then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a way through shared
+memory. ds also makes the tile's share of dQ, which is added to an fp32 sum in memory: five products a tile, and an
+order of additions that differs from run to run. Deterministic: the kernel leaves dQ out, and another one, a program
+per BLOCK_M rows, computes s and dp again: seven products, the same bits every time. A GQA group's query heads are
+summed within the program of their key head.
 """
 
 from __future__ import annotations

@@ -17,11 +17,11 @@ HOURS = 6  # a change without a stated beginning is what was committed in the la
 GELUS = "gelu geglu linear_gelu mlp"
 CALLS = "functional functional_attention functional_calls functional_losses"
 DROP_IN = f"{CALLS} transforms torchscript patch_functional examples"
-OPS = f"attention attention_varlen cross_entropy linear_cross_entropy linear {GELUS} add_layer_norm"
-DATA = "data data_cleaning data_duplicates data_packing data_prepare data_shards"
+OPS = f"attention attention_extremes attention_varlen cross_entropy cross_entropy_extremes linear_cross_entropy linear {GELUS} add_layer_norm"
+DATA = "data data_formats data_cleaning data_duplicates data_packing data_prepare data_shards"
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks"
-ATTENTION = "attention attention_varlen"
-LOSSES = "cross_entropy cross_entropy_with_grad linear_cross_entropy"
+ATTENTION = "attention attention_extremes attention_varlen"
+LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy"
 RUNS = "train train_options train_distributed resume run_directory console divergence checkpoint cli"
 
 CPU = "not triton and not cuda and not reference"
@@ -32,10 +32,10 @@ SPLIT = "triton or split or descriptors"
 TABLE = [
     ("csrc/cpu/gelu*", GELUS, CPU),
     ("csrc/cpu/attention_varlen.cpp", "attention_varlen", CPU),
-    ("csrc/cpu/attention*", "attention attention_varlen threads out_of_memory", CPU),
+    ("csrc/cpu/attention*", "attention attention_extremes attention_varlen threads out_of_memory", CPU),
     ("csrc/cpu/philox.h", "attention philox", CPU),
-    ("csrc/cpu/cross_entropy*", "cross_entropy linear_cross_entropy", CPU),
-    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy out_of_memory", CPU),
+    ("csrc/cpu/cross_entropy*", "cross_entropy cross_entropy_extremes linear_cross_entropy", CPU),
+    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy cross_entropy_extremes out_of_memory", CPU),
     ("csrc/cpu/linear*", "linear linear_gelu mlp", CPU),
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy", CPU),
     ("csrc/cpu/add_layer_norm*", "add_layer_norm", CPU),

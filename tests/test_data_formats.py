@@ -1,0 +1,441 @@
+"""Every format, compressed or not, gives the same documents; nothing is taken for prose or left out silently."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastgpt.cli import main
+from fastgpt.config import TrainConfig, read_toml
+from fastgpt.data import PrepareConfig, load_corpus, load_documents, open_dataset, prepare, read_text
+from fastgpt.data.formats import format_of
+from fastgpt.generate import read_prompts
+from fastgpt.material import check_source, open_material
+from fastgpt.tasks.examples import read_examples
+
+TEXTS = [
+    f"Text {i}, with a “quote”, a comma;\ta tab\nand {i} lines {{}}[]\\ of naïve שלום 😀" for i in range(14)
+]
+RECORDS = [{"id": i, "text": text, "meta": {"body": text, "n": i}} for i, text in enumerate(TEXTS)]
+
+
+def zstandard(raw: bytes) -> bytes:
+    return pytest.importorskip("zstandard").ZstdCompressor().compress(raw)
+
+
+def csv_of(delimiter: str) -> bytes:
+    import csv
+
+    text = io.StringIO()
+    rows = csv.writer(text, delimiter=delimiter)
+    rows.writerows([("id", "text"), *enumerate(TEXTS)])
+    return text.getvalue().encode()
+
+
+def parquet() -> bytes:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    written = io.BytesIO()
+    pyarrow.parquet.write_table(pa.Table.from_pylist(RECORDS), written)
+    return written.getvalue()
+
+
+def lines() -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS).encode()
+
+
+CONTENTS: dict[str, Callable[[], bytes]] = {
+    "jsonl": lines,
+    "ndjson": lambda: b"\xef\xbb\xbf" + lines(),
+    "jsonlines": lambda: lines().replace(b"\n", b"\r\n\r\n"),
+    "json": lambda: json.dumps(RECORDS, indent=2).encode(),
+    "json of strings": lambda: json.dumps(TEXTS).encode(),
+    "json of lines": lines,
+    "json with a mark": lambda: b"\xef\xbb\xbf \n" + json.dumps(RECORDS, ensure_ascii=False).encode(),
+    "csv": lambda: csv_of(","),
+    "csv of semicolons": lambda: b"\xef\xbb\xbf" + csv_of(";"),
+    "tsv": lambda: csv_of("\t"),
+    "parquet": parquet,
+}
+PACKERS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard}
+CASES = [(name, packed) for name in CONTENTS for packed in PACKERS if not (packed and name == "parquet")]
+
+
+def written(directory: Path, name: str, packed: str = "", upper: bool = False) -> Path:
+    suffix = "." + name.split(maxsplit=1)[0] + packed
+    path = directory / f"a.file{suffix.upper() if upper else suffix}"
+    path.write_bytes(PACKERS[packed](CONTENTS[name]()))
+    return path
+
+
+def prepared(inputs: list[str], out: Path, **options: object) -> list[str]:
+    """The documents of a data set in their order."""
+    keep = {"tokenizer": "bytes", "val_share": 0.0, "normalization": "none", "repetition": "keep"}
+    prepare(inputs, PrepareConfig(str(out), **{**keep, "markup": "keep", **options}))
+    dataset = open_dataset(out)
+    split = dataset.split("train")
+    ends = split.document_ends.tolist()
+    return [dataset.tokenizer().decode(split[a : b - 1]) for a, b in zip([0, *ends], ends, strict=False)]
+
+
+@pytest.mark.parametrize("upper", [False, True])
+@pytest.mark.parametrize(("name", "packed"), CASES)
+def test_every_format_gives_its_texts(tmp_path: Path, name: str, packed: str, upper: bool):
+    path = written(tmp_path, name, packed, upper)
+    assert load_documents(str(path)) == TEXTS
+    assert prepared([str(path)], tmp_path / "out") == TEXTS
+    corpus = load_corpus(str(path))
+    assert corpus.train + corpus.val == TEXTS and corpus.records and corpus.left_out == []
+
+
+@pytest.mark.parametrize("name", ["jsonl", "json", "csv", "csv of semicolons", "tsv", "parquet"])
+def test_a_wrong_key_is_answered_with_those_that_are_there(tmp_path: Path, name: str):
+    path = written(tmp_path, name)
+    message = r"there is no text under 'body'; the keys with a text are .*'text'.*; name one with --text-key"
+    with pytest.raises(ValueError, match=message) as error:
+        load_documents(str(path), "body")
+    assert str(path) in str(error.value)
+    with pytest.raises(ValueError, match=message):
+        prepared([str(path)], tmp_path / "out", text_key="body")
+
+
+@pytest.mark.parametrize("name", ["jsonl", "json", "parquet"])
+def test_a_key_in_another(tmp_path: Path, name: str):
+    path = written(tmp_path, name)
+    assert load_documents(str(path), "meta.body") == TEXTS
+    assert prepared([str(path)], tmp_path / "out", text_key="meta.body") == TEXTS
+    with pytest.raises(ValueError, match=r"'text', 'meta\.body'"):
+        load_documents(str(path), "meta.n")
+
+
+def test_a_key_with_a_dot_in_its_name(tmp_path: Path):
+    (tmp_path / "b.jsonl").write_text('{"a.b": "own", "a": {"b": "other"}}\n')
+    assert load_documents(str(tmp_path / "b.jsonl"), "a.b") == ["own"]
+    (tmp_path / "c.jsonl").write_text('{"a": [{"b": "third"}]}\n')
+    assert load_documents(str(tmp_path / "c.jsonl"), "a.0.b") == ["third"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"text": "a"}, {"text": ', "is not JSON"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}', "the array has no end"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "after record 1 there is no comma"),
+        ("a.json", b'[{"text": "a"}] and more', "more after the array"),
+        ("a.json", b'{"version": 1, "name": "x"}', "the keys with a text are 'name'"),
+        ("a.json", b"[1, 2]", "the record is no object but a int"),
+        ("a.json", b"[]", "holds no record with a text"),
+        ("a.json", b"\xff\xfe[", "UTF-16"),
+        ("a.json", b'["K\xe4se"]', "not UTF-8"),
+        ("a.csv", b"id,body\n1,a\n", "the keys with a text are 'id', 'body'"),
+        ("a.csv", b"text\na,b\n", "line 2: there are 2 fields, and 1 columns"),
+        ("a.csv", b"text\n", "holds no record with a text"),
+        ("a.parquet", b"PAR1 and no more", "is not a whole Parquet file"),
+        ("a.parquet", b"", "is empty"),
+        ("a.jsonl", b'{"text": "a\\u0000"}\n', "line 1: the text holds a NUL"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: the text holds a NUL or half a character"),
+        (
+            "a.jsonl",
+            b'{"text": null}\n',
+            "there is no text under 'text'; no key has a text; the keys are 'text'",
+        ),
+        ("a.txt.gz", gzip.compress(b"text " * 999)[:-9], "damaged or cut short"),
+        ("a.txt.gz", gzip.compress(b"text " * 999)[:30] + b"\0" * 30, "damaged or cut short"),
+        ("a.txt.bz2", bz2.compress(b"text " * 999)[:-9], "damaged or cut short"),
+        ("a.txt.xz", lzma.compress(b"text " * 999)[:-9], "damaged or cut short"),
+        ("a.txt", "\ufefftext".encode("utf-16"), "UTF-16; convert it"),
+    ],
+)
+def test_what_is_damaged_or_of_no_use_is_refused_in_a_sentence(
+    tmp_path: Path, name: str, content: bytes, message: str
+):
+    pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_documents(str(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_damaged_zstandard_and_many_frames(tmp_path: Path):
+    whole = zstandard(b"first ") + zstandard(b"second")
+    (tmp_path / "a.zst").write_bytes(whole)
+    assert read_text(tmp_path / "a.zst") == "first second"
+    for damaged in (whole[:-3], whole[:20] + b"\xff" * 9):
+        (tmp_path / "a.zst").write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged or cut short"):
+            read_text(tmp_path / "a.zst")
+
+
+@pytest.mark.parametrize(("package", "name"), [("zstandard", "a.txt.zst"), ("pyarrow", "a.parquet")])
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, package: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd and more")
+    for module in [*sys.modules]:
+        if module.split(".")[0] == package:
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["data", str(tmp_path / name), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"pip install {package}" in error and str(tmp_path / name) in error
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_needs_little_memory(tmp_path: Path):
+    script = "import resource, sys; from fastgpt.data.sources import Sources; from fastgpt.data.report import Report\n"
+    script += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+    script += "n = sum(len(t) for t in Sources([sys.argv[1]], 'text', 'x', False, Report('')).documents())\n"
+    script += "print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"
+    path = tmp_path / "a.txt.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        for _ in range(300):
+            file.write(b"x" * 999_999 + b"\n")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    count, mebibytes = map(int, done.stdout.split())
+    assert count == 300_000_000 and mebibytes < 60
+
+
+def untidy(root: Path) -> None:
+    """A directory with everything that may be in one."""
+    (root / "sub").mkdir(parents=True)
+    (root / "outside").mkdir()
+    for i in range(12):
+        (root / "sub" / f"{i}.txt").write_text(f"text {i}\n" * 20)
+    (root / "outside" / "secret.txt").write_text("secret " * 20)
+    data = root / "sub"
+    (data / "link").symlink_to("../outside")
+    (data / "link.txt").symlink_to("../outside/secret.txt")
+    (data / "broken.txt").symlink_to("nowhere")
+    (data / ".git").mkdir()
+    (data / ".git" / "config").write_text("secret")
+    (data / ".hidden").write_text("secret")
+    (data / "empty.txt").touch()
+    (data / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (data / "picture.png").write_bytes(b"\x89PNG\0")
+    (data / "package.json").write_text('{"name": "secret"}')
+    (data / "numbers.csv").write_text("a,b\n1,2\n")
+    (data / "lines.jsonl").write_text('{"text": "of JSON"}\n')
+    (data / "packed.txt.gz").write_bytes(gzip.compress(b"packed"))
+    os.mkfifo(data / "pipe")
+
+
+LEFT_OUT = {
+    **{"link": "linked directory", "link.txt": "link", "broken.txt": "link", ".git": "hidden directory"},
+    **{
+        ".hidden": "hidden file",
+        "empty.txt": "empty",
+        "latin.txt": "not UTF-8 text",
+        "picture.png": "not UTF-8 text",
+    },
+    **{
+        "package.json": "there is no text under 'text'",
+        "numbers.csv": "there is no text",
+        "pipe": "no regular file",
+    },
+}
+
+
+def check_left_out(entries: list[str], data: Path) -> None:
+    assert len(entries) == len(LEFT_OUT)
+    for name, reason in LEFT_OUT.items():
+        (entry,) = (entry for entry in entries if entry.startswith(f"{data / name}: "))
+        assert reason in entry
+
+
+def test_a_directory_reports_each_file_it_leaves_out(tmp_path: Path, capfd: pytest.CaptureFixture):
+    untidy(tmp_path)
+    data = tmp_path / "sub"
+    corpus = load_corpus(str(data))
+    texts = sorted([*(f"text {i}\n" * 20 for i in range(12)), "of JSON", "packed"])
+    assert sorted(corpus.train + corpus.val) == texts
+    check_left_out(corpus.left_out, data)
+    assert sorted(prepared([str(data)], tmp_path / "out")) == texts
+    check_left_out(open_dataset(tmp_path / "out").facts["report"]["left_out"], data)
+    tiny = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--block-size=8", "--max-steps=1", "--sample-tokens=0"]
+    assert main(["train", f"--data={data}", f"--out={tmp_path / 'run'}", *tiny]) == 0
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("data: left out ")]
+    check_left_out([line.removeprefix("data: left out ") for line in printed], data)
+    assert main(["eval", "--checkpoint", str(tmp_path / "run"), "--data", str(data)]) == 0
+    printed = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("fastgpt: note: left out ")
+    ]
+    check_left_out([line.removeprefix("fastgpt: note: left out ") for line in printed], data)
+    assert (
+        main(["data", str(data), f"--out={tmp_path / 'again'}", "--tokenizer=bytes", "--repetition=keep"])
+        == 0
+    )
+    printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("left out ")]
+    check_left_out([line.removeprefix("left out ") for line in printed], data)
+
+
+def test_many_files_that_are_left_out_are_counted(tmp_path: Path):
+    for i in range(150):
+        (tmp_path / f"{i}.png").write_bytes(b"\0")
+    (tmp_path / "a.txt").write_text("text " * 50)
+    report = prepare([str(tmp_path)], PrepareConfig(f"{tmp_path}-out", tokenizer="bytes", repetition="keep"))
+    assert len(report.left_out) == 150
+    assert report.table().count("left out ") == 101 and "left out 50 more" in report.table()
+
+
+@pytest.mark.parametrize("name", ["jsonl", "json", "text"])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_a_pipe_is_read_once(tmp_path: Path, name: str, packed: str):
+    content = "".join(TEXTS).encode() if name == "text" else CONTENTS[name]()
+    expected = ["".join(TEXTS)] if name == "text" else TEXTS
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    def feed() -> None:
+        with pipe.open("wb", buffering=0) as stream:
+            for byte in (packed_content[:1], packed_content[1:3], packed_content[3:]):
+                stream.write(byte)
+
+    packed_content = PACKERS[packed](content)
+    for read in (lambda: load_documents(str(pipe)), lambda: prepared([str(pipe)], tmp_path / "out")):
+        writer = threading.Thread(target=feed)
+        writer.start()
+        assert read() == expected
+        writer.join()
+    with pytest.raises(ValueError, match=r"pipe can be read once, and --tokenizer bpe reads the text twice"):
+        prepare([str(pipe)], PrepareConfig(str(tmp_path / "bpe")))
+    with pytest.raises(ValueError, match="can be read by one process"):
+        check_source(TrainConfig(data=str(pipe)), 2)
+
+
+@pytest.fixture
+def feed_stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    def feed(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return feed
+
+
+def test_standard_input_is_read_wherever_a_text_is(
+    tmp_path: Path, feed_stdin: Callable[[bytes], None], capsys: pytest.CaptureFixture
+):
+    mark, text = b"\xef\xbb\xbf", "".join(f"line {i} of text\n" for i in range(99)).encode()
+    feed_stdin(mark + text)
+    tiny = ["--n-layer=1", "--n-head=1", "--n-embd=8", "--block-size=8", "--max-steps=1", "--sample-tokens=0"]
+    assert main(["train", "--data=-", f"--out={tmp_path / 'run'}", *tiny]) == 0
+    assert "data: standard input, one stream" in capsys.readouterr().out
+    feed_stdin(text)
+    assert main(["eval", "--checkpoint", str(tmp_path / "run"), "--data", "-", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == len(text) - 1
+    feed_stdin(mark + b"hello\nworld\n")
+    arguments = ["--max-new-tokens", "1", "--json"]
+    assert main(["generate", "--checkpoint", str(tmp_path / "run"), "--prompts", "-", *arguments]) == 0
+    prompts = [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()]
+    assert prompts == ["hello", "world"]
+    feed_stdin(mark + b'{"input": "a", "output": "b"}\n{"input": "c", "output": "d"}\n')
+    assert [example.output for example in read_examples("-")[0]] == ["b", "d"]
+    feed_stdin(lines())
+    assert prepared(["-"], tmp_path / "out") == TEXTS
+    feed_stdin(b"")
+    assert main(["train", "--data=-", f"--out={tmp_path / 'empty'}", *tiny]) == 2
+    assert capsys.readouterr().err == "fastgpt: error: standard input is empty\n"
+
+
+@pytest.mark.parametrize("closed", [None, io.TextIOWrapper(io.BytesIO())])
+def test_standard_input_that_is_closed(closed: io.TextIOWrapper | None, monkeypatch: pytest.MonkeyPatch):
+    if closed is not None:
+        closed.close()
+    monkeypatch.setattr(sys, "stdin", closed)
+    with pytest.raises(OSError, match="standard input is closed"):
+        load_documents("-")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path):
+    for i in range(12):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}", "utf-8-sig")
+    assert not any("\ufeff" in text for text in load_documents(str(tmp_path)))
+    assert read_text(tmp_path / "1.txt") == "text 1" and read_prompts(tmp_path / "2.txt") == ["text 2"]
+    (tmp_path / "c.toml").write_text("max_steps = 3\n", "utf-8-sig")
+    assert read_toml(tmp_path / "c.toml") == {"max_steps": 3}
+
+
+def test_prompts_are_not_records(tmp_path: Path):
+    (tmp_path / "p.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"prompts are read from a text file, .* is named as JSON Lines"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("name", ["json", "csv", "tsv", "jsonl.gz"])
+def test_examples_of_a_task_in_every_format(tmp_path: Path, name: str):
+    pairs = [("a, b", "x\ny"), ("c", "z")]
+    path = tmp_path / f"e.{name}"
+    if "json" in name:
+        records = [{"input": a, "output": b} for a, b in pairs]
+        text = json.dumps(records) if name == "json" else "\n".join(map(json.dumps, records))
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    else:
+        delimiter = "," if name == "csv" else "\t"
+        path.write_text(
+            "\n".join(delimiter.join(f'"{x}"' for x in row) for row in [("input", "output"), *pairs])
+        )
+    assert [(e.input, e.output) for e in read_examples(path)[0]] == pairs
+
+
+def test_records_are_packed_as_documents_and_text_is_a_stream(tmp_path: Path):
+    options = {"block_size": 8, "batch_size": 2}
+    path = written(tmp_path, "jsonl")
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    assert open_material(TrainConfig(data=str(path), **options)).name.endswith("packed documents")
+    assert open_material(TrainConfig(data=str(path), packing="stream", **options)).name.endswith("one stream")
+    assert open_material(TrainConfig(data=str(tmp_path / "text.txt"), **options)).name.endswith("one stream")
+
+
+def test_broken_records_are_left_out_of_training_on_request(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines() + b'{"text": 1}\n{"text": \n{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"line 15: there is no text under 'text'.*; --skip-broken leaves"):
+        load_corpus(str(path))
+    corpus = load_corpus(str(path), skip_broken=True)
+    assert corpus.train + corpus.val == TEXTS
+    assert [entry.partition(": ")[0] for entry in corpus.left_out] == [
+        f"{path}, line 15",
+        f"{path}, line 16",
+        str(path),
+    ]
+
+
+def test_the_old_name_of_the_option_still_works(tmp_path: Path):
+    path = written(tmp_path, "jsonl")
+    for name in ("--text-field", "--text-key"):
+        out = str(tmp_path / name)
+        arguments = ["--tokenizer", "bytes", "--repetition", "keep", "--out", out]
+        assert main(["data", str(path), name, "meta.body", *arguments]) == 0
+
+
+def test_a_data_set_of_hugging_face_without_a_name():
+    with pytest.raises(ValueError, match="hf: names no data set"):
+        prepare(["hf:"], PrepareConfig("unused", tokenizer="bytes"))
+
+
+def test_formats_are_known_by_their_names():
+    for name, kind in {
+        **{"a.JSONL": "JSON Lines", "a.b.ndjson.gz": "JSON Lines", "x.Json.ZST": "JSON", "a.csv.xz": "CSV"},
+        **{
+            "a.tab": "TSV",
+            "a.pq": "Parquet",
+            "a.txt": "text",
+            "a": "text",
+            ".json": "text",
+            "a.py.gz": "text",
+        },
+        **{"json": "text", "-": "text", "a.jsonl.txt": "text", "a.gz": "text"},
+    }.items():
+        assert format_of(name) == kind, name
