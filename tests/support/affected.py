@@ -17,11 +17,11 @@ HOURS = 6  # a change without a stated beginning is what was committed in the la
 GELUS = "gelu geglu linear_gelu mlp"
 CALLS = "functional functional_attention functional_calls functional_losses"
 DROP_IN = f"{CALLS} transforms torchscript patch_functional examples"
-OPS = f"attention attention_extremes attention_varlen cross_entropy cross_entropy_extremes linear_cross_entropy linear {GELUS} add_layer_norm"
 DATA = "data data_formats data_cleaning data_duplicates data_packing data_prepare data_shards"
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks"
 ATTENTION = "attention attention_extremes attention_varlen"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy"
+OPS = f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm"
 RUNS = "train train_options train_distributed resume run_directory console divergence checkpoint cli"
 
 CPU = "not triton and not cuda and not reference"
