@@ -15,15 +15,18 @@ from typing import Any
 from torch import nn
 
 from fastgpt.integrations import replacements
-from fastgpt.integrations.replacement import Replacement
+from fastgpt.integrations.replacement import Replacement, calls_functional
 
 _RECORD = "_fastgpt_accelerated"  # on the model: what the modules' classes do not say
 
 # A module with such a name that is left as it was is worth a line of the report.
-_NOTEWORTHY = re.compile(r"attention|attn|crossentropy|gelu|layer_?norm", re.IGNORECASE)
-_UNKNOWN = (
-    "no replacement is known for it; does it call torch.nn.functional? fastgpt.patch_functional serves that"
+_NOTEWORTHY = re.compile(
+    r"attention|attn|crossentropy|gelu|layer_?norm|rms_?norm|rotary|rope(?![a-z])|swiglu", re.IGNORECASE
 )
+# Submodules or parameters, by name, of a feed-forward block whose activation is multiplied by a gate.
+_GATED = ({"gate_proj", "up_proj"}, {"gate_up_proj"}, {"wi_0", "wi_1"}, {"w1", "w3"}, {"w12"})
+_UNKNOWN = "no replacement is known for it"
+_PATCHED = "; where it calls torch.nn.functional, fastgpt.patch_functional() serves that"
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,9 @@ class _Work:
                     self.left, kind, name, f"a {of.__name__} of its own kind: it may compute something else"
                 )
             elif module not in known and _NOTEWORTHY.search(kind):
-                self._note(self.left, kind, name, _UNKNOWN)
+                self._note(self.left, kind, name, _UNKNOWN + (_PATCHED if calls_functional(module) else ""))
+            elif type(module).__module__.partition(".")[0] != "torch" and _is_gated(module):
+                self._note(self.left, kind, name, f"its gated activation: {_UNKNOWN}")
             return
         reason = None if self.options[cls.option] else f"{cls.option}=False was asked for"
         reason = reason or self._given(cls, module) or cls.refusal(module)
@@ -213,6 +218,12 @@ def accelerate(
             undo()
         raise
     return replace(work.report(), model=model)
+
+
+def _is_gated(module: nn.Module) -> bool:
+    """Whether a module is a feed-forward block with a gate (SwiGLU, GEGLU), which no replacement fuses."""
+    names = {*module._modules, *module._parameters}
+    return any(names >= gate for gate in _GATED)
 
 
 def _inner(model: nn.Module) -> nn.Module:

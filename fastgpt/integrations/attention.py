@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from fastgpt import functional, ops
+from fastgpt.functional import goes_to_pytorch, plain_reason
+from fastgpt.ops.attention import MAX_HEAD_DIM
+from fastgpt.ops.attention import refusal as kernel_refusal
+
+_collector: Any = None
+with contextlib.suppress(ImportError):  # before 5.2; the outputs that the caller of the running model wants
+    from transformers.utils.output_capturing import _active_collector as _collector
 
 NAME = "fastgpt"
 _REPLACED = ("sdpa", "eager")  # whose masks and results these functions give
@@ -25,6 +34,8 @@ _UNSERVED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
 }
+# Parameters that are added to the scores: the mask requires a gradient then, which only PyTorch computes.
+_LEARNED_BIAS = re.compile(r"(^|\.)(relative_position_bias(_table)?|relative_attention_bias)(\.|$)")
 # Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
 _HARMLESS = (
     "transformers.models.gpt2.modeling_gpt2",
@@ -63,7 +74,8 @@ def attention_forward(
         ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute;
             or its weights are asked for.
     """
-    if others.get("output_attentions"):
+    collected = _collector.get() if _collector is not None else None
+    if others.get("output_attentions") or (collected and {"attentions", "cross_attentions"} & set(collected)):
         raise ValueError(
             "fastgpt's attention makes no weights (output_attentions=True): use set_attn_implementation('eager')"
         )
@@ -77,23 +89,40 @@ def attention_forward(
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
     if softcap is not None:
-        out = ops.attention(
-            query,
-            key,
-            value,
-            scale=scaling,
-            causal="upper_left" if causal else "none",
-            softcap=softcap,
-            attn_mask=attention_mask,
-            dropout_p=dropout,
-        )
+        out = _softcapped(query, key, value, attention_mask, dropout, causal, scaling, softcap)
     else:
         gqa = bool(query.shape[1] != key.shape[1])
         options = (attention_mask, dropout, causal, scaling, gqa)
-        out = functional.attention(query, key, value, *options)
-        if out is None:
-            out = functional.pytorch_attention(query, key, value, *options)
+        found = functional.attention(query, key, value, *options)
+        out = functional.pytorch_attention(query, key, value, *options) if found is None else found
     return out.transpose(1, 2).contiguous(), None
+
+
+def _softcapped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: Any,
+    softcap: float,
+) -> Tensor:
+    """Attention with a softcap, for which PyTorch has no function: its operators, where no kernel serves the call."""
+    reason = plain_reason(q, k, v, optional=(mask,))
+    if not goes_to_pytorch("attention", q, reason, lambda b: kernel_refusal(b, q, v, mask)):
+        direction = "upper_left" if causal else "none"
+        return ops.attention(
+            q, k, v, scale=scale, causal=direction, softcap=softcap, attn_mask=mask, dropout_p=dropout
+        )
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.dropout(p.nan_to_num(0.0), dropout, dropout > 0) @ v
 
 
 def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> Tensor:
@@ -154,7 +183,19 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
         reason = "it has no 'sdpa': its attention is a variant that is not known"
     elif getattr(model.config, "output_attentions", False):
         reason = "it returns its attention weights (output_attentions)"
+    elif any(_LEARNED_BIAS.search(n) for n, p in model.named_parameters() if p.requires_grad):
+        reason = (
+            "it learns a bias of its scores, whose gradient no kernel computes: in training PyTorch would run"
+        )
+    elif (size := max(map(_head_dim, model.modules()), default=0)) > MAX_HEAD_DIM:
+        reason = f"its head_dim is {size}, and the kernels go up to {MAX_HEAD_DIM}"
     return f"{name}: {reason}" if name and reason else reason
+
+
+def _head_dim(module: nn.Module) -> int:
+    """The columns of a head, of a module of transformers that is an attention; 0 of all others."""
+    size = getattr(module, "head_dim", 0) if uses_interface(module) else 0
+    return size if isinstance(size, int) else 0
 
 
 def _asks(model: PreTrainedModel, current: str) -> str | None:

@@ -50,7 +50,7 @@ class BertForPreTraining(OwnerOfHead, modeling_bert.BertForPreTraining):
 
 class BertLMHeadModel(OwnerOfHead, modeling_bert.BertLMHeadModel):
     replaces, head = modeling_bert.BertLMHeadModel, _HEAD
-    forward = with_fused_loss(modeling_bert.BertLMHeadModel.forward, _HEAD, causal_loss)
+    forward = with_fused_loss(modeling_bert.BertLMHeadModel.forward, _HEAD, causal_loss, no_cache=True)
 
 
 REPLACEMENTS = (

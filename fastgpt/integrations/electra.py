@@ -39,7 +39,7 @@ class ElectraForMaskedLM(OwnerOfHead, modeling_electra.ElectraForMaskedLM):
 
 class ElectraForCausalLM(OwnerOfHead, modeling_electra.ElectraForCausalLM):
     replaces, head = modeling_electra.ElectraForCausalLM, _HEAD
-    forward = with_fused_loss(modeling_electra.ElectraForCausalLM.forward, _HEAD, causal_loss)
+    forward = with_fused_loss(modeling_electra.ElectraForCausalLM.forward, _HEAD, causal_loss, no_cache=True)
 
 
 REPLACEMENTS = (

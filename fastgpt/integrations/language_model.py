@@ -179,6 +179,7 @@ def with_fused_loss(
     loss: Callable[..., Loss],
     logits: str = "logits",
     rest: tuple[str, Callable[[Any, Tensor], Tensor]] | None = None,
+    no_cache: bool = False,
 ) -> Callable[..., Any]:
     """A model's forward with its loss fused into the head while training, and computed from the logits otherwise.
 
@@ -189,6 +190,7 @@ def with_fused_loss(
         logits: their name in the model's output. In training they are None there.
         rest: what else is added to the loss: the name of its labels, without which there is no loss at all, and a
             function of the output and these.
+        no_cache: whether the model's own forward sets use_cache=False where it is given labels.
     """
 
     @functools.wraps(forward)
@@ -205,6 +207,8 @@ def with_fused_loss(
             return forward(self, *args, **kwargs)
         wanted = loss(**kwargs)
         kwargs["labels"] = None
+        if no_cache:
+            kwargs["use_cache"] = False
         if self.training:
             with layer.wanted(wanted):
                 output = forward(self, *args, **kwargs)

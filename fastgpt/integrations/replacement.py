@@ -73,6 +73,28 @@ def can_fuse(module: Any) -> bool:
     return all(hook.__module__.startswith(_SHARDING) for hook in module._forward_hooks.values())
 
 
+_DROP_IN = {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "gelu", "layer_norm"}
+
+
+def calls_functional(module: nn.Module) -> bool:
+    """Whether the code of a module's class names a function that `patch_functional` replaces, or cannot be read."""
+    methods = [
+        value
+        for cls in type(module).__mro__
+        if cls not in (nn.Module, object)
+        for value in vars(cls).values()
+    ]
+    codes = [code for method in methods if (code := getattr(method, "__code__", None)) is not None]
+    if type(module).forward is nn.Module.forward:
+        return True
+    while codes:
+        code = codes.pop()
+        if _DROP_IN & set(code.co_names):
+            return True
+        codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
+    return False
+
+
 def approximation(activation: Any) -> str | None:
     """ "none" or "tanh" of a GELU: a function, or a module that has been replaced; None for all else."""
     if activation in (functional.PYTORCH_GELU, functional.gelu):
