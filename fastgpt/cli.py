@@ -24,9 +24,7 @@ _ERRORS = (
 _ABSENT = argparse.SUPPRESS  # an option that is not given is not there either
 
 # Options of `eval` that mean nothing without --task.
-_TASK_EVALUATION = (
-    *("held_out", "shots", "num_shots", "limit", "baseline", "max_new_tokens", "batch_size", "skip_broken"),
-)
+_TASK_EVALUATION = (*("held_out", "shots", "num_shots", "limit", "baseline", "max_new_tokens", "batch_size"),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -299,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (
         ("--held-out", "of a JSON Lines file evaluate what training on it leaves out"),
         ("--baseline", "evaluate a model with new weights too, and the margin above it"),
-        ("--skip-broken", "leave out lines that are no example"),
+        ("--skip-broken", "leave out records without a text, or lines that are no example"),
     ):
         evaluate.add_argument(name, action="store_true", default=_ABSENT, help=text)
     evaluate.add_argument(
@@ -355,7 +353,7 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="what train --out was given, or a Hugging Face GPT-2",
+        help="what train --out was given, or a Hugging Face GPT-2: a directory, or a name on the Hub",
     )
     parser.add_argument("--device", default="auto", help="where the model runs (default: auto)")
     parser.add_argument(

@@ -65,12 +65,13 @@ class TrainConfig:
     )
     init_from: str | None = option(
         None,
-        "a checkpoint, or a Hugging Face GPT-2, to start from: its weights, its tokenizer, its architecture",
+        "a checkpoint, or a Hugging Face GPT-2 (a directory, or a name on the Hub), to start from: its weights, its "
+        "tokenizer, its architecture",
     )
     tokenizer: str = option(
         "auto",
-        "bytes, bpe (learned from the data), or the path of a tokenizer.json; auto: that of the model to start from or "
-        "of a prepared dataset, else bytes",
+        "bytes, bpe (learned from the data), a tokenizer.json, or the name of a model on the Hub; auto: that of the "
+        "model to start from or of a prepared dataset, else bytes",
     )
     vocab_size: int = option(4096, "tokens that bpe learns; the other tokenizers bring their own number")
 

@@ -31,7 +31,7 @@ def run_command(command: Callable[[], int]) -> int:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", Note)
-                warnings.showwarning = _print_warning
+                warnings.showwarning = _warning_printer()
                 return command()
         finally:
             sys.stdout.flush()  # here, because an error in the flush at exit cannot be handled
@@ -112,14 +112,18 @@ def note(text: str) -> None:
         warnings.warn(text, Note, stacklevel=3)
 
 
-def _print_warning(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
-    if issubclass(category, Note):
-        print(f"fastgpt: note: {message}", file=sys.stderr, flush=True)
-    else:
-        _show_warning(message, category, *place, **more)
+def _warning_printer() -> Callable[..., None]:
+    """What shows warnings: each note once, as a line, and others as before."""
+    others, shown = warnings.showwarning, set()
 
+    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+        if not issubclass(category, Note):
+            others(message, category, *place, **more)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            print(f"fastgpt: note: {message}", file=sys.stderr, flush=True)
 
-_show_warning = warnings.showwarning
+    return show
 
 
 class Progress:

@@ -77,6 +77,7 @@ def evaluate(
     *,
     packing: str = "auto",
     text_key: str = "text",
+    skip_broken: bool = False,
     device: str = "auto",
     backend: str = "auto",
 ) -> Evaluation:
@@ -85,7 +86,7 @@ def evaluate(
     checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
     source:     a file, "-" for standard input, or a directory, evaluated whole, or "stdlib" or a prepared dataset, of
                 which the held-out part is evaluated.
-    text_key:   the key or column of the text in records.
+    text_key:   the key or column of the text in records; with skip_broken those without one are left out.
     packing:    as `TrainConfig.packing`; "auto" is that of the run. Packed documents do not see each other, their ends
                 of text are targets, and a position counts from the beginning of its document, or of the piece of it,
                 where it is longer than a block.
@@ -100,7 +101,7 @@ def evaluate(
         packing = run.packing
     block_size = model.config.block_size if run is None else run.block_size
     where = resolve_device(device)
-    documents, size, packed = _read_documents(source, tokenizer, packing, text_key)
+    documents, size, packed = _read_documents(source, tokenizer, packing, text_key, skip_broken)
     count = len(documents.tokens)
     if count < 2:
         raise ValueError(
@@ -145,27 +146,27 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def read_texts(source: str, text_key: str = "text") -> list[str]:
+def read_texts(source: str, text_key: str = "text", skip_broken: bool = False) -> list[str]:
     """The documents that a model is measured on: of a file or a directory all, of "stdlib" or a prepared dataset
     those held out.
     """
-    return _read_texts(source, text_key).texts
+    return _read_texts(source, text_key, skip_broken).texts
 
 
-def _read_texts(source: str, text_key: str) -> data.Loaded:
+def _read_texts(source: str, text_key: str, skip_broken: bool) -> data.Loaded:
     if data.is_dataset(source):
         dataset = data.open_dataset(source)
         return data.Loaded(list(_decoded(dataset.split("val"), dataset.tokenizer())))
     if source == "stdlib":
         return data.Loaded(data.load_corpus(source).val)
-    loaded = data.read_source(source, text_key)
+    loaded = data.read_source(source, text_key, skip_broken)
     for line in left_out_lines(loaded.left_out):
         note(line)
     return loaded
 
 
 def _read_documents(
-    source: str, tokenizer: ByteTokenizer | BPETokenizer, packing: str, text_key: str
+    source: str, tokenizer: ByteTokenizer | BPETokenizer, packing: str, text_key: str, skip_broken: bool
 ) -> tuple[data.Documents, int, bool]:
     """The same in a model's tokens, how many bytes of text they are, and whether they are packed. The tokens of a
     dataset are read as they are, ends of text included, unless the model has others.
@@ -178,7 +179,7 @@ def _read_documents(
             return data.Documents(split, split.document_ends), size, packed
         texts, ended = list(_decoded(split, own)), packed or tokenizer.end_of_text is not None
     else:
-        loaded = _read_texts(source, text_key)
+        loaded = _read_texts(source, text_key, skip_broken)
         texts, ended = loaded.texts, data.are_packed(packing, loaded.records, tokenizer)
         packed = ended
     size = sum(len(text.encode()) for text in texts)

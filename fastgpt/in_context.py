@@ -121,6 +121,7 @@ def in_context(
     backend: str = "auto",
     seed: int = 0,
     text_key: str = "text",
+    skip_broken: bool = False,
 ) -> InContext:
     """Measure a model, in float32; with a text, `source` as `evaluate` takes it, by position too.
 
@@ -132,7 +133,7 @@ def in_context(
         found = measure(model, alphabet(tokenizer, model.config.vocab_size), seed=seed)
         if source is None:
             return found
-        text = "".join(read_texts(source, text_key))
+        text = "".join(read_texts(source, text_key, skip_broken))
         return replace(found, positions=loss_by_position(model, tokenizer.encode(text)))
 
 

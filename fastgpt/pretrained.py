@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,18 @@ from torch import Tensor
 
 from fastgpt.checkpoint import check_weights, open_checkpoint
 from fastgpt.config import TrainConfig
+from fastgpt.console import note
+from fastgpt.download import download, is_hub_name
 from fastgpt.durable import check_outside_checkpoints, flush
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, byte_vocabulary, load_tokenizer
+from fastgpt.tokenizer import (
+    FILE,
+    TOKENIZER_FILES,
+    BPETokenizer,
+    ByteTokenizer,
+    byte_vocabulary,
+    load_tokenizer,
+)
 
 # The models that were published (Radford et al. 2019), by their names on the Hub.
 GPT2_SIZES = {
@@ -36,9 +46,14 @@ GPT2_SIZES = {
 _CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _TEMPORARY = ".writing-"
+_SHOWN = 8  # names of tensors
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
+_PREFIXES = re.compile(
+    r"((module|_orig_mod|transformer)\.)*"
+)  # of wrappers of PyTorch, and of the body beside a head
+_OWN = ("h.", "wte.", "wpe.", "ln_f.", "lm_head.")  # tensors of the model itself; others are of another head
 
 _REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 
@@ -58,7 +73,7 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
     """
     directory = _directory(name)
     try:
-        options = json.loads((directory / _CONFIG).read_text("utf-8"))
+        options = json.loads((directory / _CONFIG).read_text("utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{directory} holds no config.json, so it is no Hugging Face checkpoint"
@@ -67,8 +82,7 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise ValueError(f"{directory / _CONFIG} is not JSON: {error}") from None
     config = _config(options, dropout, directory)
     weights = _weights(directory, config.tie_head)
-    _check_shapes(weights, config, directory)
-    return config, weights
+    return config, _checked(weights, config, directory)
 
 
 def _directory(name: str) -> Path:
@@ -76,26 +90,27 @@ def _directory(name: str) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
-    if path.exists() or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+    if path.exists():
+        raise FileNotFoundError(
+            f"{name} is a file and no checkpoint directory; a model is read from a directory with config.json and "
+            f"{_SAFETENSORS}, or from the directory of a run"
+        )
+    if not is_hub_name(name):
         raise FileNotFoundError(f"there is no checkpoint directory {name}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(
-            f"{name} is no directory here, and a download from the Hub needs the package huggingface_hub"
-        ) from None
-    try:
-        for kind in ("*.safetensors*", "*.bin*"):  # a repository may hold the weights in both
-            path = Path(snapshot_download(name, allow_patterns=[_CONFIG, "tokenizer*", "*.txt", kind]))
-            if any(path.glob(kind)):
-                break
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{name} is no directory here, and the Hub did not deliver it: {reason}") from error
+    for kind in ("*.safetensors*", "*.bin*"):  # a repository may hold the weights in both
+        path = download(name, (_CONFIG, *TOKENIZER_FILES, kind), "directory")
+        if any(path.glob(kind)):
+            break
     return path
 
 
 def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConfig:
+    if not isinstance(options, dict):
+        raise ValueError(f"{directory / _CONFIG} is not the configuration of a model")
+    options = {"n_positions": options["n_ctx"]} | options if "n_ctx" in options else options
+    if "model_type" not in options and all(name in options for name in _REQUIRED):
+        note(f"{directory / _CONFIG} does not say model_type, as old ones do; its options are those of gpt2")
+        options = options | {"model_type": "gpt2"}
     if options.get("model_type") != "gpt2":
         raise ValueError(
             f"{directory} holds a model of type {options.get('model_type')!r}; only 'gpt2' can be read"
@@ -134,7 +149,7 @@ def _weights(directory: Path, tie_head: bool) -> dict[str, Tensor]:
     weights = {}
     for file in _weight_files(directory):
         for key, tensor in _tensors(file):
-            name = key.removeprefix("transformer.")
+            name = _PREFIXES.sub("", key)
             if not name.endswith(_MASKS):
                 weights[name] = tensor.T if name.endswith(_CONV1D) else tensor
     if tie_head and "wte.weight" in weights:
@@ -166,7 +181,7 @@ def _weight_files(directory: Path) -> list[Path]:
         index = directory / f"{whole}.index.json"
         if index.is_file():
             try:
-                shards = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+                shards = set(json.loads(index.read_text("utf-8-sig"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"{index} is not the index of a checkpoint in shards") from None
             files = [directory / shard for shard in sorted(shards)]
@@ -181,19 +196,26 @@ def _weight_files(directory: Path) -> list[Path]:
     raise FileNotFoundError(f"{directory} holds no {_SAFETENSORS}, and no {_PICKLE} either")
 
 
-def _check_shapes(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> None:
-    """Raise ValueError unless the tensors are exactly those of GPT(config)."""
+def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> dict[str, Tensor]:
+    """The tensors of GPT(config), without those of other heads. Raises ValueError unless they are exactly those."""
     with torch.device("meta"):
         wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
-    odd = sorted(wanted.keys() ^ weights.keys())
+    odd = sorted(name for name in wanted.keys() ^ weights.keys() if name in wanted or name.startswith(_OWN))
     if odd:
         verb = "lacks" if odd[0] in wanted else "holds"
         raise ValueError(f"{directory} {verb} the tensor {odd[0]}, unlike the GPT-2 its config describes")
+    others = sorted(weights.keys() - wanted.keys())
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        note(
+            f"{directory}: left out {', '.join(others[:_SHOWN])}{more}, tensors of a head that this GPT does not have"
+        )
     for name, shape in wanted.items():
         if weights[name].shape != shape:
             raise ValueError(
                 f"{directory}: {name} has shape {tuple(weights[name].shape)}, its config says {tuple(shape)}"
             )
+    return {name: weights[name] for name in wanted}
 
 
 def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokenizer | None) -> None:
@@ -217,7 +239,7 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
         (temporary / _CONFIG).write_text(json.dumps(options, indent=2), "utf-8")
         save_file(_for_gpt2(model), temporary / _SAFETENSORS, metadata={"format": "pt"})
         if tokenizer is not None:
-            _write_tokenizer(tokenizer, temporary)
+            _write_tokenizer(tokenizer, temporary, model.config.block_size)
         for path in (*temporary.iterdir(), temporary):
             flush(path)
         temporary.rename(directory)
@@ -279,11 +301,13 @@ def _for_gpt2(model: GPT) -> dict[str, Tensor]:
     return named
 
 
-def _write_tokenizer(tokenizer: ByteTokenizer | BPETokenizer, directory: Path) -> None:
+def _write_tokenizer(tokenizer: ByteTokenizer | BPETokenizer, directory: Path, longest: int) -> None:
     """tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+        "split_special_tokens": True,  # a text that spells <|endoftext|> does not end by it
     }
     if tokenizer.name == "bytes":
         (directory / FILE).write_text(_bytes_as_bpe(), "utf-8")
@@ -308,7 +332,8 @@ def _bytes_as_bpe() -> str:
 
 
 def open_model(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer]:
-    """A model on the CPU and its tokenizer: what `train --out` was given, or a Hugging Face GPT-2 directory.
+    """A model on the CPU and its tokenizer: what `train --out` was given, a Hugging Face GPT-2 directory, or the name
+    of one on the Hub.
 
     Raises CheckpointError, ValueError or OSError where there is none, or where the tokenizer is none of the model's.
     """
@@ -317,12 +342,13 @@ def open_model(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer]:
 
 def open_trained(path: str | Path) -> tuple[GPT, ByteTokenizer | BPETokenizer, TrainConfig | None]:
     """`open_model`, and the configuration of the run that trained it; None of a Hugging Face GPT-2."""
-    if not (Path(path) / _CONFIG).is_file():
+    path = _directory(str(path))
+    if not (path / _CONFIG).is_file():
         opened = open_checkpoint(path)
         model = opened.load_model()
         check_weights(model, opened.path)
         return model, opened.load_tokenizer(), opened.train
-    model, tokenizer = GPT.from_pretrained(path), load_tokenizer(Path(path))
+    model, tokenizer = GPT.from_pretrained(path), load_tokenizer(path)
     check_weights(model, path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(

@@ -15,7 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgpt.download import download, is_hub_name
+
 FILE = "tokenizer.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab.json",
+    "*.txt",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+)  # of a model on the Hub
+_TAKEN = (
+    "--tokenizer takes bytes, bpe or a tokenizer.json, a directory with one, vocab.json and merges.txt, or vocab.txt, "
+    "or a model's name on the Hub"
+)
 _END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>")  # of GPT-2, BERT, and many others
 _PIECE = 1 << 16  # characters encoded at once by BPE: many pieces are spread over the cores
 
@@ -202,12 +216,16 @@ def is_meant(own: ByteTokenizer | BPETokenizer, name: str) -> bool:
 
 def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     """The tokenizer in a tokenizer.json, or in a directory that has one, GPT-2's vocab.json and merges.txt, or BERT's
-    vocab.txt (lower case unless tokenizer_config.json says otherwise). Raises FileNotFoundError and ValueError.
+    vocab.txt (lower case unless tokenizer_config.json says otherwise); or that of a model on the Hub. Raises
+    FileNotFoundError, OSError and ValueError.
     """
+    if is_hub_name(str(path)):
+        path = download(str(path), TOKENIZER_FILES, "tokenizer")
     file = path / FILE if path.is_dir() else path
     try:
         if file.is_file():
-            text = file.read_text("utf-8")
+            _check_kind(file)
+            text = file.read_text("utf-8-sig")
             if json.loads(text) == {"type": "bytes"}:
                 return ByteTokenizer()
             tokenizer = BPETokenizer(text)
@@ -218,14 +236,31 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
         if (path / "vocab.txt").is_file():
             file = path / "vocab.txt"
             return BPETokenizer(_bert(path).to_str())
-    except OSError:
+        for other in sorted(path.glob("*")) if path.is_dir() else ():
+            _check_kind(other)
+    except (OSError, _KindError):
         raise
     except Exception as error:  # the package raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer: {error}") from None
-    raise FileNotFoundError(
-        f"there is no tokenizer {file}; --tokenizer takes bytes, bpe or a tokenizer.json, or a directory that has one, "
-        "vocab.json and merges.txt, or vocab.txt"
-    )
+        raise ValueError(f"{file} is not a tokenizer: {error}; {_TAKEN}") from None
+    raise FileNotFoundError(f"there is no tokenizer {file}; {_TAKEN}")
+
+
+class _KindError(ValueError):
+    """A file is a tokenizer of a kind that is not read."""
+
+
+def _check_kind(file: Path) -> None:
+    """Raise ValueError for a tokenizer of another library, with the way to one that is read."""
+    kinds = {
+        ".model": "a SentencePiece model",
+        ".spm": "a SentencePiece model",
+        ".tiktoken": "a file of tiktoken",
+    }
+    if file.suffix in kinds:
+        raise _KindError(
+            f"{file} is {kinds[file.suffix]}, which is not read; {_TAKEN}. transformers writes a tokenizer.json: "
+            "AutoTokenizer.from_pretrained(DIR).save_pretrained(OUT)"
+        )
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -267,7 +302,7 @@ def _bert(directory: Path) -> Any:
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     file = directory / "tokenizer_config.json"
-    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    config = json.loads(file.read_text("utf-8-sig")) if file.is_file() else {}
     engine = Engine(models.WordPiece.from_file(str(directory / "vocab.txt"), unk_token="[UNK]"))
     engine.normalizer = normalizers.BertNormalizer(
         handle_chinese_chars=config.get("tokenize_chinese_chars", True),

@@ -53,7 +53,9 @@ class PrepareConfig:
     )
 
     val_share: float = option(0.01, "share of the documents that is held out, by a hash of their text")
-    tokenizer: str = option("bpe", "bytes, bpe (learned from the data), or a path to one")
+    tokenizer: str = option(
+        "bpe", "bytes, bpe (learned from the data), a tokenizer.json, or a model of the Hub"
+    )
     vocab_size: int = option(4096, "tokens that bpe learns")
     bpe_dropout: float = option(
         0.0, "rate at which merges are left out of the training split, as augmentation"

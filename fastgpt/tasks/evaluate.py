@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastgpt.config import resolve_device
+from fastgpt.data import name_of
 from fastgpt.generate import Generated, continue_texts, generate_texts
 from fastgpt.model import GPT
 from fastgpt.pretrained import open_model
@@ -107,7 +108,7 @@ def evaluate_task(
     else:
         whole, _ = read_examples(source, skip_broken=skip_broken)
         own = 0 if shots else num_shots
-        name, spare, evaluated = source, whole[:own], whole[own:]
+        name, spare, evaluated = name_of(source), whole[:own], whole[own:]
     shown = _first(read_examples(shots)[0] if shots else spare, num_shots)
     evaluated = evaluated[:limit]
     if not evaluated:
