@@ -61,8 +61,8 @@ test-all: .venv/.dev
 # of the best one. Left out: other backends; torch.compile, which calls the same kernels; memory peaks, to which
 # the sanitizer adds its own. Python and PyTorch leak on purpose. The preloaded libraries must come before all others
 # and Python links no libstdc++; a report goes straight to the terminal, since it ends the process.
-ASAN_TESTS := $(wildcard tests/test_functional*.py) $(foreach op, add_layer_norm attention attention_varlen \
-	cross_entropy geglu gelu linear linear_cross_entropy linear_gelu mlp, tests/test_$(op).py)
+ASAN_TESTS := $(wildcard tests/test_functional*.py) $(foreach op, add_layer_norm attention attention_extremes attention_varlen \
+	cross_entropy cross_entropy_extremes geglu gelu linear linear_cross_entropy linear_gelu mlp, tests/test_$(op).py)
 
 asan: .venv/.dev
 	set -e; \
