@@ -9,7 +9,6 @@ goes to PyTorch under "auto"; a backend asked for by name raises `BackendUnavail
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from fastgpt.ops.attention import refusal as _attention_refusal
 
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
 PYTORCH_GELU = _torch.gelu
-_pytorch_layer_norm = _torch.layer_norm
+PYTORCH_LAYER_NORM = _torch.layer_norm
 PYTORCH_ATTENTION = _torch.scaled_dot_product_attention
 PYTORCH_CROSS_ENTROPY = _torch.cross_entropy
-_pytorch_linear_cross_entropy = getattr(_torch, "linear_cross_entropy", None)  # from PyTorch 2.13 on
+PYTORCH_LINEAR_CROSS_ENTROPY = getattr(_torch, "linear_cross_entropy", None)  # from PyTorch 2.13 on
 
 
 def __getattr__(name: str) -> Any:
@@ -76,6 +75,16 @@ def goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[st
     return select(op, device, (lambda _: reason) if reason else case, drop_in=True) == PYTORCH
 
 
+def _has_usual_strides(t: Tensor) -> bool:
+    """Whether a contiguous tensor has the strides of a new one, also in dimensions of size 1, or if it is empty."""
+    step = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
+        if stride != step:
+            return False
+        step *= max(size, 1)
+    return True
+
+
 def gelu(input: Tensor, approximate: str = "none", *, out: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.gelu` on fastgpt's kernels; see `fastgpt.ops.gelu`. `out` goes to PyTorch."""
     reason = plain_reason(input)
@@ -88,6 +97,8 @@ def gelu(input: Tensor, approximate: str = "none", *, out: Tensor | None = None)
             return PYTORCH_GELU(input, approximate=approximate, out=out)  # type: ignore[call-arg]
         return PYTORCH_GELU(input, approximate=approximate)
     if input.is_contiguous():
+        if (0 in input.shape or 1 in input.shape) and not _has_usual_strides(input):
+            input = input.clone(memory_format=torch.contiguous_format)
         return ops.gelu(input, approximate)
     # PyTorch keeps the order of the dimensions in memory (channels last, transposed): so does the drop-in.
     order = input.dim_order(ambiguity_check=False)
@@ -125,7 +136,7 @@ def layer_norm(
         elif input.numel() == 0:
             reason = "the input is empty"
     if goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
-        return _pytorch_layer_norm(input, normalized_shape, weight, bias, eps)
+        return PYTORCH_LAYER_NORM(input, normalized_shape, weight, bias, eps)
     if (
         input.is_cuda and autocast_dtype(input.device) is not None
     ):  # in autocast's float32 list there, not on the CPU
@@ -362,8 +373,8 @@ def linear_cross_entropy(
             reason = "there are no classes"
     if goes_to_pytorch("linear_cross_entropy", input, reason, lambda b: _no_float64(b, input.dtype)):
         keywords: dict[str, Any] = dict(weight=weight, reduction=reduction, label_smoothing=label_smoothing)
-        if _pytorch_linear_cross_entropy is not None:
-            return _pytorch_linear_cross_entropy(
+        if PYTORCH_LINEAR_CROSS_ENTROPY is not None:
+            return PYTORCH_LINEAR_CROSS_ENTROPY(
                 input,
                 linear_weight,
                 target,
@@ -416,35 +427,3 @@ def _loss_reason(
     if weight is not None and (weight.dtype != dtype or weight.requires_grad):
         return "weight has another dtype than the input, or requires a gradient"
     return None
-
-
-# What `torch.jit.script` compiles in the place of the drop-in: PyTorch's functions. Two of them are builtins, which it
-# knows inside a function alone.
-def _scripted_gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    return PYTORCH_GELU(input, approximate=approximate)
-
-
-def _scripted_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    return PYTORCH_ATTENTION(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-
-
-_SCRIPTED: tuple[tuple[Any, Any], ...] = (
-    (gelu, _scripted_gelu),
-    (layer_norm, _pytorch_layer_norm),
-    (scaled_dot_product_attention, _scripted_attention),
-    (cross_entropy, PYTORCH_CROSS_ENTROPY),
-    (linear_cross_entropy, _pytorch_linear_cross_entropy),
-)
-for _ours, _theirs in _SCRIPTED:
-    _ours.__prepare_scriptable__ = partial(lambda function: function, _theirs)

@@ -1,12 +1,17 @@
-"""`patch_functional()`: the drop-in for code that one cannot edit, by replacing names in `torch.nn.functional`."""
+"""`patch_functional()`: the drop-in for code that one cannot edit, by replacing names in `torch.nn.functional`.
+
+And what `torch.jit.script` compiles where it finds the drop-in.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as _torch
+from torch import Tensor
 
 from fastgpt import functional
 
@@ -47,3 +52,35 @@ class patch_functional(contextlib.ContextDecorator):  # noqa: N801  (reads as a 
                 for name, original in _originals.items():
                     setattr(_torch, name, original)
                 _originals.clear()
+
+
+# What `torch.jit.script` compiles in the place of the drop-in: PyTorch's functions. Two of them are builtins, which it
+# knows inside a function alone.
+def _scripted_gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    return functional.PYTORCH_GELU(input, approximate=approximate)
+
+
+def _scripted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return functional.PYTORCH_ATTENTION(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+_SCRIPTED: tuple[tuple[Any, Any], ...] = (
+    (functional.gelu, _scripted_gelu),
+    (functional.layer_norm, functional.PYTORCH_LAYER_NORM),
+    (functional.scaled_dot_product_attention, _scripted_attention),
+    (functional.cross_entropy, functional.PYTORCH_CROSS_ENTROPY),
+    (functional.linear_cross_entropy, functional.PYTORCH_LINEAR_CROSS_ENTROPY),
+)
+for _ours, _theirs in _SCRIPTED:
+    _ours.__prepare_scriptable__ = partial(lambda function: function, _theirs)

@@ -158,7 +158,8 @@ def mean_denominator(dtype: torch.dtype, target: Tensor, weight: Tensor | None, 
     valid = target != ignore_index
     if weight is None or weight.shape[0] == 0:
         return valid.sum().to(dtype)
-    return torch.where(valid, weight.to(dtype)[torch.where(valid, target, 0)], 0).sum()
+    # `take`, because Dynamo reads the value of an index that is a scalar tensor.
+    return torch.where(valid, weight.to(dtype).take(torch.where(valid, target, 0)), 0).sum()
 
 
 def dtype_of_loss(values: Tensor, asked: torch.dtype | None) -> torch.dtype:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
 GELUS = "gelu geglu linear_gelu mlp"
-CALLS = "functional functional_attention functional_calls functional_losses"
+CALLS = "functional functional_attention functional_calls functional_losses differential"
 DROP_IN = f"{CALLS} transforms torchscript patch_functional examples"
 DATA = "data data_formats data_cleaning data_duplicates data_packing data_prepare data_shards"
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
