@@ -347,10 +347,9 @@ class Run:
                 text = self.sample()
                 self.say(f"--- sample ---{text}\n--- end of sample ---")
                 self.papers.write_sample(text)
-        self.say(
-            f"done at step {self.step}: val loss {self.validation.loss:.4f} nats/token, {self.unigram}; "
-            f"the curve is {self.out / 'loss.png'}"
-        )
+        curve = f"; the curve is {self.out / 'loss.png'}" if (self.out / "loss.png").exists() else ""
+        loss = f"{self.validation.loss:.4f} nats/token"
+        self.say(f"done at step {self.step}: val loss {loss}, {self.unigram}{curve}")
         return TrainResult(self.step, self.val_loss, self.material.entropy, finished=True)
 
     def sample(self) -> str:

@@ -114,7 +114,7 @@ def read_source(source: str, text_key: str = "text", skip_broken: bool = False) 
         return Loaded([read_text(source)])
     if Path(source).is_file() and not Path(source).stat().st_size:
         raise ValueError(f"{source} is empty")
-    return _texts(read_records(source, kind), name_of(source), text_key, skip_broken)
+    return _texts(read_records(source, kind, [text_key]), name_of(source), text_key, skip_broken)
 
 
 def read_text(path: str | Path) -> str:
@@ -161,7 +161,9 @@ def _read_directory(root: Path, text_key: str, skip_broken: bool) -> Loaded:
                 texts.append(read_text(file))
             else:
                 must_fit = kind != JSON_LINES  # a JSON file or a table may be about something else than texts
-                found = _texts(read_records(file, kind), str(file), text_key, skip_broken, must_fit=must_fit)
+                found = _texts(
+                    read_records(file, kind, [text_key]), str(file), text_key, skip_broken, must_fit=must_fit
+                )
                 texts += found.texts
                 left_out += found.left_out
         except (NotTextError, FormatError) as error:

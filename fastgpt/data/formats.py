@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,13 @@ def sniffed(stream: io.BufferedReader) -> str:
     return TEXT
 
 
-def read_records(source: str | Path, kind: str) -> Iterator[Record]:
-    """The records of a file, decompressed. Raises FormatError, NotTextError, OSError, and ImportError where a package
-    is missing.
+def read_records(source: str | Path, kind: str, keys: Sequence[str] = ()) -> Iterator[Record]:
+    """The records of a file, decompressed; where it has the keys, and that saves reading, without others.
+
+    Raises FormatError, NotTextError, OSError, and ImportError where a package is missing.
     """
     if kind == PARQUET:
-        yield from _parquet(source)
+        yield from _parquet(source, keys)
     elif kind == JSON_LINES:
         with open_bytes(source) as stream:
             yield from json_lines(stream, name_of(source))
@@ -214,7 +215,7 @@ def _again(start: str, stream: io.TextIOBase) -> Iterator[str]:
     yield from stream
 
 
-def _parquet(source: str | Path) -> Iterator[Record]:
+def _parquet(source: str | Path, keys: Sequence[str]) -> Iterator[Record]:
     name = name_of(source)
     if can_be_read_once(source):
         raise ValueError(f"{name}: a Parquet file cannot be read from a stream; give the name of a file")
@@ -228,7 +229,10 @@ def _parquet(source: str | Path) -> Iterator[Record]:
     number = 0
     try:
         with ParquetFile(source) as file:
-            for batch in file.iter_batches(batch_size=_ROWS):
+            names = file.schema_arrow.names
+            columns = [key if key in names else key.partition(".")[0] for key in keys]
+            wanted = columns if columns and set(columns) <= set(names) else None
+            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     yield Record(f"{name}, record {number}", row)

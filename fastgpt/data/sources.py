@@ -125,7 +125,9 @@ class Sources:
                 yield from _text_documents(text, str(file), self.separator if named else None)
         else:
             # Below a directory a JSON file or a table may be about something else than texts.
-            yield from self._texts(read_records(file, kind), must_fit=not named and kind != JSON_LINES)
+            yield from self._texts(
+                read_records(file, kind, [self.text_key]), must_fit=not named and kind != JSON_LINES
+            )
 
     def _texts(self, records: Iterator[Record], must_fit: bool = False) -> Iterator[str]:
         """The texts of records; the first one must have a text where that decides whether the file is of use."""

@@ -64,7 +64,7 @@ def read_examples(path: str | Path, *, skip_broken: bool = False) -> tuple[list[
     kind = format_of(path)
     examples: list[Example] = []
     skipped = 0
-    for record in read_records(path, JSON_LINES if kind == TEXT else kind):
+    for record in read_records(path, JSON_LINES if kind == TEXT else kind, ("input", "output")):
         try:
             examples.append(_example(record))
         except ValueError as error:
