@@ -17,8 +17,9 @@ TORCH ?= torch==2.13.0
 # What `make gpu` may take.
 MINUTES ?= 25
 BIN := .venv/bin
+# TEST_MINUTES: no test is started after that time, for test-changed and asan.
 # A worker a core; tests that share a build or what a module's fixture made stay with one.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(if $(TEST_MINUTES),--minutes $(TEST_MINUTES))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
 .PHONY: demo test test-changed test-all asan lint bench compare gpu rehearse clean

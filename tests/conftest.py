@@ -10,6 +10,7 @@ take a backend, and only those, on a GPU: kernels compiled, every tensor that a 
 
 import os
 import random
+import time
 import zlib
 
 import numpy as np
@@ -33,6 +34,19 @@ def pytest_addoption(parser):
         metavar="N|random",
         help="seed of all inputs, with the test's name (default: 0)",
     )
+    parser.addoption(
+        "--minutes", type=float, metavar="N", help="start no test after that time; the summary counts them"
+    )
+
+
+START = time.monotonic()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    minutes = item.config.option.minutes
+    if minutes is not None and time.monotonic() - START > 60 * minutes:
+        pytest.skip(f"not started: the {minutes:g} minutes of --minutes are over")
 
 
 @pytest.hookimpl(tryfirst=True)

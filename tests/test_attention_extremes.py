@@ -116,8 +116,7 @@ def test_the_gradient_of_a_large_lse_is_a_softmax(backend):
 
 
 @pytest.mark.parametrize("columns", with_costly([1, 2, 7, 16], 1, 2))
-@pytest.mark.parametrize("causal", ["none", "upper_left"])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("causal", "deterministic"), [("none", False), ("upper_left", True)])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 @pytest.mark.only("reference", "cpp", "triton")
 def test_short_rows_obey_the_error_rule(backend, dtype, offset, deterministic, causal, columns):
