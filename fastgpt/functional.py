@@ -228,14 +228,14 @@ def _laid_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     """
     if q.device.type != "cpu":
         return out
-    cast = _autocast_to(q)
-    if q.dtype != cast:
-        q, k, v = (torch.empty_like(t, dtype=cast) for t in (q, k, v))
+    if q.dtype != out.dtype:  # autocast's
+        q, k, v = (torch.empty_like(t, dtype=out.dtype) for t in (q, k, v))
     flash = (
         q.dim() == 4
         and dropout_p == 0.0
         and q.shape[-1] == v.shape[-1]
-        and 0 not in (*q.shape, *k.shape)
+        and q.numel() > 0
+        and k.numel() > 0
         and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
         and (mask is None or (mask.dim() != 3 and not mask.requires_grad))
         and torch._C._get_flash_sdp_enabled()
