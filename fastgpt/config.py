@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 import torch
 
 from fastgpt.backends import BACKENDS
+from fastgpt.data.files import STANDARD_INPUT, open_text
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 from fastgpt.options import TEXT_KEY, kind_of, option
 from fastgpt.tasks.template import TASKS
@@ -195,9 +196,14 @@ class TrainConfig:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The options in a TOML file. Raises OSError if it cannot be read and ValueError if it is not TOML."""
+    """The options in a TOML file, "-" for standard input. Raises OSError if it cannot be read and ValueError if it is
+    not TOML.
+    """
+    if str(path) != STANDARD_INPUT:
+        Path(path).stat()  # raises FileNotFoundError
     try:
-        return tomllib.loads(Path(path).read_text("utf-8-sig"))  # an editor on Windows may write a mark
+        with open_text(path) as file:
+            return tomllib.loads(file.read().replace("\r\n", "\n"))
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 

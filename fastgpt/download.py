@@ -23,8 +23,12 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name may be that of a model on the Hub: "gpt2" or "owner/name", where there is no such file here."""
-    return _NAME.fullmatch(name) is not None and not name.endswith(_FILES) and not Path(name).exists()
+    """Whether a name may be that of a model on the Hub: "gpt2" or "owner/name", where no file here, nor a directory
+    "owner", has that name.
+    """
+    if _NAME.fullmatch(name) is None or name.endswith(_FILES):
+        return False
+    return not Path(name).exists() and not ("/" in name and Path(name).parent.is_dir())
 
 
 def download(name: str, patterns: Sequence[str], what: str) -> Path:

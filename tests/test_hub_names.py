@@ -115,6 +115,8 @@ def test_a_name_that_is_nowhere(
 
 def test_paths_are_not_looked_up_on_the_hub(hub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "ckpt.pt").touch()
+    Path("runs").mkdir()
+    assert not is_hub_name("runs/tiny") and is_hub_name("owner/tiny") and is_hub_name("tiny")
     for name in (
         "./run",
         "../run",

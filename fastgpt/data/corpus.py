@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -216,7 +217,9 @@ def stdlib_files(root: Path) -> list[Path]:
 
 def _ordered(root: Path, files: list[Path]) -> list[Path]:
     """The files by a hash of their paths below root."""
-    return sorted(files, key=lambda file: hashlib.sha256(file.relative_to(root).as_posix().encode()).digest())
+    return sorted(
+        files, key=lambda file: hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
+    )
 
 
 def _hold_out(name: str, loaded: Loaded) -> Corpus:

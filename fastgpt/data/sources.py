@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def _files(source: str) -> tuple[list[Path], list[str]]:
     else:
         raise FileNotFoundError(f"there is no file or directory {root}")
     return sorted(
-        files, key=lambda f: hashlib.sha256(f.relative_to(root).as_posix().encode()).digest()
+        files, key=lambda f: hashlib.sha256(os.fsencode(f.relative_to(root).as_posix())).digest()
     ), left_out
 
 
