@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -57,3 +58,19 @@ def check_outside_checkpoints(path: Path) -> None:
         raise ValueError(
             f"{path} is in the checkpoint {found}, and would be removed with it; choose another directory"
         )
+
+
+def lock_directory(directory: Path) -> int:
+    """Hold a directory against other processes, for as long as the returned descriptor is open.
+
+    Raises FileExistsError where another process holds it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise FileExistsError(
+            f"another process is writing {directory}; wait for it, or name another directory"
+        ) from None
+    return descriptor

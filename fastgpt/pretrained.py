@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from fastgpt.checkpoint import check_weights, open_checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.console import note
 from fastgpt.download import download, is_hub_name
-from fastgpt.durable import check_outside_checkpoints, flush
+from fastgpt.durable import check_outside_checkpoints, flush, lock_directory
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import (
     FILE,
@@ -229,13 +230,15 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
             )
         options["bos_token_id"] = options["eos_token_id"] = tokenizer.end_of_text
     check_outside_checkpoints(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists already: remove it, or choose another directory")
+    _check_empty(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = directory.parent / f"{_TEMPORARY}{directory.name}"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a save that died left
+    temporary.mkdir(exist_ok=True)
+    lock = lock_directory(temporary)
     try:
-        temporary.mkdir()
+        _check_empty(directory)  # another process may have written it meanwhile
+        for leftover in temporary.iterdir():  # of a save that died
+            leftover.unlink()
         (temporary / _CONFIG).write_text(json.dumps(options, indent=2), "utf-8")
         save_file(_for_gpt2(model), temporary / _SAFETENSORS, metadata={"format": "pt"})
         if tokenizer is not None:
@@ -244,10 +247,19 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
             flush(path)
         temporary.rename(directory)
         flush(directory.parent)
+    except FileExistsError:
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{directory} could not be written ({reason}); nothing of it remains") from error
+    finally:
+        os.close(lock)
+
+
+def _check_empty(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists already: remove it, or choose another directory")
 
 
 def _options(config: GPTConfig) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastgpt import checkpoint
 from fastgpt.cli import main
 from fastgpt.config import TrainConfig
 from fastgpt.data import PrepareConfig, prepare
+from fastgpt.durable import lock_directory
 from fastgpt.lock import NAME, DirectoryLock, is_locked
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.start import config_from
@@ -139,6 +140,22 @@ def test_nothing_else_is_written_into_a_checkpoint(
     assert main([command, *inputs, f"--out={step / 'sub' / 'deep'}"]) == 2
     assert f"is in the checkpoint {step}" in capsys.readouterr().err
     assert files(tmp_path / "out") == before and not (step / "sub").exists()
+
+
+def test_two_exports_do_not_write_one_directory(tmp_path: Path):
+    model = GPT(GPTConfig(256, 32, n_layer=1, n_head=2, n_embd=32))
+    (tmp_path / ".writing-m").mkdir()
+    (tmp_path / ".writing-m" / "half").touch()  # of a save that died
+    lock = lock_directory(tmp_path / ".writing-m")
+    with pytest.raises(FileExistsError, match="another process is writing"):
+        model.save_pretrained(tmp_path / "m", ByteTokenizer())
+    assert files(tmp_path) == {".writing-m/half": b""}
+    os.close(lock)
+    model.save_pretrained(tmp_path / "m", ByteTokenizer())
+    assert sorted(files(tmp_path)) == [
+        f"m/{name}"
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    ]
 
 
 def test_a_data_set_and_a_model_are_not_the_directory_of_a_run(options: dict, tmp_path: Path):

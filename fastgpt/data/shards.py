@@ -14,7 +14,6 @@ overwritten stays until the new one is whole.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.durable import check_outside_checkpoints, fingerprint, flush
+from fastgpt.durable import check_outside_checkpoints, fingerprint, flush, lock_directory
 from fastgpt.strict_json import dumps
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
@@ -222,7 +221,7 @@ class DatasetWriter:
         self._finished = False
         self._temporary = self._out.with_name(f"{_TEMPORARY}{self._out.name}")
         self._temporary.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._temporary)
+        self._lock = lock_directory(self._temporary)
         for leftover in self._temporary.iterdir():
             leftover.unlink()
         self._tokenizer = tokenizer
@@ -346,16 +345,3 @@ def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
     magic = np.lib.format.magic(1, 0)
     text = repr(fields).ljust(_HEADER - len(magic) - 3) + "\n"
     return bytes(magic) + len(text).to_bytes(2, "little") + text.encode("ascii")
-
-
-def _lock(directory: Path) -> int:
-    """Hold a directory against other processes, for as long as the returned descriptor is open."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise FileExistsError(
-            f"another process is writing {directory}; wait for it, or name another directory"
-        ) from None
-    return descriptor
