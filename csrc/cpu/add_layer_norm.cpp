@@ -51,14 +51,18 @@ void forward(
                               store<A, A>(&z[j], v, n...);
                               return first<A>(v * A(0.5) - origin, A(0), n...) * inverse;
                             }));
-      Vector<A> sum = {}, squares = {};
-      over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+      // Of neighbouring vectors apart, so that no addition waits for the one before.
+      Vector<A> sum[2] = {}, squares[2] = {};
+      const auto gather = [&](int of, int64_t j, auto... n) {
         const Vector<A> d = first<A>(load<A>(&z[j], n...) - middle, A(0), n...);
-        sum += d * inverse;
-        squares += d * d;
-      });
-      const A rest = lane_sum<A>(sum);
-      const A variance = lane_sum<A>(squares) / A(size) - std::min(rest * rest, std::numeric_limits<A>::max());
+        sum[of] += d * inverse;
+        squares[of] += d * d;
+      };
+      int64_t j = 0;
+      for (; j + 2 * LANES<A> <= size; j += 2 * LANES<A>) gather(0, j), gather(1, j + LANES<A>);
+      over_vectors<A>(j, size, [&](int64_t i, auto... n) { gather(0, i, n...); });
+      const A rest = lane_sum<A>(sum[0] + sum[1]), square = lane_sum<A>(squares[0] + squares[1]) / A(size);
+      const A variance = square - std::min(rest * rest, std::numeric_limits<A>::max());
       const A scale = A(1) / std::sqrt((variance < A(0) ? A(0) : variance) + A(eps));
       mean[row] = double(middle) + double(rest);
       rstd[row] = scale;

@@ -103,7 +103,7 @@ inline void gradient_tile(
     Vector<A> row_delta = load<A>(delta + r);
     const Vector<A> row_top = load<A>(top + r), row_log_sum = load<A>(log_sum + r);
     const auto probability = [&](int64_t at) {
-      return exp<FOLD<E> == 1>((rounded<A>(load<A>(s + at) * scale) - row_top) - row_log_sum);
+      return exp_less<FOLD<E> == 1>(rounded<A>(load<A>(s + at) * scale) - row_top, row_log_sum);
     };
     if constexpr (ONE)
       for (int64_t c = 0; c < t.n; ++c) {

@@ -324,6 +324,15 @@ template <typename F>
   return x;
 }
 
+#if defined(__AVX512F__)
+// 2^t = 2^floor(t)·2^r with r in [0, 1), relative error below 7e-6; both instructions know what to do with infinity.
+[[gnu::always_inline]] inline Floats coarse_exp2(Floats t) {
+  constexpr float TERMS[] = {1.34267012e-2f, 5.22424358e-2f, 2.41280232e-1f, 6.93044839e-1f, 1.0f};
+  const Floats r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(polynomial(r, TERMS), t);
+}
+#endif
+
 // exp(x) = 2^k·exp(r) with k = round(x/ln 2), |r| ≤ ln 2 / 2. FINE: a polynomial of degree 6, relative error
 // below 1.5e-7; else of degree 4, below 7e-6, for results that are rounded to 16 bits. A result that would be
 // subnormal may be flushed to 0; inf above 88.73.
@@ -334,10 +343,7 @@ template <bool FINE = true>
   constexpr float LOWEST = -87.33654f, HIGHEST = 88.72284f, LOG2_E = 1.442695041f;
 #if defined(__AVX512F__)
   if constexpr (!FINE) {
-    // 2^t = 2^floor(t)·2^r with r in [0, 1); both instructions know what to do with infinity.
-    constexpr float BASE_2[] = {1.34267012e-2f, 5.22424358e-2f, 2.41280232e-1f, 6.93044839e-1f, 1.0f};
-    const Floats t = x * LOG2_E, r = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    return _mm512_scalef_ps(polynomial(r, BASE_2), t);
+    return coarse_exp2(x * LOG2_E);
   }
   const Floats clamped = _mm512_min_ps(_mm512_set1_ps(HIGHEST + 1), _mm512_max_ps(_mm512_set1_ps(LOWEST - 20), x));
   const Floats k = _mm512_roundscale_ps(clamped * LOG2_E, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -368,6 +374,21 @@ template <bool FINE = true>
 template <bool FINE = true>
 [[gnu::always_inline]] inline Doubles exp(Doubles x) {
   return each(x, [](double y) { return std::exp(y); });
+}
+
+// exp(x - shift), where `shift` is small: for a coarse exponential on AVX-512 at the cost of exp(x).
+template <bool FINE = true>
+[[gnu::always_inline]] inline Floats exp_less(Floats x, Floats shift) {
+#if defined(__AVX512F__)
+  if constexpr (!FINE) {
+    return coarse_exp2(x * 1.442695041f - shift * 1.442695041f);
+  }
+#endif
+  return exp<FINE>(x - shift);
+}
+template <bool FINE = true>
+[[gnu::always_inline]] inline Doubles exp_less(Doubles x, Doubles shift) {
+  return exp(x - shift);
 }
 
 // tanh: an odd polynomial below 0.625, else 1 - 2/(exp(2|x|) + 1); relative error below 3e-7.

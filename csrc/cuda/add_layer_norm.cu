@@ -13,12 +13,12 @@
 //
 //   mean = m + c,   c = mean(sum - m);   var = mean((sum - m)²) - c²;   xhat = ((sum - m) - c) rstd
 //
-// A constant row has m = x_0 and xhat = 0 exactly. sum - mean is taken in two steps in the backward, too. The first sum
-// is of halves over D, so that it cannot overflow. A row stays in registers for the statistics. A row of more than
-// 16384 elements does not, and is read again (8192 in the backward). Bytes moved per element: forward two reads, two
-// writes; backward three reads (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum, mean and rstd.
-// dweight and dbias are summed in two stages without atomics: a fixed set of blocks sums strided rows, PyTorch sums the
-// partial sums.
+// A constant row has m = x_0 and xhat = 0 exactly. sum - mean is taken in two steps in the backward, too. The first
+// sums are of 2^-24 of their terms, so that they cannot overflow. A row stays in registers for the statistics. A row of
+// more than 16384 elements does not, and is read again (8192 in the backward). Bytes moved per element: forward two
+// reads, two writes; backward three reads (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum, mean
+// and rstd. dweight and dbias are summed in two stages without atomics: a fixed set of blocks sums strided rows,
+// PyTorch sums the partial sums.
 #include "../formulas.h"
 #include "team.cuh"
 #include "tensors.cuh"
@@ -92,21 +92,21 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     }
   };
 
-  const float inverse = 1.0f / static_cast<float>(columns);
-  float origin = 0.0f;  // half of x_0
+  constexpr float PART = 0x1p-24f;
+  float origin = 0.0f;  // x_0 PART / 2
   if (columns > 0) {
     origin = to_float(load(x + start));
     if (residual) origin = to_float(from_float<T>(origin + to_float(load(residual + start))));
-    origin *= 0.5f;
+    origin *= 0.5f * PART;
   }
   float total[1] = {};
   const auto add_up = [&](const Vector<T, N>& v) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) total[0] += (to_float(v.at[k]) * 0.5f - origin) * inverse;
+    for (int k = 0; k < N; ++k) total[0] += fmaf(to_float(v.at[k]), 0.5f * PART, -origin);
   };
   if constexpr (IN_REGISTERS) {
-    // All on their way before the first sum is stored; half of them where two types leave no registers for that.
-    constexpr int AHEAD = std::is_same_v<X, R> ? HELD : HELD / 2;
+    // Half of them on their way before the first sum is stored, 64 KiB of a multiprocessor; all have no registers.
+    constexpr int AHEAD = HELD / 2;
 #pragma unroll
     for (int part = 0; part < HELD; part += AHEAD) {
       Inputs in[AHEAD];
@@ -121,18 +121,20 @@ __global__ void __launch_bounds__(THREADS) add_layer_norm_fwd_kernel(
     for (int i = team.thread; i < vectors; i += row_threads) add_up(add(i, read(i)));
   }
   team.sum(total, shared_memory());
-  const float middle = 2.0f * (origin + total[0]);
+  const float part_of_row = 1.0f / (PART * static_cast<float>(columns));
+  const float middle = 2.0f * fmaf(total[0], part_of_row, origin * (1.0f / PART));
   float moments[2] = {};  // of the deviations from it
   over([&](int, const auto& v) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const float d = to_float(v.at[k]) - middle;
-      moments[0] += d * inverse;
+      moments[0] += d * PART;
       moments[1] += d * d;
     }
   });
   team.sum(moments, shared_memory() + SLOTS);
-  const float rest = moments[0], variance = moments[1] * inverse - fminf(rest * rest, -LOWEST);
+  const float rest = moments[0] * part_of_row;
+  const float variance = moments[1] / static_cast<float>(columns) - fminf(rest * rest, -LOWEST);
   const float scale = 1.0f / sqrtf((variance < 0.0f ? 0.0f : variance) + eps);
   if (team.thread == 0) {
     store(mean + row, static_cast<double>(middle) + static_cast<double>(rest));

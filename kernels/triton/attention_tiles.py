@@ -37,7 +37,7 @@ HOPPER: Table = {  # 227 KiB of shared memory, products of 64 rows and more
     "bwd": {
         64: ((64, 128, 8, 3), (32, 64, 8, 1)),
         128: ((32, 128, 8, 2), (16, 64, 8, 1)),
-        256: ((32, 64, 8, 2), (16, 64, 8, 1)),
+        256: ((16, 64, 8, 2), (16, 64, 8, 1)),
     },
     "dq": {
         64: ((128, 64, 8, 3), (128, 32, 8, 2)),
@@ -49,7 +49,7 @@ BLACKWELL: Table = HOPPER | {  # sums lie in tensor memory; options spill with e
     "fwd": HOPPER["fwd"] | {128: ((128, 64, 8, 3), (128, 32, 8, 2))},
     "dkv": HOPPER["dkv"] | {256: ((32, 64, 4, 1), (32, 64, 4, 1))},
     "bwd": {
-        64: ((64, 128, 8, 3), (16, 64, 4, 1)),
+        64: ((32, 128, 8, 3), (16, 64, 4, 1)),
         128: ((32, 128, 8, 2), (16, 64, 4, 1)),
         256: ((32, 64, 8, 2), (16, 64, 4, 1)),
     },
@@ -112,6 +112,7 @@ DESCRIBED: dict[tuple[int, str, int], Tile] = {
     (9, "bwd", 128): (64, 128, 8, 2),
     (9, "dkv", 128): (64, 128, 8, 2),
     (10, "fwd", 128): (128, 128, 8, 2),
+    (10, "bwd", 64): (64, 128, 8, 3),
 }
 # The forward of 16 rows and fewer, by head dimension: bound by the bytes of k and v, of which tiles are in flight.
 DECODING: dict[int, Tile] = {64: (16, 128, 4, 3), 128: (16, 64, 8, 3), 256: (16, 32, 4, 2)}
