@@ -34,7 +34,7 @@ void forward(
     double eps) {
   using A = compute_t<T>;
   // The sum as it is stored, of which the statistics are.
-  const auto read = [&](int64_t i, auto... n) {
+  const auto read = [&](int64_t i, auto... n) __attribute__((always_inline)) {
     Vector<A> v = load<A>(x + i, n...);
     if (!residual) return v;
     v += load<A>(residual + i, n...);
@@ -53,7 +53,7 @@ void forward(
                             }));
       // Of neighbouring vectors apart, so that no addition waits for the one before.
       Vector<A> sum[2] = {}, squares[2] = {};
-      const auto gather = [&](int of, int64_t j, auto... n) {
+      const auto gather = [&](int of, int64_t j, auto... n) __attribute__((always_inline)) {
         const Vector<A> d = first<A>(load<A>(&z[j], n...) - middle, A(0), n...);
         sum[of] += d * inverse;
         squares[of] += d * d;
