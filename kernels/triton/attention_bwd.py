@@ -337,8 +337,8 @@ def launch_bwd(
     const = constants(q, k, v, lower_right, left, right, softcap)
     by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
     tile = tile_sizes("dkv" if deterministic else "bwd", q, v, plain, by_descriptors)
-    tile_of_dq = tile_sizes("dq", q, v, plain, by_descriptors)
-    one = most_columns <= (min(tile[1], tile_of_dq[1]) if deterministic else tile[1])
+    tile_of_dq = tile_sizes("dq", q, v, plain, by_descriptors) if deterministic else tile
+    one = most_columns <= min(tile[1], tile_of_dq[1])
     with on_device_of(q):
         by_row = launch_rows(out[once], grad_out[once], stats[once], grad_lse, one)
     rest = (
