@@ -162,7 +162,8 @@ def test_attention_without_masks_stays_within_its_instructions():
     for record in sixteen_bits:
         loop = record["loop"]
         assert loop["mufu"] <= 1.1, key(record)
-        assert loop["fp32"] <= (5 if record["direction"] == "fwd" else 6), key(record)
+        # One of them keeps large scores exact (docs/perf_log.md).
+        assert loop["fp32"] <= 6, key(record)
         # Four numbers a row instead of two take the backward another address.
         assert loop["int"] <= (0.5 if record["direction"] == "fwd" else 0.55), key(record)
 
