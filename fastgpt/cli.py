@@ -111,7 +111,7 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     if arguments["task"] is not None:
         if picture is not None or of_context or "packing" in arguments or "text_key" in arguments:
             raise ValueError(
-                "--plot, --in-context, --packing and --text-key are of a text; leave them away with --task"
+                "--plot, --in-context, --packing and --text-key do not apply to a task; omit them, or drop --task"
             )
         if arguments["source"] is None:
             raise ValueError("eval --task needs --data, a JSON Lines file or embedded")

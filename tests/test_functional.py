@@ -140,7 +140,7 @@ def test_vmap_falls_back():
     torch.testing.assert_close(*per_sample)
     with (
         fastgpt.use_backend("reference"),
-        pytest.raises(fastgpt.BackendUnavailable, match="transform is in force"),
+        pytest.raises(fastgpt.BackendUnavailable, match="transform is active"),
     ):
         torch.func.vmap(F.gelu)(x)
 

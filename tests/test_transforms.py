@@ -142,7 +142,7 @@ def test_backend_named_refuses_a_compiled_transform():
     compiled = torch.compile(torch.vmap(F.gelu), backend="eager", fullgraph=True)
     with (
         fastgpt.use_backend("reference"),
-        pytest.raises(Exception, match=r"torch\.func transform is in force"),
+        pytest.raises(Exception, match=r"torch\.func transform is active"),
     ):
         compiled(torch.randn(2, 3))
 

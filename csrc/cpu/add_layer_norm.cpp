@@ -33,7 +33,7 @@ void forward(
     int64_t size,
     double eps) {
   using A = compute_t<T>;
-  // The sum as it is stored, of which the statistics are.
+  // Reads the sum and stores it, rounded; the statistics are those of the rounded sum.
   const auto read = [&](int64_t i, auto... n) __attribute__((always_inline)) {
     Vector<A> v = load<A>(x + i, n...);
     if (!residual) return v;

@@ -9,7 +9,8 @@
 // each the keys that they see. dq is summed in the tile, dk and dv in float buffers of the task, which are added up in
 // the end: how many parts there are follows from the shapes, so that no bit depends on the number of threads.
 //
-// delta is a sum over out, which is rounded, or where one tile has all columns of a row over p·dp, which is not.
+// Where one tile has all columns of a row, delta is the sum over p·dp; elsewhere it is the sum over dout·out, whose
+// out has been rounded.
 //
 // FLOPs: 10·D a visible pair, at the rate of the matrix product. Beside them a tile has 4,096 exponentials and packs
 // what five products need: q and dout in both directions once a tile of queries, k once in all.
@@ -103,14 +104,16 @@ inline void gradient_tile(
     Vector<A> row_delta = load<A>(delta + r);
     const Vector<A> row_top = load<A>(top + r), row_log_sum = load<A>(log_sum + r);
     const auto probability = [&](int64_t at) {
-      return exp_less<FOLD<E> == 1>(rounded<A>(load<A>(s + at) * scale) - row_top, row_log_sum);
+      return exp_difference<FOLD<E> == 1>(rounded<A>(load<A>(s + at) * scale) - row_top, row_log_sum);
     };
     if constexpr (ONE)
       for (int64_t c = 0; c < t.n; ++c) {
         const int64_t at = c * ROWS + r;
         const Vector<A> e = probability(at);
         store<A, A>(s + at, e);
-        row_delta += e * (keep ? load<A>(dp + at) * load<A>(keep + at) : load<A>(dp + at));
+        // What lies outside of the band has p = 0 and a dp that was not computed: it may be another row's NaN.
+        const Vector<A> term = e * (keep ? load<A>(dp + at) * load<A>(keep + at) : load<A>(dp + at));
+        row_delta += e == A(0) ? Vector<A>{} : term;
       }
     for (int64_t c = 0; c < t.n; c += 2) {
       Vector<A> ds[2] = {};

@@ -324,6 +324,8 @@ template <typename F>
   return x;
 }
 
+constexpr float LOG2_E = 1.442695041f;
+
 #if defined(__AVX512F__)
 // 2^t = 2^floor(t)·2^r with r in [0, 1), relative error below 7e-6; both instructions know what to do with infinity.
 [[gnu::always_inline]] inline Floats coarse_exp2(Floats t) {
@@ -340,7 +342,7 @@ template <bool FINE = true>
 [[gnu::always_inline]] inline Floats exp(Floats x) {
   constexpr float FINE_TERMS[] = {1.39485808e-3f, 8.37512889e-3f, 4.16662183e-2f, 1.66664155e-1f, 0.5f, 1.0f, 1.0f};
   constexpr float TERMS[] = {4.19175297e-2f, 1.67921610e-1f, 4.99988691e-1f, 9.99962279e-1f, 1.0f};
-  constexpr float LOWEST = -87.33654f, HIGHEST = 88.72284f, LOG2_E = 1.442695041f;
+  constexpr float LOWEST = -87.33654f, HIGHEST = 88.72284f;
 #if defined(__AVX512F__)
   if constexpr (!FINE) {
     return coarse_exp2(x * LOG2_E);
@@ -376,19 +378,19 @@ template <bool FINE = true>
   return each(x, [](double y) { return std::exp(y); });
 }
 
-// exp(x - shift), where `shift` is small: for a coarse exponential on AVX-512 at the cost of exp(x).
+// exp(a - b), where b is small and the same for many a: on AVX-512 the coarse exponential takes no more than exp(a).
 template <bool FINE = true>
-[[gnu::always_inline]] inline Floats exp_less(Floats x, Floats shift) {
+[[gnu::always_inline]] inline Floats exp_difference(Floats a, Floats b) {
 #if defined(__AVX512F__)
   if constexpr (!FINE) {
-    return coarse_exp2(x * 1.442695041f - shift * 1.442695041f);
+    return coarse_exp2(a * LOG2_E - b * LOG2_E);
   }
 #endif
-  return exp<FINE>(x - shift);
+  return exp<FINE>(a - b);
 }
 template <bool FINE = true>
-[[gnu::always_inline]] inline Doubles exp_less(Doubles x, Doubles shift) {
-  return exp(x - shift);
+[[gnu::always_inline]] inline Doubles exp_difference(Doubles a, Doubles b) {
+  return exp(a - b);
 }
 
 // tanh: an odd polynomial below 0.625, else 1 - 2/(exp(2|x|) + 1); relative error below 3e-7.

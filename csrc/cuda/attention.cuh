@@ -48,7 +48,8 @@ struct Problem {
   Global<const int64_t> seed;
   uint32_t threshold;
   float keep_scale;
-  bool aligned;  // whether rows can be copied by 16 bytes
+  bool aligned;             // whether rows can be copied by 16 bytes
+  bool short_rows = false;  // backward: a tile has all columns of a row, over which delta is summed
 };
 
 // Where batch entry b begins and how long it is. Whatever documents' bounds say, it lies within the tensors.

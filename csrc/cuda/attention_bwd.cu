@@ -12,6 +12,9 @@
 // memory by atomic additions, in an order that differs from run to run. Deterministic: a few blocks a head, each with a
 // sum of its own to which it adds in one order; the sums are added up at the end.
 //
+// Where a tile has all columns of a row, delta is Σ_j p_ij dp_ij, which 16 bits do not round as they round out: the
+// kernels with options add it up over the warps that share the row, and take all such launches.
+//
 // Before it a pass over out and dout leaves (m, l, delta) of each row, after it one turns the sums into dq
 // (attention_bwd_rows.cuh).
 #include "attention_bwd_rows.cuh"
@@ -177,6 +180,11 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
               dp,
               left_at<U, Wide>(left, q_warp + S::GRAD - S::Q),
               right_at<U, Wide>(right, k_warp + S::V - S::K + part * 8 * PITCH));
+          if constexpr (OPTIONS)
+            if (p.short_rows) {
+              static_assert(HALVES == 1);
+              add_to_delta<ACROSS>(row, s, dp, scores, start + y, first + x, y, me % ACROSS, memory + S::P);
+            }
 #pragma unroll
           for (int n = 0; n < M; ++n)
 #pragma unroll
@@ -304,12 +312,6 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 
 // ---- launchers ----
 
-struct Gradients {
-  Tensor grad_out, out, stats, dq, dk, dv;
-  OptionalTensor grad_lse;
-  bool deterministic;
-};
-
 template <typename T, int HEAD, bool OPTIONS>
 void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const Tensor& k, const Tensor& v) {
   using Z = Sizes<T, HEAD, OPTIONS>;
@@ -327,20 +329,7 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
   const int64_t per_head = p.Lq, per_batch = a.packed ? 0 : p.heads * p.Lq;
   const Launch pass{.x = cdiv(rows, PASS_THREADS / WARP), .threads = PASS_THREADS};
 
-  if (rows > 0)
-    launch<attention_bwd_rows_kernel<T>>(
-        device,
-        "attention_bwd_rows",
-        pass,
-        a.matrices<const T>(g.out),
-        a.matrices<const T>(g.grad_out),
-        global<const float>(g.stats),
-        global<const float>(g.grad_lse),
-        vectors_of_four(by_row),
-        rows,
-        p.heads,
-        int64_t{p.Lq},
-        p.DV);
+  if (rows > 0) launch_rows<T>(a, g, device, pass, rows, by_row);
   if (blocks * key_heads * a.batches > 0)
     launch<attention_bwd_kernel<T, HEAD, Z::ROWS, Z::COLUMNS, OPTIONS>>(
         device,
@@ -375,6 +364,9 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
 }
 
 void backward(Attention a, const Gradients& g, const Tensor& q, const Tensor& k, const Tensor& v) {
+  using WithOptions = Sizes<bf16, 256, true>;
+  static_assert(WithOptions::COLUMNS == Sizes<bf16, 64, true>::COLUMNS);
+  a.problem.short_rows = q.element_size() == 2 && a.longest_k <= WithOptions::COLUMNS;
   with_kernel(a, q, {q, k, v, g.grad_out, g.dk, g.dv}, [&](auto element, auto head, auto options) {
     launch_bwd<decltype(element), head, options>(a, g, q, k, v);
   });

@@ -155,7 +155,7 @@ inline void check_shared_memory(const Device& device, const char* kernel, int by
 template <typename F>
 void with_kernel(Attention& a, const Tensor& q, std::initializer_list<Tensor> tensors, F&& f) {
   a.align(tensors);
-  const bool plain = a.is_plain(q);
+  const bool plain = a.is_plain(q) && !a.problem.short_rows;
   const int size = std::max(a.problem.D, a.problem.DV);
   STD_TORCH_CHECK(size <= 256, "fastgpt: attention goes up to a head_dim of 256, not ", size);
   dispatch(q.scalar_type(), "attention", [&](auto element) {

@@ -22,16 +22,13 @@ from fastgpt.data.files import (
     walk,
 )
 from fastgpt.data.formats import (
-    JSON,
     JSON_LINES,
     TEXT,
     FormatError,
     Record,
     format_of,
-    json_lines,
-    json_values,
     read_records,
-    sniffed,
+    records_of_stream,
     text_of,
 )
 
@@ -104,7 +101,7 @@ def read_source(source: str, text_key: str = "text", skip_broken: bool = False) 
     """The documents that `source` names, as `load_corpus` takes and raises."""
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        files = _ordered(root, stdlib_files(root))
+        files = in_order_of_hash(root, stdlib_files(root))
         return Loaded([read_text(file) for file in files if file.stat().st_size])
     if source != STANDARD_INPUT and Path(source).is_dir():
         return _read_directory(Path(source), text_key, skip_broken)
@@ -141,19 +138,16 @@ def _read_stream(source: str, text_key: str, skip_broken: bool) -> Loaded:
     """Standard input or a pipe, whose format shows in its beginning."""
     name = name_of(source)
     with open_bytes(source) as stream:
-        kind = sniffed(stream)
-        if kind == JSON_LINES:
-            return _texts(json_lines(stream, name), name, text_key, skip_broken)
-        if kind == JSON:
-            with text_of_stream(stream, name) as text:
-                return _texts(json_values(text, name), name, text_key, skip_broken)
-        return Loaded([_read_open_text(stream, name)])
+        records = records_of_stream(stream, name)
+        if records is None:
+            return Loaded([_read_open_text(stream, name)])
+        return _texts(records, name, text_key, skip_broken)
 
 
 def _read_directory(root: Path, text_key: str, skip_broken: bool) -> Loaded:
     files, left_out = walk(root)
     texts = []
-    for file in _ordered(root, files):
+    for file in in_order_of_hash(root, files):
         kind = format_of(file)
         try:
             if not file.stat().st_size:
@@ -215,8 +209,8 @@ def stdlib_files(root: Path) -> list[Path]:
     ]
 
 
-def _ordered(root: Path, files: list[Path]) -> list[Path]:
-    """The files by a hash of their paths below root."""
+def in_order_of_hash(root: Path, files: list[Path]) -> list[Path]:
+    """The files by a hash of their paths below root: the same order everywhere, and no subject stays together."""
     return sorted(
         files, key=lambda file: hashlib.sha256(os.fsencode(file.relative_to(root).as_posix())).digest()
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.data.files import COMPRESSED, can_be_read_once, name_of, open_bytes, open_text
+from fastgpt.data.files import COMPRESSED, can_be_read_once, name_of, open_bytes, open_text, text_of_stream
 
 TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET = "text", "JSON Lines", "JSON", "CSV", "TSV", "Parquet"
 _SUFFIXES = {
@@ -63,6 +63,19 @@ def sniffed(stream: io.BufferedReader) -> str:
             return JSON_LINES if isinstance(json.loads(line), dict) else TEXT
         return TEXT if ended else JSON_LINES  # a first line that is longer than what has been read
     return TEXT
+
+
+def records_of_stream(stream: io.BufferedReader, name: str) -> Iterator[Record] | None:
+    """The records of a stream without a name; None if it is a text."""
+    kind = sniffed(stream)
+    if kind == TEXT:
+        return None
+    return json_lines(stream, name) if kind == JSON_LINES else _json_of_stream(stream, name)
+
+
+def _json_of_stream(stream: io.BufferedReader, name: str) -> Iterator[Record]:
+    with text_of_stream(stream, name) as text:
+        yield from json_values(text, name)
 
 
 def read_records(source: str | Path, kind: str, keys: Sequence[str] = ()) -> Iterator[Record]:
@@ -135,7 +148,7 @@ def json_values(stream: io.TextIOBase, name: str) -> Iterator[Record]:
 
 
 class _JSONReader:
-    """JSON values in a stream, of which only the one that is read is in memory."""
+    """The JSON values of a stream, one in memory at a time."""
 
     def __init__(self, stream: io.TextIOBase, name: str) -> None:
         self._stream, self._name = stream, name
@@ -208,7 +221,7 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
 
 
 def _again(start: str, stream: io.TextIOBase) -> Iterator[str]:
-    """The lines of a stream of which the first has been read."""
+    """The lines of a stream, whose first line has already been read into `start`."""
     if start and not start.endswith("\n"):
         start += stream.readline()
     yield start

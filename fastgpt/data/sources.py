@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.data.corpus import stdlib_files
+from fastgpt.data.corpus import in_order_of_hash, stdlib_files
 from fastgpt.data.files import (
     COMPRESSED,
     NotTextError,
@@ -23,16 +21,13 @@ from fastgpt.data.files import (
     walk,
 )
 from fastgpt.data.formats import (
-    JSON,
     JSON_LINES,
     TEXT,
     FormatError,
     Record,
     format_of,
-    json_lines,
-    json_values,
     read_records,
-    sniffed,
+    records_of_stream,
     text_of,
 )
 from fastgpt.data.report import Report
@@ -109,15 +104,12 @@ class Sources:
         with open_bytes(source) as stream:
             if not stream.peek(1):
                 raise ValueError(f"{name} is empty")
-            kind = sniffed(stream)
-            if kind == JSON_LINES:
-                yield from self._texts(json_lines(stream, name))
+            records = records_of_stream(stream, name)
+            if records is not None:
+                yield from self._texts(records)
                 return
             with text_of_stream(stream, name) as text:
-                if kind == JSON:
-                    yield from self._texts(json_values(text, name))
-                else:
-                    yield from _text_documents(text, name, self.separator)
+                yield from _text_documents(text, name, self.separator)
 
     def _file(self, file: Path, named: bool) -> Iterator[str]:
         kind = format_of(file)
@@ -170,9 +162,7 @@ class Sources:
 
 
 def _files(source: str) -> tuple[list[Path], list[str]]:
-    """The files of an input, those of a directory in the order of a hash of their names: the same everywhere, and
-    no subject stays together. And a line for each that is left out.
-    """
+    """The files of an input, those of a directory ordered by `in_order_of_hash`, and a line for each file left out."""
     root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
     left_out: list[str] = []
     if source == "stdlib":
@@ -186,13 +176,11 @@ def _files(source: str) -> tuple[list[Path], list[str]]:
         return [root], []
     else:
         raise FileNotFoundError(f"there is no file or directory {root}")
-    return sorted(
-        files, key=lambda f: hashlib.sha256(os.fsencode(f.relative_to(root).as_posix())).digest()
-    ), left_out
+    return in_order_of_hash(root, files), left_out
 
 
 def _text_documents(text: io.TextIOBase, name: str, separator: str | None) -> Iterator[str]:
-    """The documents of a text: what lies between lines that are the separator; all of it where that is None."""
+    """The documents of a text, split at lines equal to `separator`; the whole text if it is None."""
     lines: list[str] = []
     length = 0
     while line := text.readline(LONGEST):

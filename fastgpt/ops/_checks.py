@@ -103,8 +103,8 @@ def distinct(first: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 def unit_stride(t: Tensor) -> Tensor:
     """The tensor, copied unless its last dimension has the stride 1.
 
-    `contiguous` promises that only of tensors with more than one element in it: what is empty, or has a last dimension
-    of size 1, is contiguous whatever its strides.
+    `Tensor.contiguous` is not enough: PyTorch counts an empty tensor, or one whose last dimension has size 1, as
+    contiguous whatever its strides.
     """
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 

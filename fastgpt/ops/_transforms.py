@@ -17,15 +17,15 @@ from fastgpt.backends import refuse
 _functorch_is_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 
-_FUNC = "a torch.func transform is in force"
-_FORWARD = "forward-mode differentiation is in force"
+_FUNC = "a torch.func transform is active"
+_FORWARD = "forward-mode differentiation is active"
 
 
 def active() -> str | None:
     """The transform that the ops have no rule for, in words, or None.
 
-    Dynamo enters the transforms of the code that it traces. It calls this function meanwhile and takes the answer for
-    a constant: it guards the state of both transforms by itself.
+    While Dynamo traces code inside a transform, that transform is active. Dynamo calls this function at trace time and
+    treats the result as a constant, which is safe because it already guards the state of both transforms.
     """
     if _functorch_is_active():
         return _FUNC

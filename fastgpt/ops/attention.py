@@ -37,7 +37,7 @@ def lse_of(stats: Tensor) -> Tensor:
 
 
 def statistics_of(lse: Tensor) -> Tensor:
-    """As good as one number allows."""
+    """The statistics where only lse (...) is known, as in PyTorch's operators: m = lse, l = 0."""
     return torch.stack((lse, torch.zeros_like(lse)), dim=-1)
 
 

@@ -52,7 +52,7 @@ def _reference_bwd(
 
 def _reference_fwd(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     loss = reference.cross_entropy(logits, target, *options)[0]
-    return loss, softmax_statistics(capped(logits, options[-1]))
+    return loss, torch.stack(softmax_statistics(capped(logits, options[-1])), dim=1)
 
 
 def _reference_bwd_inplace(

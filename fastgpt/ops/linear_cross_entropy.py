@@ -50,7 +50,7 @@ def _reference_fwd(
     options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
     logits = project(hidden, weight, bias)
     loss = reference.cross_entropy(logits, *options)[0]
-    statistics = softmax_statistics(capped(logits, softcap))
+    statistics = torch.stack(softmax_statistics(capped(logits, softcap)), dim=1)
     if not with_grad:
         return loss, statistics, *(loss.new_empty(0) for _ in range(3))
     inputs = tuple(None if t is None else t.to(loss.dtype) for t in (hidden, weight, bias))

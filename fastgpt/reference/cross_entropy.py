@@ -70,21 +70,25 @@ def capped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(x / softcap) if softcap else x
 
 
-def log_sum_exp(x: Tensor) -> Tensor:
-    """log Σ exp x over the last dimension, whose gradient does not need a log-sum that a large maximum has absorbed."""
+def softmax_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The maximum m of x (..., V) and Σ exp(x - m) over the last dimension, both (...).
+
+    m is a constant to autograd. It is 0 where the maximum is infinite or there is no element.
+    """
     if not x.shape[-1]:
-        return x.new_full(x.shape[:-1], -torch.inf)
+        return x.new_zeros(x.shape[:-1]), x.sum(dim=-1)
     m = x.detach().amax(dim=-1)
     m = torch.where(m.isfinite(), m, 0)
-    return m + torch.log(torch.exp(x - m[..., None]).sum(dim=-1))
+    return m, torch.exp(x - m[..., None]).sum(dim=-1)
 
 
-def softmax_statistics(x: Tensor) -> Tensor:
-    """The maximum m of each row of x (N, V) and Σ exp(x - m), as (N, 2)."""
-    if not x.shape[1]:
-        return x.new_zeros(x.shape[0], 2)
-    m = x.amax(dim=1)
-    return torch.stack([m, torch.exp(x - m[:, None]).sum(dim=1)], dim=1)
+def log_sum_exp(x: Tensor) -> Tensor:
+    """log Σ exp x over the last dimension of x (..., V).
+
+    `torch.logsumexp` has exp(x - lse) for its gradient, in which a large maximum has absorbed the logarithm.
+    """
+    m, total = softmax_statistics(x)
+    return m + torch.log(total)
 
 
 def check_targets(target: Tensor, vocab: int, ignore_index: int) -> None:

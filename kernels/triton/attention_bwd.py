@@ -1,7 +1,7 @@
 """The backward of attention; the mathematics is in attention.py, whose names these are.
 
 What a row needs, m, l in base 2 and delta, is made first (attention_bwd_rows.py). Where a tile has all columns (ONE),
-delta is sum_j p_ij dp_ij in the main kernels instead: out, of which it is the sum too, is rounded. The main kernel
+delta is sum_j p_ij dp_ij, computed in the main kernels, and not a sum over out, which is rounded. The main kernel
 has a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T and ds^T
 then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a way through shared
 memory. ds also makes the tile's share of dQ, which is added to an fp32 sum in memory: five products a tile, and an
@@ -165,7 +165,7 @@ def _attention_bwd(
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 if ONE:
-                    b_delta += tl.sum(b_p * b_dp, 0)
+                    b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 0)
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if SOFTCAP:
                     b_ds *= b_cap_slope
@@ -263,7 +263,7 @@ def _attention_bwd_dq(
                 b_keep = keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
             if ONE:
-                b_delta += tl.sum(b_p * b_dp, 1)
+                b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if SOFTCAP:
                 b_ds *= b_cap_slope
