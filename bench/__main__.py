@@ -143,7 +143,7 @@ def _measure(options: argparse.Namespace) -> int:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA GPU here: leave --device away, or say --device cpu")
+        raise ValueError("there is no CUDA GPU here: omit --device, or give --device cpu")
     if options.tiny:
         preset = "tiny"
     elif device == "cuda":

@@ -121,7 +121,7 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     _refuse_without_task(arguments.pop("task"), arguments, _TASK_EVALUATION)
     if of_context:
         if "packing" in arguments:
-            raise ValueError("--in-context reads a text as one stream; leave --packing away")
+            raise ValueError("--in-context reads a text as one stream; omit --packing")
         found = in_context(**arguments)
         _print(found, as_json)
         if picture is not None:

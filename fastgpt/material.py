@@ -116,7 +116,7 @@ def _prepared(config: TrainConfig, tokenizer: ByteTokenizer | BPETokenizer | Non
     if tokenizer is None and config.tokenizer != own.name and not is_meant(own, config.tokenizer):
         raise ValueError(
             f"--tokenizer {config.tokenizer} is not the one that {config.data} was prepared with: "
-            "leave --tokenizer away, or prepare the text again"
+            "omit --tokenizer, or prepare the text again"
         )
     train, val = (
         data.Documents(split, split.document_ends) for split in map(dataset.split, ("train", "val"))
@@ -129,7 +129,7 @@ def _examples(
     config: TrainConfig, template: Template, tokenizer: ByteTokenizer | BPETokenizer | None
 ) -> Material:
     if config.packing == "stream":
-        raise ValueError("packing='stream' would show a task's examples one another; leave --packing away")
+        raise ValueError("packing='stream' would show a task's examples one another; omit --packing")
     examples = load_examples(template.task, config.data, skip_broken=config.skip_broken)
     if tokenizer is None:
         texts = [template.instruction + template.example(example) for example in examples.train]

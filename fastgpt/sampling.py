@@ -206,7 +206,7 @@ def _check_prompts(idx: Tensor, lengths: Tensor | None, max_new_tokens: int) -> 
     if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be ({B},) integers, not {tuple(lengths.shape)} of {lengths.dtype}")
     if not B:
-        raise ValueError("lengths of no prompts: give at least one, or leave lengths away")
+        raise ValueError("lengths of no prompts: give at least one, or omit lengths")
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > T:
         raise ValueError(f"lengths must lie in 1 to {T}, not in {shortest} to {longest}")

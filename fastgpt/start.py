@@ -78,7 +78,7 @@ class Start:
             if not is_meant(self.tokenizer, config.tokenizer):
                 raise ValueError(
                     f"--tokenizer {config.tokenizer} would be another than that of {config.init_from}, whose tokens "
-                    "the model knows: leave --tokenizer away, or start without --init-from"
+                    "the model knows: omit --tokenizer, or start without --init-from"
                 )
 
     @property

@@ -259,7 +259,7 @@ def test_what_cannot_be_asked_is_refused(
     assert "no example of" in fails([*evaluate, "--num-shots", "30"], capsys)
     assert "max_new_tokens must not be negative" in fails([*evaluate, "--max-new-tokens", "-1"], capsys)
     assert "batch_size must be at least 1" in fails([*evaluate, "--batch-size", "0"], capsys)
-    assert "leave them away with --task" in fails([*evaluate, "--plot", str(tmp_path / "x.png")], capsys)
+    assert "do not apply to a task" in fails([*evaluate, "--plot", str(tmp_path / "x.png")], capsys)
     for module, task in (("sacrebleu.metrics", "translate"), ("rouge_score.rouge_scorer", "summarize")):
         monkeypatch.setitem(sys.modules, module, None)
         assert "pip install 'fastgpt[tasks]'" in fails([*evaluate[:-1], task, "--limit", "1"], capsys)
