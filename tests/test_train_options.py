@@ -246,7 +246,7 @@ def test_the_tokenizer_of_the_model_to_start_from_is_the_only_one(options: dict,
     written = read_toml(tmp_path / "second-0" / "config.toml")
     run(written | {"out": str(tmp_path / "again")})
     for name in ("bpe", str(other), *(["bytes"] if kind == "bpe" else [])):
-        with pytest.raises(ValueError, match=f"--tokenizer {name} would be another than that of .*: leave"):
+        with pytest.raises(ValueError, match=f"--tokenizer {name} would be another than that of .*: omit"):
             run(start, tokenizer=name, out=str(tmp_path / "third"))
         with pytest.raises(checkpoint.CheckpointError, match="cannot change the model: tokenizer is"):
             run({"out": str(tmp_path / "second-0"), "resume": True, "tokenizer": name})
