@@ -76,6 +76,8 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("attention", f"bf16 d{size} alibi", _attention(BF16, size, alibi=True))
     for size in (64, 128):
         yield Configuration("attention", f"bf16 d{size} decoding", _decoding(BF16, size), size == 64)
+    for size in (64, 128):
+        yield Configuration("attention", f"bf16 d{size} one tile", _attention(BF16, size, length=32))
     narrow = _attention(BF16, 128, value_size=64, left=128, kv_heads=1)
     yield Configuration("attention", "bf16 d128 dv64 window", narrow)
     everything = _attention(BF16, 64, left=256, softcap=30.0, dropout=0.1, mask=FP32, alibi=True, kv_heads=1)
@@ -136,11 +138,12 @@ def _attention(
     mask: torch.dtype | None = None,
     alibi: bool = False,
     deterministic: bool = False,
+    length: int = 256,
 ) -> Callable[[], None]:
     def launch() -> None:
         from fastgpt.kernels import attention
 
-        length, heads = 256, 2
+        heads = 2
         q = torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
         k = torch.empty(1, length, kv_heads, size, dtype=dtype).transpose(1, 2)
         v = torch.empty(1, length, kv_heads, value_size or size, dtype=dtype).transpose(1, 2)
@@ -172,9 +175,9 @@ def _attention_varlen(dtype: torch.dtype, size: int) -> Callable[[], None]:
     def launch() -> None:
         from fastgpt.kernels import attention_varlen
 
-        q = torch.empty(256, 2, size, dtype=dtype)
-        bounds = torch.tensor([0, 128, 256], dtype=torch.int32)
-        options = (bounds, bounds, None, None, 128, 128, size**-0.5, False, -1, 0, 0.0, 0.0)
+        q = torch.empty(512, 2, size, dtype=dtype)
+        bounds = torch.tensor([0, 256, 512], dtype=torch.int32)
+        options = (bounds, bounds, None, None, 256, 256, size**-0.5, False, -1, 0, 0.0, 0.0)
         out, stats = attention_varlen.attention_varlen_fwd(q, q, q, *options)
         attention_varlen.attention_varlen_bwd(out, None, q, q, q, out, stats, *options, False)
 

@@ -336,9 +336,11 @@ def launch_bwd(
     plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
     const = constants(q, k, v, lower_right, left, right, softcap)
     by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
-    tile = tile_sizes("dkv" if deterministic else "bwd", q, v, plain, by_descriptors)
-    tile_of_dq = tile_sizes("dq", q, v, plain, by_descriptors) if deterministic else tile
-    one = most_columns <= min(tile[1], tile_of_dq[1])
+    kernels = ("dkv", "dq") if deterministic else ("bwd", "bwd")
+    small = [tile_sizes(kernel, q, v, False, by_descriptors) for kernel in kernels]
+    one = most_columns <= min(columns for _, columns, *_ in small)
+    # The sum takes registers, which the tiles of other than plain calls leave.
+    tile, tile_of_dq = small if one else [tile_sizes(kernel, q, v, plain, by_descriptors) for kernel in kernels]
     with on_device_of(q):
         by_row = launch_rows(out[once], grad_out[once], stats[once], grad_lse, one)
     rest = (
