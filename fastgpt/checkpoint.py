@@ -30,11 +30,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fastgpt.atomic_io import fingerprint, flush
 from fastgpt.config import TrainConfig
 from fastgpt.distributed import Processes
-from fastgpt.durable import fingerprint, flush
+from fastgpt.json_io import dumps
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.strict_json import dumps
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 
 KEEP = 2  # checkpoints that stay; the others are removed once a newer one is safe

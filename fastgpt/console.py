@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from fastgpt.strict_json import dumps
+from fastgpt.json_io import dumps
 
 READER_GONE = 141  # 128 + SIGPIPE: what a shell reports of a program that writes to a closed pipe
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed

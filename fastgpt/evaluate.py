@@ -18,9 +18,9 @@ from fastgpt.console import note
 from fastgpt.data import Batch
 from fastgpt.data.batches import IGNORED
 from fastgpt.data.report import left_out_lines
+from fastgpt.json_io import finite
 from fastgpt.model import GPT
 from fastgpt.pretrained import open_trained
-from fastgpt.strict_json import finite
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 _TOKENS_AT_ONCE = 8192

@@ -32,11 +32,11 @@ from fastgpt import console, data
 from fastgpt.backends import use_backend
 from fastgpt.config import resolve_device
 from fastgpt.evaluate import check_loss, read_texts, spans
+from fastgpt.json_io import finite
 from fastgpt.model import GPT
 from fastgpt.plot import induction_curves
 from fastgpt.pretrained import open_model
 from fastgpt.sampling import UNUSABLE
-from fastgpt.strict_json import finite
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 SEQUENCES = 256  # of each kind

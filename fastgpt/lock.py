@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastgpt.durable import enclosing_checkpoint
+from fastgpt.atomic_io import enclosing_checkpoint
 
 NAME = ".lock"
 _TRIES, _PAUSE = 10, 0.05  # another process may hold the lock for the moment in which it asks who has it

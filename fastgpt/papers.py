@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 import fastgpt
+from fastgpt.atomic_io import writing
 from fastgpt.config import TrainConfig
 from fastgpt.console import one_line
-from fastgpt.durable import writing
+from fastgpt.json_io import dumps
 from fastgpt.plot import loss_curve
 from fastgpt.runlog import RunLog
-from fastgpt.strict_json import dumps
 
 _FILES = ("config.toml", "log.jsonl", "loss.png", "sample.txt")
 

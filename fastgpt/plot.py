@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastgpt.durable import writing
+from fastgpt.atomic_io import writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

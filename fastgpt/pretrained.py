@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastgpt.atomic_io import AtomicDirectory, check_outside_checkpoints
 from fastgpt.checkpoint import check_weights, open_checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.console import note
 from fastgpt.download import download, is_hub_name
-from fastgpt.durable import check_outside_checkpoints, flush, lock_directory
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import (
     FILE,
@@ -46,7 +44,7 @@ GPT2_SIZES = {
 
 _CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
-_TEMPORARY = ".writing-"
+_OWN_FILES = re.compile(r"config\.json|model\.safetensors|tokenizer(_config)?\.json")
 _SHOWN = 8  # names of tensors
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -231,30 +229,23 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
         options["bos_token_id"] = options["eos_token_id"] = tokenizer.end_of_text
     check_outside_checkpoints(directory)
     _check_empty(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f"{_TEMPORARY}{directory.name}"
-    temporary.mkdir(exist_ok=True)
-    lock = lock_directory(temporary)
+    writing = AtomicDirectory(directory, _OWN_FILES)
+    temporary = writing.path
     try:
         _check_empty(directory)  # another process may have written it meanwhile
-        for leftover in temporary.iterdir():  # of a save that died
-            leftover.unlink()
         (temporary / _CONFIG).write_text(json.dumps(options, indent=2), "utf-8")
         save_file(_for_gpt2(model), temporary / _SAFETENSORS, metadata={"format": "pt"})
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary, model.config.block_size)
-        for path in (*temporary.iterdir(), temporary):
-            flush(path)
-        temporary.rename(directory)
-        flush(directory.parent)
+        writing.publish()
     except FileExistsError:
         raise
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        writing.discard()
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{directory} could not be written ({reason}); nothing of it remains") from error
     finally:
-        os.close(lock)
+        writing.unlock()
 
 
 def _check_empty(directory: Path) -> None:

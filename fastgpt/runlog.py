@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastgpt.durable import writing
-from fastgpt.strict_json import dumps
+from fastgpt.atomic_io import writing
+from fastgpt.json_io import dumps
 
 
 class RunLog:

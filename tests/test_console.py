@@ -14,8 +14,8 @@ import pytest
 
 from fastgpt import console
 from fastgpt.cli import main
+from fastgpt.json_io import dumps
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.strict_json import dumps
 from fastgpt.tokenizer import ByteTokenizer
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "eval_batches": 1}

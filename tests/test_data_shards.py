@@ -106,7 +106,11 @@ def test_damage_is_refused_and_the_file_is_named(tmp_path: Path):
         if name == "dataset.json":
             continue
         flipped = content[:-1] + bytes([content[-1] ^ 1])
-        for damaged, message in ((flipped, "SHA-256"), (content[:-1], "bytes, not"), (None, "lacks")):
+        for damaged, message in (
+            (flipped, "SHA-256"),
+            (content[:-1], "bytes, and dataset.json says"),
+            (None, "lacks"),
+        ):
             (path / name).unlink() if damaged is None else (path / name).write_bytes(damaged)
             with pytest.raises(DatasetError, match=message) as error:
                 open_dataset(path)
@@ -114,7 +118,7 @@ def test_damage_is_refused_and_the_file_is_named(tmp_path: Path):
         (path / name).write_bytes(content)
     for text in ("", "{}", "[]", '{"format": 1, "files": []}', '{"format": 1, "files": {"x": 1}}'):
         (path / "dataset.json").write_text(text)
-        with pytest.raises(DatasetError, match=r"not the description|lacks x"):
+        with pytest.raises(DatasetError, match=r"not the description|is not JSON|does not hold an object"):
             open_dataset(path)
     (path / "dataset.json").write_bytes(whole["dataset.json"].replace(b'"format": 1', b'"format": 2'))
     with pytest.raises(DatasetError, match="format 2"):
@@ -123,7 +127,7 @@ def test_damage_is_refused_and_the_file_is_named(tmp_path: Path):
 
 def forge(path: Path, name: str, array: np.ndarray) -> None:
     """Write another array and put its size and checksum into dataset.json, so that only its content is wrong."""
-    from fastgpt.durable import fingerprint
+    from fastgpt.atomic_io import fingerprint
 
     np.save(path / name, array)
     facts = json.loads((path / "dataset.json").read_text())

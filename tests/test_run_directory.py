@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from fastgpt import checkpoint
+from fastgpt.atomic_io import AtomicDirectory
 from fastgpt.cli import main
 from fastgpt.config import TrainConfig
 from fastgpt.data import PrepareConfig, prepare
-from fastgpt.durable import lock_directory
 from fastgpt.lock import NAME, DirectoryLock, is_locked
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.start import config_from
@@ -144,13 +145,12 @@ def test_nothing_else_is_written_into_a_checkpoint(
 
 def test_two_exports_do_not_write_one_directory(tmp_path: Path):
     model = GPT(GPTConfig(256, 32, n_layer=1, n_head=2, n_embd=32))
-    (tmp_path / ".writing-m").mkdir()
-    (tmp_path / ".writing-m" / "half").touch()  # of a save that died
-    lock = lock_directory(tmp_path / ".writing-m")
+    other = AtomicDirectory(tmp_path / "m", re.compile("model.safetensors"))
+    (tmp_path / ".writing-m" / "model.safetensors").touch()
     with pytest.raises(FileExistsError, match="another process is writing"):
         model.save_pretrained(tmp_path / "m", ByteTokenizer())
-    assert files(tmp_path) == {".writing-m/half": b""}
-    os.close(lock)
+    assert files(tmp_path) == {".writing-m/model.safetensors": b""}
+    other.unlock()  # as the operating system does of a process that died
     model.save_pretrained(tmp_path / "m", ByteTokenizer())
     assert sorted(files(tmp_path)) == [
         f"m/{name}"

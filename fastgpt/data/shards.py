@@ -14,8 +14,7 @@ overwritten stays until the new one is whole.
 
 from __future__ import annotations
 
-import json
-import os
+import re
 import shutil
 from array import array
 from collections.abc import Iterator
@@ -29,15 +28,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastgpt.durable import check_outside_checkpoints, fingerprint, flush, lock_directory
-from fastgpt.strict_json import dumps
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
+from fastgpt.atomic_io import (
+    AtomicDirectory,
+    check_files,
+    check_outside_checkpoints,
+    fingerprint,
+)
+from fastgpt.json_io import dumps, read_json
+from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 
 FORMAT = 1
 SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 27  # a shard is closed behind the document that reaches so many: 256 MiB of uint16
 _STATE = "dataset.json"
-_TEMPORARY = ".writing-"
+_OWN = re.compile(r"(train|val)-\d{5,}(\.ends)?\.npy|tokenizer\.json|dataset\.json")
 _HEADER = 128  # bytes before the tokens
 
 
@@ -128,30 +132,22 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
             f"{path} has no {_STATE}: it is no prepared data set, or was not finished; run fastgpt data"
         )
     try:
-        facts = json.loads((path / _STATE).read_text("utf-8"))
+        facts = read_json(path / _STATE)
         if facts["format"] != FORMAT:
             raise DatasetError(f"{path} has format {facts['format']}, and this version reads {FORMAT}")
-        for name, expected in facts["files"].items():
-            _check_file(path / name, expected, verify)
+        shards = [shard["name"] for split in facts["splits"].values() for shard in split["shards"]]
+        expected = {FILE, *(f"{name}{end}" for name in shards for end in (".npy", ".ends.npy"))}
+        check_files(path, facts["files"], expected, _STATE, contents=verify)
         vocab_size = int(facts["vocab_size"]) if verify else None
         splits = {
             name: TokenSplit(*_read_shards(path, split["shards"], np.dtype(facts["dtype"]), vocab_size))
             for name, split in facts["splits"].items()
         }
-    except DatasetError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except ValueError as error:
+        raise DatasetError(str(error)) from None
+    except (OSError, TypeError, KeyError, AttributeError) as error:
         raise DatasetError(f"{path / _STATE} is not the description of a data set: {error!r}") from None
     return TokenDataset(path, facts, splits)
-
-
-def _check_file(file: Path, expected: dict[str, Any], verify: bool) -> None:
-    if not file.is_file():
-        raise DatasetError(f"{file.parent} lacks {file.name}; prepare it again")
-    if file.stat().st_size != expected["size"]:
-        raise DatasetError(f"{file} is damaged: it has {file.stat().st_size} bytes, not {expected['size']}")
-    if verify and fingerprint(file) != expected:
-        raise DatasetError(f"{file} is damaged: its SHA-256 is not what {_STATE} says")
 
 
 def _read_shards(
@@ -198,7 +194,7 @@ class DatasetWriter:
         """
         self._out = Path(out).resolve()
         self._overwrite = overwrite
-        self._old = self._out.with_name(f"{_TEMPORARY}{self._out.name}.old")
+        self._old = self._out.with_name(f".writing-{self._out.name}.old")
         if self._old.exists() and not self._out.exists():  # a process died between the renames of `finish`
             self._old.rename(self._out)
         check_destination(self._out, overwrite)
@@ -219,11 +215,8 @@ class DatasetWriter:
         }
         self._open: dict[str, _Shard] = {}
         self._finished = False
-        self._temporary = self._out.with_name(f"{_TEMPORARY}{self._out.name}")
-        self._temporary.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_directory(self._temporary)
-        for leftover in self._temporary.iterdir():
-            leftover.unlink()
+        self._writing = AtomicDirectory(self._out, _OWN)
+        self._temporary = self._writing.path
         self._tokenizer = tokenizer
 
     def add(self, split: str, tokens: npt.ArrayLike) -> None:
@@ -252,15 +245,12 @@ class DatasetWriter:
             files = sorted(self._temporary.iterdir())
             self._facts |= {"report": report, "files": {file.name: fingerprint(file) for file in files}}
             (self._temporary / _STATE).write_text(dumps(self._facts, indent=1), "utf-8")
-            for file in (*self._temporary.iterdir(), self._temporary):
-                flush(file)
             check_destination(self._out, self._overwrite)
             if is_dataset(self._out):
                 shutil.rmtree(self._old, ignore_errors=True)
                 self._out.rename(self._old)
-            self._temporary.rename(self._out)
+            self._writing.publish()
             self._finished = True
-            flush(self._out.parent)
             shutil.rmtree(self._old, ignore_errors=True)
         return self._out
 
@@ -283,8 +273,8 @@ class DatasetWriter:
         for shard in self._open.values():
             shard.abandon()
         if not self._finished:
-            shutil.rmtree(self._temporary, ignore_errors=True)
-        os.close(self._lock)
+            self._writing.discard()
+        self._writing.unlock()
 
     @contextmanager
     def _sentence(self) -> Iterator[None]:

@@ -91,7 +91,7 @@ TABLE = [
     ("fastgpt/data/*", f"{DATA} word_vectors tokenizer", ""),
     ("fastgpt/distributed.py", "train_distributed train resume", ""),
     ("fastgpt/checkpoint.py", RUNS, ""),
-    ("fastgpt/durable.py", f"{RUNS} data_shards data_prepare", ""),
+    ("fastgpt/atomic_io.py", f"{RUNS} data_shards data_prepare", ""),
     ("fastgpt/integrations/*", MODELS, ""),
     ("fastgpt/accelerate.py", MODELS, ""),
     ("fastgpt/*.py", f"{RUNS} finetune in_context", ""),
