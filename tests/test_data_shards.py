@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -211,6 +212,96 @@ def test_a_death_between_the_two_renames_is_made_good(tmp_path: Path):
     with pytest.raises(FileExistsError, match="give --overwrite"):
         write(path, [b"new"])
     assert len(open_dataset(path).split("train")) == 105
+
+
+def test_a_death_after_the_two_renames_leaves_no_obstacle(tmp_path: Path):
+    for name in ("set", ".writing-set.old"):
+        write(tmp_path / name)
+    write(tmp_path / "set", [b"new"], overwrite=True)
+    assert list(tmp_path.iterdir()) == [tmp_path / "set"]
+
+
+def a_link(place: Path, precious: Path) -> None:
+    place.symlink_to(precious)
+
+
+def a_dangling_link(place: Path, precious: Path) -> None:
+    place.symlink_to(precious / "absent")
+
+
+def a_file(place: Path, precious: Path) -> None:
+    place.write_text("years")
+
+
+def a_pipe(place: Path, precious: Path) -> None:
+    os.mkfifo(place)
+
+
+def a_foreign_file(place: Path, precious: Path) -> None:
+    place.mkdir()
+    (place / "train-00000.npy").write_text("years")
+    (place / "thesis.txt").write_text("years")
+
+
+def a_link_with_a_name_of_ours(place: Path, precious: Path) -> None:
+    place.mkdir()
+    (place / "train-00000.npy").symlink_to(precious / "train-00000.npy")
+
+
+def a_directory_with_a_name_of_ours(place: Path, precious: Path) -> None:
+    (place / "train-00000.npy").mkdir(parents=True)
+
+
+def everything(root: Path) -> dict[str, str | bytes]:
+    """What is below a directory: names, and what links lead to and files hold."""
+    found: dict[str, str | bytes] = {}
+    for path in root.rglob("*"):
+        name = str(path.relative_to(root))
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else ""
+    return found
+
+
+@pytest.mark.parametrize(
+    "obstacle",
+    [
+        *(a_link, a_dangling_link, a_file, a_pipe, a_foreign_file),
+        *(a_link_with_a_name_of_ours, a_directory_with_a_name_of_ours),
+    ],
+)
+@pytest.mark.parametrize("name", [".writing-set", ".writing-set.old"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_others_left_in_the_way_is_neither_removed_nor_followed(
+    tmp_path: Path, obstacle: Callable[[Path, Path], None], name: str, overwrite: bool
+):
+    (tmp_path / "precious").mkdir()
+    for file in ("thesis.txt", "train-00000.npy", "dataset.json"):
+        (tmp_path / "precious" / file).write_text("years")
+    (tmp_path / "shared").mkdir()
+    if overwrite:
+        write(tmp_path / "shared" / "set")
+    obstacle(tmp_path / "shared" / name, tmp_path / "precious")
+    before = everything(tmp_path)
+    with pytest.raises(FileExistsError, match=rf"{name} is in the way"):
+        write(tmp_path / "shared" / "set", overwrite=overwrite)
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "notes/train-00000.npy", "train-00009.npy/thesis.txt"])
+def test_a_data_set_with_foreign_files_is_not_overwritten(tmp_path: Path, name: str):
+    write(tmp_path / "set")
+    (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "set" / name).write_text("years")
+    before = everything(tmp_path)
+    with pytest.raises(FileExistsError, match=f"it holds {name.partition('/')[0]}"):
+        write(tmp_path / "set", overwrite=True)
+    assert everything(tmp_path) == before
+
+
+def test_foreign_files_that_come_while_it_is_written_stay(tmp_path: Path):
+    with DatasetWriter(tmp_path / "set", ByteTokenizer()) as writer:
+        writer.add("train", [1])
+        (tmp_path / ".writing-set" / "thesis.txt").write_text("years")
+    assert everything(tmp_path) == {".writing-set": "", ".writing-set/thesis.txt": b"years"}
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path):

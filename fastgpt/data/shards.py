@@ -14,8 +14,8 @@ overwritten stays until the new one is whole.
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,7 +32,9 @@ from fastgpt.atomic_io import (
     AtomicDirectory,
     check_files,
     check_outside_checkpoints,
+    check_own,
     fingerprint,
+    remove_own,
 )
 from fastgpt.json_io import dumps, read_json
 from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
@@ -195,8 +197,6 @@ class DatasetWriter:
         self._out = Path(out).resolve()
         self._overwrite = overwrite
         self._old = self._out.with_name(f".writing-{self._out.name}.old")
-        if self._old.exists() and not self._out.exists():  # a process died between the renames of `finish`
-            self._old.rename(self._out)
         check_destination(self._out, overwrite)
         if tokenizer.end_of_text is None:
             raise ValueError("the tokenizer has no end of text, which has to part documents; take another")
@@ -216,8 +216,22 @@ class DatasetWriter:
         self._open: dict[str, _Shard] = {}
         self._finished = False
         self._writing = AtomicDirectory(self._out, _OWN)
+        try:
+            self._recover()
+            check_destination(self._out, overwrite)
+        except BaseException:
+            self._writing.discard()
+            self._writing.unlock()
+            raise
         self._temporary = self._writing.path
         self._tokenizer = tokenizer
+
+    def _recover(self) -> None:
+        """Undo what a process that died between the renames of `finish`, or after them, has left."""
+        if os.path.lexists(self._old) and not self._out.exists():
+            check_own(self._old, _OWN)
+            self._old.rename(self._out)
+        remove_own(self._old, _OWN)
 
     def add(self, split: str, tokens: npt.ArrayLike) -> None:
         """Append a document, ids (N,) without an end of text. Raises ValueError for an id that is none of a text, and
@@ -247,11 +261,11 @@ class DatasetWriter:
             (self._temporary / _STATE).write_text(dumps(self._facts, indent=1), "utf-8")
             check_destination(self._out, self._overwrite)
             if is_dataset(self._out):
-                shutil.rmtree(self._old, ignore_errors=True)
                 self._out.rename(self._old)
             self._writing.publish()
             self._finished = True
-            shutil.rmtree(self._old, ignore_errors=True)
+            with suppress(OSError):
+                remove_own(self._old, _OWN)
         return self._out
 
     def _close(self, split: str) -> None:
@@ -291,12 +305,13 @@ class DatasetWriter:
 
 def check_destination(out: Path, overwrite: bool) -> None:
     """Raises FileExistsError unless a data set may be written to `out`: a new or empty directory, or, to overwrite, a
-    data set; ValueError inside a run's checkpoint.
+    data set and nothing else; ValueError inside a run's checkpoint.
     """
     check_outside_checkpoints(out)
     if is_dataset(out):
         if not overwrite:
             raise FileExistsError(f"{out} holds a prepared data set already; give --overwrite to replace it")
+        check_own(out.resolve(), _OWN)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no prepared data set; name another directory")
 
