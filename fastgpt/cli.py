@@ -42,7 +42,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except _ERRORS as error:
         if console.reader_is_gone(error):
             raise
-        print(f"fastgpt: error: {console.one_line(error)}", file=sys.stderr)
+        console.show(f"fastgpt: error: {console.one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -87,17 +87,17 @@ def _generate(arguments: dict[str, Any]) -> None:
         results = answer_inputs(task=task, inputs=prompts, sampling=sampling, **arguments)
     else:
         if alone:
-            arguments["on_text"] = lambda row, piece: print(piece, end="", flush=True)
+            arguments["on_text"] = lambda row, piece: console.show(piece, end="")
         results = generate_texts(prompts=prompts, sampling=sampling, **arguments)
     for number, result in enumerate(results):
         text = result.text if task is None else result.continuation
         if as_json:
             console.print_json(asdict(result))
         elif alone:
-            print("" if task is None else text)
+            console.show("" if task is None else text)
         else:
             place = number // arguments["num_samples"] + 1
-            print(f"--- prompt {place}, sample {result.sample} ---\n{text}", flush=True)
+            console.show(f"--- prompt {place}, sample {result.sample} ---\n{text}")
 
 
 def _evaluate(arguments: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def _print(result: Any, as_json: bool) -> None:
     if as_json:
         console.print_json(result.as_dict())
     else:
-        print(result.table(), flush=True)
+        console.show(result.table())
 
 
 def _refuse_without_task(task: str | None, given: dict[str, Any], names: Sequence[str]) -> None:

@@ -91,6 +91,7 @@ TABLE = [
     ("fastgpt/data/*", f"{DATA} word_vectors tokenizer", ""),
     ("fastgpt/distributed.py", "train_distributed train resume", ""),
     ("fastgpt/checkpoint.py", RUNS, ""),
+    ("fastgpt/console.py", f"{RUNS} terminal", ""),
     ("fastgpt/atomic_io.py", f"{RUNS} data_shards data_prepare", ""),
     ("fastgpt/integrations/*", MODELS, ""),
     ("fastgpt/accelerate.py", MODELS, ""),
