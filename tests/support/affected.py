@@ -81,7 +81,7 @@ TABLE = [
     ("fastgpt/kv_cache.py", "model sampling generate", ""),
     ("fastgpt/sampling.py", "sampling generate model divergence", ""),
     ("fastgpt/generate.py", "generate cli sampling", ""),
-    ("fastgpt/tokenizer.py", "tokenizer pretrained data_prepare hub_names", ""),
+    ("fastgpt/tokenizer*.py", "tokenizer tokenizer_json pretrained data_prepare hub_names", ""),
     ("fastgpt/pretrained.py", "pretrained cli hub_names", ""),
     ("fastgpt/download.py", "hub_names model", ""),
     ("fastgpt/hub.py", "hub", ""),
