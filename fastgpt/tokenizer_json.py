@@ -1,8 +1,8 @@
 """What a tokenizer.json may hold, and the package `tokenizers` behind one door.
 
 Such a file is a small program: a normalizer rewrites the text, regular expressions cut it. It may be from anybody. So
-steps are of known kinds, what they may add to a text is bounded, and a regular expression is one of those that published
-tokenizers have, or one without repetition, which cannot backtrack for ever. The package raises bare Exceptions, and for
+steps are of known kinds, what they may add to a text is bounded, and a regular expression is one of those of published
+tokenizers, or one without repetition, which cannot backtrack for ever. The package raises bare Exceptions, and for
 faults of its own a BaseException; `guarded` makes ValueErrors of them.
 """
 

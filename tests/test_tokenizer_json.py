@@ -206,7 +206,7 @@ def test_a_fault_of_the_package_is_a_value_error_and_a_signal_is_none():
     for error in (KeyboardInterrupt(), SystemExit(3), MemoryError()):
         with pytest.raises(type(error)):
             guarded(fails, error)
-    with pytest.raises(ValueError, match="^first second$"):
+    with pytest.raises(ValueError, match=r"^first second$"):
         guarded(fails, Exception("first\nsecond"))
 
 

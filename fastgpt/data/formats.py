@@ -20,7 +20,7 @@ _SUFFIXES = {
     **{".json": JSON, ".csv": CSV, ".tsv": TSV, ".tab": TSV},
     **dict.fromkeys((".parquet", ".pq"), PARQUET),
 }
-_LONGEST = 1 << 30  # bytes of a line, characters of a record
+_LONGEST = 1 << 26  # bytes of a line, characters of a record
 _CHUNK = 1 << 16
 _SHOWN_KEYS = 12
 _ROWS = 256  # of a Parquet file at once
@@ -202,11 +202,24 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST)
     start = stream.readline(_CHUNK)
     delimiter = "\t" if kind == TSV else max(",;\t", key=_QUOTED.sub("", start).count)
-    rows = csv.reader(_again(start, stream), delimiter=delimiter)
+    size = 0  # of the record so far, which may have several lines
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        line = start if start.endswith("\n") else start + stream.readline(_LONGEST)
+        while line:
+            size += len(line)
+            if size > _LONGEST:
+                raise FormatError(f"{name} holds a record longer than {_LONGEST >> 20} MiB")
+            yield line
+            line = stream.readline(_LONGEST + 1)
+
+    rows = csv.reader(lines(), delimiter=delimiter)
     header: list[str] = []
     line = 1
     try:
         for row in rows:
+            size = 0
             place, line = f"{name}, line {line}", rows.line_num + 1
             if not row:
                 continue
@@ -218,14 +231,6 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
                 yield Record(place, dict(zip(header, row, strict=False)))
     except csv.Error as error:
         raise FormatError(f"{name}, line {rows.line_num}: {error}") from None
-
-
-def _again(start: str, stream: io.TextIOBase) -> Iterator[str]:
-    """The lines of a stream, whose first line has already been read into `start`."""
-    if start and not start.endswith("\n"):
-        start += stream.readline()
-    yield start
-    yield from stream
 
 
 def _parquet(source: str | Path, keys: Sequence[str]) -> Iterator[Record]:
