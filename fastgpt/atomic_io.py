@@ -73,15 +73,13 @@ def check_files(
         raise ValueError(f"{directory / source} {verb} {odd[0]}{rest}")
     for name, facts in listed.items():
         file = inside(directory, name)
-        if not isinstance(facts, Mapping):
+        if not isinstance(facts, Mapping) or type(facts.get("size")) is not int:
             raise ValueError(f"{directory / source} does not say the size and SHA-256 of {name}")
         if not file.is_file():
             raise ValueError(f"{directory} lacks {name}")
         size = file.stat().st_size
         if size != facts.get("size"):
-            raise ValueError(
-                f"{file} is damaged: it has {size} bytes, and {source} says {facts.get('size')!r}"
-            )
+            raise ValueError(f"{file} is damaged: it has {size} bytes, and {source} says {facts['size']}")
         if contents and fingerprint(file) != facts:
             raise ValueError(f"{file} is damaged: its SHA-256 is not what {source} says")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +16,7 @@ import torch
 
 from fastgpt.backends import BACKENDS
 from fastgpt.data.files import STANDARD_INPUT, open_text
+from fastgpt.json_io import loads_toml, shown
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 from fastgpt.options import TEXT_KEY, kind_of, option
 from fastgpt.tasks.template import TASKS
@@ -32,6 +32,7 @@ PARALLEL = ("auto", "ddp", "fsdp")
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "position", "activation", "bias", "tie_head")
 MODEL_FIELDS = ("tokenizer", "vocab_size", "block_size", *ARCHITECTURE)
 
+_LONGEST_TOML = 1 << 20  # characters
 _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
     *("eval_every", "eval_batches", "save_every", "log_every"),
@@ -203,7 +204,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         Path(path).stat()  # raises FileNotFoundError
     try:
         with open_text(path) as file:
-            return tomllib.loads(file.read().replace("\r\n", "\n"))
+            text = file.read(_LONGEST_TOML + 1)
+        if len(text) > _LONGEST_TOML:
+            raise ValueError(f"it is longer than {_LONGEST_TOML >> 20} MiB")
+        return loads_toml(text)
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 
@@ -240,7 +244,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {shown(value)}")
     return value
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
+from fastgpt.json_io import shown
+
 MOST_TOKENS = 1 << 24
 _STEPS = 32  # of each kind
 _GROWTH = 128  # the factor by which all steps together may lengthen a text
@@ -88,7 +90,7 @@ def check_tokenizer(value: dict[str, Any]) -> None:
         steps = list(_steps(value.get(part), part))
         for step in steps:
             if step.get("type") not in kinds:
-                raise ValueError(f"its {part} is of a kind that is not accepted, {_shown(step.get('type'))}")
+                raise ValueError(f"its {part} is of a kind that is not accepted, {shown(step.get('type'))}")
         if prod(map(_growth, steps)) > _GROWTH:
             raise ValueError(f"its {part} may make a text more than {_GROWTH} times as long")
     model = value.get("model")
@@ -156,7 +158,7 @@ def _growth(step: dict[str, Any]) -> float:
     if more or way not in ("String", "Regex") or not isinstance(text, str) or not text:
         raise ValueError(f"the pattern of its {kind} is neither a text nor a regular expression")
     if way == "Regex" and text not in _REGEXES and not _WITHOUT_REPETITION.fullmatch(text):
-        raise ValueError(f"its regular expression {_shown(text)} is none of those that are accepted")
+        raise ValueError(f"its regular expression {shown(text)} is none of those that are accepted")
     if kind == "Split":
         return 1
     shortest = len(text.encode("utf-8", "replace")) if way == "String" else 1
@@ -196,8 +198,3 @@ def _check_template(step: dict[str, Any]) -> None:
         ]
         if not isinstance(pieces, list) or len(pieces) > _STEPS or len(texts) > 1 + (name == "pair"):
             raise ValueError(f"its template {name!r} repeats the text, or is too long")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

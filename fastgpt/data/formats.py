@@ -22,7 +22,7 @@ _SUFFIXES = {
 }
 _LONGEST = 1 << 26  # bytes of a line, characters of a record
 _CHUNK = 1 << 16
-_SHOWN_KEYS = 12
+_SHOWN_KEYS, _SHOWN_DEPTH = 12, 8
 _ROWS = 256  # of a Parquet file at once
 _QUOTED = re.compile(r'"[^"]*"')
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -283,9 +283,9 @@ def _listed(keys: list[str]) -> str:
     return (", ".join(repr(key) for key in keys[:_SHOWN_KEYS]) or "none") + more
 
 
-def _text_keys(record: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+def _text_keys(record: dict[Any, Any], prefix: str = "", depth: int = _SHOWN_DEPTH) -> Iterator[str]:
     for key, value in record.items():
         if isinstance(value, str):
             yield f"{prefix}{key}"
-        elif isinstance(value, dict):
-            yield from _text_keys(value, f"{prefix}{key}.")
+        elif isinstance(value, dict) and depth:
+            yield from _text_keys(value, f"{prefix}{key}.", depth - 1)
