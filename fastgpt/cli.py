@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 import fastgpt
 from fastgpt import config as train_config
 from fastgpt import console
@@ -44,9 +46,27 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         console.show(f"fastgpt: error: {console.one_line(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = "there is not enough memory; take a smaller model, batch or context, or a machine with more"
+        console.show(f"fastgpt: error: {message}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, NumPy's or PyTorch's for memory that there is not, the address space included."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = (
+        "can't allocate memory",
+        "Storage size calculation overflowed",
+        "numel: integer multiplication overflow",
+    )
+    return any(sign in str(error) for sign in signs)
 
 
 def _data(arguments: dict[str, Any]) -> None:

@@ -37,6 +37,10 @@ _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
     *("eval_every", "eval_batches", "save_every", "log_every"),
 )
+_AT_MOST = {
+    **dict.fromkeys(("vocab_size", "block_size", "sample_tokens"), 1 << 24),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "eval_batches"), 1 << 20),
+}
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "z_loss"),
     *("sample_tokens", "seed"),
@@ -151,8 +155,10 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.seed >= 1 << 63:
-            raise ValueError(f"seed must be below 2^63, not {self.seed}")
+        for item in fields(self):
+            value, most = getattr(self, item.name), _AT_MOST.get(item.name, (1 << 63) - 1)
+            if type(value) is int and value > most:
+                raise ValueError(f"{item.name} must be at most {most:,}, not {value:,}")
         for name in ("data", "out", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
