@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="INPUT",
         help="a text, JSON Lines, JSON, CSV, TSV or Parquet file, also compressed, a directory, - (standard input), "
-        "stdlib, or hf:NAME[:SPLIT] of Hugging Face",
+        "stdlib, or hf:NAME[@REVISION][:SPLIT] of Hugging Face",
     )
     data.add_argument("--json", action="store_true", help="print the report as one JSON object")
     add_options(data, PrepareConfig)
@@ -373,7 +373,7 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="what train --out was given, or a Hugging Face GPT-2: a directory, or a name on the Hub",
+        help="what train --out was given, or a Hugging Face GPT-2: a directory, or NAME[@REVISION] on the Hub",
     )
     parser.add_argument("--device", default="auto", help="where the model runs (default: auto)")
     parser.add_argument(

@@ -71,8 +71,8 @@ class TrainConfig:
     )
     init_from: str | None = option(
         None,
-        "a checkpoint, or a Hugging Face GPT-2 (a directory, or a name on the Hub), to start from: its weights, its "
-        "tokenizer, its architecture",
+        "a checkpoint, or a Hugging Face GPT-2 (a directory, or NAME[@REVISION] on the Hub), to start from: its "
+        "weights, its tokenizer, its architecture",
     )
     tokenizer: str = option(
         "auto",

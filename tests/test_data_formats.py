@@ -337,6 +337,8 @@ def test_the_old_name_of_the_option_still_works(tmp_path: Path):
 def test_a_data_set_of_hugging_face_without_a_name():
     with pytest.raises(ValueError, match="hf: names no data set"):
         prepare(["hf:"], PrepareConfig("unused", tokenizer="bytes"))
+    with pytest.raises(ValueError, match="hf: names no data set"):
+        prepare(["hf:name@:train"], PrepareConfig("unused", tokenizer="bytes"))
 
 
 def test_formats_are_known_by_their_names():
