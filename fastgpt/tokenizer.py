@@ -308,9 +308,7 @@ def _gpt2(directory: Path) -> Any:
     from tokenizers import Tokenizer as Engine
     from tokenizers import decoders, models, pre_tokenizers
 
-    for word, number in read_json(directory / "vocab.json").items():
-        if type(number) is not int:
-            raise ValueError(f"the id of {word!r} is no integer")
+    check_ids(read_json(directory / "vocab.json"))
     engine = Engine(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()

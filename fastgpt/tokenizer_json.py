@@ -17,34 +17,35 @@ from typing import Any
 from fastgpt.json_io import shown
 
 MOST_TOKENS = 1 << 24
+_SHOWN = 200  # characters of a message of the package
 _STEPS = 32  # of each kind
 _GROWTH = 128  # the factor by which all steps together may lengthen a text
 _LONGEST = 64  # bytes of a prefix, and of what a table of characters writes for one
 _LONGEST_WORD = 1000  # characters, of WordPiece, which takes time in proportion to their square
 
-_MODELS = {"BPE", "WordPiece", "WordLevel", "Unigram"}
+_MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
 # The kinds of steps, and the key of those in a sequence.
 _KINDS = {
     "normalizer": (
-        {
+        (
             *("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled"),
             *("Prepend", "Replace", "Strip", "StripAccents"),
-        },
+        ),
         "normalizers",
     ),
     "pre_tokenizer": (
-        {
+        (
             *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation"),
             *("Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
-        },
+        ),
         "pretokenizers",
     ),
     "post_processor": (
-        {"BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"},
+        ("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"),
         "processors",
     ),
     "decoder": (
-        {"BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"},
+        ("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"),
         "decoders",
     ),
 }
@@ -105,11 +106,16 @@ def check_tokenizer(value: dict[str, Any]) -> None:
         _size(model.get(name) or "", name)
 
 
-def check_ids(vocabulary: dict[str, int]) -> None:
-    """Raise ValueError for ids that are no numbers of rows of a matrix: most of them must be those of a token."""
+def check_ids(vocabulary: dict[str, Any]) -> None:
+    """Raise ValueError for ids that are no numbers of rows of a matrix: integers, each once, most up to the largest."""
+    for token, number in vocabulary.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"the id of {shown(token)} is {shown(number)}")
     largest = max(vocabulary.values(), default=0)
     if largest >= MOST_TOKENS or largest > 2 * len(vocabulary) + 1024:
         raise ValueError(f"it has {len(vocabulary):,} tokens, and their ids go up to {largest:,}")
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("two of its tokens have one id")
 
 
 def guarded(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -121,7 +127,8 @@ def guarded(function: Callable[..., Any], *arguments: Any, **options: Any) -> An
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        message = " ".join(str(error)[: 2 * _SHOWN].split()) or type(error).__name__
+        raise ValueError(message if len(message) <= _SHOWN else f"{message[:_SHOWN]}…") from None
 
 
 def _steps(component: Any, part: str) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,8 @@ def gpt2() -> Engine:
     engine = Engine(models.BPE())
     engine.pre_tokenizer, engine.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     engine.post_processor = processors.ByteLevel()
-    return learned(engine, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return learned(engine, trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<|endoftext|>"]))
 
 
 def bert() -> Engine:
@@ -140,6 +141,8 @@ BROKEN = {
     "long prefix": {"normalizer": {"type": "Prepend", "prepend": "a" * 10**5}},
     "many steps": {"normalizer": sequence(*[{"type": "Lowercase"}] * 1000)},
     "unknown step": {"normalizer": {"type": "Exec"}},
+    "step of an object's type": {"normalizer": {"type": {}}},
+    "model of a list's type": {"model": {"type": []}},
     "step without a type": {"normalizer": {"lowercase": True}},
     "step that is a text": {"normalizer": "Lowercase"},
     "unknown pre-tokenizer": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.files import COMPRESSED, can_be_read_once, name_of, open_bytes, open_text, text_of_stream
+from fastgpt.json_io import shown
 
 TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET = "text", "JSON Lines", "JSON", "CSV", "TSV", "Parquet"
 _SUFFIXES = {
@@ -274,13 +275,14 @@ def _hint(record: dict[Any, Any]) -> str:
     """The keys that a text is under, for a message."""
     keys = list(_text_keys(record))
     if not keys:
-        return "no key has a text; the keys are " + _listed([str(key) for key in record])
-    return f"the keys with a text are {_listed(keys)}; name one with --text-key"
+        return "no key has a text; the keys are " + listed([str(key) for key in record])
+    return f"the keys with a text are {listed(keys)}; name one with --text-key"
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: list[str]) -> str:
+    """Keys for a message, not too many."""
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return (", ".join(repr(key) for key in keys[:_SHOWN_KEYS]) or "none") + more
+    return (", ".join(map(shown, keys[:_SHOWN_KEYS])) or "none") + more
 
 
 def _text_keys(record: dict[Any, Any], prefix: str = "", depth: int = _SHOWN_DEPTH) -> Iterator[str]:
