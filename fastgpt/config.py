@@ -146,19 +146,19 @@ class TrainConfig:
             choices = item.metadata["choices"]
             value = getattr(self, item.name)
             if choices and value is not None and value not in choices:
-                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, not {value!r}")
+                raise ValueError(f"{item.name} must be one of {', '.join(choices)}, not {shown(value)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{item.name} must be a finite number, not {value}")
         for name in _AT_LEAST_1:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 1, not {shown(getattr(self, name))}")
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+                raise ValueError(f"{name} must not be negative, not {shown(getattr(self, name))}")
         for item in fields(self):
             value, most = getattr(self, item.name), _AT_MOST.get(item.name, (1 << 63) - 1)
             if type(value) is int and value > most:
-                raise ValueError(f"{item.name} must be at most {most:,}, not {value:,}")
+                raise ValueError(f"{item.name} must be at most {most:,}, not {shown(value)}")
         for name in ("data", "out", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
@@ -193,7 +193,7 @@ class TrainConfig:
         hints = get_type_hints(TrainConfig)
         for name, value in values.items():
             if name not in hints:
-                raise ValueError(f"there is no option {name!r}; did you mean {_nearest(name, hints)!r}?")
+                raise ValueError(f"there is no option {shown(name)}; did you mean {_nearest(name, hints)!r}?")
             values = values | {name: _typed(name, value, hints[name])}
         return replace(self, **values)
 

@@ -104,6 +104,12 @@ def check_tokenizer(value: dict[str, Any]) -> None:
         raise ValueError(f"its max_input_chars_per_word is not a number up to {_LONGEST_WORD}")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         _size(model.get(name) or "", name)
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if prefix and isinstance(merges, list):
+        seconds = [merge.partition(" ")[2] if isinstance(merge, str) else merge for merge in merges]
+        seconds = [part[1] if isinstance(part, list) and len(part) == 2 else part for part in seconds]
+        if not all(isinstance(part, str) and part.startswith(prefix) for part in seconds):
+            raise ValueError("one of its merges goes on without the continuing_subword_prefix")
 
 
 def check_ids(vocabulary: dict[str, Any]) -> None:
@@ -156,6 +162,8 @@ def _growth(step: dict[str, Any]) -> float:
         _size(step.get("prepend"), "prefix")
     if kind == "TemplateProcessing":
         _check_template(step)
+    if kind == "Strip" and not all(step.get(name, 0) in range(_LONGEST) for name in ("start", "stop")):
+        raise ValueError("its Strip removes a number of characters that is no number up to 64")
     if kind == "Precompiled":
         return _longest_replacement(step.get("precompiled_charsmap"))
     if kind not in ("Replace", "Split"):

@@ -149,6 +149,15 @@ BROKEN = {
     "unknown decoder": {"decoder": {"type": "CTC", "pad_token": "", "word_delimiter_token": ""}},
     "unknown post-processor": {"post_processor": {"type": "Mystery"}},
     "sequence of nothing": {"normalizer": {"type": "Sequence", "normalizers": None}},
+    "strip of 2^64 characters": {
+        "decoder": {"type": "Strip", "content": "a", "start": 0, "stop": (1 << 64) - 1}
+    },
+    "merge without its prefix": {
+        "model": {
+            **{"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
+            "continuing_subword_prefix": "##########",
+        }
+    },
     "template that repeats": {"post_processor": template(*[A] * 20)},
     "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}},
     "charsmap of long texts": {"normalizer": charsmap(b"a" * 10**6 + b"\0")},
@@ -182,7 +191,9 @@ def test_others_end_in_one_message(
     out = ["--out", str(tmp_path / "set"), "--tokenizer", str(tmp_path), "--repetition", "keep"]
     assert main(["data", str(tmp_path / "t.txt"), *out]) == 2
     error = capfd.readouterr().err
-    assert error.startswith("fastgpt: error: ") and error.count("\n") == 1
+    assert (
+        error.startswith("fastgpt: error: ") and error.count("\n") == 1
+    )  # nor does the package print anything
     assert not (tmp_path / "set").exists()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.json_io import loads_toml
+from fastgpt.json_io import loads_toml, shown
 from fastgpt.tasks.examples import Example
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -84,7 +84,7 @@ def parse_template(task: str, toml: str) -> Template:
     before, found, rest = example.partition("{input}")
     if not found or not rest.endswith("{output}"):
         raise ValueError(
-            f"the example of the template {task} must hold {{input}} and end in {{output}}, not {example!r}"
+            f"the example of the template {task} must hold {{input}} and end in {{output}}, not {shown(example)}"
         )
     if not separator:
         raise ValueError(f"the separator of the template {task} must not be empty")
