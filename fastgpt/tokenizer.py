@@ -308,8 +308,14 @@ def _gpt2(directory: Path) -> Any:
     from tokenizers import Tokenizer as Engine
     from tokenizers import decoders, models, pre_tokenizers
 
-    check_ids(read_json(directory / "vocab.json"))
-    engine = Engine(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
+    lines = (directory / "merges.txt").read_text("utf-8").removesuffix("\n").split("\n")
+    merges: list[Any] = [
+        tuple(line.removesuffix("\r").split(" ")) for line in lines if line and line[:8] != "#version"
+    ]
+    vocabulary = read_json(directory / "vocab.json")
+    check_ids(vocabulary)
+    check_tokenizer({"model": {"type": "BPE", "vocab": vocabulary, "merges": merges}})
+    engine = Engine(models.BPE(vocabulary, merges))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
     return _with_special(engine, _END_OF_TEXT[:1])

@@ -104,12 +104,23 @@ def check_tokenizer(value: dict[str, Any]) -> None:
         raise ValueError(f"its max_input_chars_per_word is not a number up to {_LONGEST_WORD}")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         _size(model.get(name) or "", name)
-    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
-    if prefix and isinstance(merges, list):
-        seconds = [merge.partition(" ")[2] if isinstance(merge, str) else merge for merge in merges]
-        seconds = [part[1] if isinstance(part, list) and len(part) == 2 else part for part in seconds]
-        if not all(isinstance(part, str) and part.startswith(prefix) for part in seconds):
-            raise ValueError("one of its merges goes on without the continuing_subword_prefix")
+    if isinstance(model.get("merges"), list):
+        _check_merges(model["merges"], model.get("vocab"), model.get("continuing_subword_prefix") or "")
+
+
+def _check_merges(merges: list[Any], vocabulary: Any, prefix: str) -> None:
+    """Raise ValueError for a merge that makes no token; the package does not look where its memory ends."""
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not (
+            isinstance(vocabulary, dict)
+            and isinstance(pair, (list, tuple))
+            and len(pair) == 2
+            and all(isinstance(part, str) and part in vocabulary for part in pair)
+            and pair[1].startswith(prefix)
+            and pair[0] + pair[1][len(prefix) :] in vocabulary
+        ):
+            raise ValueError(f"its merge {shown(merge)} is not of two tokens to another")
 
 
 def check_ids(vocabulary: dict[str, Any]) -> None:

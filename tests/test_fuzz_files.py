@@ -193,7 +193,7 @@ def test_tokenizer_json(tmp_path: Path, make: Callable, count: int, capfd: pytes
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_vocabularies_of_gpt2_and_bert(tmp_path: Path, count: int):
+def test_vocabularies_of_gpt2_and_bert(tmp_path: Path, count: int, capfd: pytest.CaptureFixture):
     made = gpt2()
     vocabulary = json.loads(made.to_str())["model"]
     merges = "#version: 0.2\n" + "".join(" ".join(merge) + "\n" for merge in vocabulary["merges"])
@@ -203,6 +203,7 @@ def test_vocabularies_of_gpt2_and_bert(tmp_path: Path, count: int):
     settings = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
     valid = {"vocab.txt": words.encode(), "tokenizer_config.json": json.dumps(settings).encode()}
     fuzz(valid, count, tmp_path / "files", lambda path, _: use(path))
+    assert "panicked" not in capfd.readouterr().err
 
 
 # ---- the rest ----

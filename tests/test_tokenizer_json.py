@@ -158,6 +158,10 @@ BROKEN = {
             "continuing_subword_prefix": "##########",
         }
     },
+    "merge to no token": {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},
+    },
+    "merge of three": {"model": {"type": "BPE", "vocab": {"a": 0, "aa": 1}, "merges": ["a a a"]}},
     "template that repeats": {"post_processor": template(*[A] * 20)},
     "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}},
     "charsmap of long texts": {"normalizer": charsmap(b"a" * 10**6 + b"\0")},
