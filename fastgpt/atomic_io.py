@@ -32,10 +32,10 @@ def fingerprint(file: Path) -> dict[str, Any]:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def inside(directory: Path, name: Any) -> Path:
+def inside(directory: Path, name: Any, *, links: bool = False) -> Path:
     """The path of a file that is named in another file, without reading it.
 
-    Raises ValueError for a name that is absolute or has "..", and for a link out of the directory.
+    Raises ValueError for a name that is absolute or has "..", and unless `links` for a link out of the directory.
     """
     if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
         raise ValueError(f"{name!r} is not the name of a file in {directory}")
@@ -43,7 +43,7 @@ def inside(directory: Path, name: Any) -> Path:
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
         raise ValueError(f"{name!r} is not the name of a file in {directory}")
     path = directory / relative
-    if not path.resolve().is_relative_to(directory.resolve()):
+    if not links and not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{path} is a link to a file outside of {directory}")
     return path
 
@@ -109,7 +109,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is whole or as before, text in UTF-8; a link is replaced, not followed.
+    """Write a file that is whole or as before, text in UTF-8. A link is replaced, not followed: not for a path that a
+    user named, which may be /dev/stdout.
 
     Raises OSError if it cannot be written; nothing temporary remains.
     """
@@ -166,7 +167,11 @@ class AtomicDirectory:
         try:
             lock(self._descriptor, target)
             ours = os.fstat(self._descriptor)
-            if not os.path.samestat(ours, os.lstat(self.path)):  # another process has just published it
+            try:
+                ours_still = os.path.samestat(ours, os.lstat(self.path))
+            except FileNotFoundError:
+                ours_still = False
+            if not ours_still:
                 raise FileExistsError(f"another process has just written {target}")
             found = sorted(os.listdir(self._descriptor))
             foreign = [name for name in found if not own.fullmatch(name)]

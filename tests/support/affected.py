@@ -22,7 +22,8 @@ MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchsc
 ATTENTION = "attention attention_extremes attention_varlen"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy"
 OPS = f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm"
-RUNS = "train train_options train_distributed resume run_directory console divergence checkpoint cli"
+CHECKPOINTS = "checkpoint untrusted_checkpoint"
+RUNS = f"train train_options train_distributed resume run_directory console divergence {CHECKPOINTS} cli"
 
 CPU = "not triton and not cuda and not reference"
 EMULATED = "cuda or fault"
@@ -91,6 +92,8 @@ TABLE = [
     ("fastgpt/data/*", f"{DATA} word_vectors tokenizer", ""),
     ("fastgpt/distributed.py", "train_distributed train resume", ""),
     ("fastgpt/checkpoint.py", RUNS, ""),
+    ("fastgpt/tensor_files.py", f"{RUNS} pretrained", ""),
+    ("fastgpt/pickled_parts.py", "untrusted_checkpoint", ""),
     ("fastgpt/atomic_io.py", f"{RUNS} data_shards data_prepare", ""),
     ("fastgpt/integrations/*", MODELS, ""),
     ("fastgpt/accelerate.py", MODELS, ""),
