@@ -327,7 +327,7 @@ def _open(path: Path) -> Checkpoint:
 
 def _parts(state: dict[str, Any]) -> int | None:
     """Into how many files a checkpoint's tensors are cut; None where a sharded run of format 1 wrote them."""
-    if state["format"] not in (1, FORMAT):
+    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
         raise ValueError(f"{_STATE} has format {state['format']!r}, and this version reads 1 and {FORMAT}")
     if state["format"] == 1:
         return None if "model/.metadata" in state["files"] else 1

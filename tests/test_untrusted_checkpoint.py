@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import stat
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,9 @@ def format_1(path: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
     for stem, named in tensors.items():
         (path / f"{stem}.safetensors").unlink()
         writer = FileSystemWriter(path / stem, single_file_per_rank=True)
-        save(named, storage_writer=writer, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            save(named, storage_writer=writer, no_dist=True)
     state = json.loads((path / "state.json").read_text())
     del state["parts"]
     (path / "state.json").write_text(json.dumps(state))
