@@ -1,4 +1,7 @@
-"""`python -m fastgpt` is the command `fastgpt`."""
+"""`python -m fastgpt` is the command `fastgpt`, where that is not on the path.
+
+Python then imports modules from the working directory before all others, which the command does not.
+"""
 
 import sys
 

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -72,15 +73,13 @@ def check_files(
         raise ValueError(f"{directory / source} {verb} {odd[0]}{rest}")
     for name, facts in listed.items():
         file = inside(directory, name)
-        if not isinstance(facts, Mapping):
+        if not isinstance(facts, Mapping) or type(facts.get("size")) is not int:
             raise ValueError(f"{directory / source} does not say the size and SHA-256 of {name}")
         if not file.is_file():
             raise ValueError(f"{directory} lacks {name}")
         size = file.stat().st_size
         if size != facts.get("size"):
-            raise ValueError(
-                f"{file} is damaged: it has {size} bytes, and {source} says {facts.get('size')!r}"
-            )
+            raise ValueError(f"{file} is damaged: it has {size} bytes, and {source} says {facts['size']}")
         if contents and fingerprint(file) != facts:
             raise ValueError(f"{file} is damaged: its SHA-256 is not what {source} says")
 
@@ -158,12 +157,7 @@ class AtomicDirectory:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             self.path.mkdir()
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError as error:
-            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                raise
-            raise FileExistsError(f"{self.path} is in the way, and not a directory: remove it") from None
+        self._descriptor, self._own = _open_directory(self.path), own
         try:
             lock(self._descriptor, target)
             ours = os.fstat(self._descriptor)
@@ -173,15 +167,8 @@ class AtomicDirectory:
                 ours_still = False
             if not ours_still:
                 raise FileExistsError(f"another process has just written {target}")
-            found = sorted(os.listdir(self._descriptor))
-            foreign = [name for name in found if not own.fullmatch(name)]
-            if foreign or ours.st_uid != os.geteuid():
-                what = f"holds {foreign[0]}" if foreign else "belongs to another user"
-                raise FileExistsError(
-                    f"{self.path} is in the way: it {what}; remove it, or choose another directory"
-                )
-            for name in found:
-                os.unlink(name, dir_fd=self._descriptor)
+            _check_own(self._descriptor, self.path, own)
+            self._empty()
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -200,13 +187,63 @@ class AtomicDirectory:
     def discard(self) -> None:
         """Remove the temporary directory and what this process wrote into it."""
         with contextlib.suppress(OSError):
-            for name in os.listdir(self._descriptor):
-                os.unlink(name, dir_fd=self._descriptor)
+            self._empty()
             self.path.rmdir()
 
     def unlock(self) -> None:
         """Let other processes write it."""
         os.close(self._descriptor)
+
+    def _empty(self) -> None:
+        for name in filter(self._own.fullmatch, os.listdir(self._descriptor)):
+            os.unlink(name, dir_fd=self._descriptor)
+
+
+def check_own(directory: Path, own: re.Pattern[str]) -> None:
+    """Raise FileExistsError unless a directory is one that this user wrote, with regular files named as `own` says and
+    nothing else in it.
+    """
+    descriptor = _open_directory(directory)
+    try:
+        _check_own(descriptor, directory, own)
+    finally:
+        os.close(descriptor)
+
+
+def remove_own(directory: Path, own: re.Pattern[str]) -> None:
+    """Remove a directory that passes `check_own`, and raise as that does; nothing where there is none."""
+    try:
+        descriptor = _open_directory(directory)
+    except FileNotFoundError:
+        return
+    try:
+        _check_own(descriptor, directory, own)
+        for name in filter(own.fullmatch, os.listdir(descriptor)):
+            os.unlink(name, dir_fd=descriptor)
+        directory.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def _open_directory(path: Path) -> int:
+    """A descriptor of a directory, not of one that a link leads to."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise FileExistsError(f"{path} is in the way, and not a directory: remove it") from None
+
+
+def _check_own(descriptor: int, directory: Path, own: re.Pattern[str]) -> None:
+    problem = None if os.fstat(descriptor).st_uid == os.geteuid() else "belongs to another user"
+    for name in sorted(os.listdir(descriptor)):
+        if not own.fullmatch(name) or not stat.S_ISREG(os.lstat(name, dir_fd=descriptor).st_mode):
+            problem = problem or f"holds {name}"
+    if problem:
+        raise FileExistsError(
+            f"{directory} is in the way: it {problem}; remove it, or choose another directory"
+        )
 
 
 def lock(descriptor: int, directory: Path) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 import fastgpt
 from fastgpt import config as train_config
 from fastgpt import console
@@ -42,11 +44,29 @@ def _run(argv: Sequence[str] | None) -> int:
     except _ERRORS as error:
         if console.reader_is_gone(error):
             raise
-        print(f"fastgpt: error: {console.one_line(error)}", file=sys.stderr)
+        console.show(f"fastgpt: error: {console.one_line(error)}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = "there is not enough memory; take a smaller model, batch or context, or a machine with more"
+        console.show(f"fastgpt: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, NumPy's or PyTorch's for memory that there is not, the address space included."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    signs = (
+        "can't allocate memory",
+        "Storage size calculation overflowed",
+        "numel: integer multiplication overflow",
+    )
+    return any(sign in str(error) for sign in signs)
 
 
 def _data(arguments: dict[str, Any]) -> None:
@@ -87,17 +107,17 @@ def _generate(arguments: dict[str, Any]) -> None:
         results = answer_inputs(task=task, inputs=prompts, sampling=sampling, **arguments)
     else:
         if alone:
-            arguments["on_text"] = lambda row, piece: print(piece, end="", flush=True)
+            arguments["on_text"] = lambda row, piece: console.show(piece, end="")
         results = generate_texts(prompts=prompts, sampling=sampling, **arguments)
     for number, result in enumerate(results):
         text = result.text if task is None else result.continuation
         if as_json:
             console.print_json(asdict(result))
         elif alone:
-            print("" if task is None else text)
+            console.show("" if task is None else text)
         else:
             place = number // arguments["num_samples"] + 1
-            print(f"--- prompt {place}, sample {result.sample} ---\n{text}", flush=True)
+            console.show(f"--- prompt {place}, sample {result.sample} ---\n{text}")
 
 
 def _evaluate(arguments: dict[str, Any]) -> None:
@@ -140,7 +160,7 @@ def _print(result: Any, as_json: bool) -> None:
     if as_json:
         console.print_json(result.as_dict())
     else:
-        print(result.table(), flush=True)
+        console.show(result.table())
 
 
 def _refuse_without_task(task: str | None, given: dict[str, Any], names: Sequence[str]) -> None:
@@ -177,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="INPUT",
         help="a text, JSON Lines, JSON, CSV, TSV or Parquet file, also compressed, a directory, - (standard input), "
-        "stdlib, or hf:NAME[:SPLIT] of Hugging Face",
+        "stdlib, or hf:NAME[@REVISION][:SPLIT] of Hugging Face",
     )
     data.add_argument("--json", action="store_true", help="print the report as one JSON object")
     add_options(data, PrepareConfig)
@@ -353,7 +373,7 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="what train --out was given, or a Hugging Face GPT-2: a directory, or a name on the Hub",
+        help="what train --out was given, or a Hugging Face GPT-2: a directory, or NAME[@REVISION] on the Hub",
     )
     parser.add_argument("--device", default="auto", help="where the model runs (default: auto)")
     parser.add_argument(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +16,7 @@ import torch
 
 from fastgpt.backends import BACKENDS
 from fastgpt.data.files import STANDARD_INPUT, open_text
+from fastgpt.json_io import loads_toml, shown
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 from fastgpt.options import TEXT_KEY, kind_of, option
 from fastgpt.tasks.template import TASKS
@@ -32,10 +32,15 @@ PARALLEL = ("auto", "ddp", "fsdp")
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "position", "activation", "bias", "tie_head")
 MODEL_FIELDS = ("tokenizer", "vocab_size", "block_size", *ARCHITECTURE)
 
+_LONGEST_TOML = 1 << 20  # characters
 _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
     *("eval_every", "eval_batches", "save_every", "log_every"),
 )
+_AT_MOST = {
+    **dict.fromkeys(("vocab_size", "block_size", "sample_tokens"), 1 << 24),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "eval_batches"), 1 << 20),
+}
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "z_loss"),
     *("sample_tokens", "seed"),
@@ -66,8 +71,8 @@ class TrainConfig:
     )
     init_from: str | None = option(
         None,
-        "a checkpoint, or a Hugging Face GPT-2 (a directory, or a name on the Hub), to start from: its weights, its "
-        "tokenizer, its architecture",
+        "a checkpoint, or a Hugging Face GPT-2 (a directory, or NAME[@REVISION] on the Hub), to start from: its "
+        "weights, its tokenizer, its architecture",
     )
     tokenizer: str = option(
         "auto",
@@ -150,8 +155,10 @@ class TrainConfig:
         for name in _NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
-        if self.seed >= 1 << 63:
-            raise ValueError(f"seed must be below 2^63, not {self.seed}")
+        for item in fields(self):
+            value, most = getattr(self, item.name), _AT_MOST.get(item.name, (1 << 63) - 1)
+            if type(value) is int and value > most:
+                raise ValueError(f"{item.name} must be at most {most:,}, not {value:,}")
         for name in ("data", "out", "tokenizer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must not be empty")
@@ -203,7 +210,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         Path(path).stat()  # raises FileNotFoundError
     try:
         with open_text(path) as file:
-            return tomllib.loads(file.read().replace("\r\n", "\n"))
+            text = file.read(_LONGEST_TOML + 1)
+        if len(text) > _LONGEST_TOML:
+            raise ValueError(f"it is longer than {_LONGEST_TOML >> 20} MiB")
+        return loads_toml(text)
     except ValueError as error:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 
@@ -240,7 +250,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {shown(value)}")
     return value
 
 

@@ -2,6 +2,11 @@
 
 stdout and stderr escape the characters that their encoding does not have. A stream that is closed from the start is the
 null device. A reader that goes away, as `head` does, ends a command without a message; `fastgpt train` saves first.
+
+What models write, and names in files, may be from anybody, and a terminal obeys control characters: they set its title
+and the clipboard, and answer as if typed. So a terminal is shown escapes for them (\\x1b), and for the characters that
+override the direction of text (\\u202e), with which a line reads as something else than it is. Pipes and files get the
+characters.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import select
 import sys
 import warnings
@@ -21,6 +27,8 @@ from tqdm import tqdm
 from fastgpt.json_io import dumps
 
 READER_GONE = 141  # 128 + SIGPIPE: what a shell reports of a program that writes to a closed pipe
+# C0 but tab and line feed, DEL, C1; embeddings, overrides and isolates of the bidirectional algorithm, but no marks.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
 
 
@@ -41,7 +49,7 @@ def run_command(command: Callable[[], int]) -> int:
             raise
         if error.errno in _GONE:
             return READER_GONE
-        print(f"fastgpt: error: standard output: {error.strerror}", file=sys.stderr)
+        show(f"fastgpt: error: standard output: {error.strerror}", file=sys.stderr)
         return 2
 
 
@@ -92,6 +100,12 @@ def _has_no_reader(descriptor: int) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
+def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print a text to stdout, or another stream, at once."""
+    stream = file or sys.stdout
+    print(_CONTROL.sub(_escape, text) if _is_terminal(stream) else text, end=end, file=stream, flush=True)
+
+
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON, in ASCII where stdout has not all of its characters."""
     text = dumps(value, ensure_ascii=False)
@@ -99,7 +113,17 @@ def print_json(value: Any) -> None:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeEncodeError:
         text = dumps(value)
+    if _is_terminal(sys.stdout):
+        text = _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     print(text, flush=True)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 class Note(UserWarning):
@@ -116,14 +140,14 @@ def _warning_printer() -> Callable[..., None]:
     """What shows warnings: each note once, as a line, and others as before."""
     others, shown = warnings.showwarning, set()
 
-    def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show_warning(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
         if not issubclass(category, Note):
             others(message, category, *place, **more)
         elif str(message) not in shown:
             shown.add(str(message))
-            print(f"fastgpt: note: {message}", file=sys.stderr, flush=True)
+            show(f"fastgpt: note: {message}", file=sys.stderr)
 
-    return show
+    return show_warning
 
 
 class Progress:
@@ -161,14 +185,14 @@ class Progress:
         """Print a line to stdout."""
         if self._shown:
             with self._tolerant(), self._beside_the_bar():
-                print(_encodable(text), flush=True)
+                show(_encodable(text))
 
     def warn_once(self, subject: str, text: str) -> None:
         """Print a warning to stderr, the first one about a subject."""
         if self._shown and subject not in self._warned:
             self._warned.add(subject)
             with self._tolerant(), self._beside_the_bar():
-                print(f"fastgpt: warning: {text}", file=sys.stderr, flush=True)
+                show(f"fastgpt: warning: {text}", file=sys.stderr)
 
     def close(self) -> None:
         """Finish the bar."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from fastgpt.pretrained import open_model
 from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
+MOST_ROWS = 1 << 16  # of a batch
 _CONTEXT = 4  # tokens decoded again before a new one, for decoders that look at the neighbour
 
 
@@ -166,21 +168,24 @@ def continue_texts(
     on_text: Callable[[int, str], object] | None = None,
 ) -> Iterator[Generated]:
     """`generate_texts` with a model at hand, where it is and in its dtype."""
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+    for name, value, most in (("num_samples", num_samples, None), ("batch_size", batch_size, MOST_ROWS)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+        if most is not None and value > most:
+            raise ValueError(f"{name} must be at most {most:,}, not {value:,}")
     encoded = [(prompt, tokenizer.encode(prompt).long()) for prompt in prompts]
     if not all(len(tokens) for _, tokens in encoded):
         raise ValueError("the prompt is empty; give it at least one character")
-    texts = [(sample, *pair) for pair in encoded for sample in range(1, num_samples + 1)]
-    for first in range(0, len(texts), batch_size):
-        some = texts[first : first + batch_size]
+    texts = ((sample, *pair) for pair in encoded for sample in range(1, num_samples + 1))
+    first = 0
+    while some := list(islice(texts, batch_size)):
         rows = [Continuation(tokenizer, tokens.tolist(), stop) for _, _, tokens in some]
         say = _with_prompts(on_text, first, [prompt for _, prompt, _ in some])
         with use_backend(backend):
             _continue(model, rows, max_new_tokens, sampling, None if seed is None else seed + first, say)
         for (sample, prompt, _), done in zip(some, rows, strict=True):
             yield Generated(prompt, sample, done.text)
+        first += len(some)
 
 
 def read_prompts(path: str | Path) -> list[str]:

@@ -16,8 +16,7 @@ looked for, so that chance is one over its size.
 from __future__ import annotations
 
 import argparse
-import json
-import tomllib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from fastgpt import console, data
 from fastgpt.backends import use_backend
 from fastgpt.config import resolve_device
 from fastgpt.evaluate import check_loss, read_texts, spans
-from fastgpt.json_io import finite
+from fastgpt.json_io import finite, loads, loads_toml
 from fastgpt.model import GPT
 from fastgpt.plot import induction_curves
 from fastgpt.pretrained import open_model
@@ -282,15 +281,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("picture", metavar="PNG")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="what train --out was given")
     options = parser.parse_args(argv)
-    curves = {}
-    for run in options.runs:
-        records = map(json.loads, (Path(run) / "log.jsonl").read_text("utf-8").splitlines())
-        layers = tomllib.loads((Path(run) / "config.toml").read_text("utf-8"))["n_layer"]
-        names = ("step", "induction", "induction_low", "induction_high")
-        found = [tuple(record[name] for name in names) for record in records if "induction" in record]
-        curves[f"{layers} layer{'s' * (layers > 1)} ({Path(run).name})"] = found
-    induction_curves(options.picture, curves)
+    try:
+        induction_curves(options.picture, dict(map(_curve, options.runs)))
+    except (OSError, ValueError) as error:
+        console.show(f"error: {console.one_line(error)}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _curve(run: str) -> tuple[str, list[tuple[float, ...]]]:
+    """What to call a run, and its induction scores. Raises OSError and ValueError for what is no run."""
+    names = ("step", "induction", "induction_low", "induction_high")
+    try:
+        layers = loads_toml((Path(run) / "config.toml").read_text("utf-8"))["n_layer"]
+        records = map(loads, (Path(run) / "log.jsonl").read_text("utf-8").splitlines())
+        found = [tuple(float(record[name]) for name in names) for record in records if "induction" in record]
+        return f"{layers} layer{'s' * (layers > 1)} ({Path(run).name})", found
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run} is not the directory of a run: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 defines it, written and read.
+"""JSON as RFC 8259 defines it, written and read; and TOML, read.
 
 A number that is NaN or infinite, which JSON cannot hold, is written as null. What is read may be from anybody: its size
 and its nesting are bounded, and every way in which it is malformed ends in one ValueError.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import tomllib
 from pathlib import Path
 from typing import Any
 
+_SHOWN = 80  # characters of a value
 MOST_BYTES = 256 << 20  # tokenizer.json of the largest vocabularies has tens of MiB
 
 
@@ -36,6 +38,22 @@ def loads(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def loads_toml(text: str) -> dict[str, Any]:
+    """Parse as `tomllib.loads` does. Raises ValueError for whatever is not TOML, or is nested too deep to be read."""
+    try:
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def shown(value: Any) -> str:
+    """A value from a file for a message: a number or a short text as it is, of others the type."""
+    text = (
+        repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+    )
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def read_json(file: Path) -> dict[str, Any]:

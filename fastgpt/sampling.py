@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 UNUSABLE = "the model's logits are NaN or infinite: its training has diverged; take an older checkpoint"
 NOTHING = -1  # in place of a token, behind the end of a row
+MOST_NEW_TOKENS = 1 << 24
+_BLOCK = 1024  # steps that memory is taken for at once
+_TINY, _HUGE = (getattr(torch.finfo(torch.float32), name) for name in ("tiny", "max"))
 
 
 @dataclass(frozen=True)
@@ -42,16 +46,17 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be a finite number of at least 0, not {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if not 0.0 < self.repetition_penalty < math.inf:
-            raise ValueError(
-                f"repetition_penalty must be a finite number above 0, not {self.repetition_penalty}"
-            )
+        # Beyond these numbers of float32, quotients and products are NaN.
+        for name, most, also in (
+            ("temperature", _HUGE, "0 or "),
+            ("top_p", 1.0, ""),
+            ("repetition_penalty", _HUGE, ""),
+        ):
+            value = getattr(self, name)
+            if value is not None and not _TINY <= value <= most and not (also and value == 0):
+                raise ValueError(f"{name} must be {also}from {_TINY:.2g} to {most:.2g}, not {value}")
 
     def choose(self, logits: Tensor, seen: Tensor | None, uniform: Tensor | None) -> Tensor:
         """A token (N,) int64 for each row; any of the V where the logits are not numbers.
@@ -61,10 +66,9 @@ class Sampling:
         uniform: (N,) float64 in [0, 1), what is drawn; not used at temperature 0.
         """
         if seen is not None:
-            penalised = torch.where(
-                logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty
-            )
-            logits = torch.where(seen, penalised, logits)
+            penalty = self.repetition_penalty
+            penalized = torch.where(logits > 0, logits / penalty, logits * penalty).clamp(-_HUGE, _HUGE)
+            logits = torch.where(seen, penalized, logits)
         if uniform is None:
             return logits.argmax(dim=-1)
         probabilities = sampling_distribution(logits, self.temperature, self.top_k, self.top_p)
@@ -110,28 +114,27 @@ def continue_rows(
     _check_prompts(idx, lengths, max_new_tokens)
     device = idx.device
     ends = torch.full((B,), T, device=device) if lengths is None else lengths.to(device, torch.long)
-    uniform = None
-    if sampling.temperature:
-        uniform = _uniform(B, max_new_tokens, seed).to(device)
-    text = torch.full((B, T + max_new_tokens), NOTHING, device=device)
-    text[:, :T] = idx.masked_fill(torch.arange(T, device=device) >= ends[:, None], NOTHING)
+    uniform = _Uniform(B, max_new_tokens, seed, device) if sampling.temperature else None
+    text = idx.long().masked_fill(torch.arange(T, device=device) >= ends[:, None], NOTHING)
     vocab_size = model.config.vocab_size if num_tokens is None else min(num_tokens, model.config.vocab_size)
     seen = _seen(text, vocab_size) if sampling.repetition_penalty != 1 else None
 
-    finished = torch.full_like(text, NOTHING)  # the rows of `text`, put back in their places as they end
+    finished: list[tuple[Tensor, Tensor]] = []  # (places, rows of `text`), as they end
     rows = torch.arange(B, device=device)
-    cache = KVCache(model.config.n_layer, min(model.config.block_size, text.shape[1]))
+    cache = KVCache(model.config.n_layer, min(model.config.block_size, T + max_new_tokens))
     even = lengths is None  # then nothing has to be read back from the device
     longest = T if even else int(ends.max())
     unusable = torch.zeros((), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
+        if step % _BLOCK == 0:
+            text = F.pad(text, (0, min(_BLOCK, max_new_tokens - step)), value=NOTHING)
         hidden = _last_hidden(model, text, ends, longest, even, cache)
         logits = ops.linear(hidden, model.lm_head.weight[:num_tokens]).float()
         if logits.numel():
             unusable |= ~logits.amax().isfinite()
         if (on_token is not None or device.type == "cpu") and unusable:
             raise FloatingPointError(UNUSABLE)
-        token = sampling.choose(logits, seen, None if uniform is None else uniform[rows, step])
+        token = sampling.choose(logits, seen, None if uniform is None else uniform.at(step)[rows])
         text.scatter_(1, ends[:, None], token[:, None])
         if seen is not None:
             seen.scatter_(1, token[:, None], True)
@@ -143,18 +146,21 @@ def continue_rows(
             for row, one in zip(rows.tolist(), token.tolist(), strict=True)
         ]
         if not all(goes_on):
-            finished[rows] = text
-            kept = torch.tensor(goes_on, device=device).nonzero()[:, 0]
+            going = torch.tensor(goes_on, device=device)
+            finished.append((rows[~going], text[~going]))
+            kept = going.nonzero()[:, 0]
             rows, text, ends = rows[kept], text[kept], ends[kept]
             seen = None if seen is None else seen[kept]
             if not len(rows):
                 break
             cache.keep(kept)
             longest = longest if even else int(ends.max())
-    finished[rows] = text
     if unusable:  # a GPU is not waited for before
         raise FloatingPointError(UNUSABLE)
-    return finished
+    whole = torch.full((B, T + max_new_tokens), NOTHING, device=device)
+    for places, part in (*finished, (rows, text)):
+        whole[places, : part.shape[1]] = part
+    return whole
 
 
 def _last_hidden(model: GPT, text: Tensor, ends: Tensor, longest: int, even: bool, cache: KVCache) -> Tensor:
@@ -178,14 +184,28 @@ def _last_hidden(model: GPT, text: Tensor, ends: Tensor, longest: int, even: boo
     return hidden[torch.arange(len(ends), device=text.device), sizes - 1]
 
 
-def _uniform(rows: int, steps: int, seed: int | None) -> Tensor:
-    """Numbers in [0, 1), (rows, steps) float64; with a seed row b is a stream of its own, that of seed + b."""
-    if seed is None:
-        return torch.rand(rows, steps, dtype=torch.float64)
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, not {seed}")
-    streams = [np.random.default_rng(seed + row).random(steps) for row in range(rows)]
-    return torch.from_numpy(np.stack(streams)) if streams else torch.empty(0, steps, dtype=torch.float64)
+class _Uniform:
+    """Numbers in [0, 1), float64; with a seed row b is a stream of its own, that of seed + b."""
+
+    def __init__(self, rows: int, steps: int, seed: int | None, device: torch.device) -> None:
+        if seed is not None and seed < 0:
+            raise ValueError(f"seed must not be negative, not {seed}")
+        self._rows, self._steps, self._device = rows, steps, device
+        self._streams = (
+            [np.random.default_rng(seed + row) for row in range(rows)] if seed is not None else None
+        )
+        self._block = torch.empty(rows, 0)
+
+    def at(self, step: int) -> Tensor:
+        """Those of a step, (rows,); steps come one after the other."""
+        if step % _BLOCK == 0:
+            size = min(_BLOCK, self._steps - step)
+            if self._streams:
+                drawn = torch.from_numpy(np.stack([stream.random(size) for stream in self._streams]))
+            else:
+                drawn = torch.rand(self._rows, size, dtype=torch.float64)
+            self._block = drawn.to(self._device)
+        return self._block[:, step % _BLOCK]
 
 
 def _seen(text: Tensor, vocab_size: int) -> Tensor:
@@ -201,6 +221,8 @@ def _check_prompts(idx: Tensor, lengths: Tensor | None, max_new_tokens: int) -> 
         raise ValueError("generation needs a prompt of at least one token")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
+    if max_new_tokens > MOST_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens must be at most {MOST_NEW_TOKENS:,}, not {max_new_tokens:,}")
     if lengths is None:
         return
     if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:

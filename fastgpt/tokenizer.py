@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.download import download, is_hub_name
+from fastgpt.json_io import loads, read_json
+from fastgpt.tokenizer_json import MOST_TOKENS, check_ids, check_tokenizer, guarded
 
 FILE = "tokenizer.json"
 TOKENIZER_FILES = (
@@ -109,15 +111,20 @@ class BPETokenizer:
     What else that package reads, BERT's WordPiece for one, works too; it need not be without loss.
     """
 
-    def __init__(self, serialized: str) -> None:
-        """`serialized` is the text of a tokenizer.json. Raises ValueError if it is not one."""
+    def __init__(self, serialized: str | dict[str, Any]) -> None:
+        """`serialized` is a tokenizer.json, its text or its value. Raises ValueError if it is not one, and for one
+        whose work is not known to be bounded (`fastgpt.tokenizer_json`).
+        """
         from tokenizers import Tokenizer as Engine
         from tokenizers.models import BPE
 
-        try:
-            self.engine = Engine.from_str(serialized)
-        except Exception as error:  # the package raises bare Exceptions
-            raise ValueError(f"this is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+        value = loads(serialized) if isinstance(serialized, str) else serialized
+        if not isinstance(value, dict):
+            raise ValueError("this is not a tokenizer.json")
+        check_tokenizer(value)
+        # Written again, so that what is read is what was checked, also where a key comes twice.
+        self.engine = guarded(Engine.from_str, json.dumps(value, allow_nan=False))
+        check_ids(self.engine.get_vocab())
         self.engine.encode_special_tokens = True  # a text that spells <|endoftext|> does not end by it
         self.engine.no_truncation()
         self.engine.no_padding()
@@ -138,14 +145,20 @@ class BPETokenizer:
                 "vocab_size must be at least 257 for bpe, which starts from bytes and an end of text, "
                 f"not {vocab_size}"
             )
+        if vocab_size > MOST_TOKENS:
+            raise ValueError(f"vocab_size must be at most {MOST_TOKENS:,}, not {vocab_size:,}")
         engine = Engine(models.BPE())
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         engine.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        engine.train_from_iterator(
+        learned = sum(
+            len(_utf8(document)) for document in documents
+        )  # a merge needs two symbols to be in the text
+        guarded(
+            engine.train_from_iterator,
             documents,
             trainers.BpeTrainer(
-                vocab_size=vocab_size,
+                vocab_size=min(vocab_size, 257 + learned),
                 initial_alphabet=alphabet,
                 special_tokens=list(_END_OF_TEXT[:1]),
                 show_progress=False,
@@ -169,7 +182,11 @@ class BPETokenizer:
         for text in texts:
             _utf8(text)
         pieces = [_pieces(text) for text in texts]
-        encoded = iter(self.engine.encode_batch_fast([*chain(*pieces)], add_special_tokens=False))
+        try:
+            every = guarded(self.engine.encode_batch_fast, [*chain(*pieces)], add_special_tokens=False)
+        except ValueError as error:
+            raise ValueError(f"the tokenizer cannot encode the text: {error}") from None
+        encoded = iter(every)
         none = np.empty(0, np.int32)
         return [
             torch.from_numpy(
@@ -180,14 +197,14 @@ class BPETokenizer:
 
     def decode(self, tokens: Tensor) -> str:
         known = [token for token in tokens.tolist() if 0 <= token < self.vocab_size]
-        return self.engine.decode(known, skip_special_tokens=False)
+        return guarded(self.engine.decode, known, skip_special_tokens=False)
 
     def words(self) -> list[str]:
         """As the decoder writes each token by itself: "the" for both "Ġthe" and "the"; "" for spaces and for part of
         a character.
         """
         ids = [[token] for token in range(self.vocab_size)]
-        texts = self.engine.decode_batch(ids, skip_special_tokens=False)
+        texts = guarded(self.engine.decode_batch, ids, skip_special_tokens=False)
         special = {token.content for token in self.engine.get_added_tokens_decoder().values()}
         return ["" if "\ufffd" in text or text in special else text.strip() for text in texts]
 
@@ -225,23 +242,23 @@ def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
     try:
         if file.is_file():
             _check_kind(file)
-            text = file.read_text("utf-8-sig")
-            if json.loads(text) == {"type": "bytes"}:
+            value = read_json(file)
+            if value == {"type": "bytes"}:
                 return ByteTokenizer()
-            tokenizer = BPETokenizer(text)
+            tokenizer = BPETokenizer(value)
             return ByteTokenizer() if _is_bytes(tokenizer.engine) else tokenizer
-        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            file = path / "vocab.json"
-            return BPETokenizer(_gpt2(path).to_str())
-        if (path / "vocab.txt").is_file():
-            file = path / "vocab.txt"
-            return BPETokenizer(_bert(path).to_str())
+        for name, others, read in (("vocab.json", ["merges.txt"], _gpt2), ("vocab.txt", [], _bert)):
+            file = path / name
+            if all((path / needed).is_file() for needed in (name, *others)):
+                return BPETokenizer(guarded(read, path).to_str())
+        file = path / FILE if path.is_dir() else path
         for other in sorted(path.glob("*")) if path.is_dir() else ():
             _check_kind(other)
-    except (OSError, _KindError):
+    except _KindError:
         raise
-    except Exception as error:  # the package raises bare Exceptions
-        raise ValueError(f"{file} is not a tokenizer: {error}; {_TAKEN}") from None
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file} ")
+        raise ValueError(f"{file} is not a tokenizer: {reason}; {_TAKEN}") from None
     raise FileNotFoundError(f"there is no tokenizer {file}; {_TAKEN}")
 
 
@@ -291,6 +308,7 @@ def _gpt2(directory: Path) -> Any:
     from tokenizers import Tokenizer as Engine
     from tokenizers import decoders, models, pre_tokenizers
 
+    check_ids(read_json(directory / "vocab.json"))
     engine = Engine(models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt")))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
@@ -302,7 +320,7 @@ def _bert(directory: Path) -> Any:
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
     file = directory / "tokenizer_config.json"
-    config = json.loads(file.read_text("utf-8-sig")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     engine = Engine(models.WordPiece.from_file(str(directory / "vocab.txt"), unk_token="[UNK]"))
     engine.normalizer = normalizers.BertNormalizer(
         handle_chinese_chars=config.get("tokenize_chinese_chars", True),

@@ -7,8 +7,10 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,9 @@ from fastgpt.cli import main
 from fastgpt.config import TrainConfig
 from fastgpt.data import DatasetWriter, Stream
 from fastgpt.evaluate import losses_by_position
+from fastgpt.generate import generate_texts
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("cli")  # whose fixtures are made once
@@ -293,3 +297,60 @@ def test_python_m_fastgpt_is_the_command(tmp_path: Path):
     failed = command("generate", "--checkpoint", str(tmp_path))
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr == f"fastgpt: error: {tmp_path} holds no checkpoint\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data=stdlib", "--batch-size=1000000000000"], "batch_size must be at most 1,048,576"),
+        (["train", "--data=stdlib", "--vocab-size=1000000000000"], "vocab_size must be at most 16,777,216"),
+        (["train", "--data=stdlib", "--eval-batches=1000000000"], "eval_batches must be at most"),
+        (["train", "--data=stdlib", "--sample-tokens=1000000000"], "sample_tokens must be at most"),
+        (["train", "--data=stdlib", f"--max-steps={10**30}"], "max_steps must be at most"),
+        (["data", "stdlib", "--vocab-size=1000000000000"], "vocab_size must be at most 16,777,216"),
+        (["generate", "--max-new-tokens=1000000000000"], "max_new_tokens must be at most 16,777,216"),
+        (["generate", "--batch-size=1000000000"], "batch_size must be at most 65,536"),
+        (["generate", "--temperature=1e-300"], "temperature must be 0 or from"),
+    ],
+)
+def test_numbers_without_a_bound_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    if arguments[0] == "generate":
+        GPT(GPTConfig(256, 8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "m", ByteTokenizer())
+        arguments = [*arguments, "--checkpoint", str(tmp_path / "m")]
+    else:
+        arguments = [*arguments, "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fastgpt: error: {message}") and error.count("\n") == 1
+
+
+def test_samples_without_number_are_made_as_they_are_read(tmp_path: Path):
+    GPT(GPTConfig(256, 8, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path / "m", ByteTokenizer())
+    texts = generate_texts(tmp_path / "m", ["a", "b"], 2, Sampling(), num_samples=10**12, batch_size=3)
+    assert [next(texts).sample for _ in range(7)] == [*range(1, 8)]
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        lambda: bytearray(1 << 62),
+        lambda: np.empty(1 << 58),
+        lambda: torch.empty(1 << 55),
+        lambda: torch.empty(1 << 40, 1 << 40),
+    ],
+)
+def test_memory_that_there_is_not_is_one_message(
+    fail: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr("fastgpt.info.main", fail)
+    assert main(["info"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastgpt: error: there is not enough memory; ") and error.count("\n") == 1
+
+
+def test_another_runtime_error_is_no_message(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fastgpt.info.main", lambda: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):
+        main(["info"])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import unicodedata
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt import data
+from fastgpt.data import cleaning
 from fastgpt.data.cleaning import DROPPED, Rules, clean, is_markup, is_program, repetition, strip_markup
 
 PROSE = (
@@ -216,3 +219,48 @@ def test_rules_that_there_are_not_are_refused():
             Rules(**wrong)
     with pytest.raises(ValueError, match="must not be below"):
         Rules(min_chars=5, max_chars=4)
+
+
+def longest_run(text: str) -> int:
+    """The non-starters in a row, after compatibility decomposition, as Unicode Standard Annex #15 counts them."""
+    longest = run = 0
+    for character in text:
+        run = run + 1 if all(map(unicodedata.combining, unicodedata.normalize("NFKD", character))) else 0
+        longest = max(longest, run)
+    return longest
+
+
+MARKS = "\u0301\u0323\u0344\u0f73\u0f75\u0f81\uff9e\u309a\U0001d165\U0001e94a"
+CHARACTERS = st.sampled_from("ae漢각\u1100\u1161\u11a8" + MARKS) | st.characters(exclude_categories=["Cs"])
+
+
+@given(text=st.text(CHARACTERS, max_size=300))
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_a_text_without_long_runs_of_marks_is_normalized_as_unicode_says(text: str, form: str):
+    text = cleaning.strip_control(text)
+    if longest_run(text) <= 30:
+        expected = unicodedata.normalize(form, text)
+        assert clean(text, Rules(form, markup="keep", repetition="keep")).text == expected
+
+
+@given(
+    runs=st.lists(st.lists(st.sampled_from(MARKS), max_size=100), min_size=1, max_size=5),
+    starter=st.sampled_from("aé漢😀 "),
+)
+def test_what_is_normalized_has_no_long_run_of_marks(runs: list[list[str]], starter: str):
+    """`unicodedata.normalize` takes time in proportion to the square of such a run."""
+    expected = starter.join("".join(run[:30]) for run in runs)
+    with pytest.MonkeyPatch.context() as patch:
+        given = []
+        stand_in = SimpleNamespace(normalize=lambda form, text: given.append(text) or text)
+        cleaning._marks()
+        patch.setattr(cleaning, "unicodedata", stand_in)
+        assert (
+            clean(starter.join(map("".join, runs)), Rules(markup="keep", repetition="keep")).text == expected
+        )
+    assert given == [expected]
+
+
+def test_every_non_starter_counts():
+    marks = {chr(code) for code in range(sys.maxunicode + 1) if longest_run(chr(code))}
+    assert cleaning._marks()[1] == marks

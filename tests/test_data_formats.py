@@ -17,7 +17,16 @@ import pytest
 
 from fastgpt.cli import main
 from fastgpt.config import TrainConfig, read_toml
-from fastgpt.data import PrepareConfig, load_corpus, load_documents, open_dataset, prepare, read_text
+from fastgpt.data import (
+    PrepareConfig,
+    files,
+    formats,
+    load_corpus,
+    load_documents,
+    open_dataset,
+    prepare,
+    read_text,
+)
 from fastgpt.data.formats import format_of
 from fastgpt.generate import read_prompts
 from fastgpt.material import open_material
@@ -208,6 +217,51 @@ def test_a_small_file_that_unpacks_to_a_large_one_needs_little_memory(tmp_path: 
     assert count == 300_000_000 and mebibytes < 60
 
 
+@pytest.mark.parametrize("packed", [*PACKERS][1:])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+def test_a_file_that_unpacks_out_of_proportion_is_refused(
+    tmp_path: Path, packed: str, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(files, "_FREE", 1 << 16)
+    path = tmp_path / (name + packed)
+    record = {"a.jsonl": '{"text": "%s"}\n', "a.csv": "%s,\n"}.get(name, "%s \n")
+
+    def write(count: int, text: Callable[[int], str]) -> None:
+        texts = ["text", *map(text, range(count))]
+        path.write_bytes(PACKERS[packed]("".join(record % text for text in texts).encode()))
+
+    write(30_000, lambda i: "x" * 20)
+    for read in (load_documents, lambda path: prepared([path], tmp_path / "out")):
+        with pytest.raises(ValueError, match="unpacks to more than 200 times its size") as error:
+            read(str(path))
+        assert str(path) in str(error.value) and not (tmp_path / "out").exists()
+    for count, text in ((1000, lambda i: "x" * 20), (10_000, lambda i: f"x{i:019}")):
+        write(count, text)
+        assert load_documents(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": "%s"}\n' % ("x" * 1000)),
+        ("a.json", '[{"text": "a"}, {"text": "%s"}]' % ("x" * 200_000)),
+        ("a.csv", "text\na\n" + "x" * 1000),
+        ("a.csv", "text\n" + '"\n",' * 500),
+        ("a.csv", ",".join(["text"] * 500)),
+        ("a.tsv", "text\n" + "x\t" * 600),
+    ],
+    ids=["JSON Lines", "JSON", "CSV", "CSV of many lines", "header of CSV", "TSV"],
+)
+def test_a_record_of_any_length_is_not_read(
+    tmp_path: Path, name: str, content: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(formats, "_LONGEST", 999)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=r"longer than 0 MiB|field larger than field limit") as error:
+        load_documents(str(tmp_path / name))
+    assert str(tmp_path / name) in str(error.value)
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     for i in range(12):
         (tmp_path / f"{i}.txt").write_text(f"text {i}", "utf-8-sig")
@@ -283,6 +337,8 @@ def test_the_old_name_of_the_option_still_works(tmp_path: Path):
 def test_a_data_set_of_hugging_face_without_a_name():
     with pytest.raises(ValueError, match="hf: names no data set"):
         prepare(["hf:"], PrepareConfig("unused", tokenizer="bytes"))
+    with pytest.raises(ValueError, match="hf: names no data set"):
+        prepare(["hf:name@:train"], PrepareConfig("unused", tokenizer="bytes"))
 
 
 def test_formats_are_known_by_their_names():

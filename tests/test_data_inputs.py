@@ -16,7 +16,7 @@ from test_data_formats import CONTENTS, PACKERS, TEXTS, lines, prepared
 
 from fastgpt.cli import main
 from fastgpt.config import TrainConfig
-from fastgpt.data import PrepareConfig, load_corpus, load_documents, open_dataset, prepare
+from fastgpt.data import PrepareConfig, load_corpus, load_documents, open_dataset, prepare, read_source
 from fastgpt.material import check_source
 from fastgpt.tasks.examples import read_examples
 
@@ -92,6 +92,33 @@ def test_a_directory_reports_each_file_it_leaves_out(tmp_path: Path, capfd: pyte
     )
     printed = [line for line in capfd.readouterr().out.splitlines() if line.startswith("left out ")]
     check_left_out([line.removeprefix("left out ") for line in printed], data)
+
+
+def test_links_are_followed_where_they_are_named_and_nowhere_else(tmp_path: Path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "a.txt").write_text("outside " * 20)
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "b.txt").write_text("inside " * 20)
+    for name, target in (
+        ("c.txt", "b.txt"),
+        ("d.txt", "../outside/a.txt"),
+        ("e.txt", "/dev/zero"),
+        ("f", ".."),
+    ):
+        (tmp_path / "corpus" / name).symlink_to(target)
+    for name, target in (("named.txt", "outside/a.txt"), ("named", "corpus")):
+        (tmp_path / name).symlink_to(target)
+    inside, outside = "inside " * 20, "outside " * 20
+    for source, texts, left_out in (
+        ("corpus", [inside], 4),
+        ("named", [inside], 4),
+        ("named.txt", [outside], 0),
+    ):
+        loaded = read_source(str(tmp_path / source))
+        assert loaded.texts == texts and len(loaded.left_out) == left_out
+        out = tmp_path / f"{source}-set"
+        assert prepared([str(tmp_path / source)], out) == texts
+        assert len(open_dataset(out).facts["report"]["left_out"]) == left_out
 
 
 def test_many_files_that_are_left_out_are_counted(tmp_path: Path):

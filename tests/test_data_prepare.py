@@ -142,16 +142,16 @@ def test_inputs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         '{"text": "from JSON \\u00e9"}\n\n  \n{"text": "\\ud800 lone", "id": 1}'
     )
 
-    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+    def load_dataset(name: str, *, split: str, revision: str | None, streaming: bool) -> list[dict[str, str]]:
         assert streaming
-        return [{"text": f"{name} {split} {i}"} for i in range(2)]
+        return [{"text": f"{name} {revision or ''}{split} {i}"} for i in range(2)]
 
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     inputs = [str(tmp_path / name) for name in ("folder", "many.txt", "lines.jsonl")]
     report = prepare(
-        [*inputs, "hf:org/name", "hf:other:test"],
+        [*inputs, "hf:org/name", "hf:other:test", "hf:other@v1.0", "hf:other@v1.0:test"],
         PrepareConfig(str(tmp_path / "out"), tokenizer="bytes", val_share=0.3),
     )
     dataset = open_dataset(tmp_path / "out")
@@ -160,9 +160,10 @@ def test_inputs_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             *("in a folder\n<|endoftext|>\nall one document", "x = 1\n", "in a folder, of JSON"),
             *("one\nmore\n", "two\n", "three<|endoftext|>", "from JSON é", " lone"),
             *("org/name train 0", "org/name train 1", "other test 0", "other test 1"),
+            *(f"other v1.0{split} {i}" for split in ("train", "test") for i in range(2)),
         ]
     )
-    assert report.skipped == {"no text": 2} and report.read == 12
+    assert report.skipped == {"no text": 2} and report.read == 16
 
 
 def test_a_local_hugging_face_data_set(tmp_path: Path):

@@ -178,7 +178,7 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path):
         (["--num-samples", "0"], "num_samples must be at least 1, not 0"),
         (["--batch-size", "0"], "batch_size must be at least 1, not 0"),
         (["--stop", ""], "a stop string must not be empty"),
-        (["--repetition-penalty", "0"], "repetition_penalty must be a finite number above 0"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be from 1.2e-38"),
         (["--seed", "-1"], "seed must not be negative"),
         (["--prompts", "nowhere.txt"], "there is no file or directory nowhere.txt"),
         (["--prompt", ""], "the prompt is empty"),

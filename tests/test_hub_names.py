@@ -44,8 +44,8 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[st
     """A Hub with the model as "owner/tiny" and "tiny", in an empty working directory; the names it is asked for."""
     asked: list[str] = []
 
-    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append(name)
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(name if revision is None else f"{name} {revision}")
         if name not in ("tiny", "owner/tiny"):
             raise huggingface_hub.errors.HFValidationError(f"there is no repository {name}\nsee the manual")
         place = tmp_path / "cache" / name
@@ -113,10 +113,31 @@ def test_a_name_that_is_nowhere(
     assert error.startswith(f"fastgpt: error: {expected}") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["tiny@main", "owner/tiny@607a30d783dfa663caf39e06633721c8d4cfcd7e"])
+def test_a_name_may_have_a_revision(hub: list[str], model: Path, name: str):
+    assert open_model(name)[0].config.n_embd == 32
+    assert GPT.from_pretrained(name).config.n_embd == 32
+    assert load_tokenizer(Path(name)).serialized() == load_tokenizer(model).serialized()
+    assert set(hub) == {name.replace("@", " ")}
+    for wrong in ("tiny@", "@main", "tiny@a/b", "tiny@a@b"):
+        assert not is_hub_name(wrong), wrong
+
+
+@pytest.mark.parametrize(
+    "name", ["out/rum", "runs/tiny", "checkpoints/last", "models/gpt2", "data/set", "mine/step-00001000"]
+)
+def test_a_mistyped_path_asks_nobody_for_a_model(hub: list[str], name: str):
+    """Nor does a right one in a wrong working directory."""
+    assert not is_hub_name(name)
+    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint directory {name}"):
+        GPT.from_pretrained(name)
+    assert hub == []
+
+
 def test_paths_are_not_looked_up_on_the_hub(hub: list[str], tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "ckpt.pt").touch()
-    Path("runs").mkdir()
-    assert not is_hub_name("runs/tiny") and is_hub_name("owner/tiny") and is_hub_name("tiny")
+    Path("mine").mkdir()
+    assert not is_hub_name("mine/tiny") and is_hub_name("owner/tiny") and is_hub_name("tiny")
     for name in (
         "./run",
         "../run",

@@ -381,8 +381,8 @@ def test_generation_keeps_the_prompt_and_accepts_nothing_to_add():
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k must be at least 1"),
-        ({"top_p": 0.0}, "top_p must lie in"),
-        ({"top_p": 1.5}, "top_p must lie in"),
+        ({"top_p": 0.0}, "top_p must be from"),
+        ({"top_p": 1.5}, "top_p must be from"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
     ],
 )

@@ -167,7 +167,12 @@ def test_the_greatest_draw_stays_within_the_tokens_that_are_kept():
         ({"lengths": torch.tensor([0, 3])}, "lengths must lie in 1 to 3, not in 0 to 3"),
         ({"lengths": torch.tensor([1])}, r"lengths must be \(2,\) integers, not \(1,\)"),
         ({"lengths": torch.tensor([1.0, 2.0])}, "not \\(2,\\) of torch.float32"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be a finite number above 0, not 0"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty must be from 1.2e-38 to 3.4e\+38, not 0.0"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty"),
+        ({"temperature": 1e-300}, r"temperature must be 0 or from 1.2e-38 to 3.4e\+38, not 1e-300"),
+        ({"temperature": 1e39}, "temperature"),
+        ({"top_p": 1e-320}, r"top_p must be from 1.2e-38 to 1, not 1e-320"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens must be at most 16,777,216, not 1,000,000,000,000"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"repetition_penalty": float("nan")}, "repetition_penalty"),
         ({"seed": -1}, "seed must not be negative, not -1"),
@@ -175,7 +180,47 @@ def test_the_greatest_draw_stays_within_the_tokens_that_are_kept():
 )
 def test_impossible_options_are_named(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        MODELS["learned"].generate(tokens(2, 3), 2, **options)
+        MODELS["learned"].generate(tokens(2, 3), **{"max_new_tokens": 2, **options})
+
+
+@given(
+    logits=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=4, max_size=4),
+    extremes=st.tuples(*[st.sampled_from([1.2e-38, 1e-20, 1.0, 1e20, 3.4e38])] * 2),
+    top_p=st.sampled_from([None, 1.2e-38, 0.5, 1.0]),
+    seen=st.lists(st.booleans(), min_size=4, max_size=4),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_the_smallest_and_largest_options_choose_a_token(logits, extremes, top_p, seen, uniform):
+    temperature, penalty = extremes
+    sampling = Sampling(temperature, None, top_p, penalty)
+    drawn = torch.tensor([uniform], dtype=torch.float64)
+    assert sampling_distribution(torch.tensor([logits]), temperature, None, top_p).isfinite().all()
+    for draw in (drawn, None):
+        token = sampling.choose(torch.tensor([logits]), torch.tensor([seen]), draw)
+        assert 0 <= int(token) < 4
+
+
+def test_memory_is_taken_as_rows_grow(monkeypatch: pytest.MonkeyPatch):
+    """In blocks, with the same draws; rows that end early take no more."""
+    model, idx = MODELS["learned"], tokens(3, 4)
+    ends = {0: 2, 1: 9, 2: 30}
+
+    def grow(**options: object) -> Tensor:
+        count = dict.fromkeys(ends, 0)
+
+        def on_token(row: int, token: int) -> bool:
+            count[row] += 1
+            return count[row] == ends[row]
+
+        return model.generate(idx, 40, on_token=on_token, **options)
+
+    for options in ({"seed": 5}, {"temperature": 0}):
+        expected = grow(**options)
+        assert [len(grown(row)) for row in expected] == [4 + n for n in ends.values()]
+        for block in (1, 7, 40):
+            monkeypatch.setattr("fastgpt.sampling._BLOCK", block)
+            assert torch.equal(grow(**options), expected)
+        monkeypatch.undo()
 
 
 def test_no_rows_are_no_rows():

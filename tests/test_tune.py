@@ -1,6 +1,8 @@
 """Tuned rows: what the tuner tries and keeps, what launchers read, and what becomes of a file that is not ours."""
 
+import contextlib
 import json
+import threading
 import warnings
 from types import SimpleNamespace
 
@@ -78,7 +80,9 @@ ROW = {
         ("[]", "not what `python -m bench tune` writes"),
         ('{"rows": [{"device": "x"}]}', "not what `python -m bench tune` writes"),
         (json.dumps({"rows": [ROW | {"row": ["4096"]}]}), "has not the fields"),
-        (json.dumps({"rows": [ROW | {"row": [0, 4]}]}), "not positive"),
+        (json.dumps({"rows": [ROW | {"row": [0, 4]}]}), "a number outside of 1 to 65536"),
+        (json.dumps({"rows": [ROW | {"row": [4, 10**9]}]}), "a number outside of 1 to 65536"),
+        ("[" * 100_000, "not what `python -m bench tune` writes"),
         (json.dumps({"rows": [ROW | {"triton": "1.0"}]}), f"of Triton 1.0 and this is {triton.__version__}"),
         (b"\xff", "codec can't decode"),
     ],
@@ -93,6 +97,53 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_sentence(text, reason):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tuned.chosen("gelu_fwd", on_gpu(), (), (2048, 4))  # it was read once
+
+
+def test_two_that_save_at_once_lose_no_row(monkeypatch):
+    load, waiting = tuned.load, threading.Barrier(2)
+
+    def slow():
+        found = load()
+        with contextlib.suppress(threading.BrokenBarrierError):  # the other one waits for the lock
+            waiting.wait(0.2)
+        return found
+
+    monkeypatch.setattr(tuned, "load", slow)
+    rows = [{(f"kernel{i}", "float32", (1,)): (64,)} for i in range(2)]
+    threads = [threading.Thread(target=tuned.save, args=(DEVICE, row)) for row in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record["kernel"] for record in load()] == ["kernel0", "kernel1"]
+
+
+def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(monkeypatch):
+    tuned.save(DEVICE, {("gelu_fwd", "bfloat16", ()): (1024, 8)})
+    before = tuned.path().read_bytes()
+    with pytest.raises(TypeError):
+        tuned.save(DEVICE, {("gelu_fwd", "float32", (object(),)): (64,)})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tuned.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        tuned.save(DEVICE, {("gelu_fwd", "float32", ()): (64,)})
+    assert [file.name for file in tuned.path().parent.iterdir()] == ["tuned.json"]
+    assert tuned.path().read_bytes() == before
+
+
+def test_the_number_of_rows_has_a_bound(monkeypatch):
+    monkeypatch.setattr(tuned, "_MOST", 3)
+    tuned.save(DEVICE, {("gelu_fwd", "float32", (size,)): (64,) for size in range(5)})
+    assert len(tuned.load()) == 3
+
+
+def test_a_relative_cache_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert tuned.path() == tmp_path / "home" / ".cache" / "fastgpt" / "tuned.json"
 
 
 def test_without_a_file_nothing_is_said():

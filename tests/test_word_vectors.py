@@ -134,6 +134,14 @@ def test_bad_files_are_refused_in_a_sentence(write, content, said):
         load_word_vectors(write(content))
 
 
+def test_a_line_of_any_length_is_not_read(write, monkeypatch):
+    monkeypatch.setattr("fastgpt.data.word_vectors._LONGEST_LINE", 1000)
+    for pack in (bytes, gzip.compress):
+        for content in (b"a 1\nb " + b"1 " * 500 + b"\n", b"1" * 1001):
+            with pytest.raises(ValueError, match=r"line [12] is longer than 0 MiB"):
+                load_word_vectors(write(pack(content)))
+
+
 def test_bad_arguments_are_refused_in_a_sentence(write, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         load_word_vectors(tmp_path / "absent.txt")

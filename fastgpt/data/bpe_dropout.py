@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.tokenizer import BPETokenizer, Tokenizer
+from fastgpt.tokenizer_json import guarded
 
 _LONGEST = 128  # characters of a word that are merged together; longer ones are cut
 
@@ -40,6 +41,8 @@ class BPEDropout:
         if model.get("type") != "BPE" or not set(ByteLevel.alphabet()) <= model["vocab"].keys():
             raise ValueError(f"BPE-dropout needs a byte-level bpe tokenizer, not {tokenizer.name}")
         assert isinstance(tokenizer, BPETokenizer)
+        if tokenizer.engine.pre_tokenizer is None:
+            raise ValueError("BPE-dropout needs a tokenizer that cuts a text into words")
         self._engine = tokenizer.engine
         self._rate = rate
         self._ids: dict[str, int] = model["vocab"]
@@ -51,12 +54,16 @@ class BPEDropout:
     def encode(self, text: str, seed: str) -> Tensor:
         """The ids of a text, (N,) int32: a pure function of the text, the rate and the seed."""
         if self._engine.normalizer is not None:
-            text = self._engine.normalizer.normalize_str(text)
+            text = guarded(self._engine.normalizer.normalize_str, text)
         draw = random.Random(seed).random
         ids: list[int] = []
-        for word, _ in self._engine.pre_tokenizer.pre_tokenize_str(text):
+        for word, _ in guarded(self._engine.pre_tokenizer.pre_tokenize_str, text):
             for start in range(0, len(word), _LONGEST):
                 symbols = self._merged(list(word[start : start + _LONGEST]), draw)
+                if not self._ids.keys() >= set(symbols):
+                    raise ValueError(
+                        "BPE-dropout needs a tokenizer whose words and merges are of bytes alone"
+                    )
                 ids += (self._ids[symbol] for symbol in symbols)
         return torch.from_numpy(np.array(ids, np.int32))
 

@@ -1,17 +1,19 @@
 """Raw text to clean text, or to the reason why a document is dropped. Pure functions of the text.
 
-In this order: markup is stripped, line ends become \\n, control characters go, Unicode is normalised; then documents
-are dropped that are empty, too short, too long, or mostly repetition.
+In this order: markup is stripped, line ends become \\n, control characters go, Unicode is normalized (of more than 30
+combining marks in a row the first 30 stay); then documents are dropped that are empty, too short, too long, or mostly
+repetition. Everything takes time in proportion to the text.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import unescape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,8 @@ _CONTROL = re.compile(
     + "]"
 )
 _TERMINAL = re.compile("\x1b\\[[0-?]*+[ -/]*+[@-~]")  # colours and the like (ECMA-48)
+_MARKS = 30  # in a row, of a stream-safe text (Unicode Standard Annex #15): more than any language has
+_LAST_MARK = 0x1FFFF  # there are none beyond
 _ASCII = {code: None for code in (*range(32), 127)} | {9: 9, 10: 10, 11: 10, 12: 10, 13: 10}
 
 
@@ -81,7 +85,7 @@ def clean(text: str, rules: Rules) -> Cleaned:
     before, text = text, strip_control(text)
     changes += ["control"] * (text != before)
     if rules.normalization != "none":
-        before, text = text, unicodedata.normalize(rules.normalization, text)  # type: ignore[arg-type]
+        before, text = text, _normalized(text, rules.normalization)
         changes += ["unicode"] * (text != before)
     return Cleaned(text, changes, _reason(text, rules))
 
@@ -107,6 +111,33 @@ def strip_control(text: str) -> str:
     if text.isascii():  # many times as fast
         return text.replace("\r\n", "\n").translate(_ASCII)
     return _CONTROL.sub("", _LINE_END.sub("\n", text))
+
+
+def _normalized(text: str, form: Any) -> str:
+    """Normalize a text, with at most _MARKS non-starters in a row: `normalize` sorts a run in quadratic time."""
+    # A longer run has a character at one of these places.
+    if not (text.isascii() or _marks()[1].isdisjoint(text[_MARKS :: _MARKS + 1])):
+        text = _without_long_runs(text)
+    return unicodedata.normalize(form, text)
+
+
+def _without_long_runs(text: str) -> str:
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    is_mark = _marks()[0][np.minimum(codes, _LAST_MARK)]
+    places = np.arange(len(codes), dtype=np.int32)
+    before = np.maximum.accumulate(
+        np.where(is_mark, np.int32(-1), places)
+    )  # the last starter up to each place
+    kept = places - before <= _MARKS
+    return text if kept.all() else codes[kept].tobytes().decode("utf-32-le", "surrogatepass")
+
+
+@functools.cache
+def _marks() -> tuple[npt.NDArray[np.bool_], frozenset[str]]:
+    """Which code points up to _LAST_MARK are non-starters, characters that decompose to combining marks alone."""
+    decomposed = [unicodedata.normalize("NFKD", chr(code)) for code in range(_LAST_MARK + 1)]
+    is_mark = [all(map(unicodedata.combining, characters)) for characters in decomposed]
+    return np.array(is_mark), frozenset(chr(code) for code, found in enumerate(is_mark) if found)
 
 
 # --- markup ---

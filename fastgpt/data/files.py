@@ -1,7 +1,7 @@
 """Files as streams: compressed or not, standard input and pipes, and the files below a directory.
 
-Compression is known by a file's first bytes, whatever its name. Decompression is streamed, so that a small file that
-unpacks to a large one needs no more memory than its longest line.
+Compression is known by a file's first bytes, whatever its name. Decompression is streamed, and a file that unpacks to
+more than 64 MiB and 200 times its size, as no text does, is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,6 +24,7 @@ COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 _GZIP, _ZSTANDARD, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _HEAD = 6  # bytes that tell a compressed file
+_FREE, _RATIO = 1 << 26, 200  # bytes that any file may unpack to, and those for each byte of it beyond
 _CHUNK = 1 << 12  # compressed bytes at once: Zstandard can make 100 MB of them
 
 
@@ -136,17 +137,41 @@ def _open(source: str | Path) -> contextlib.AbstractContextManager[BinaryIO]:
         raise OSError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _decompressed(stream: io.RawIOBase, head: bytes, name: str) -> io.BufferedReader:
-    plain: io.BufferedReader = io.BufferedReader(cast(Any, stream))
-    if head.startswith(_GZIP):
-        return io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=plain)))
-    if head.startswith(_BZIP2) and head[3:4].isdigit():
-        return io.BufferedReader(cast(Any, bz2.BZ2File(plain)))
-    if head.startswith(_XZ):
-        return io.BufferedReader(cast(Any, lzma.LZMAFile(plain)))
-    if head.startswith(_ZSTANDARD):
-        return io.BufferedReader(cast(Any, _Zstandard(plain, name)))
+def _decompressed(packed: _Rejoined, head: bytes, name: str) -> io.BufferedReader:
+    plain: Any = io.BufferedReader(cast(Any, packed))
+    if head.startswith(_BZIP2) and not head[3:4].isdigit():
+        return plain
+    ways: dict[bytes, Callable[[Any], Any]] = {
+        _GZIP: lambda stream: gzip.GzipFile(fileobj=stream),
+        _BZIP2: bz2.BZ2File,
+        _XZ: lzma.LZMAFile,
+        _ZSTANDARD: lambda stream: _Zstandard(stream, name),
+    }
+    for start, unpacked in ways.items():
+        if head.startswith(start):
+            return io.BufferedReader(cast(Any, _Bounded(unpacked(plain), packed, name)))
     return plain
+
+
+class _Bounded(io.RawIOBase):
+    """What a compressed stream unpacks to. Raises ValueError where that is out of proportion."""
+
+    def __init__(self, unpacked: Any, packed: _Rejoined, name: str) -> None:
+        self._unpacked, self._packed, self._name = unpacked, packed, name
+        self._made = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count: int = self._unpacked.readinto(buffer)
+        self._made += count
+        if self._made > _FREE + _RATIO * self._packed.count:
+            raise ValueError(
+                f"{self._name} unpacks to more than {_RATIO} times its size, as no text does; "
+                "if it is to be read, decompress it before"
+            )
+        return count
 
 
 class _Rejoined(io.RawIOBase):
@@ -154,6 +179,7 @@ class _Rejoined(io.RawIOBase):
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
         self._head, self._rest = head, rest
+        self.count = 0  # bytes that have been read
 
     def readable(self) -> bool:
         return True
@@ -168,6 +194,7 @@ class _Rejoined(io.RawIOBase):
                 else self._rest.read(len(buffer))
             )
         buffer[: len(part)] = part
+        self.count += len(part)
         return len(part)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.files import COMPRESSED, can_be_read_once, name_of, open_bytes, open_text, text_of_stream
+from fastgpt.json_io import shown
 
 TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET = "text", "JSON Lines", "JSON", "CSV", "TSV", "Parquet"
 _SUFFIXES = {
@@ -20,9 +21,9 @@ _SUFFIXES = {
     **{".json": JSON, ".csv": CSV, ".tsv": TSV, ".tab": TSV},
     **dict.fromkeys((".parquet", ".pq"), PARQUET),
 }
-_LONGEST = 1 << 30  # bytes of a line, characters of a record
+_LONGEST = 1 << 26  # bytes of a line, characters of a record
 _CHUNK = 1 << 16
-_SHOWN_KEYS = 12
+_SHOWN_KEYS, _SHOWN_DEPTH = 12, 8
 _ROWS = 256  # of a Parquet file at once
 _QUOTED = re.compile(r'"[^"]*"')
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -202,11 +203,24 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
     csv.field_size_limit(_LONGEST)
     start = stream.readline(_CHUNK)
     delimiter = "\t" if kind == TSV else max(",;\t", key=_QUOTED.sub("", start).count)
-    rows = csv.reader(_again(start, stream), delimiter=delimiter)
+    size = 0  # of the record so far, which may have several lines
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        line = start if start.endswith("\n") else start + stream.readline(_LONGEST)
+        while line:
+            size += len(line)
+            if size > _LONGEST:
+                raise FormatError(f"{name} holds a record longer than {_LONGEST >> 20} MiB")
+            yield line
+            line = stream.readline(_LONGEST + 1)
+
+    rows = csv.reader(lines(), delimiter=delimiter)
     header: list[str] = []
     line = 1
     try:
         for row in rows:
+            size = 0
             place, line = f"{name}, line {line}", rows.line_num + 1
             if not row:
                 continue
@@ -218,14 +232,6 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
                 yield Record(place, dict(zip(header, row, strict=False)))
     except csv.Error as error:
         raise FormatError(f"{name}, line {rows.line_num}: {error}") from None
-
-
-def _again(start: str, stream: io.TextIOBase) -> Iterator[str]:
-    """The lines of a stream, whose first line has already been read into `start`."""
-    if start and not start.endswith("\n"):
-        start += stream.readline()
-    yield start
-    yield from stream
 
 
 def _parquet(source: str | Path, keys: Sequence[str]) -> Iterator[Record]:
@@ -269,18 +275,19 @@ def _hint(record: dict[Any, Any]) -> str:
     """The keys that a text is under, for a message."""
     keys = list(_text_keys(record))
     if not keys:
-        return "no key has a text; the keys are " + _listed([str(key) for key in record])
-    return f"the keys with a text are {_listed(keys)}; name one with --text-key"
+        return "no key has a text; the keys are " + listed([str(key) for key in record])
+    return f"the keys with a text are {listed(keys)}; name one with --text-key"
 
 
-def _listed(keys: list[str]) -> str:
+def listed(keys: list[str]) -> str:
+    """Keys for a message, not too many."""
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return (", ".join(repr(key) for key in keys[:_SHOWN_KEYS]) or "none") + more
+    return (", ".join(map(shown, keys[:_SHOWN_KEYS])) or "none") + more
 
 
-def _text_keys(record: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+def _text_keys(record: dict[Any, Any], prefix: str = "", depth: int = _SHOWN_DEPTH) -> Iterator[str]:
     for key, value in record.items():
         if isinstance(value, str):
             yield f"{prefix}{key}"
-        elif isinstance(value, dict):
-            yield from _text_keys(value, f"{prefix}{key}.")
+        elif isinstance(value, dict) and depth:
+            yield from _text_keys(value, f"{prefix}{key}.", depth - 1)

@@ -25,6 +25,7 @@ from fastgpt.data.shards import SHARD_TOKENS, DatasetWriter, check_destination
 from fastgpt.data.sources import END_OF_TEXT, Sources
 from fastgpt.options import TEXT_KEY, option
 from fastgpt.tokenizer import make_tokenizer
+from fastgpt.tokenizer_json import MOST_TOKENS
 
 _BATCH = 1 << 20  # characters that are encoded together, on all cores
 _SAMPLE_PIECE, _SAMPLE_PIECES = 1 << 12, 1 << 12  # characters, and how many of them the tokenizer learns from
@@ -70,6 +71,8 @@ class PrepareConfig:
             raise ValueError(f"bpe_dropout must lie in [0, 1], not {self.bpe_dropout}")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise ValueError(f"near_duplicates must lie in (0, 1], not {self.near_duplicates}")
+        if self.vocab_size > MOST_TOKENS:
+            raise ValueError(f"vocab_size must be at most {MOST_TOKENS:,}, not {self.vocab_size:,}")
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens must be at least 1, not {self.shard_tokens}")
         if not self.separator or "\n" in self.separator:

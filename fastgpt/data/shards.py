@@ -14,8 +14,8 @@ overwritten stays until the new one is whole.
 
 from __future__ import annotations
 
+import os
 import re
-import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,13 +32,14 @@ from fastgpt.atomic_io import (
     AtomicDirectory,
     check_files,
     check_outside_checkpoints,
+    check_own,
     fingerprint,
+    remove_own,
 )
-from fastgpt.json_io import dumps, read_json
+from fastgpt.data.description import FORMAT, SPLITS, map_array, read_description, token_dtype
+from fastgpt.json_io import dumps
 from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
 
-FORMAT = 1
-SPLITS = ("train", "val")
 SHARD_TOKENS = 1 << 27  # a shard is closed behind the document that reaches so many: 256 MiB of uint16
 _STATE = "dataset.json"
 _OWN = re.compile(r"(train|val)-\d{5,}(\.ends)?\.npy|tokenizer\.json|dataset\.json")
@@ -92,14 +93,21 @@ class TokenDataset:
         facts: what dataset.json says: "tokenizer", "vocab_size", "dtype", "seed", "splits", "report".
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any], splits: dict[str, TokenSplit]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        facts: dict[str, Any],
+        splits: dict[str, TokenSplit],
+        tokenizer: ByteTokenizer | BPETokenizer,
+    ) -> None:
         self.path = path
         self.facts = facts
         self._splits = splits
+        self._tokenizer = tokenizer
 
     def tokenizer(self) -> ByteTokenizer | BPETokenizer:
         """The tokenizer that made the tokens."""
-        return load_tokenizer(self.path)
+        return self._tokenizer
 
     def split(self, name: str) -> TokenSplit:
         """ "train" or "val". Raises DatasetError for another, and for one without tokens."""
@@ -132,46 +140,36 @@ def open_dataset(path: str | Path, verify: bool = True) -> TokenDataset:
             f"{path} has no {_STATE}: it is no prepared data set, or was not finished; run fastgpt data"
         )
     try:
-        facts = read_json(path / _STATE)
-        if facts["format"] != FORMAT:
-            raise DatasetError(f"{path} has format {facts['format']}, and this version reads {FORMAT}")
+        facts = read_description(path / _STATE)
         shards = [shard["name"] for split in facts["splits"].values() for shard in split["shards"]]
         expected = {FILE, *(f"{name}{end}" for name in shards for end in (".npy", ".ends.npy"))}
         check_files(path, facts["files"], expected, _STATE, contents=verify)
-        vocab_size = int(facts["vocab_size"]) if verify else None
-        splits = {
-            name: TokenSplit(*_read_shards(path, split["shards"], np.dtype(facts["dtype"]), vocab_size))
-            for name, split in facts["splits"].items()
-        }
-    except ValueError as error:
+        tokenizer = load_tokenizer(path)
+        for name in ("vocab_size", "end_of_text"):
+            if facts[name] != getattr(tokenizer, name):
+                raise ValueError(f"{path / _STATE} says {name} {facts[name]}, unlike {path / FILE}")
+        splits = {name: _read_split(path, facts, name, verify) for name in SPLITS}
+    except (OSError, ValueError) as error:
         raise DatasetError(str(error)) from None
-    except (OSError, TypeError, KeyError, AttributeError) as error:
-        raise DatasetError(f"{path / _STATE} is not the description of a data set: {error!r}") from None
-    return TokenDataset(path, facts, splits)
+    return TokenDataset(path, facts, splits, tokenizer)
 
 
-def _read_shards(
-    path: Path, shards: list[dict[str, Any]], dtype: np.dtype[Any], vocab_size: int | None
-) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[np.int64]]]:
-    """The tokens, mapped, and the documents' ends of each shard; with a vocabulary size, every id is below it."""
+def _read_split(path: Path, facts: dict[str, Any], name: str, verify: bool) -> TokenSplit:
+    """The tokens, mapped, and the documents' ends of each shard; if `verify`, every id is in the vocabulary."""
     tokens, ends = [], []
-    for shard in shards:
+    for shard in facts["splits"][name]["shards"]:
         file = path / f"{shard['name']}.npy"
-        mapped = np.load(file, mmap_mode="r")
-        # int64 without a copy where the file is whole, and a refusal where it holds something else.
-        end = np.load(path / f"{shard['name']}.ends.npy").astype(np.int64, casting="no", copy=False)
-        if mapped.dtype != dtype or mapped.shape != (shard["tokens"],):
-            raise DatasetError(f"{file} does not hold the {shard['tokens']} tokens that {_STATE} says")
-        steps = np.diff(end, prepend=0)
-        if end.shape != (shard["documents"],) or (steps <= 0).any() or steps.sum() != len(mapped):
-            raise DatasetError(f"{file.with_suffix('.ends.npy')} does not part the tokens of {file.name}")
-        if vocab_size is not None and len(mapped) and mapped.max() >= vocab_size:
-            raise DatasetError(
-                f"{file} holds the token {mapped.max()}, and the vocabulary has {vocab_size} tokens"
+        mapped = map_array(file, np.dtype(facts["dtype"]), shard["tokens"])
+        end = map_array(file.with_suffix(".ends.npy"), np.dtype(np.int64), shard["documents"])
+        if end[0] <= 0 or (end[1:] <= end[:-1]).any() or end[-1] != len(mapped):
+            raise ValueError(f"{file.with_suffix('.ends.npy')} does not part the tokens of {file.name}")
+        if verify and mapped.max() >= facts["vocab_size"]:
+            raise ValueError(
+                f"{file} holds the token {mapped.max()}, and the vocabulary has {facts['vocab_size']} tokens"
             )
         tokens.append(mapped)
         ends.append(end)
-    return tokens, ends
+    return TokenSplit(tokens, ends)
 
 
 class DatasetWriter:
@@ -195,14 +193,12 @@ class DatasetWriter:
         self._out = Path(out).resolve()
         self._overwrite = overwrite
         self._old = self._out.with_name(f".writing-{self._out.name}.old")
-        if self._old.exists() and not self._out.exists():  # a process died between the renames of `finish`
-            self._old.rename(self._out)
         check_destination(self._out, overwrite)
         if tokenizer.end_of_text is None:
             raise ValueError("the tokenizer has no end of text, which has to part documents; take another")
         self._end_of_text = tokenizer.end_of_text
         self._vocab_size = tokenizer.vocab_size
-        self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        self._dtype = token_dtype(tokenizer.vocab_size)
         self._shard_tokens = shard_tokens
         self._facts: dict[str, Any] = {
             "format": FORMAT,
@@ -216,8 +212,22 @@ class DatasetWriter:
         self._open: dict[str, _Shard] = {}
         self._finished = False
         self._writing = AtomicDirectory(self._out, _OWN)
+        try:
+            self._recover()
+            check_destination(self._out, overwrite)
+        except BaseException:
+            self._writing.discard()
+            self._writing.unlock()
+            raise
         self._temporary = self._writing.path
         self._tokenizer = tokenizer
+
+    def _recover(self) -> None:
+        """Undo what a process that died between the renames of `finish`, or after them, has left."""
+        if os.path.lexists(self._old) and not self._out.exists():
+            check_own(self._old, _OWN)
+            self._old.rename(self._out)
+        remove_own(self._old, _OWN)
 
     def add(self, split: str, tokens: npt.ArrayLike) -> None:
         """Append a document, ids (N,) without an end of text. Raises ValueError for an id that is none of a text, and
@@ -247,11 +257,11 @@ class DatasetWriter:
             (self._temporary / _STATE).write_text(dumps(self._facts, indent=1), "utf-8")
             check_destination(self._out, self._overwrite)
             if is_dataset(self._out):
-                shutil.rmtree(self._old, ignore_errors=True)
                 self._out.rename(self._old)
             self._writing.publish()
             self._finished = True
-            shutil.rmtree(self._old, ignore_errors=True)
+            with suppress(OSError):
+                remove_own(self._old, _OWN)
         return self._out
 
     def _close(self, split: str) -> None:
@@ -291,12 +301,13 @@ class DatasetWriter:
 
 def check_destination(out: Path, overwrite: bool) -> None:
     """Raises FileExistsError unless a data set may be written to `out`: a new or empty directory, or, to overwrite, a
-    data set; ValueError inside a run's checkpoint.
+    data set and nothing else; ValueError inside a run's checkpoint.
     """
     check_outside_checkpoints(out)
     if is_dataset(out):
         if not overwrite:
             raise FileExistsError(f"{out} holds a prepared data set already; give --overwrite to replace it")
+        check_own(out.resolve(), _OWN)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} is there already and is no prepared data set; name another directory")
 

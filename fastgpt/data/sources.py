@@ -45,8 +45,8 @@ class Sources:
     """Several inputs in their order; see `documents`.
 
     Attributes:
-        inputs: "stdlib", "hf:NAME" or "hf:NAME:SPLIT", "-" for standard input, a directory, or a file: JSON Lines,
-            JSON, CSV, TSV or Parquet by its name, else text; compressed or not.
+        inputs: "stdlib", "hf:NAME", "hf:NAME:SPLIT" or "hf:NAME@REVISION:SPLIT", "-" for standard input, a directory,
+            or a file: JSON Lines, JSON, CSV, TSV or Parquet by its name, else text; compressed or not.
         text_key: the key or column of the text in records, "a.b" for one in another.
         separator: the line between the documents of a text file.
         skip_broken: leave out JSON lines without a text instead of ending there.
@@ -142,10 +142,13 @@ class Sources:
                 "Hugging Face data sets are read by the package datasets: pip install 'fastgpt[data]'"
             ) from None
         name, _, split = source.removeprefix(_HUGGING_FACE).partition(":")
-        if not name:
-            raise ValueError("hf: names no data set; give hf:NAME or hf:NAME:SPLIT")
+        revision = None
+        if "@" in name and not Path(name).exists():
+            name, _, revision = name.partition("@")
+        if not name or revision == "":
+            raise ValueError("hf: names no data set; give hf:NAME, hf:NAME:SPLIT or hf:NAME@REVISION:SPLIT")
         try:
-            records = load_dataset(name, split=split or "train", streaming=True)
+            records = load_dataset(name, split=split or "train", revision=revision, streaming=True)
             for number, record in enumerate(records, 1):
                 yield from self._texts(iter((Record(f"{source}, record {number}", record),)))
         except (OSError, ValueError):

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+_LONGEST_LINE = 1 << 24  # bytes: a million numbers
 _ZIP, _GZIP, _FASTTEXT_BINARY = b"PK\x03\x04", b"\x1f\x8b", b"\xba\x16\x4f\x2f"
 
 
@@ -123,7 +124,7 @@ def load_word_vectors(path: str | Path, words: Iterable[str] | None = None) -> W
         raise FileNotFoundError(f"there is no file {path}")
     try:
         with path.open("rb") as file:
-            return _read(_unpacked(file, path), path, wanted)
+            return _read(_lines(_unpacked(file, path), path), path, wanted)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is damaged or cut short: {error}") from None
 
@@ -139,6 +140,15 @@ def _unpacked(file: BinaryIO, path: Path) -> BinaryIO:
             f"{path} is a binary model of fastText; take the text file of vectors (.vec) instead"
         )
     return gzip.GzipFile(fileobj=file) if start[:2] == _GZIP else file  # type: ignore[return-value]
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    number = 0
+    while line := file.readline(_LONGEST_LINE + 1):
+        number += 1
+        if len(line) > _LONGEST_LINE:
+            raise ValueError(f"{path}, line {number} is longer than {_LONGEST_LINE >> 20} MiB")
+        yield line
 
 
 def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> WordVectors:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.files import STANDARD_INPUT, name_of
-from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, read_records
+from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, listed, read_records
 from fastgpt.tasks.embedded import embedded
 
 EMBEDDED = "embedded"
@@ -87,7 +87,7 @@ def _example(record: Record) -> Example:
 
 def _field(record: dict[str, Any], name: str) -> str:
     if name not in record:
-        raise ValueError(f"there is no {name!r}; the keys are {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError(f"there is no {name!r}; the keys are {listed([str(key) for key in record])}")
     text = record[name]
     if not isinstance(text, str):
         raise ValueError(f"{name!r} is not a string")

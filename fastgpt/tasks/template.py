@@ -8,11 +8,11 @@ metrics      names of `metrics.METRICS`
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastgpt.json_io import loads_toml
 from fastgpt.tasks.examples import Example
 
 _FOLDER = Path(__file__).parent / "templates"
@@ -72,7 +72,14 @@ def load_template(task: str) -> Template:
 
 def parse_template(task: str, toml: str) -> Template:
     """A template from the text of its file. Raises ValueError if it is none."""
-    parts = tomllib.loads(toml)
+    parts = loads_toml(toml)
+    metrics = parts.get("metrics")
+    texts = [parts.get(name) for name in ("instruction", "example", "separator")]
+    texts += metrics if isinstance(metrics, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"the template {task} needs the texts instruction, example and separator, and a list of metrics"
+        )
     example, separator = parts["example"], parts["separator"]
     before, found, rest = example.partition("{input}")
     if not found or not rest.endswith("{output}"):

@@ -8,6 +8,7 @@ ever timed here. A row holds for one device, version of Triton, kernel, dtype an
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -22,6 +23,8 @@ import torch
 import triton
 from torch import Tensor
 
+_MOST, _LARGEST = 10_000, 1 << 16  # rows that are kept, and a number of one: those of a tile are far below
+_LONGEST = 1 << 24  # characters of the file
 Row = tuple[int, ...]
 Question = tuple[str, str, Row]  # kernel, dtype, sizes
 
@@ -61,14 +64,15 @@ def trying(rows: dict[str, Row]) -> Iterator[Trial]:
 
 
 def path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fastgpt" / "tuned.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache if cache.is_absolute() else Path.home() / ".cache") / "fastgpt" / "tuned.json"
 
 
 def load() -> list[dict[str, Any]]:
     """All rows on the disk; none, with a warning, where the file is not one of ours."""
     try:
-        text = path().read_text()
+        with path().open(encoding="utf-8") as file:
+            text = file.read(_LONGEST)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
@@ -80,25 +84,49 @@ def load() -> list[dict[str, Any]]:
             numbers = [*record["size"], *record["row"]]
             if not all(isinstance(s, str) for s in strings) or not all(type(n) is int for n in numbers):
                 return _ignored("a row has not the fields it should have")
-            if not record["row"] or min(record["row"]) <= 0:
-                return _ignored("a row has a number that is not positive")
-    except (ValueError, KeyError, TypeError) as error:
+            if not record["row"] or not 0 < min(record["row"]) <= max(record["row"]) <= _LARGEST:
+                return _ignored(f"a row has a number outside of 1 to {_LARGEST}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         return _ignored(f"it is not what `python -m bench tune` writes ({error!r})")
     return list(records)
 
 
 def save(device: str, rows: dict[Question, Row]) -> Path:
-    """Adds rows to those on the disk, replacing the file at once."""
+    """Add rows to those on the disk, replacing the file at once. Of two processes one waits for the other."""
+    path().parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path().parent):
+        _replace(device, rows)
+    _known.cache_clear()
+    return path()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory against other processes and threads; without effect on a file system that has no locks."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _replace(device: str, rows: dict[Question, Row]) -> None:
     new = {(device, triton.__version__, *question): row for question, row in rows.items()}
     kept = {_key(record): tuple(record["row"]) for record in load()} | new
     names = ("device", "triton", "kernel", "dtype", "size")
     records = [dict(zip(names, key, strict=True)) | {"row": row} for key, row in sorted(kept.items())]
-    path().parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"rows": records[-_MOST:]}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=path().parent, suffix=".json", delete=False) as file:
-        json.dump({"rows": records}, file, indent=1)
-    os.replace(file.name, path())
-    _known.cache_clear()
-    return path()
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path())
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
 @functools.cache

@@ -281,8 +281,8 @@ MUTATIONS = [
      '.rstrip(b"\\r\\n")'),
     # ---- text ----
     ("sampling: the penalty favours negative logits", "fastgpt/sampling.py",
-     "logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty",
-     "logits > 0, logits / self.repetition_penalty, logits / self.repetition_penalty"),
+     "logits > 0, logits / penalty, logits * penalty",
+     "logits > 0, logits / penalty, logits / penalty"),
     ("kv_cache: a new token does not see itself", "fastgpt/kv_cache.py",
      "(columns <= self.lengths[:, None])",
      "(columns < self.lengths[:, None])"),

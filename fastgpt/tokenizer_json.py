@@ -1,0 +1,207 @@
+"""What a tokenizer.json may hold, and the package `tokenizers` behind one door.
+
+Such a file is a small program: a normalizer rewrites the text, regular expressions cut it. It may be from anybody. So
+steps are of known kinds, what they may add to a text is bounded, and a regular expression is one of those of published
+tokenizers, or one without repetition, which cannot backtrack for ever. The package raises bare Exceptions, and for
+faults of its own a BaseException; `guarded` makes ValueErrors of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+from fastgpt.json_io import shown
+
+MOST_TOKENS = 1 << 24
+_SHOWN = 200  # characters of a message of the package
+_STEPS = 32  # of each kind
+_GROWTH = 128  # the factor by which all steps together may lengthen a text
+_LONGEST = 64  # bytes of a prefix, and of what a table of characters writes for one
+_LONGEST_WORD = 1000  # characters, of WordPiece, which takes time in proportion to their square
+
+_MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
+# The kinds of steps, and the key of those in a sequence.
+_KINDS = {
+    "normalizer": (
+        (
+            *("BertNormalizer", "ByteLevel", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled"),
+            *("Prepend", "Replace", "Strip", "StripAccents"),
+        ),
+        "normalizers",
+    ),
+    "pre_tokenizer": (
+        (
+            *("BertPreTokenizer", "ByteLevel", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation"),
+            *("Split", "UnicodeScripts", "Whitespace", "WhitespaceSplit"),
+        ),
+        "pretokenizers",
+    ),
+    "post_processor": (
+        ("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"),
+        "processors",
+    ),
+    "decoder": (
+        ("BPEDecoder", "ByteFallback", "ByteLevel", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"),
+        "decoders",
+    ),
+}
+
+# Regular expressions with repetition, of published tokenizers, each of which takes linear time.
+_END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REGEXES = {
+    # GPT-2, CLIP, BLOOM
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    # GPT-4, Llama 3, Qwen 2 and 3.5
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _END,
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _END,
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    + _END,
+    # GPT-4o, Mistral
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _END,
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _END,
+    # DeepSeek
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
+    + _END,
+    # T5, ALBERT, Pegasus, DeBERTa, NLLB
+    *(" {2,}", r"\s{2,}|[\n\r\t]", r"\s+", "^▁+$", r"\A▁"),
+}
+_WITHOUT_REPETITION = re.compile(
+    r"(?:\\[^0-9A-Za-z]|\\[dDwWsSnrtvf]|\\[pP]\{\^?\w+\}|\[\^?(?:\\.|[^\\\[\]])+\]|[^\\.^$*+?{}()\[\]])++"
+)
+
+
+def check_tokenizer(value: dict[str, Any]) -> None:
+    """Raise ValueError for a tokenizer.json, parsed, whose work is not known to be bounded."""
+    for part, (kinds, _) in _KINDS.items():
+        steps = list(_steps(value.get(part), part))
+        for step in steps:
+            if step.get("type") not in kinds:
+                raise ValueError(f"its {part} is of a kind that is not accepted, {shown(step.get('type'))}")
+        if prod(map(_growth, steps)) > _GROWTH:
+            raise ValueError(f"its {part} may make a text more than {_GROWTH} times as long")
+    model = value.get("model")
+    if (
+        not isinstance(model, dict) or model.get("type", "BPE") not in _MODELS
+    ):  # old files do not say the type
+        raise ValueError("it has no model of a kind that is known")
+    longest = model.get("max_input_chars_per_word", 0)
+    if type(longest) is not int or not 0 <= longest <= _LONGEST_WORD:
+        raise ValueError(f"its max_input_chars_per_word is not a number up to {_LONGEST_WORD}")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        _size(model.get(name) or "", name)
+
+
+def check_ids(vocabulary: dict[str, Any]) -> None:
+    """Raise ValueError for ids that are no numbers of rows of a matrix: integers, each once, most up to the largest."""
+    for token, number in vocabulary.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"the id of {shown(token)} is {shown(number)}")
+    largest = max(vocabulary.values(), default=0)
+    if largest >= MOST_TOKENS or largest > 2 * len(vocabulary) + 1024:
+        raise ValueError(f"it has {len(vocabulary):,} tokens, and their ids go up to {largest:,}")
+    if len(set(vocabulary.values())) != len(vocabulary):
+        raise ValueError("two of its tokens have one id")
+
+
+def guarded(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function of the package `tokenizers`. Raises ValueError for whatever goes wrong in it."""
+    try:
+        return function(*arguments, **options)
+    except MemoryError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        message = " ".join(str(error)[: 2 * _SHOWN].split()) or type(error).__name__
+        raise ValueError(message if len(message) <= _SHOWN else f"{message[:_SHOWN]}…") from None
+
+
+def _steps(component: Any, part: str) -> Iterator[dict[str, Any]]:
+    """The steps of a component, those of sequences in sequences too."""
+    waiting = [] if component is None else [component]
+    count = 0
+    while waiting:
+        step = waiting.pop()
+        count += 1
+        if not isinstance(step, dict) or count > _STEPS:
+            raise ValueError(f"its {part} " + ("has too many steps" if count > _STEPS else "is no object"))
+        if step.get("type") != "Sequence":
+            yield step
+            continue
+        inner = step.get(_KINDS[part][1])
+        if not isinstance(inner, list):
+            raise ValueError(f"its {part} has a sequence without steps")
+        waiting += inner
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """The factor by which a step may lengthen a text, as far as that is the file's choice."""
+    kind = step["type"]
+    if kind == "Prepend":
+        _size(step.get("prepend"), "prefix")
+    if kind == "TemplateProcessing":
+        _check_template(step)
+    if kind == "Precompiled":
+        return _longest_replacement(step.get("precompiled_charsmap"))
+    if kind not in ("Replace", "Split"):
+        return 1
+    pattern = step.get("pattern")
+    (way, text), *more = pattern.items() if isinstance(pattern, dict) and pattern else [("", "")]
+    if more or way not in ("String", "Regex") or not isinstance(text, str) or not text:
+        raise ValueError(f"the pattern of its {kind} is neither a text nor a regular expression")
+    if way == "Regex" and text not in _REGEXES and not _WITHOUT_REPETITION.fullmatch(text):
+        raise ValueError(f"its regular expression {shown(text)} is none of those that are accepted")
+    if kind == "Split":
+        return 1
+    shortest = len(text.encode("utf-8", "replace")) if way == "String" else 1
+    return max(1, _size(step.get("content"), "replacement") / shortest)
+
+
+def _size(text: Any, name: str) -> int:
+    """The bytes of a text. Raises ValueError for more than _LONGEST."""
+    size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else _LONGEST + 1
+    if size > _LONGEST:
+        raise ValueError(f"its {name} is not a text of at most {_LONGEST} bytes")
+    return size
+
+
+def _longest_replacement(table: Any) -> int:
+    """The bytes of the longest text in SentencePiece's table of characters: a trie, its size before it, and texts."""
+    try:
+        raw = base64.b64decode(table, validate=True)
+        texts = raw[4 + int.from_bytes(raw[:4], "little") :]
+        texts.decode("utf-8")
+    except (TypeError, ValueError):
+        texts = b""
+    longest = max(map(len, texts.split(b"\0")))
+    if not texts.endswith(b"\0") or longest > _LONGEST:
+        raise ValueError("its precompiled_charsmap is damaged, or makes long texts of characters")
+    return max(1, longest)
+
+
+def _check_template(step: dict[str, Any]) -> None:
+    """Raise ValueError for a template that repeats the text."""
+    for name in ("single", "pair"):
+        pieces = step.get(name)
+        texts = [
+            str(piece["Sequence"])
+            for piece in pieces or ()
+            if isinstance(piece, dict) and "Sequence" in piece
+        ]
+        if not isinstance(pieces, list) or len(pieces) > _STEPS or len(texts) > 1 + (name == "pair"):
+            raise ValueError(f"its template {name!r} repeats the text, or is too long")
