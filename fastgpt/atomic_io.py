@@ -38,11 +38,13 @@ def inside(directory: Path, name: Any, *, links: bool = False) -> Path:
 
     Raises ValueError for a name that is absolute or has "..", and unless `links` for a link out of the directory.
     """
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        raise ValueError(f"{name!r} is not the name of a file in {directory}")
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise ValueError(f"{name!r} is not the name of a file in {directory}")
+    relative = Path(name) if isinstance(name, str) and "\0" not in name and "\\" not in name else Path("..")
+    if (
+        relative.is_absolute()
+        or not 0 < max(map(len, relative.parts), default=0) < 256
+        or ".." in relative.parts
+    ):
+        raise ValueError(f"{str(name)[:60]!r} is not the name of a file in {directory}")
     path = directory / relative
     if not links and not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{path} is a link to a file outside of {directory}")
@@ -70,7 +72,7 @@ def check_files(
     if odd := sorted(map(str, listed.keys() ^ set(expected))):
         verb = "does not list" if odd[0] in expected else "lists"
         rest = "" if odd[0] in expected else ", which is not a file of it"
-        raise ValueError(f"{directory / source} {verb} {odd[0]}{rest}")
+        raise ValueError(f"{directory / source} {verb} {odd[0][:60]}{rest}")
     for name, facts in listed.items():
         file = inside(directory, name)
         if not isinstance(facts, Mapping) or type(facts.get("size")) is not int:

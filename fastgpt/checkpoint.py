@@ -44,6 +44,7 @@ _STEMS = ("model", "optimizer")
 _OWN = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|tokenizer\.json|state\.json")
 _OWN_OF_FORMAT_1 = re.compile(r"(model|optimizer)/(\.metadata|__\d+_\d+\.distcp)")
 _MOST_PARTS = 1 << 16
+_SHOWN = 500  # characters of a message about what a file holds
 
 
 class CheckpointError(ValueError):
@@ -174,7 +175,7 @@ def _check_same(
     """Raise CheckpointError unless the tensors of a checkpoint are those of the model or the optimizer."""
     if odd := sorted(found.keys() ^ wanted.keys()):
         verb = "holds" if odd[0] in found else "lacks"
-        raise CheckpointError(f"{path} does not fit the {what}: it {verb} {odd[0]}")
+        raise CheckpointError(f"{path} does not fit the {what}: it {verb} {odd[0][:60]}")
     for name, shape in wanted.items():
         if found[name] != shape:
             raise CheckpointError(f"{path} does not fit the {what}: {name} is {found[name]}, not {shape}")
@@ -321,7 +322,7 @@ def _open(path: Path) -> Checkpoint:
             parts=parts,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:_SHOWN]
         raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {reason}") from None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
 from fastgpt.atomic_io import inside
+from fastgpt.console import one_line
 from fastgpt.tensor_files import rows_of
 
 _CLASSES = {
@@ -79,7 +80,7 @@ class PickledParts:
         except OSError:
             raise
         except Exception as error:  # whatever the bytes make of the unpickler
-            raise ValueError(f"{listed} is not the list of a sharded checkpoint: {error}") from None
+            raise ValueError(f"{listed} is not the list of a sharded checkpoint: {one_line(error)}") from None
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
         """As `TensorFiles.read`."""
@@ -91,7 +92,7 @@ class PickledParts:
             try:
                 part = torch.load(data, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever the bytes make of it
-                raise ValueError(f"{file} does not hold {name}: {error}") from None
+                raise ValueError(f"{file} does not hold {name}: {one_line(error)}") from None
             if not isinstance(part, Tensor) or tuple(part.shape) != size or part.dtype != self.dtypes[name]:
                 raise ValueError(f"{file} does not hold {name} as its list says")
             parts.append(part)

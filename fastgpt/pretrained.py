@@ -47,6 +47,7 @@ _CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _OWN_FILES = re.compile(r"config\.json|model\.safetensors|tokenizer(_config)?\.json")
 _SHOWN = 8  # names of tensors
+_SHOWN_CHARACTERS = 500
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
@@ -78,7 +79,10 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise FileNotFoundError(
             f"{directory} holds no config.json, so it is no Hugging Face checkpoint"
         ) from None
-    config = _config(options, dropout, directory)
+    try:
+        config = _config(options, dropout, directory)
+    except ValueError as error:
+        raise ValueError(str(error)[:_SHOWN_CHARACTERS]) from None  # it may quote what the file holds
     weights = _weights(directory, config.tie_head)
     return config, _checked(weights, config, directory)
 
@@ -118,6 +122,8 @@ def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConf
     if absent:
         raise ValueError(f"{directory / _CONFIG} does not say {', '.join(absent)}")
     width = options["n_embd"]
+    if type(width) is not int:
+        raise ValueError(f"{directory / _CONFIG} does not say n_embd as an integer")
     if options.get("n_inner") not in (None, 4 * width):
         raise ValueError(
             f"{directory} sets n_inner={options['n_inner']}; this GPT's is 4 * n_embd = {4 * width}"
@@ -205,7 +211,7 @@ def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> 
     odd = sorted(name for name in wanted.keys() ^ weights.keys() if name in wanted or name.startswith(_OWN))
     if odd:
         verb = "lacks" if odd[0] in wanted else "holds"
-        raise ValueError(f"{directory} {verb} the tensor {odd[0]}, unlike the GPT-2 its config describes")
+        raise ValueError(f"{directory} {verb} the tensor {odd[0][:60]}, unlike the GPT-2 its config describes")
     others = sorted(weights.keys() - wanted.keys())
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
