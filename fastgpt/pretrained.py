@@ -211,7 +211,9 @@ def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> 
     odd = sorted(name for name in wanted.keys() ^ weights.keys() if name in wanted or name.startswith(_OWN))
     if odd:
         verb = "lacks" if odd[0] in wanted else "holds"
-        raise ValueError(f"{directory} {verb} the tensor {odd[0][:60]}, unlike the GPT-2 its config describes")
+        raise ValueError(
+            f"{directory} {verb} the tensor {odd[0][:60]}, unlike the GPT-2 its config describes"
+        )
     others = sorted(weights.keys() - wanted.keys())
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""

@@ -199,7 +199,7 @@ def test_a_state_of_other_types_or_values_is_refused(path: Path, change: dict[st
     ],
     ids=str,
 )  # fmt: skip
-def test_a_configuration_that_is_not_that_of_the_tensors_is_refused_before_the_model_is_made(
+def test_a_configuration_of_other_tensors_is_refused_before_a_model_is_made(
     path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     state = json.loads((path / "state.json").read_text())
@@ -402,7 +402,7 @@ def test_a_log_that_is_none_is_refused(run: Path, tmp_path: Path, log: str, caps
     assert "log.jsonl is not the log of a run" in capsys.readouterr().err
 
 
-def test_data_that_only_the_checkpoint_names_must_be_what_it_was_trained_on(
+def test_data_that_only_a_checkpoint_names_are_those_it_was_trained_on(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     shutil.copytree(run / "run", tmp_path / "run")
