@@ -199,7 +199,7 @@ def test_a_state_of_other_types_or_values_is_refused(path: Path, change: dict[st
     ],
     ids=str,
 )  # fmt: skip
-def test_a_configuration_of_other_tensors_is_refused_before_a_model_is_made(
+def test_a_configuration_of_other_tensors_is_refused_before_it_is_made(
     path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     state = json.loads((path / "state.json").read_text())
