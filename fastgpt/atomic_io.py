@@ -33,18 +33,20 @@ def fingerprint(file: Path) -> dict[str, Any]:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def inside(directory: Path, name: Any) -> Path:
+def inside(directory: Path, name: Any, *, links: bool = False) -> Path:
     """The path of a file that is named in another file, without reading it.
 
-    Raises ValueError for a name that is absolute or has "..", and for a link out of the directory.
+    Raises ValueError for a name that is absolute or has "..", and unless `links` for a link out of the directory.
     """
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        raise ValueError(f"{name!r} is not the name of a file in {directory}")
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise ValueError(f"{name!r} is not the name of a file in {directory}")
+    relative = Path(name) if isinstance(name, str) and "\0" not in name and "\\" not in name else Path("..")
+    if (
+        relative.is_absolute()
+        or not 0 < max(map(len, relative.parts), default=0) < 256
+        or ".." in relative.parts
+    ):
+        raise ValueError(f"{str(name)[:60]!r} is not the name of a file in {directory}")
     path = directory / relative
-    if not path.resolve().is_relative_to(directory.resolve()):
+    if not links and not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{path} is a link to a file outside of {directory}")
     return path
 
@@ -70,7 +72,7 @@ def check_files(
     if odd := sorted(map(str, listed.keys() ^ set(expected))):
         verb = "does not list" if odd[0] in expected else "lists"
         rest = "" if odd[0] in expected else ", which is not a file of it"
-        raise ValueError(f"{directory / source} {verb} {odd[0]}{rest}")
+        raise ValueError(f"{directory / source} {verb} {odd[0][:60]}{rest}")
     for name, facts in listed.items():
         file = inside(directory, name)
         if not isinstance(facts, Mapping) or type(facts.get("size")) is not int:
@@ -108,7 +110,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is whole or as before, text in UTF-8; a link is replaced, not followed.
+    """Write a file that is whole or as before, text in UTF-8. A link is replaced, not followed: not for a path that a
+    user named, which may be /dev/stdout.
 
     Raises OSError if it cannot be written; nothing temporary remains.
     """
@@ -159,8 +162,12 @@ class AtomicDirectory:
         self._descriptor, self._own = _open_directory(self.path), own
         try:
             lock(self._descriptor, target)
-            ours, there = os.fstat(self._descriptor), os.lstat(self.path)
-            if not os.path.samestat(ours, there):  # another process has just published it
+            ours = os.fstat(self._descriptor)
+            try:
+                ours_still = os.path.samestat(ours, os.lstat(self.path))
+            except FileNotFoundError:
+                ours_still = False
+            if not ours_still:
                 raise FileExistsError(f"another process has just written {target}")
             _check_own(self._descriptor, self.path, own)
             self._empty()

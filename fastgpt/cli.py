@@ -86,7 +86,7 @@ def _train(arguments: dict[str, Any]) -> None:
     config = config_from(options | arguments)
     if finetune and config.task is None:
         raise ValueError(f"finetune needs a --task: {', '.join(TASKS)}")
-    train(config)
+    train(config, same_data="data" not in options | arguments)
 
 
 def _generate(arguments: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ class DirectoryLock:
         for again in reversed(range(_TRIES)):
             directory.mkdir(parents=True, exist_ok=True)
             try:
-                descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+                descriptor = os.open(directory / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             except FileNotFoundError:  # the run before has just removed the directory
                 continue
             try:

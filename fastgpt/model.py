@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.kv_cache import KVCache
+from fastgpt.options import check_types
 from fastgpt.positions import document_positions, rotate, sin_cos
 from fastgpt.sampling import Sampling, continue_rows, sampling_distribution
 
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+# Far above what is trained: a larger number, which may be read from a file, is a mistake.
+LARGEST = {
+    "vocab_size": 1 << 24,
+    "block_size": 1 << 24,
+    "n_layer": 1 << 14,
+    "n_head": 1 << 16,
+    "n_embd": 1 << 18,
+}
 
 Rotation: TypeAlias = tuple[Tensor, Tensor] | None  # cos and sin of rotary positions, as `rotate` takes them
 
@@ -66,19 +75,19 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_types(self)
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be at least 1 and at most {most:,}, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if not self.layer_norm_eps > 0:
+        if not 0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"layer_norm_eps must be positive, not {self.layer_norm_eps}")
-        if self.position not in POSITIONS:
-            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, not {self.position!r}")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, not {self.activation!r}")
+        for name, choices in (("position", POSITIONS), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(
                 f"rotary positions need an even head size, not n_embd / n_head = {self.head_size}"
@@ -100,9 +109,7 @@ class Linear(nn.Linear):
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer is `ops.linear` of its parameters and nothing more: no adapter has taken its place,
-    nobody hooks it or has put another forward on it.
-    """
+    """Whether a call of the layer is `ops.linear` of its parameters: no adapter, no hooks, no other forward."""
     hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
     return type(layer) is Linear and "forward" not in layer.__dict__ and not any(hooks)
 
@@ -166,8 +173,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One Transformer layer. It takes and returns (branch, residual), whose sum is the stream x.
 
-    The sum is left to the LayerNorm that reads it next, so that adding and normalising are one pass over
-    memory.
+    The sum is left to the LayerNorm that reads it next: adding and normalizing are one pass over memory.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -264,23 +270,16 @@ class GPT(nn.Module):
         label_smoothing, z_loss: as `ops.linear_cross_entropy`.
         logits:    (B, T, V), all positions.
 
-        Raises ValueError for the wrong shape or dtype, IndexError (from the embedding, on the CPU) for a
-        token that is not in the vocabulary.
+        Raises ValueError for the wrong shape or dtype, IndexError (on the CPU) for a token outside the vocabulary.
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not match idx {tuple(idx.shape)}")
         hidden = self.hidden(idx, documents=documents)
         if targets is None:
             return self.lm_head(hidden), None
-        loss = ops.linear_cross_entropy(
-            hidden,
-            self.lm_head.weight,
-            targets,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
-        return None, loss
+        options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        weight = self.lm_head.weight
+        return None, ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction, **options)
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None, *, documents: Tensor | None = None) -> Tensor:
         """What the head reads: the last LayerNorm's output (B, T, C) for idx (B, T).
@@ -368,8 +367,8 @@ class GPT(nn.Module):
         each further token is then predicted from the last block_size tokens, at the cost of a full pass,
         because positions count from the window's start. Dropout is off; the former mode is restored.
 
-        Raises ValueError for prompts or options that are none, IndexError (from the embedding, on the CPU) for
-        a token that is not in the vocabulary, FloatingPointError for logits that are NaN or infinite.
+        Raises ValueError for prompts or options that are none, IndexError (on the CPU) for a token outside the
+        vocabulary, FloatingPointError for logits that are NaN or infinite.
         """
         _check_tokens(idx)
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -406,7 +405,7 @@ class GPT(nn.Module):
         """Write a Hugging Face GPT-2 checkpoint, which transformers' GPT2LMHeadModel loads with equal logits.
 
         Absent biases are written as 0. Sinusoidal positions are written as learned ones, and the head beside the
-        embedding. With a tokenizer AutoTokenizer reads it from there too. The directory is whole or absent.
+        embedding. AutoTokenizer reads the tokenizer, if one is given. The directory is whole or absent.
 
         Raises ValueError for rotary positions, which GPT-2 does not have, and for a tokenizer with more tokens
         than the model; FileExistsError for a directory that is not empty, OSError where it cannot be written.

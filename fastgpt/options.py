@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import field, fields
+from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 TEXT_KEY = "key or column of the text in JSON, CSV and Parquet files; a.b for a key in another"
@@ -40,3 +41,14 @@ def kind_of(hint: Any) -> type:
     """The type of a field's value, None aside: of X and of X | None it is X."""
     kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
     return kind
+
+
+_NUMBERS: dict[type, type] = {int: Integral, float: Real}
+
+
+def check_types(options: Any) -> None:
+    """Raise ValueError unless each field of a dataclass has a value of its type, int, float, bool or str."""
+    for name, hint in get_type_hints(type(options)).items():
+        value, kind = getattr(options, name), _NUMBERS.get(hint, hint)
+        if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
+            raise ValueError(f"{name} must be of type {hint.__name__}, not {value!r}")

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import fastgpt
-from fastgpt.atomic_io import writing
+from fastgpt.atomic_io import open_to_append, replace_file, writing
 from fastgpt.config import TrainConfig
 from fastgpt.console import one_line
 from fastgpt.json_io import dumps
@@ -66,17 +66,21 @@ class Papers:
                         f"{file} is not the file of a run and would be overwritten; move it, or choose another --out"
                     )
         # First, because it shows that the other files are those of a run.
-        with writing(environment), environment.open("a" if resumed_at else "w", encoding="utf-8") as stream:
-            stream.write(dumps(_environment()) + "\n")
+        if resumed_at:
+            with writing(environment), open_to_append(environment) as stream:
+                stream.write(dumps(_environment()) + "\n")
+        else:
+            replace_file(environment, dumps(_environment()) + "\n")
         if resumed_at is None or resumed_at <= config.max_steps:  # else nothing is trained with these options
-            with writing(options):
-                options.write_text(_toml(config), "utf-8", "replace")
+            replace_file(options, _toml(config))
         self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)
         self._board: Any = None
         if config.tensorboard:
             with self.optional("TensorBoard"):
                 from torch.utils.tensorboard import SummaryWriter
 
+                if (self.out / "tensorboard").is_symlink():
+                    raise OSError(f"{self.out / 'tensorboard'} is a link")
                 self._board = SummaryWriter(str(self.out / "tensorboard"), purge_step=(resumed_at or 0) + 1)
 
     @contextlib.contextmanager
@@ -104,8 +108,8 @@ class Papers:
 
     def write_sample(self, text: str) -> None:
         """Keep a sample."""
-        with self.optional("sample.txt"), writing(file := self.out / "sample.txt"):
-            file.write_text(text, "utf-8")
+        with self.optional("sample.txt"):
+            replace_file(self.out / "sample.txt", text)
 
     def close(self) -> None:
         """Close what is open."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastgpt.atomic_io import writing
+from fastgpt.atomic_io import replace_file, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +74,9 @@ def loss_curve(
         )
     axes.axhline(entropy, color=_ENTROPY, linestyle="--", linewidth=1, label=f"{entropy_name} {entropy:.2f}")
     axes.legend(frameon=False)
-    _write(figure, path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    replace_file(Path(path), drawn.getvalue())
 
 
 @_drawing

@@ -17,8 +17,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+LARGEST_TABLE = 1 << 31  # numbers in a table of positions
+
+
 def sin_cos(length: int, channels: int) -> tuple[Tensor, Tensor]:
-    """sin and cos of position / 10000^(2i / channels), each (length, channels / 2)."""
+    """sin and cos of position / 10000^(2i / channels), each (length, channels / 2).
+
+    Raises ValueError for more than LARGEST_TABLE numbers.
+    """
+    if length * channels > LARGEST_TABLE:
+        raise ValueError(f"{length} positions of {channels} channels are too many for a table")
     frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
     angle = torch.arange(length)[:, None] * frequency
     return angle.sin(), angle.cos()

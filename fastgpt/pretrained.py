@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastgpt.atomic_io import AtomicDirectory, check_outside_checkpoints
-from fastgpt.checkpoint import check_weights, open_checkpoint
+from fastgpt.atomic_io import AtomicDirectory, check_outside_checkpoints, inside
+from fastgpt.checkpoint import check_weights, open_checkpoint, parameter_shapes
 from fastgpt.config import TrainConfig
 from fastgpt.console import note
 from fastgpt.download import download, is_hub_name
+from fastgpt.json_io import read_json
 from fastgpt.model import GPT, GPTConfig
+from fastgpt.tensor_files import write_tensors
 from fastgpt.tokenizer import (
     FILE,
     TOKENIZER_FILES,
@@ -46,6 +47,7 @@ _CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _OWN_FILES = re.compile(r"config\.json|model\.safetensors|tokenizer(_config)?\.json")
 _SHOWN = 8  # names of tensors
+_SHOWN_CHARACTERS = 500
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
@@ -72,14 +74,15 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
     """
     directory = _directory(name)
     try:
-        options = json.loads((directory / _CONFIG).read_text("utf-8-sig"))
+        options = read_json(directory / _CONFIG)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{directory} holds no config.json, so it is no Hugging Face checkpoint"
         ) from None
+    try:
+        config = _config(options, dropout, directory)
     except ValueError as error:
-        raise ValueError(f"{directory / _CONFIG} is not JSON: {error}") from None
-    config = _config(options, dropout, directory)
+        raise ValueError(str(error)[:_SHOWN_CHARACTERS]) from None  # it may quote what the file holds
     weights = _weights(directory, config.tie_head)
     return config, _checked(weights, config, directory)
 
@@ -104,8 +107,6 @@ def _directory(name: str) -> Path:
 
 
 def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConfig:
-    if not isinstance(options, dict):
-        raise ValueError(f"{directory / _CONFIG} is not the configuration of a model")
     options = {"n_positions": options["n_ctx"]} | options if "n_ctx" in options else options
     if "model_type" not in options and all(name in options for name in _REQUIRED):
         note(f"{directory / _CONFIG} does not say model_type, as old ones do; its options are those of gpt2")
@@ -121,12 +122,14 @@ def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConf
     if absent:
         raise ValueError(f"{directory / _CONFIG} does not say {', '.join(absent)}")
     width = options["n_embd"]
+    if type(width) is not int:
+        raise ValueError(f"{directory / _CONFIG} does not say n_embd as an integer")
     if options.get("n_inner") not in (None, 4 * width):
         raise ValueError(
             f"{directory} sets n_inner={options['n_inner']}; this GPT's is 4 * n_embd = {4 * width}"
         )
     activation = options.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(
             f"{directory} uses the activation {activation!r}; known are {', '.join(_ACTIVATIONS)}"
         )
@@ -170,20 +173,27 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     except Exception as error:  # whatever the bytes make of the unpickler
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{file} is not a whole file of PyTorch tensors: {reason[0]}") from None
-    if not isinstance(pickled, dict) or not all(isinstance(value, Tensor) for value in pickled.values()):
+    if not isinstance(pickled, dict):
         raise ValueError(f"{file} holds something else than named tensors")
-    yield from pickled.items()
+    for name, tensor in pickled.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            raise ValueError(f"{file} holds something else than named tensors")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0
+            raise ValueError(f"{file} holds {name} in less memory than its shape takes")
+        yield name, tensor
 
 
 def _weight_files(directory: Path) -> list[Path]:
     for whole in (_SAFETENSORS, _PICKLE):
         index = directory / f"{whole}.index.json"
         if index.is_file():
-            try:
-                shards = set(json.loads(index.read_text("utf-8-sig"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index} is not the index of a checkpoint in shards") from None
-            files = [directory / shard for shard in sorted(shards)]
+            named = read_json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(
+                isinstance(shard, str) and shard.endswith(Path(whole).suffix) for shard in named.values()
+            ):
+                raise ValueError(f"{index} is not the index of a checkpoint in shards")
+            # The files of a download from the Hub are links.
+            files = [inside(directory, shard, links=True) for shard in sorted(set(named.values()))]
         elif (directory / whole).is_file():
             files = [directory / whole]
         else:
@@ -197,12 +207,13 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> dict[str, Tensor]:
     """The tensors of GPT(config), without those of other heads. Raises ValueError unless they are exactly those."""
-    with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    wanted = parameter_shapes(config, len(weights), directory)
     odd = sorted(name for name in wanted.keys() ^ weights.keys() if name in wanted or name.startswith(_OWN))
     if odd:
         verb = "lacks" if odd[0] in wanted else "holds"
-        raise ValueError(f"{directory} {verb} the tensor {odd[0]}, unlike the GPT-2 its config describes")
+        raise ValueError(
+            f"{directory} {verb} the tensor {odd[0][:60]}, unlike the GPT-2 its config describes"
+        )
     others = sorted(weights.keys() - wanted.keys())
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
@@ -210,9 +221,9 @@ def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> 
             f"{directory}: left out {', '.join(others[:_SHOWN])}{more}, tensors of a head that this GPT does not have"
         )
     for name, shape in wanted.items():
-        if weights[name].shape != shape:
+        if tuple(weights[name].shape) != shape:
             raise ValueError(
-                f"{directory}: {name} has shape {tuple(weights[name].shape)}, its config says {tuple(shape)}"
+                f"{directory}: {name} has shape {tuple(weights[name].shape)}, its config says {shape}"
             )
     return {name: weights[name] for name in wanted}
 
@@ -234,13 +245,13 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: ByteTokenizer | BPETokeni
     try:
         _check_empty(directory)  # another process may have written it meanwhile
         (temporary / _CONFIG).write_text(json.dumps(options, indent=2), "utf-8")
-        save_file(_for_gpt2(model), temporary / _SAFETENSORS, metadata={"format": "pt"})
+        write_tensors(temporary / _SAFETENSORS, _for_gpt2(model), metadata={"format": "pt"})
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary, model.config.block_size)
         writing.publish()
     except FileExistsError:
         raise
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         writing.discard()
         reason = getattr(error, "strerror", None) or error
         raise OSError(f"{directory} could not be written ({reason}); nothing of it remains") from error
@@ -316,7 +327,7 @@ def _write_tokenizer(tokenizer: ByteTokenizer | BPETokenizer, directory: Path, l
         (directory / FILE).write_text(_bytes_as_bpe(), "utf-8")
     else:
         tokenizer.save(directory)
-        added = json.loads((directory / FILE).read_text("utf-8"))["added_tokens"]
+        added = read_json(directory / FILE)["added_tokens"]
         ends = [token["content"] for token in added if token["id"] == tokenizer.end_of_text]
         settings |= dict.fromkeys(("bos_token", "eos_token"), ends[0]) if ends else {}
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")

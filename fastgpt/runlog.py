@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from fastgpt.atomic_io import writing
-from fastgpt.json_io import dumps
+from fastgpt.atomic_io import open_to_append, replace_file, writing
+from fastgpt.json_io import dumps, loads
 
 
 class RunLog:
@@ -24,11 +23,9 @@ class RunLog:
         self.records: list[dict[str, Any]] = []
         if resume_at is not None and path.exists():
             self.records = [record for record in _read(path) if record["step"] <= resume_at]
-        self.path, temporary = path, path.with_suffix(".writing")
-        with writing(temporary):
-            temporary.write_text("".join(map(_line, self.records)), "utf-8")
-        temporary.rename(path)
-        self._stream = path.open("a", encoding="utf-8")
+        self.path = path
+        replace_file(path, "".join(map(_line, self.records)))
+        self._stream = open_to_append(path)
 
     def add(self, step: int, **values: float) -> None:
         """Append a record, and hand it to the operating system at once."""
@@ -59,9 +56,12 @@ def _line(record: dict[str, Any]) -> str:
 def _read(path: Path) -> list[dict[str, Any]]:
     """All whole records; the last line of a killed process may be half a one."""
     records = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_text("utf-8", "replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path} is not the log of a run: it holds the line {line[:60]!r}")
+        records.append(record)
     return records

@@ -155,6 +155,17 @@ def changes(config: TrainConfig, resumed: Checkpoint) -> list[str]:
     return notes
 
 
+def check_same_data(config: TrainConfig, resumed: Checkpoint, digest: str) -> None:
+    """Raise CheckpointError for data that a checkpoint names and was not trained on: it may be from anybody, and what a
+    run learns can be read in its weights and its sample.
+    """
+    if resumed.extra.get("data") != digest:
+        raise CheckpointError(
+            f"{resumed.path} was not trained on {config.data}, which it names as its data: "
+            "give --data to train on that or on other data"
+        )
+
+
 def _check_model_fields(
     config: TrainConfig, resumed: Checkpoint, tokenizer: ByteTokenizer | BPETokenizer
 ) -> None:

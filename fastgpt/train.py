@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastgpt import checkpoint
 from fastgpt.backends import use_backend
-from fastgpt.checkpoint import Checkpoint
+from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.console import Progress
 from fastgpt.data import Batch
@@ -30,9 +30,10 @@ from fastgpt.heap import keep_heap
 from fastgpt.lock import DirectoryLock
 from fastgpt.material import check_source, open_material
 from fastgpt.optimization import learning_rate, make_optimizers
+from fastgpt.options import check_types
 from fastgpt.papers import Papers
 from fastgpt.signals import StopSignal
-from fastgpt.start import Start, changes
+from fastgpt.start import Start, changes, check_same_data
 
 _SAMPLE_TEMPERATURE = 0.8
 
@@ -47,12 +48,14 @@ class TrainResult:
     finished: bool
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
     """Train as the configuration says, from the start or from the newest checkpoint in `config.out`.
 
     Prints its progress, writes checkpoints and its papers (`fastgpt.papers`) to `config.out`, which no other run can
     write to meanwhile. SIGINT, SIGTERM, SIGHUP and a reader of its output that goes away (`| head`) save and end the
     run (`finished` is false then). Started by torchrun, each process takes its share.
+
+    With `same_data` a resumed run refuses data that the checkpoint was not trained on, which its files may name.
 
     Raises ValueError for options, data or checkpoints that do not go together, OSError for what cannot be
     read or written, FloatingPointError if the loss stops being a number, ProcessLostError if another process is gone.
@@ -64,7 +67,7 @@ def train(config: TrainConfig) -> TrainResult:
                 check_source(config, processes.world)  # before the lock makes a directory
                 lock = DirectoryLock(Path(config.out), _warn) if processes.first else None
             try:
-                run = Run(config, processes)
+                run = Run(config, processes, same_data)
                 try:
                     return run.go()
                 finally:
@@ -114,7 +117,7 @@ class _Validation:
 class Run:
     """One run of `train`: everything it holds, set up, and the loop over it."""
 
-    def __init__(self, config: TrainConfig, processes: Processes) -> None:
+    def __init__(self, config: TrainConfig, processes: Processes, same_data: bool = False) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         self.out = Path(config.out)
         self.rows = processes.share(config.batch_size)
@@ -123,6 +126,8 @@ class Run:
         with processes.agreeing():  # one of them may read from another disk
             start = Start(config)
             self.material = open_material(config, start.tokenizer)
+            if same_data and start.resumed is not None:
+                check_same_data(config, start.resumed, self.material.digest)
             self.val_batches = self.material.val.even(config.eval_batches, self.rows)
             self.model = start.make_model(self.material.tokenizer.vocab_size).to(self.device)
         self.forward = self._wrap()
@@ -160,10 +165,14 @@ class Run:
         self.step = resumed.step
         resumed.load_weights(self.model)
         resumed.load_training(self.model, self.optimizers)
-        saved = {name: value for name, value in resumed.extra["validation"].items() if value is not None}
-        self.validation = _Validation(**saved)
-        if resumed.extra["scaler"]:
-            self.scaler.load_state_dict(resumed.extra["scaler"])
+        try:
+            saved = {name: value for name, value in resumed.extra["validation"].items() if value is not None}
+            self.validation = _Validation(**saved)
+            check_types(self.validation)
+            if resumed.extra["scaler"]:
+                self.scaler.load_state_dict(resumed.extra["scaler"])
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"the state in {resumed.path} is not that of a run: {error!r}") from None
 
     def _introduce(self, heap_kept: bool, resumed: Checkpoint | None) -> None:
         config, material, heap = self.config, self.material, ", heap kept" if heap_kept else ""
@@ -183,7 +192,7 @@ class Run:
             self.say(f"resumed at step {self.step}")
             for note in changes(config, resumed):
                 self.say(f"note: {note}")
-            if resumed.extra["data"] != material.digest:
+            if resumed.extra.get("data") != material.digest:
                 self.say("note: the training text is not the one this checkpoint was trained on")
 
     def go(self) -> TrainResult:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint
+from fastgpt import atomic_io, checkpoint
 from fastgpt.checkpoint import CheckpointError, open_checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.model import GPT
@@ -137,8 +137,9 @@ def test_a_foreign_or_missing_checkpoint_is_refused_in_a_sentence(tmp_path: Path
     state = save(tmp_path, 5) / "state.json"
     good = json.loads(state.read_text())
     for content, message in [
-        ("{", "is not the state of a checkpoint"),
-        ("[]", "is not the state of a checkpoint"),
+        ("{", "is not JSON"),
+        ("[]", "does not hold an object"),
+        ("[" * 100_000, "nested too deep"),
         (json.dumps(good | {"format": 99}), "has format 99"),
         (json.dumps(good | {"train": {"n_layers": 3}}), "did you mean"),
         (json.dumps(good | {"model": good["model"] | {"n_head": 3}}), "not divisible"),
@@ -167,8 +168,8 @@ def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
 def test_files_are_flushed_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch):
     """What a power failure leaves is a whole checkpoint or none."""
     done: list[tuple[str, str]] = []
-    flush, rename = checkpoint.flush, Path.rename
-    monkeypatch.setattr(checkpoint, "flush", lambda path: done.append(("flush", path.name)) or flush(path))
+    flush, rename = atomic_io.flush, Path.rename
+    monkeypatch.setattr(atomic_io, "flush", lambda path: done.append(("flush", path.name)) or flush(path))
     monkeypatch.setattr(
         Path, "rename", lambda old, new: done.append(("rename", new.name)) or rename(old, new)
     )

@@ -29,7 +29,17 @@ ALLOWED = {
     "kv_cache": set(),
     "positions": set(),
     "sampling": {"ops", "kv_cache", "model"},
-    "model": {"ops", "backends", "config", "kv_cache", "positions", "sampling", "tokenizer", "pretrained"},
+    "model": {
+        "ops",
+        "backends",
+        "config",
+        "kv_cache",
+        "options",
+        "positions",
+        "sampling",
+        "tokenizer",
+        "pretrained",
+    },
 }
 TRAINING = {
     "ops",

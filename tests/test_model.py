@@ -251,7 +251,7 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed():
         ({"n_embd": 30, "n_head": 4}, "not divisible by n_head=4"),
         ({"n_embd": 30, "n_head": 10, "position": "rotary"}, "even head size"),
         ({"n_embd": 33, "n_head": 3, "position": "sinusoidal"}, "even n_embd"),
-        ({"n_layer": 0}, "n_layer must be at least 1"),
+        ({"n_layer": 0}, "n_layer must be at least 1 and at most 16,384, not 0"),
         ({"dropout": 1.0}, "dropout must lie in"),
         ({"position": "alibi"}, "position must be one of learned, sinusoidal, rotary, not 'alibi'"),
         ({"activation": "swish"}, "activation must be one of"),

@@ -171,7 +171,7 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastgpt.pretrained.save_file", full)
+        patch.setattr("fastgpt.tensor_files.save_file", full)
         with pytest.raises(
             OSError, match=r"could not be written \(No space left on device\); nothing of it remains"
         ):

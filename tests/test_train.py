@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -207,12 +209,23 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
     assert not list(Path(options["out"]).glob(".writing-*"))
 
 
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """From now on there is no room for a file of this name."""
+
+    def replace(old: str, new: Path, rename: Callable[..., None] = os.replace) -> None:
+        if Path(new).name == file:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
 @pytest.mark.parametrize("file", ["config.toml", "environment.json", "log.jsonl"])
-def test_a_full_disk_says_what_could_not_be_written(options: dict, file: str, capfd: pytest.CaptureFixture):
+def test_a_full_disk_says_what_could_not_be_written(
+    options: dict, file: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
     out = Path(options["out"])
-    out.mkdir()
-    # The log is begun under another name, of which it keeps what that stands for.
-    (out / {"log.jsonl": "log.writing"}.get(file, file)).symlink_to("/dev/full")
+    fill_the_disk(monkeypatch, file)
     assert main(command(options, "--max-steps", "1")[3:]) == 2
     assert capfd.readouterr().err == f"fastgpt: error: {out / file}: No space left on device\n"
 
@@ -239,8 +252,7 @@ def test_what_is_optional_warns_once_and_does_not_end_the_run(
     monkeypatch.setattr("fastgpt.train.Run.sample", sample)
     monkeypatch.setenv("MPLBACKEND", "module://not.there")
     out = Path(options["out"])
-    out.mkdir()
-    (out / "loss.png").symlink_to("/dev/full")
+    fill_the_disk(monkeypatch, "loss.png")
     assert main(command(options, "--tensorboard")[3:]) == 0
     assert capfd.readouterr().err.splitlines() == [
         f"fastgpt: warning: {name} could not be written ({reason}); the run goes on without it"
@@ -387,10 +399,14 @@ def test_a_restart_by_torchrun_resumes_the_same_run_and_no_other(
 
 @pytest.fixture
 def _interruptible():
-    """Python's own handler of SIGINT, which is ignored where a shell has started the tests in the background."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGINT and SIGHUP act, which are ignored where a shell has started the tests in the background or under nohup."""
+    former = (
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     yield
-    signal.signal(signal.SIGINT, former)
+    for number, handler in zip((signal.SIGINT, signal.SIGHUP), former, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.usefixtures("_interruptible")

@@ -22,7 +22,8 @@ MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchsc
 ATTENTION = "attention attention_extremes attention_varlen"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy"
 OPS = f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm"
-RUNS = "train train_options train_distributed resume run_directory console divergence checkpoint cli"
+CHECKPOINTS = "checkpoint untrusted_checkpoint fuzz_checkpoints"
+RUNS = f"train train_options train_distributed resume run_directory console divergence {CHECKPOINTS} cli"
 
 CPU = "not triton and not cuda and not reference"
 EMULATED = "cuda or fault"
@@ -82,7 +83,7 @@ TABLE = [
     ("fastgpt/sampling.py", "sampling generate model divergence", ""),
     ("fastgpt/generate.py", "generate cli sampling", ""),
     ("fastgpt/tokenizer*.py", "tokenizer tokenizer_json fuzz_files pretrained data_prepare hub_names", ""),
-    ("fastgpt/pretrained.py", "pretrained cli hub_names", ""),
+    ("fastgpt/pretrained.py", "pretrained cli hub_names fuzz_checkpoints", ""),
     ("fastgpt/download.py", "hub_names model", ""),
     ("fastgpt/hub.py", "hub", ""),
     ("fastgpt/in_context.py", "in_context", ""),
@@ -92,6 +93,8 @@ TABLE = [
     ("fastgpt/json_io.py", f"{RUNS} {DATA} fuzz_files console", ""),
     ("fastgpt/distributed.py", "train_distributed train resume", ""),
     ("fastgpt/checkpoint.py", RUNS, ""),
+    ("fastgpt/tensor_files.py", f"{RUNS} pretrained", ""),
+    ("fastgpt/pickled_parts.py", CHECKPOINTS, ""),
     ("fastgpt/console.py", f"{RUNS} terminal", ""),
     ("fastgpt/atomic_io.py", f"{RUNS} data_shards data_prepare fuzz_files", ""),
     ("fastgpt/integrations/*", MODELS, ""),
