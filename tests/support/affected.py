@@ -17,7 +17,10 @@ HOURS = 6  # a change without a stated beginning is what was committed in the la
 GELUS = "gelu geglu linear_gelu mlp"
 CALLS = "functional functional_attention functional_calls functional_losses differential"
 DROP_IN = f"{CALLS} transforms torchscript patch_functional examples functional functional_attention functional_losses"
-DATA = "data data_formats data_cleaning data_duplicates data_packing data_prepare data_shards data_inputs"
+DATA = (
+    "data data_formats data_cleaning data_duplicates data_packing data_prepare data_shards data_description "
+    "data_inputs"
+)
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
 ATTENTION = "attention attention_extremes attention_varlen"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy"
