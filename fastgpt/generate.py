@@ -18,7 +18,8 @@ from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 MOST_ROWS = 1 << 16  # of a batch
-_CONTEXT = 4  # tokens decoded again before a new one, for decoders that look at the neighbour
+_CONTEXT = 4  # tokens decoded again before a new one, for decoders that look at the neighbour; the most of a character
+_MOST_HELD = 64  # tokens without a whole character at their end: more are not waited for
 
 
 @dataclass
@@ -48,25 +49,31 @@ class Continuation:
     def add(self, token: int) -> str:
         """Take one more token; the text that is certain by it."""
         self.tokens.append(token)
-        return self._take(self._decoded(), last=False)
+        end = len(self.tokens)
+        new = self._decoded(end)
+        if new.endswith("\ufffd"):  # its last character may not be whole yet
+            ends = range(end - _CONTEXT, end - 2 * _CONTEXT, -1) if end - self._read > _MOST_HELD else ()
+            end, new = next(
+                ((e, some) for e in ends if new.startswith(some := self._decoded(e))), (self._read, "")
+            )
+        return self._take(new, end, last=False)
 
     def close(self) -> str:
         """What was held back, now that no token comes any more."""
-        return "" if self.ended else self._take(self._decoded(), last=True)
+        end = len(self.tokens)
+        return "" if self.ended else self._take(self._decoded(end), end, last=True)
 
-    def _decoded(self) -> str:
-        """The text of the tokens since `_read`, which ends in U+FFFD while its last character is not whole."""
+    def _decoded(self, end: int) -> str:
+        """The text of the tokens from `_read` to an end, which is U+FFFD at its end where a character is not whole."""
         start = max(0, self._read - _CONTEXT)
         before, now = (
-            self.tokenizer.decode(torch.tensor(self.tokens[start:end], dtype=torch.long))
-            for end in (self._read, len(self.tokens))
+            self.tokenizer.decode(torch.tensor(self.tokens[start:stop], dtype=torch.long))
+            for stop in (self._read, end)
         )
         return now[len(before) :]
 
-    def _take(self, new: str, last: bool) -> str:
-        if new.endswith("\ufffd") and not last:
-            return ""
-        self._read = len(self.tokens)
+    def _take(self, new: str, end: int, last: bool) -> str:
+        self._read = end
         self._held += new
         found = [at for at in map(self._held.find, self.stop) if at >= 0]
         if found:

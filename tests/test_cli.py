@@ -87,7 +87,7 @@ def test_every_field_is_an_option_and_a_toml_key(tmp_path: Path, monkeypatch: py
         },
     }
     seen: list[TrainConfig] = []
-    monkeypatch.setattr("fastgpt.train.train", seen.append)
+    monkeypatch.setattr("fastgpt.train.train", lambda config, **_: seen.append(config))
     flags, toml = [], []
     for item in dataclasses.fields(TrainConfig):
         value = special[item.name] if item.name in special else other[type(item.default)]

@@ -240,6 +240,34 @@ def test_a_file_that_unpacks_out_of_proportion_is_refused(
         assert load_documents(str(path))
 
 
+def test_a_parquet_file_whose_rows_share_a_long_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    monkeypatch.setattr(files, "_FREE", 1 << 20)
+    path = tmp_path / "a.parquet"
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 100_000]))
+    pyarrow.parquet.write_table(pa.table({"text": shared}), path, compression="zstd")
+    assert path.stat().st_size < 2000
+    with pytest.raises(ValueError, match="unpacks to more than 200 times its size"):
+        load_documents(str(path))
+    monkeypatch.setattr(formats, "_LONGEST", 99_999)
+    with pytest.raises(ValueError, match="record 1 is longer than"):
+        load_documents(str(path))
+
+
+def test_a_parquet_file_with_values_that_python_has_not(tmp_path: Path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    broken = pa.array([b"a", b"\xff"]).view(pa.string())
+    times = pa.array([1 << 62, 0], pa.timestamp("us"))
+    for column in ({"text": broken}, {"time": times}):
+        pyarrow.parquet.write_table(pa.table(column), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"a\.parquet, record \d cannot be read: .+"):
+            load_documents(str(tmp_path / "a.parquet"))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

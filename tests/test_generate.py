@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,24 @@ def test_text_ends_before_the_first_stop_string_however_tokens_fall(kind, text, 
             assert (row.text, read, row.ended) == (so_far[: min(found)], count, True)
             return
     assert (row.text, row.ended) == (text, False)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    noise=st.lists(
+        st.sampled_from([0x41, 0x80, 0xC3, 0xE2, 0x82, 0xAC, 0xF0, 0xFF]), min_size=100, max_size=400
+    ),
+    often=st.sampled_from([b"\xff", b"\x82", b"\xe2\x82", b"\xef\xbf\xbd", b"\xf0\x9f\x98"]),
+)
+def test_tokens_that_never_make_a_character_are_decoded_in_linear_time(noise: list[int], often: bytes):
+    """Each of them some times, in calls of bounded size; characters that are whole in the end are whole."""
+    tokenizer, decoded = ByteTokenizer(), []
+    tokens = [*often * 100, *noise, *"€".encode(), *often * 50]
+    spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
+    row = Continuation(spy, [65])
+    pieces = [*map(row.add, tokens), row.close()]
+    assert "".join(pieces) == row.text == whole(tokenizer, [65], tokens)
+    assert max(decoded) <= 80
 
 
 def test_what_may_become_a_stop_string_is_held_back():

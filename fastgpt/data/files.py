@@ -166,12 +166,17 @@ class _Bounded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         count: int = self._unpacked.readinto(buffer)
         self._made += count
-        if self._made > _FREE + _RATIO * self._packed.count:
-            raise ValueError(
-                f"{self._name} unpacks to more than {_RATIO} times its size, as no text does; "
-                "if it is to be read, decompress it before"
-            )
+        check_proportion(self._made, self._packed.count, self._name)
         return count
+
+
+def check_proportion(made: int, packed: int, name: str) -> None:
+    """Raise ValueError where some bytes of a file have given more than a text's redundancy explains."""
+    if made > _FREE + _RATIO * packed:
+        raise ValueError(
+            f"{name} unpacks to more than {_RATIO} times its size, as no text does; "
+            "if it is to be read, decompress it before"
+        )
 
 
 class _Rejoined(io.RawIOBase):

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.data.files import COMPRESSED, can_be_read_once, name_of, open_bytes, open_text, text_of_stream
+from fastgpt.data.files import (
+    COMPRESSED,
+    can_be_read_once,
+    check_proportion,
+    name_of,
+    open_bytes,
+    open_text,
+    text_of_stream,
+)
 from fastgpt.json_io import shown
 
 TEXT, JSON_LINES, JSON, CSV, TSV, PARQUET = "text", "JSON Lines", "JSON", "CSV", "TSV", "Parquet"
@@ -24,7 +32,6 @@ _SUFFIXES = {
 _LONGEST = 1 << 26  # bytes of a line, characters of a record
 _CHUNK = 1 << 16
 _SHOWN_KEYS, _SHOWN_DEPTH = 12, 8
-_ROWS = 256  # of a Parquet file at once
 _QUOTED = re.compile(r'"[^"]*"')
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -245,19 +252,35 @@ def _parquet(source: str | Path, keys: Sequence[str]) -> Iterator[Record]:
         raise ImportError(
             f"{name}: Parquet files are read by the package pyarrow: pip install pyarrow"
         ) from None
-    number = 0
+    number = made = 0
+    size = Path(source).stat().st_size
     try:
         with ParquetFile(source) as file:
             names = file.schema_arrow.names
             columns = [key if key in names else key.partition(".")[0] for key in keys]
             wanted = columns if columns and set(columns) <= set(names) else None
-            for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Record(f"{name}, record {number}", row)
+            # One at a time: a row of a few bytes may be a long text, which all rows share in the file.
+            for batch in file.iter_batches(batch_size=1, columns=wanted):
+                number, made = number + 1, made + batch.nbytes
+                if batch.nbytes > _LONGEST:
+                    raise FormatError(f"{name}, record {number} is longer than {_LONGEST >> 20} MiB")
+                check_proportion(made, size, name)
+                try:
+                    (row,) = batch.to_pylist()
+                except (
+                    ValueError,
+                    OverflowError,
+                ) as error:  # bytes that are not UTF-8, a date beyond Python's
+                    raise FormatError(
+                        f"{name}, record {number} cannot be read: {_first_line(error)}"
+                    ) from None
+                yield Record(f"{name}, record {number}", row)
     except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise FormatError(f"{name} is not a whole Parquet file: {reason}") from None
+        raise FormatError(f"{name} is not a whole Parquet file: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _nested(value: Any, key: str) -> Any:
