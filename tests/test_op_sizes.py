@@ -25,6 +25,7 @@ ANY_RANK = {"alibi_slopes"}  # (H,) or (B, H)
 # Elements on each side of a tensor, and what they hold by kind of dtype: numbers that are valid wherever they are read.
 PADDING = 1024
 POISONS = [{"f": 3.0, "i": 1, "b": True}, {"f": -5.0, "i": 3, "b": False}]
+SURROUNDINGS = [(POISONS[0], PADDING), (POISONS[1], PADDING), (POISONS[0], 0)]  # 0: for AddressSanitizer
 OTHER_DTYPES = {
     torch.float32: (torch.float64, torch.bfloat16, torch.int64),
     torch.bfloat16: (torch.float32, torch.float64, torch.int64),
@@ -183,11 +184,7 @@ def call(op, arguments, poison, padding):
 def outcome(op, arguments):
     """The results, or None where the op refuses; neither may depend on what lies beside the tensors."""
     found = []
-    for poison, padding in (
-        (POISONS[0], PADDING),
-        (POISONS[1], PADDING),
-        (POISONS[0], 0),
-    ):  # 0: for AddressSanitizer
+    for poison, padding in SURROUNDINGS:
         try:
             found.append(call(op, arguments, poison, padding))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
