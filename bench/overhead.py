@@ -101,7 +101,7 @@ def launchers() -> dict[str, Callable[[], Tensor]]:
     from triton.runtime.jit import JITFunction
 
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: None
-    backends._cached_machine_refusal = lambda op, backend, device: None  # type: ignore[assignment]
+    backends._cached_machine_refusal = lambda backend, device, number: None  # type: ignore[assignment]
     fastgpt.use_backend("triton").__enter__()
     x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((64, 64), (64, 64), 64))
     target = torch.zeros(64, dtype=torch.int64)

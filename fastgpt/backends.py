@@ -29,6 +29,11 @@ from fastgpt import extension
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
+TRITON_CAPABILITY = (
+    8,
+    0,
+)  # below, Triton multiplies matrices without tensor cores, in memory that a block has not
+
 # The first backend in the row that can run the case serves it under "auto".
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpp", "reference"),
@@ -200,9 +205,9 @@ def available_backends(op: str) -> dict[str, Availability]:
     return {backend: _machine_availability(backend) for backend in BACKENDS}
 
 
-def _machine_refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
+def _machine_refusal(backend: str, device: str, number: int | None) -> str | None:
     """`_refusal` for what does not depend on the case. Dynamo calls it and takes the answer as a constant."""
-    return _cached_machine_refusal(op, backend, device, number)
+    return _cached_machine_refusal(backend, device, number)
 
 
 # What `torch.compiler.assume_constant_result` sets; calling that would import all of Dynamo, and Triton with it.
@@ -210,24 +215,44 @@ _machine_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _cached_machine_refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
-    available = available_backends(op)[backend]
-    if not available:
-        return available.reason
+def _cached_machine_refusal(backend: str, device: str, number: int | None) -> str | None:
+    # The device first: a call on the CPU asks nothing of the GPUs, which a forked process may not.
     if backend == "cpp" and device != "cpu":
         return f"the tensors are on {device} and cpp serves the CPU"
     if backend == "triton" and device != "cuda" and not triton_interpreted():
-        return f"the tensors are on {device} and triton serves CUDA GPUs"
+        hint = " (TRITON_INTERPRET=1 interprets the kernels on a CPU)" if device == "cpu" else ""
+        return f"the tensors are on {device} and triton serves CUDA GPUs{hint}"
     if backend == "cuda" and device != "cuda":
         return f"the tensors are on {device} and cuda serves CUDA GPUs"
+    available = _machine_availability(backend)
+    if not available:
+        return available.reason
+    if backend == "triton" and device == "cuda":
+        return _triton_problem(number)
     if backend == "cuda":  # one of the GPUs has kernels, which need not be this one
         return extension.cuda_problem(number) or None
     return None
 
 
+def _triton_problem(number: int | None) -> str | None:
+    """Why Triton cannot serve a GPU, or None. It compiles a part of its driver at the first launch."""
+    found = torch.cuda.get_device_capability(number)
+    if found < TRITON_CAPABILITY:
+        least, this = (".".join(map(str, pair)) for pair in (TRITON_CAPABILITY, found))
+        return f"Triton needs compute capability {least}, and this GPU has {this}"
+    try:
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018  (compiled when it is first asked for)
+    except Exception as error:  # no C compiler, no Python.h, no libcuda
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return f"Triton's driver cannot be compiled: {reason[0]}"
+    return None
+
+
 def _refusal(op: str, backend: str, device: torch.device, case: Callable[[str], str | None]) -> str | None:
     """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
-    reason = _machine_refusal(op, backend, device.type, device.index)
+    reason = _machine_refusal(backend, device.type, device.index)
     return case(backend) if reason is None else reason
 
 

@@ -86,10 +86,9 @@ def _warn(text: str) -> None:
 @torch.no_grad()
 def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
     """The operations a second that a square matrix product reaches here: the roof of a training step."""
-    n = 1024 if device.type == "cpu" else 8192
-    if device.type == "cpu" and dtype == torch.float16:
-        n = 128  # many CPUs multiply in it by the element
-    a = torch.ones(n, n, device=device, dtype=dtype)
+    n = 8192 if device.type != "cpu" else 128 if dtype == torch.float16 else 1024  # many CPUs have no float16
+    # Not ones, which take a GPU less power; nor random numbers, which would change those of the run.
+    a = torch.arange(n * n, device=device, dtype=torch.float32).sin().view(n, n).to(dtype)
     best = math.inf
     for _ in range(8):
         start = time.perf_counter()
@@ -166,8 +165,8 @@ class Run:
         resumed.load_weights(self.model)
         resumed.load_training(self.model, self.optimizers)
         try:
-            saved = {name: value for name, value in resumed.extra["validation"].items() if value is not None}
-            self.validation = _Validation(**saved)
+            found = resumed.extra["validation"].items()
+            self.validation = _Validation(**{name: value for name, value in found if value is not None})
             check_types(self.validation)
             if resumed.extra["scaler"]:
                 self.scaler.load_state_dict(resumed.extra["scaler"])

@@ -249,8 +249,7 @@ def test_triton_refuses_float64_and_without_its_interpreter_the_cpu():
         "except fastgpt.BackendUnavailable as error: print(error)\n"
     )
     assert printed.startswith("gelu cannot run on the triton backend: ")
-    if not torch.cuda.is_available():
-        assert "no CUDA GPU is visible" in printed
+    assert "the tensors are on cpu and triton serves CUDA GPUs (TRITON_INTERPRET=1 interprets" in printed
 
 
 def test_meta_tensors_run_on_the_reference_in_ops():
@@ -296,6 +295,7 @@ def test_on_a_gpu_triton_comes_first_then_cuda_then_the_reference(problems, trit
     monkeypatch.setattr(extension, "cuda_problem", lambda number=None: problems.get(number, ""))
     monkeypatch.setattr(extension, "cuda_loaded", lambda number=None: not extension.cuda_problem(number))
     monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "_triton_problem", lambda number: None)
     if not triton:
         monkeypatch.setattr(backends, "_installed", lambda package: package != "triton")
     backends._cached_machine_refusal.cache_clear()
@@ -308,6 +308,58 @@ def test_on_a_gpu_triton_comes_first_then_cuda_then_the_reference(problems, trit
                     backends.select("gelu", device, lambda backend: None)
             else:
                 assert backends.select("gelu", device, lambda backend: None) == "cuda"
+    finally:
+        backends._cached_machine_refusal.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "reason"),
+    [
+        ((7, 5), True, "Triton needs compute capability 8.0, and this GPU has 7.5"),
+        ((8, 9), False, "Triton's driver cannot be compiled: Failed to find C compiler."),
+        ((8, 0), True, None),
+        ((12, 0), True, None),
+    ],
+)
+def test_triton_says_why_it_cannot_serve_a_gpu(capability, built, reason, monkeypatch):
+    """Asked before the first launch, so that "auto" takes another backend and nothing raises out of an op."""
+    from triton.runtime import driver
+
+    class Active:
+        @property
+        def utils(self):
+            if not built:
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(type(driver), "active", Active())
+    monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends.torch.cuda, "get_device_capability", lambda number: capability)
+    monkeypatch.setattr(extension, "cuda_problem", lambda number=None: "not built")
+    monkeypatch.setattr(extension, "cuda_loaded", lambda number=None: False)
+    backends._cached_machine_refusal.cache_clear()
+    try:
+        assert backends._machine_refusal("triton", "cuda", 0) == reason
+        chosen = backends.select("gelu", torch.device("cuda", 0), lambda backend: None, drop_in=True)
+        assert chosen == ("pytorch" if reason else "triton")
+    finally:
+        backends._cached_machine_refusal.cache_clear()
+
+
+def test_an_op_on_the_cpu_asks_nothing_of_the_gpus(monkeypatch):
+    """In a process forked from one that uses CUDA, as a DataLoader's, any question raises."""
+
+    def forked(*_):
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    for name in ("is_available", "device_count", "get_device_capability", "current_device"):
+        monkeypatch.setattr(backends.torch.cuda, name, forked)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backends._cached_machine_refusal.cache_clear()
+    try:
+        assert backends.select("gelu", torch.device("cpu"), lambda backend: None) in ("cpp", "reference")
+        assert backends._machine_refusal("cuda", "cpu", None) and backends._machine_refusal(
+            "triton", "cpu", None
+        )
     finally:
         backends._cached_machine_refusal.cache_clear()
 

@@ -144,9 +144,12 @@ def test_streaming_kernels_move_16_bytes_at_a_time_and_nothing_twice():
 
 
 def test_arithmetic_leaves_time_for_the_memory():
-    """All but softcaps and rows of 64 could run at nine tenths of the bandwidth of an A100 and an H200."""
+    """All but softcaps and short rows could run at nine tenths of the bandwidth of an A100 and an H200."""
     for record in committed().values():
-        slow = "softcap" in record["config"] or "D64;" in record["config"] or record["arch"] == "sm_100a"
+        slow = (
+            any(part in record["config"] for part in ("softcap", "D64;", " V1 "))
+            or record["arch"] == "sm_100a"
+        )
         if record["kernel"] in STREAMING and not slow:
             assert record["loop"]["bandwidth"] >= 0.9, key(record)
 

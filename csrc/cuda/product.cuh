@@ -26,7 +26,7 @@ template <typename... Results, typename... Arguments>
 std::tuple<Results...> call(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, std::max(sizeof...(arguments), sizeof...(Results))> stack{
       torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
   auto next = stack.begin();
   return {torch::stable::detail::to<Results>(*next++)...};
 }

@@ -315,12 +315,12 @@ def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool, described: bool) 
 
 def keys_left(q: Tensor, described: bool) -> bool:
     """Whether few rows of dq are made as (k^T ds)^T: the head dimension then stands where Hopper's matrix instruction
-    wants 64 rows and Blackwell's 128. By pointers Hopper has registers for it only at 256, where all tiles are low.
+    wants 64 rows, and that of sm_100 128. By pointers Hopper has registers for it only at 256, where all tiles are low.
     """
     device = capability(q)
-    if device is None or device[0] < 9 or (q.dtype == torch.float32 and not is_tf32(q)):
+    if device is None or device[0] not in (9, 10) or (q.dtype == torch.float32 and not is_tf32(q)):
         return described
-    return described or device[0] > 9 or (q.shape[-1] > 128 and q.element_size() == 2)
+    return described or device[0] == 10 or (q.shape[-1] > 128 and q.element_size() == 2)
 
 
 def decoding_tile(q: Tensor, v: Tensor) -> Tile:
@@ -352,7 +352,7 @@ def constants(
 
 
 def describable(documents: Documents | None, *tensors: Tensor) -> bool:
-    """Whether the kernels get tensor descriptors, by which a unit for it copies tiles (TMA, from sm_90 on) without a
+    """Whether the kernels get tensor descriptors, by which a unit for it copies tiles (TMA, sm_90 and 100) without a
     thread's instruction for an address; what lies past the end of a dimension comes as 0.
 
     Not of documents: past the end of one lies the next one, which may hold NaN.
@@ -360,7 +360,7 @@ def describable(documents: Documents | None, *tensors: Tensor) -> bool:
     device = capability(tensors[0])
     if device is None and not hasattr(InterpreterBuilder, "create_descriptor_reduce"):  # which add_rows needs
         return False
-    if documents is not None or (device is not None and device[0] < 9):
+    if documents is not None or (device is not None and device[0] not in (9, 10)):
         return False
     return all(map(_describable, tensors))
 

@@ -177,7 +177,7 @@ def _cross_entropy_fwd(
     loss = a * (log_sum - (x_y - row_max))
     loss += tl.where(z_loss == 0.0, 0.0, z_loss * (row_max + log_sum) * (row_max + log_sum))
     if SMOOTHING:
-        W = V.to(tl.float32)
+        W = tl.cast(V, tl.float32)  # V of 1 is a constant of Python's
         if p_weight is not None:
             W = tl.load(p_weight_sum)
         smooth = W * log_sum + tl.sum(b_smooth + _raised(b_w, b_max, row_max), 0)
@@ -251,7 +251,7 @@ def _cross_entropy_bwd(
     c_p = c_y + tl.where(z_loss == 0.0, 0.0, grad * 2.0 * z_loss * (row_max + tl.log(row_sum)))
     c_w = grad * eps / V
     if SMOOTHING:
-        W = V.to(tl.float32)
+        W = tl.cast(V, tl.float32)  # V of 1 is a constant of Python's
         if p_weight is not None:
             W = tl.load(p_weight_sum)
         c_p += c_w * W

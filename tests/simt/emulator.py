@@ -111,8 +111,8 @@ def running() -> Iterator[None]:
     library()
     real = backends._cached_machine_refusal
 
-    def refusal(op: str, backend: str, device: str, number: int | None) -> str | None:
-        return None if (backend, device) == ("cuda", "cpu") else real(op, backend, device, number)
+    def refusal(backend: str, device: str, number: int | None) -> str | None:
+        return None if (backend, device) == ("cuda", "cpu") else real(backend, device, number)
 
     with mock.patch.object(backends, "_cached_machine_refusal", refusal):
         yield
