@@ -63,7 +63,7 @@ test-all: .venv/.dev
 # the sanitizer adds its own. Python and PyTorch leak on purpose. The preloaded libraries must come before all others
 # and Python links no libstdc++; a report goes straight to the terminal, since it ends the process.
 ASAN_TESTS := $(wildcard tests/test_functional*.py) $(foreach op, add_layer_norm attention attention_extremes attention_varlen \
-	cross_entropy cross_entropy_extremes geglu gelu linear linear_cross_entropy linear_gelu mlp, tests/test_$(op).py)
+	cross_entropy cross_entropy_extremes geglu gelu linear linear_cross_entropy linear_gelu mlp op_sizes, tests/test_$(op).py)
 
 asan: .venv/.dev
 	set -e; \

@@ -195,7 +195,7 @@ def _cpu_backward(
         return None
     mask, options = _expanded(attn_mask, query, key), _cpu_options(query, is_causal, scale)
     stats = statistics_of(logsumexp)
-    tensors = (grad_out, None, *_rows(query, key, value), out, stats, mask, None, None)
+    tensors = (grad_out, None, *_rows(query, key, value, out), stats, mask, None, None)
     return tuple(_run("attention_bwd", backend, *tensors, *options, False, _deterministic())[:3])
 
 

@@ -11,6 +11,7 @@
 //
 // Bytes: the forward reads x and residual and writes sum and normed; the backward reads grad_normed,
 // grad_sum and sum and writes dsum. mean and rstd are kept, n is recomputed.
+#include "checks.h"
 #include "kernel.h"
 #include "vector.h"
 
@@ -139,6 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
     const OptionalTensor& weight_,
     const OptionalTensor& bias_,
     double eps) {
+  Checks("add_layer_norm_fwd_cpp", "x", x_, {ANY, ANY})("residual", residual_, x_.sizes(), FLOATS)(
+      "weight", weight_, {x_.size(1)}, FLOATS)("bias", bias_, {x_.size(1)}, FLOATS);
   const auto type = residual_ ? c10::promoteTypes(x_.scalar_type(), residual_->scalar_type()) : x_.scalar_type();
   const auto acc = accumulator(type);
   const Tensor x = in(type, x_), residual = in(type, residual_), weight = in(acc, weight_), bias = in(acc, bias_);
@@ -172,7 +175,11 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
     const OptionalTensor& weight_,
     const Tensor& mean,
     const Tensor& rstd) {
+  const Checks check("add_layer_norm_bwd_cpp", "total", total_, {ANY, ANY});
   const auto type = total_.scalar_type(), acc = accumulator(type);
+  check.like("grad_normed", grad_normed_).like("grad_sum", grad_sum_);
+  check("weight", weight_, {total_.size(1)}, FLOATS);
+  check("mean", mean, {total_.size(0)}, at::kDouble)("rstd", rstd, {total_.size(0)}, acc);
   const Tensor grad_normed = in(type, grad_normed_), grad_sum = in(type, grad_sum_), total = in(type, total_);
   const Tensor weight = in(acc, weight_), mu = in(at::kDouble, mean), scale = in(acc, rstd);
   const int64_t rows = total.size(0), size = total.size(1), parts = row_parts(rows);

@@ -150,6 +150,28 @@ Problems entries(const Tensor& q, const Tensor& k, Problem p) {
   return documents;
 }
 
+// q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, Dv), attn_mask (B, H, Lq, Lk).
+Checks check_inputs(
+    const char* op,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const OptionalTensor& mask,
+    const OptionalTensor& slopes,
+    const OptionalTensor& seed,
+    double dropout_p) {
+  const Checks check(op, "q", q, {ANY, ANY, ANY, ANY});
+  const auto type = q.scalar_type();
+  check("k", k, {q.size(0), ANY, ANY, q.size(3)}, type)("v", v, {q.size(0), k.size(1), k.size(2), ANY}, type);
+  check(
+      "attn_mask",
+      mask,
+      {q.size(0), q.size(1), q.size(2), k.size(2)},
+      {at::kBool, at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
+  check_extras(check, q, slopes, q.size(0), seed, dropout_p);
+  return check;
+}
+
 std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& q_,
     const Tensor& k_,
@@ -163,6 +185,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
     int64_t right,
     double softcap,
     double dropout_p) {
+  check_inputs("attention_fwd_cpp", q_, k_, v_, attn_mask, alibi_slopes, seed, dropout_p);
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const auto acc = accumulator(q.scalar_type());
@@ -193,10 +216,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     bool mask_grad,
     bool /*deterministic: always*/) {
   TORCH_CHECK_NOT_IMPLEMENTED(!mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask");
+  const Checks check = check_inputs("attention_bwd_cpp", q_, k_, v_, attn_mask, alibi_slopes, seed, dropout_p);
+  const int64_t batch = q_.size(0), heads = q_.size(1), rows = q_.size(2), value_size = v_.size(3);
+  const auto type = q_.scalar_type(), acc = accumulator(type);
+  check("grad_out", grad_, {batch, heads, rows, value_size}, type)("out", out_, {batch, heads, rows, value_size}, type);
+  check("grad_lse", grad_lse_, {batch, heads, rows}, acc)("stats", stats, {batch, heads, rows, 2}, acc);
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Tensor grad = rows_contiguous(grad_), out = rows_contiguous(out_);
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
-  const auto acc = accumulator(q.scalar_type());
   const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc) : Tensor();
   Tensor dq = head_major(q, q.size(0), p.heads, q.size(2), p.size);
   Tensor dk = head_major(k, q.size(0), p.kv_heads, k.size(2), p.size);
@@ -221,6 +248,22 @@ Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t h
   return slopes ? slopes->to(acc).expand({documents, heads}).contiguous() : Tensor();
 }
 
+void check_extras(
+    const Checks& check,
+    const Tensor& q,
+    const OptionalTensor& slopes,
+    int64_t documents,
+    const OptionalTensor& seed,
+    double dropout_p) {
+  const auto acc = accumulator(q.scalar_type());
+  if (slopes && slopes->dim() == 1)
+    check("alibi_slopes", slopes, {q.size(1)}, acc);
+  else
+    check("alibi_slopes", slopes, {documents, q.size(1)}, acc);
+  check("seed", seed, {1}, at::kLong);
+  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed");
+}
+
 Problem describe(
     const Tensor& q,
     const Tensor& k,
@@ -235,12 +278,7 @@ Problem describe(
   Problem p{};
   p.heads = q.size(1), p.kv_heads = k.size(1), p.size = q.size(3), p.value_size = v.size(3);
   TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "attention: the heads of k must divide those of q");
-  TORCH_CHECK(
-      k.size(0) == q.size(0) && v.size(0) == q.size(0) && v.size(1) == p.kv_heads && v.size(2) == k.size(2) &&
-          k.size(3) == p.size && k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-      "attention: q, k and v do not match");
   p.scale = scale, p.softcap = softcap, p.lower_right = lower_right, p.left = left, p.right = right;
-  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed");
   if (dropout_p > 0) p.dropout = {static_cast<uint64_t>(seed->const_data_ptr<int64_t>()[0]), dropout_p};
   return p;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention_tiles.h"
+#include "checks.h"
 
 namespace fastgpt {
 
@@ -10,6 +11,15 @@ Tensor rows_contiguous(const Tensor& t);
 
 // (documents, heads) of slopes that are that or (heads,).
 Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads, at::ScalarType acc);
+
+// What goes with the rows of q: slopes (H,) or (documents, H), and the seed of the dropout.
+void check_extras(
+    const Checks& check,
+    const Tensor& q,
+    const OptionalTensor& slopes,
+    int64_t documents,
+    const OptionalTensor& seed,
+    double dropout_p);
 
 // What all documents of a call have in common.
 Problem describe(

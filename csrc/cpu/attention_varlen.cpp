@@ -14,7 +14,6 @@ Tensor entry(const Tensor& t) { return t.transpose(0, 1).unsqueeze(0); }
 // The document bounds, with the end of the tensor behind them.
 std::vector<int64_t> bounds(const char* name, const Tensor& cu_seqlens, int64_t total) {
   const Tensor starts = cu_seqlens.to(at::kLong).contiguous();
-  TORCH_CHECK(starts.dim() == 1 && starts.numel() > 0, "attention_varlen: ", name, " must be (documents + 1,)");
   const int64_t* first = starts.const_data_ptr<int64_t>();
   std::vector<int64_t> found(first, first + starts.numel());
   TORCH_CHECK_VALUE(
@@ -32,7 +31,6 @@ Problems documents_of(
     const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, Problem p) {
   const std::vector<int64_t> q_starts = bounds("cu_seqlens_q", cu_seqlens_q, q.size(2));
   const std::vector<int64_t> k_starts = bounds("cu_seqlens_k", cu_seqlens_k, k.size(2));
-  TORCH_CHECK(q_starts.size() == k_starts.size(), "attention_varlen: q and k have different numbers of documents");
   Problems documents;
   const auto add = [&](int64_t n, int64_t rows, int64_t columns) {
     p.number = n, p.queries = {0, q_starts[n]}, p.keys = {0, k_starts[n]}, p.rows = rows, p.columns = columns;
@@ -43,6 +41,26 @@ Problems documents_of(
   add(rest, q.size(2) - q_starts[rest], 0);
   add(rest, 0, k.size(2) - k_starts[rest]);
   return documents;
+}
+
+// q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, Dv), cu_seqlens (documents + 1,).
+Checks check_inputs(
+    const char* op,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k,
+    const OptionalTensor& slopes,
+    const OptionalTensor& seed,
+    double dropout_p) {
+  const Checks check(op, "q", q, {ANY, ANY, ANY});
+  check("k", k, {ANY, ANY, q.size(2)}, q.scalar_type())("v", v, {k.size(0), k.size(1), ANY}, q.scalar_type());
+  check("cu_seqlens_q", cu_seqlens_q, {ANY}, {at::kInt, at::kLong});
+  check("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.sizes(), {at::kInt, at::kLong});
+  TORCH_CHECK(cu_seqlens_q.numel() > 0, op, ": cu_seqlens_q must have documents + 1 elements, got none");
+  check_extras(check, q, slopes, cu_seqlens_q.size(0) - 1, seed, dropout_p);
+  return check;
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_fwd(
@@ -61,6 +79,7 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     int64_t right,
     double softcap,
     double dropout_p) {
+  check_inputs("attention_varlen_fwd_cpp", q_, k_, v_, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, dropout_p);
   const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
@@ -93,11 +112,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     double softcap,
     double dropout_p,
     bool /*deterministic: always*/) {
+  const Checks check =
+      check_inputs("attention_varlen_bwd_cpp", q_, k_, v_, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, dropout_p);
+  const int64_t rows = q_.size(0), heads = q_.size(1), value_size = v_.size(2);
+  const auto type = q_.scalar_type(), acc = accumulator(type);
+  check("grad_out", grad_, {rows, heads, value_size}, type)("out", out_, {rows, heads, value_size}, type);
+  check("grad_lse", grad_lse_, {heads, rows}, acc)("stats", stats_, {heads, rows, 2}, acc);
   const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
   const Tensor grad = rows_contiguous(entry(grad_)), out = rows_contiguous(entry(out_));
   const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
-  const auto acc = accumulator(q.scalar_type());
   const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc).unsqueeze(0) : Tensor();
   const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
   Tensor dq = at::empty(q_.sizes(), q.options());

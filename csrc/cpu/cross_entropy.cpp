@@ -4,8 +4,19 @@
 // caches where they are large.
 #include "cross_entropy.h"
 
+#include "checks.h"
+
 namespace fastgpt {
 namespace {
+
+// What the forward and the backward take: logits (N, V) with contiguous rows, target (N,), weight (V,).
+Checks check_rows(const char* op, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
+  const Checks check(op, "logits", logits, {ANY, ANY});
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  check("target", target, {rows}, at::kLong)("weight", weight, {vocab}, accumulator(logits.scalar_type()));
+  TORCH_CHECK(vocab <= 1 || logits.stride(1) == 1, op, ": the classes of a row must be contiguous");
+  return check;
+}
 
 std::tuple<Tensor, Tensor> cross_entropy_fwd(
     const Tensor& logits,
@@ -15,8 +26,8 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     double label_smoothing,
     double z_loss,
     double softcap) {
+  check_rows("cross_entropy_fwd_cpp", logits, target, weight);
   const int64_t rows = logits.size(0), vocab = logits.size(1), stride = logits.stride(0);
-  TORCH_CHECK(vocab <= 1 || logits.stride(1) == 1, "cross_entropy_fwd: the classes of a row must be contiguous");
   const Tensor y = target.contiguous();
   check_targets(y, vocab, ignore_index);
   const auto options = logits.options().dtype(accumulator(logits.scalar_type()));
@@ -38,6 +49,21 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
   return {loss, statistics};
 }
 
+void check_backward(
+    const char* op,
+    const Tensor& grad_loss,
+    const OptionalTensor& grad_lse,
+    const Tensor& logits,
+    const Tensor& target,
+    const Tensor& statistics,
+    const OptionalTensor& weight) {
+  const Checks check = check_rows(op, logits, target, weight);
+  const int64_t rows = logits.size(0);
+  const auto acc = accumulator(logits.scalar_type());
+  check("grad_loss", grad_loss, {rows}, acc)("grad_lse", grad_lse, {rows}, acc)(
+      "statistics", statistics, {rows, 2}, acc);
+}
+
 // The gradient into `out`, which may be the logits themselves.
 void backward_into(
     const Tensor& out,
@@ -50,7 +76,6 @@ void backward_into(
     const LossOptions& loss_options) {
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const int64_t stride = logits.stride(0), out_stride = out.stride(0);
-  TORCH_CHECK(vocab <= 1 || logits.stride(1) == 1, "cross_entropy_bwd: the classes of a row must be contiguous");
   const Tensor y = target.contiguous();
   check_targets(y, vocab, loss_options.ignore_index);
   const auto acc = accumulator(logits.scalar_type());
@@ -92,6 +117,7 @@ Tensor cross_entropy_bwd(
     double label_smoothing,
     double z_loss,
     double softcap) {
+  check_backward("cross_entropy_bwd_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
   Tensor out = at::empty(logits.sizes(), logits.options());
   backward_into(
       out, grad_loss, grad_lse, logits, target, statistics, weight, {ignore_index, label_smoothing, z_loss, softcap});
@@ -109,6 +135,10 @@ void cross_entropy_bwd_inplace(
     double label_smoothing,
     double z_loss,
     double softcap) {
+  check_backward("cross_entropy_bwd_inplace_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
+  TORCH_CHECK(
+      logits.size(0) <= 1 || logits.stride(0) >= logits.size(1),
+      "cross_entropy_bwd_inplace_cpp: the rows of logits must not overlap, because they are written");
   backward_into(
       logits,
       grad_loss,

@@ -12,6 +12,7 @@
 // bits. Large results go past the caches, which saves reading them first.
 // dbias is the sum of dx over the rows, taken over a fixed number of parts so that its bits do not depend
 // on the number of threads.
+#include "checks.h"
 #include "gelu_terms.h"
 #include "kernel.h"
 #include "vector.h"
@@ -147,6 +148,7 @@ void dispatch_kind(const Tensor& x, int64_t row, bool tanh, F&& f) {
 }
 
 Tensor gelu_fwd(const Tensor& x_, bool tanh) {
+  Checks("gelu_fwd_cpp", "x", x_);
   const Tensor x = x_.contiguous();
   Tensor y = at::empty_like(x);
   dispatch_kind(x, BLOCK, tanh, [&](auto element, auto kind, auto past) {
@@ -157,6 +159,7 @@ Tensor gelu_fwd(const Tensor& x_, bool tanh) {
 }
 
 Tensor gelu_bwd(const Tensor& grad_, const Tensor& x_, bool tanh) {
+  Checks("gelu_bwd_cpp", "x", x_).like("grad", grad_);
   const Tensor x = x_.contiguous(), grad = grad_.contiguous();
   Tensor dx = at::empty_like(x);
   dispatch_kind(x, BLOCK, tanh, [&](auto element, auto kind, auto past) {
@@ -168,6 +171,7 @@ Tensor gelu_bwd(const Tensor& grad_, const Tensor& x_, bool tanh) {
 }
 
 Tensor bias_gelu_fwd(const Tensor& x_, const Tensor& bias_, bool tanh) {
+  Checks("bias_gelu_fwd_cpp", "x", x_)("bias", bias_, {x_.size(-1)}, x_.scalar_type());
   const Tensor x = x_.contiguous(), bias = bias_.contiguous();
   Tensor y = at::empty_like(x);
   const int64_t size = bias.numel(), rows = size ? x.numel() / size : 0;
@@ -180,6 +184,7 @@ Tensor bias_gelu_fwd(const Tensor& x_, const Tensor& bias_, bool tanh) {
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad_, const Tensor& x_, const Tensor& bias_, bool tanh) {
+  Checks("bias_gelu_bwd_cpp", "x", x_)("bias", bias_, {x_.size(-1)}, x_.scalar_type()).like("grad", grad_);
   const Tensor x = x_.contiguous(), bias = bias_.contiguous(), grad = grad_.contiguous();
   Tensor dx = at::empty_like(x);
   const int64_t size = bias.numel(), rows = size ? x.numel() / size : 0;
@@ -201,6 +206,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad_, const Tensor& x_, 
 }
 
 Tensor geglu_fwd(const Tensor& a_, const Tensor& b_, bool tanh) {
+  Checks("geglu_fwd_cpp", "a", a_).like("b", b_);
   const Tensor a = a_.contiguous(), b = b_.contiguous();
   Tensor y = at::empty_like(a);
   dispatch_kind(a, BLOCK, tanh, [&](auto element, auto kind, auto past) {
@@ -212,6 +218,7 @@ Tensor geglu_fwd(const Tensor& a_, const Tensor& b_, bool tanh) {
 }
 
 std::tuple<Tensor, Tensor> geglu_bwd(const Tensor& grad_, const Tensor& a_, const Tensor& b_, bool tanh) {
+  Checks("geglu_bwd_cpp", "a", a_).like("b", b_).like("grad", grad_);
   const Tensor a = a_.contiguous(), b = b_.contiguous(), grad = grad_.contiguous();
   Tensor da = at::empty_like(a), db = at::empty_like(b);
   dispatch_kind(a, BLOCK, tanh, [&](auto element, auto kind, auto past) {

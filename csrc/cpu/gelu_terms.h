@@ -51,7 +51,7 @@ inline const Pieces SLOPE(TANH ? 5.5 : 5.8, slope_of<TANH>);
   const Integers k = std::bit_cast<Integers>(shifted);
   Floats tail = lookup(f.terms[0], k);
 #pragma GCC unroll 8
-  for (int64_t i = 1; i < TERMS; ++i) tail = tail * t + lookup(f.terms[i], k);
+  for (int64_t i = 1; i < TERMS; ++i) tail = multiply_add(tail, t, lookup(f.terms[i], k));
   return x > 0.0f ? 1.0f - tail : tail;
 }
 

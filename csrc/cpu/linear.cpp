@@ -16,6 +16,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
+#include "checks.h"
 #include "gemm.h"
 #include "kernel.h"
 #include "vector.h"
@@ -272,11 +273,10 @@ bool is_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
 
 // ---- launchers ----
 
-void check(const Tensor& x, const Tensor& weight) {
-  TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1), "linear: x and weight do not match");
-  TORCH_CHECK(
-      weight.scalar_type() == x.scalar_type() || weight.scalar_type() == accumulator(x.scalar_type()),
-      "linear: weight must be of x's dtype or of the one it is summed in");
+// x (M, K), weight (N, K) of x's dtype or of the one it is summed in.
+Checks check_layer(const char* op, const Tensor& x, const Tensor& weight) {
+  const Checks check(op, "x", x, {ANY, ANY});
+  return check("weight", weight, {ANY, x.size(1)}, {x.scalar_type(), accumulator(x.scalar_type())});
 }
 
 // Calls f with a value of the weight's element type.
@@ -286,8 +286,8 @@ void dispatch_weight(const Tensor& weight, F&& f) {
 }
 
 Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
-  check(x_, weight_);
   const auto type = x_.scalar_type();
+  check_layer("linear_fwd_cpp", x_, weight_)("bias", bias_, {weight_.size(0)}, {type, accumulator(type)});
 #if defined(__AVX512BF16__)
   if (pairs_up(x_, weight_)) {
     const Tensor x = x_.contiguous(), weight = weight_.contiguous();
@@ -310,12 +310,8 @@ Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& grad_, const Tensor& x_, const Tensor& weight_, bool with_x, bool with_weight, bool with_bias) {
-  check(x_, weight_);
-  TORCH_CHECK(
-      grad_.dim() == 2 && grad_.size(0) == x_.size(0) && grad_.size(1) == weight_.size(0) &&
-          grad_.scalar_type() == x_.scalar_type(),
-      "linear: grad does not match x and weight");
   const auto type = x_.scalar_type(), kept = weight_.scalar_type();
+  check_layer("linear_bwd_cpp", x_, weight_)("grad", grad_, {x_.size(0), weight_.size(0)}, type);
   Tensor dx = at::empty({0}, x_.options()), dweight = at::empty({0}, weight_.options());
   Tensor dbias = at::empty({0}, weight_.options());
 #if defined(__AVX512BF16__)

@@ -2,6 +2,8 @@
 // linear_cross_entropy.h.
 #include "linear_cross_entropy.h"
 
+#include "checks.h"
+
 namespace fastgpt {
 namespace {
 
@@ -12,6 +14,22 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 template <typename A>
 A* pointer(const Tensor& t) {
   return t.defined() && t.numel() > 0 ? t.mutable_data_ptr<A>() : nullptr;
+}
+
+// What the forward and the backward take: hidden (N, D), weight (V, D), bias (V,), target (N,), class_weight (V,).
+Checks check_layer(
+    const char* op,
+    const Tensor& hidden,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const Tensor& target,
+    const OptionalTensor& class_weight) {
+  const Checks check(op, "hidden", hidden, {ANY, ANY});
+  const auto type = hidden.scalar_type();
+  check("weight", weight, {ANY, hidden.size(1)}, type)("bias", bias, {weight.size(0)}, type);
+  check("target", target, {hidden.size(0)}, at::kLong);
+  check("class_weight", class_weight, {weight.size(0)}, accumulator(type));
+  return check;
 }
 
 // Calls f(chunks) with what computes in the inputs' dtype.
@@ -58,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     double softcap,
     int64_t chunk,
     bool with_grad) {
+  check_layer("linear_cross_entropy_fwd_cpp", hidden_, weight_, bias, target_, class_weight);
   const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), target = target_.contiguous();
   const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
   Tensor loss = at::empty({hidden.size(0)}, options), statistics = at::empty({hidden.size(0), 2}, options);
@@ -90,6 +109,9 @@ Gradients linear_cross_entropy_bwd(
     double z_loss,
     double softcap,
     int64_t chunk) {
+  const Checks check = check_layer("linear_cross_entropy_bwd_cpp", hidden_, weight_, bias, target_, class_weight);
+  check("grad_loss", grad_loss, {hidden_.size(0)}, accumulator(hidden_.scalar_type()));
+  check("statistics", statistics_, {hidden_.size(0), 2}, accumulator(hidden_.scalar_type()));
   const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), target = target_.contiguous();
   const auto acc = accumulator(hidden.scalar_type());
   const Tensor grad = grad_loss.to(acc).contiguous(), statistics = statistics_.to(acc).contiguous();

@@ -309,6 +309,18 @@ template <typename A, typename F>
 
 // ---- elementary functions ----
 
+// a·b + c, rounded once where the CPU can. Written a * b + c, it is contracted in some of the places that it is inlined
+// in and not in others, and results of the same formula differ by a rounding.
+[[gnu::always_inline]] inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // c[0]·uⁿ + … + c[n]
 template <int64_t N>
 [[gnu::always_inline]] inline Floats polynomial(Floats u, const float (&c)[N]) {

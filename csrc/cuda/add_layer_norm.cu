@@ -20,6 +20,7 @@
 // and rstd. dweight and dbias are summed in two stages without atomics: a fixed set of blocks sums strided rows,
 // PyTorch sums the partial sums.
 #include "../formulas.h"
+#include "checks.cuh"
 #include "team.cuh"
 #include "tensors.cuh"
 
@@ -338,6 +339,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
     const OptionalTensor& weight_,
     const OptionalTensor& bias_,
     double eps) {
+  const Checks check("add_layer_norm_fwd_cuda", "x", x_, {ANY, ANY});
+  check("residual", residual_, {x_.size(0), x_.size(1)}, FLOATS);
+  check("weight", weight_, {x_.size(1)}, FLOATS_OR_DOUBLE)("bias", bias_, {x_.size(1)}, FLOATS_OR_DOUBLE);
+  check.contiguous("x", x_, "residual", residual_, "weight", weight_, "bias", bias_);
   // A sum of two types is float32. x is then made to be the one that has it already, if one has.
   Tensor x = x_;
   OptionalTensor residual = residual_;
@@ -385,15 +390,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
-    const Tensor& grad_normed,
-    const OptionalTensor& grad_sum_,
+    const Tensor& grad,
+    const OptionalTensor& grad_sum,
     const Tensor& sum,
     const OptionalTensor& weight_,
     const Tensor& mean,
     const Tensor& rstd) {
-  const ScalarType dtype = sum.scalar_type();
-  const Tensor grad = torch::stable::to(grad_normed, dtype);
-  const OptionalTensor grad_sum = as(grad_sum_, dtype), weight = as(weight_, ScalarType::Float);
+  const Checks check("add_layer_norm_bwd_cuda", "total", sum, {ANY, ANY});
+  check.like("grad_normed", grad).like("grad_sum", grad_sum)("weight", weight_, {sum.size(1)}, FLOATS_OR_DOUBLE);
+  check("mean", mean, {sum.size(0)}, {ScalarType::Double})("rstd", rstd, {sum.size(0)}, {ScalarType::Float});
+  check.contiguous("grad_normed", grad, "grad_sum", grad_sum, "total", sum, "weight", weight_);
+  check.contiguous("mean", mean, "rstd", rstd);
+  const OptionalTensor weight = as(weight_, ScalarType::Float);
   const int64_t rows = sum.size(0);
   const int columns = columns_of(sum);
   Tensor dsum = torch::stable::empty_like(sum);
@@ -401,7 +409,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
     return {dsum, zeros(sum, {columns}, ScalarType::Float), zeros(sum, {columns}, ScalarType::Float)};
   const bool is_wide = wide_rows(sum) && aligned(grad, sum, dsum) && is_aligned(grad_sum) && is_aligned(weight);
   Tensor partial_weight, partial_bias;
-  dispatch(dtype, "add_layer_norm", [&](auto element) {
+  dispatch(sum.scalar_type(), "add_layer_norm", [&](auto element) {
     choose(is_wide, [&](auto wide) {
       choose_elements<wide>(columns, [&](auto elements) {
         using T = decltype(element);

@@ -272,9 +272,10 @@ std::tuple<Tensor, Tensor> attention_fwd(
     int64_t right,
     double softcap,
     double dropout_p) {
+  const Options options{mask, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
+  check_inputs("attention_fwd_cuda", q, k, v, options);
   Tensor out = head_major(q, q.size(1), q.size(2), v.size(3));
   Tensor stats = empty(q, {q.size(0), q.size(1), q.size(2), 2}, ScalarType::Float);
-  const Options options{mask, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
   forward(Attention(q, k, v, options), q, k, v, out, stats);
   return {out, stats};
 }
@@ -295,13 +296,15 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     int64_t right,
     double softcap,
     double dropout_p) {
+  const Options options{std::nullopt, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
+  const Documents documents{cu_q, cu_k, longest_q, longest_k};
+  check_inputs("attention_varlen_fwd_cuda", q, k, v, options, documents);
   // What lies past the last document is 0, and sees nothing.
   Tensor out = zeros(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   Tensor stats = zeros(q, {q.size(1), q.size(0), 2}, ScalarType::Float);
   Tensor maxima = torch::stable::select(stats, 2, 0);
   torch::stable::fill_(maxima, -INFINITE);
-  const Options options{std::nullopt, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
-  forward(Attention(q, k, v, options, {cu_q, cu_k, longest_q, longest_k}), q, k, v, out, stats);
+  forward(Attention(q, k, v, options, documents), q, k, v, out, stats);
   return {out, stats};
 }
 

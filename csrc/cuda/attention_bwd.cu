@@ -363,18 +363,19 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
         p.scale);
 }
 
-void backward(Attention a, const Gradients& g, const Tensor& q, const Tensor& k, const Tensor& v) {
+// dout with contiguous rows: an expanded scalar, as out.sum() makes, has none.
+Tensor whole_lines(const Tensor& grad) {
+  return grad.stride(-1) == 1 || grad.numel() == 0 ? grad : torch::stable::contiguous(grad);
+}
+
+void backward(Attention a, Gradients g, const Tensor& q, const Tensor& k, const Tensor& v) {
+  g.grad_out = whole_lines(g.grad_out);
   using WithOptions = Sizes<bf16, 256, true>;
   static_assert(WithOptions::COLUMNS == Sizes<bf16, 64, true>::COLUMNS);
   a.problem.short_rows = q.element_size() == 2 && a.longest_k <= WithOptions::COLUMNS;
   with_kernel(a, q, {q, k, v, g.grad_out, g.dk, g.dv}, [&](auto element, auto head, auto options) {
     launch_bwd<decltype(element), head, options>(a, g, q, k, v);
   });
-}
-
-// dout with contiguous rows: an expanded scalar, as out.sum() makes, has none.
-Tensor whole_lines(const Tensor& grad) {
-  return grad.stride(-1) == 1 || grad.numel() == 0 ? grad : torch::stable::contiguous(grad);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -396,9 +397,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     double dropout_p,
     bool mask_grad,
     bool deterministic) {
-  const auto like = [](const Tensor& x) { return head_major(x, x.size(1), x.size(2), x.size(3)); };
-  const Gradients g{whole_lines(grad_out), out, stats, like(q), like(k), like(v), grad_lse, deterministic};
   const Options options{mask, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
+  const Checks check = check_inputs("attention_bwd_cuda", q, k, v, options);
+  const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), columns = v.size(3);
+  const auto like = [](const Tensor& x) { return head_major(x, x.size(1), x.size(2), x.size(3)); };
+  const Gradients g{grad_out, out, stats, like(q), like(k), like(v), grad_lse, deterministic};
+  g.check({batch, heads, rows, columns}, {batch, heads, rows}, {batch, heads, rows, 2}, check);
   backward(Attention(q, k, v, options), g, q, k, v);
   return {g.dq, g.dk, g.dv, empty(q, {0}, q.scalar_type())};  // a mask that wants a gradient was refused before
 }
@@ -424,10 +428,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     double softcap,
     double dropout_p,
     bool deterministic) {
-  const auto like = [](const Tensor& x) { return zeros(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); };
-  const Gradients g{whole_lines(grad_out), out, stats, like(q), like(k), like(v), grad_lse, deterministic};
   const Options options{std::nullopt, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
-  backward(Attention(q, k, v, options, {cu_q, cu_k, longest_q, longest_k}), g, q, k, v);
+  const Documents documents{cu_q, cu_k, longest_q, longest_k};
+  const Checks check = check_inputs("attention_varlen_bwd_cuda", q, k, v, options, documents);
+  const int64_t rows = q.size(0), heads = q.size(1), columns = v.size(2);
+  const auto like = [](const Tensor& x) { return zeros(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); };
+  const Gradients g{grad_out, out, stats, like(q), like(k), like(v), grad_lse, deterministic};
+  g.check({rows, heads, columns}, {heads, rows}, {heads, rows, 2}, check);
+  backward(Attention(q, k, v, options, documents), g, q, k, v);
   return {g.dq, g.dk, g.dv};
 }
 

@@ -43,6 +43,13 @@ struct Gradients {
   Tensor grad_out, out, stats, dq, dk, dv;
   OptionalTensor grad_lse;
   bool deterministic;
+
+  using Sizes = std::initializer_list<int64_t>;
+  void check(Sizes of_out, Sizes of_lse, Sizes of_stats, const Checks& check) const {
+    check("grad_out", grad_out, of_out, {dq.scalar_type()})("out", out, of_out, {dq.scalar_type()});
+    check("grad_lse", grad_lse, of_lse, {ScalarType::Float})("stats", stats, of_stats, {ScalarType::Float});
+    check.rows_contiguous("out", out).contiguous("grad_lse", grad_lse, "stats", stats);
+  }
 };
 
 template <typename T>

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "attention.cuh"
+#include "checks.cuh"
 
 namespace fastgpt {
 
@@ -20,6 +21,48 @@ struct Documents {
   Tensor cu_q, cu_k;
   int64_t longest_q, longest_k;
 };
+
+// Checks what goes with the heads and rows of q: slopes (H,) or (documents, H), and the seed of the dropout.
+inline void check_extras(
+    const Checks& check, const char* op, const Tensor& q, const Tensor& k, int64_t documents, const Options& o) {
+  const int64_t heads = q.size(1), key_heads = k.size(1);
+  STD_TORCH_CHECK(key_heads > 0 && heads % key_heads == 0, op, ": the heads of k must divide those of q");
+  if (o.slopes.has_value() && o.slopes->dim() == 1)
+    check("alibi_slopes", o.slopes, {heads}, {ScalarType::Float});
+  else
+    check("alibi_slopes", o.slopes, {documents, heads}, {ScalarType::Float});
+  check("seed", o.seed, {1}, {ScalarType::Long}).contiguous("alibi_slopes", o.slopes);
+  STD_TORCH_CHECK(o.dropout_p == 0 || o.seed.has_value(), op, ": dropout needs a seed");
+}
+
+// Checks q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV) and the options; a mask is (B, H, Lq, Lk).
+inline Checks check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
+  const Checks check(op, "q", q, {ANY, ANY, ANY, ANY});
+  const ScalarType dtype = q.scalar_type();
+  check("k", k, {q.size(0), ANY, ANY, q.size(3)}, {dtype})("v", v, {q.size(0), k.size(1), k.size(2), ANY}, {dtype});
+  check.rows_contiguous("q", q, "k", k, "v", v);
+  check(
+      "attn_mask",
+      o.mask,
+      {q.size(0), q.size(1), q.size(2), k.size(2)},
+      {ScalarType::Bool, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check_extras(check, op, q, k, q.size(0), o);
+  return check;
+}
+
+// Checks q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), the bounds of the documents and the options.
+inline Checks check_inputs(
+    const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o, const Documents& d) {
+  const Checks check(op, "q", q, {ANY, ANY, ANY});
+  const ScalarType dtype = q.scalar_type();
+  check("k", k, {ANY, ANY, q.size(2)}, {dtype})("v", v, {k.size(0), k.size(1), ANY}, {dtype});
+  check.rows_contiguous("q", q, "k", k, "v", v);
+  check("cu_seqlens_q", d.cu_q, {ANY}, {ScalarType::Int, ScalarType::Long});
+  check("cu_seqlens_k", d.cu_k, {d.cu_q.size(0)}, {ScalarType::Int, ScalarType::Long});
+  STD_TORCH_CHECK(d.cu_q.numel() > 0, op, ": cu_seqlens_q must have documents + 1 elements, got none");
+  check_extras(check, op, q, k, d.cu_q.size(0) - 1, o);
+  return check;
+}
 
 inline int checked_int(int64_t n, const char* what) {
   STD_TORCH_CHECK(
@@ -83,7 +126,7 @@ class Attention {
       : batches(batch), longest_q(Lq), longest_k(Lk), options_(o) {
     Problem& p = problem;
     p.heads = checked_int(heads, "heads");
-    p.group = key_heads > 0 ? checked_int(heads / key_heads, "heads") : 1;
+    p.group = checked_int(heads / key_heads, "heads");
     p.Lq = checked_int(Lq, "rows");
     p.Lk = checked_int(Lk, "columns");
     p.D = checked_int(D, "columns a head");

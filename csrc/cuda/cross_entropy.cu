@@ -9,6 +9,7 @@
 // Where the row's gradient is that of the sum of the losses, all of it takes one read and one write: the row waits in
 // shared memory for its statistics. A row that is too long for a block (V = 50257 in float32) is cut between the blocks
 // of a cluster, which read each other's statistics; one that is too long for a cluster is read twice.
+#include "checks.cuh"
 #include "cross_entropy.cuh"
 
 namespace fastgpt {
@@ -173,8 +174,9 @@ __global__ void __launch_bounds__(ROW_THREADS) cross_entropy_with_grad_kernel(
 
 // ---- launchers ----
 
-// What a loss is asked with, made ready for the kernels.
+// What a loss is asked with, checked and made ready for the kernels.
 struct Call {
+  Checks check;
   LossTensors tensors;
   LossOptions options;
   OptionalTensor weight_sum;  // whose memory `tensors` refers to
@@ -183,6 +185,7 @@ struct Call {
   Launch shape;  // a block a row
 
   Call(
+      const char* op,
       const Tensor& logits,
       const Tensor& target,
       const OptionalTensor& weight,
@@ -190,9 +193,12 @@ struct Call {
       double label_smoothing,
       double z_loss,
       double softcap)
-      : options{
+      : check(op, "logits", logits, {ANY, ANY}),
+        options{
             ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss), static_cast<float>(softcap)},
         rows(logits.size(0)) {
+    check("target", target, {rows}, {ScalarType::Long})("weight", weight, {logits.size(1)}, {ScalarType::Float});
+    check.rows_contiguous("logits", logits).contiguous("target", target, "weight", weight);
     STD_TORCH_CHECK(logits.size(1) < (int64_t{1} << 31) - 4096, "fastgpt: cross_entropy takes less than 2^31 classes");
     columns = static_cast<int>(logits.size(1));
     if (weight.has_value() && label_smoothing != 0) weight_sum = sum_rows(*weight);
@@ -230,6 +236,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& logits, const Call& call) {
   return {loss, statistics};
 }
 
+void check_written(const Tensor& logits) {
+  STD_TORCH_CHECK(
+      logits.size(0) <= 1 || logits.stride(0) >= logits.size(1),
+      "fastgpt: the rows of logits must not overlap, because cross_entropy writes them");
+}
+
 void backward(
     const OptionalTensor& grad_loss,
     const OptionalTensor& grad_lse,
@@ -237,6 +249,11 @@ void backward(
     const Tensor& statistics,
     const Tensor& dlogits,
     const Call& call) {
+  const int64_t rows = call.rows;
+  call.check("grad_loss", grad_loss, {rows}, {ScalarType::Float})("grad_lse", grad_lse, {rows}, {ScalarType::Float})(
+      "statistics", statistics, {rows, 2}, {ScalarType::Float});
+  call.check.contiguous("grad_loss", grad_loss, "grad_lse", grad_lse, "statistics", statistics);
+  check_written(dlogits);
   if (logits.numel() == 0) return;
   // Whether a vector of the logits, wherever its row begins, is one of the gradient.
   const auto place = [](const Tensor& x) { return reinterpret_cast<uintptr_t>(x.data_ptr()) % 16; };
@@ -287,7 +304,8 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     double label_smoothing,
     double z_loss,
     double softcap) {
-  return forward(logits, Call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap));
+  return forward(
+      logits, Call("cross_entropy_fwd_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap));
 }
 
 Tensor cross_entropy_bwd(
@@ -301,8 +319,8 @@ Tensor cross_entropy_bwd(
     double label_smoothing,
     double z_loss,
     double softcap) {
+  const Call call("cross_entropy_bwd_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
-  const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   backward(grad_loss, grad_lse, logits, statistics, dlogits, call);
   return dlogits;
 }
@@ -318,7 +336,8 @@ void cross_entropy_bwd_inplace(
     double label_smoothing,
     double z_loss,
     double softcap) {
-  const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  const Call call(
+      "cross_entropy_bwd_inplace_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
   backward(grad_loss, grad_lse, logits, statistics, logits, call);
 }
 
@@ -331,7 +350,9 @@ std::tuple<Tensor, Tensor> cross_entropy_with_grad_inplace(
     double z_loss,
     double softcap,
     int64_t block_bytes) {
-  const Call call(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  const Call call(
+      "cross_entropy_with_grad_inplace_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+  check_written(logits);
   const Device device = device_of(logits);
   const int64_t row_bytes = call.columns * logits.element_size();
   const int blocks = static_cast<int>(blocks_for(device, row_bytes, block_bytes));

@@ -7,6 +7,7 @@
 // Nothing but the inputs is kept. dbias is summed in two stages, so that its bits do not depend on a race: a block sums
 // ROWS_PER_PARTIAL rows, PyTorch sums the partial sums.
 #include "../formulas.h"
+#include "checks.cuh"
 #include "tensors.cuh"
 
 namespace fastgpt {
@@ -194,6 +195,7 @@ Launch over_rows(int64_t rows, int64_t columns) {
 bool wide_rows(const Tensor& x) { return x.size(-1) * static_cast<int64_t>(x.element_size()) % 16 == 0; }
 
 Tensor gelu_fwd(const Tensor& x, bool tanh) {
+  Checks("gelu_fwd_cuda", "x", x).contiguous("x", x);
   Tensor y = torch::stable::empty_like(x);
   if (const int64_t n = x.numel())
     with_variant("gelu", x, tanh, aligned(x, y), [&](auto element, auto t, auto wide) {
@@ -205,6 +207,7 @@ Tensor gelu_fwd(const Tensor& x, bool tanh) {
 }
 
 Tensor gelu_bwd(const Tensor& grad, const Tensor& x, bool tanh) {
+  Checks("gelu_bwd_cuda", "x", x).like("grad", grad).contiguous("grad", grad, "x", x);
   Tensor dx = torch::stable::empty_like(x);
   if (const int64_t n = x.numel())
     with_variant("gelu", x, tanh, aligned(grad, x, dx), [&](auto element, auto t, auto wide) {
@@ -216,6 +219,7 @@ Tensor gelu_bwd(const Tensor& grad, const Tensor& x, bool tanh) {
 }
 
 Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
+  Checks("bias_gelu_fwd_cuda", "x", x)("bias", bias, {x.size(-1)}, {x.scalar_type()}).contiguous("x", x, "bias", bias);
   Tensor y = torch::stable::empty_like(x);
   if (x.numel() == 0) return y;
   const int64_t columns = bias.size(0), rows = x.numel() / columns;
@@ -235,6 +239,9 @@ Tensor bias_gelu_fwd(const Tensor& x, const Tensor& bias, bool tanh) {
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad, const Tensor& x, const Tensor& bias, bool tanh) {
+  Checks("bias_gelu_bwd_cuda", "x", x)("bias", bias, {x.size(-1)}, {x.scalar_type()})
+      .like("grad", grad)
+      .contiguous("grad", grad, "x", x, "bias", bias);
   Tensor dx = torch::stable::empty_like(x);
   const int64_t columns = bias.size(0);
   if (x.numel() == 0) return {dx, zeros(x, {columns}, x.scalar_type())};
@@ -261,6 +268,7 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad, const Tensor& x, co
 }
 
 Tensor geglu_fwd(const Tensor& a, const Tensor& b, bool tanh) {
+  Checks("geglu_fwd_cuda", "a", a).like("b", b).contiguous("a", a, "b", b);
   Tensor y = torch::stable::empty_like(a);
   if (const int64_t n = a.numel())
     with_variant("geglu", a, tanh, aligned(a, b, y), [&](auto element, auto t, auto wide) {
@@ -272,6 +280,7 @@ Tensor geglu_fwd(const Tensor& a, const Tensor& b, bool tanh) {
 }
 
 std::tuple<Tensor, Tensor> geglu_bwd(const Tensor& grad, const Tensor& a, const Tensor& b, bool tanh) {
+  Checks("geglu_bwd_cuda", "a", a).like("b", b).like("grad", grad).contiguous("grad", grad, "a", a, "b", b);
   Tensor da = torch::stable::empty_like(a), db = torch::stable::empty_like(b);
   if (const int64_t n = a.numel())
     with_variant("geglu", a, tanh, aligned(grad, a, b, da, db), [&](auto element, auto t, auto wide) {

@@ -3,6 +3,7 @@
 // GELU by tanh of 16-bit numbers stands in the epilogue of cuBLASLt's product: y is made of z as it comes out of the
 // sums, and z written only where a backward wants it. Everything else, and what cuBLASLt has no kernel for, is
 // PyTorch's product and a pass over z.
+#include "checks.cuh"
 #include "product.cuh"
 
 namespace fastgpt {
@@ -10,6 +11,8 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_gelu_fwd(
     const Tensor& x, const Tensor& weight, const OptionalTensor& bias, bool tanh, bool with_z) {
+  Checks("linear_gelu_fwd_cuda", "x", x, {ANY, ANY})("weight", weight, {ANY, x.size(1)}, {x.scalar_type()})(
+      "bias", bias, {weight.size(0)}, {x.scalar_type()});
   const Tensor none = empty(x, {0}, x.scalar_type());
 #ifdef FASTGPT_EPILOGUE
   if (tanh && Product::takes(x, weight) && (!bias.has_value() || (bias->stride(0) == 1 && aligned(*bias)))) {

@@ -7,6 +7,7 @@
 // GELU by tanh of 16-bit numbers has its derivative and the sum in the epilogue of cuBLASLt's product, so that dy =
 // dout W₂ is never in memory. Everything else, and what cuBLASLt has no kernel for, is PyTorch's product and a pass
 // over dy and z.
+#include "checks.cuh"
 #include "product.cuh"
 
 namespace fastgpt {
@@ -15,10 +16,13 @@ namespace {
 // grad (M, C) of the second layer's result, z (M, N) and its weight W₂ (C, N).
 std::tuple<Tensor, Tensor> mlp_bwd(
     const Tensor& grad, const Tensor& z, const Tensor& weight, bool tanh, bool with_bias) {
+  Checks("mlp_bwd_cuda", "z", z, {ANY, ANY})("weight", weight, {ANY, z.size(1)}, {z.scalar_type()})(
+      "grad", grad, {z.size(0), weight.size(0)}, {z.scalar_type()})
+      .contiguous("z", z);
   const int64_t size = z.size(1);
 #ifdef FASTGPT_EPILOGUE
   const Tensor columns = torch::stable::transpose(weight, 0, 1);
-  if (tanh && z.is_contiguous() && aligned(z) && Product::takes(grad, columns)) {
+  if (tanh && aligned(z) && Product::takes(grad, columns)) {
     const Tensor dz = torch::stable::empty_like(z), dbias = empty(z, {with_bias ? size : 0}, z.scalar_type());
     Epilogue epilogue{CUBLASLT_EPILOGUE_DGELU, nullptr, &z};
     if (with_bias) epilogue.kind = CUBLASLT_EPILOGUE_DGELU_BGRAD, epilogue.vector = &dbias;

@@ -30,9 +30,9 @@ def define(
     *,
     fake: Kernel,
     reference: Kernel,
+    check: Callable[..., object],
     module: str | None,
     cuda: str | None = None,
-    check: Kernel | None = None,
 ) -> dict[str, Kernel]:
     """Defines `fastgpt::{name}_{backend}` for every backend and returns the overloads by backend.
 
@@ -41,36 +41,38 @@ def define(
         schema: arguments and results in PyTorch's schema language, without a name.
         fake: computes the results' shapes, dtypes and strides from fake tensors.
         reference: the implementation of the reference backend.
+        check: raises where arguments do not fit each other, so that no kernel leaves a tensor's memory. Called with the
+            op's full name and the arguments before every implementation in Python; compiled ones check for themselves.
         module: the file in `fastgpt.kernels` whose function `name` is Triton's launcher, or None.
         cuda: "file.function" in `fastgpt.kernels`, the launcher of the CUDA backend where that is Python; it does not
             import Triton. None where the compiled library has the op.
-        check: called with the arguments before a launcher in Python, for what only the values can tell.
     """
     overloads = {}
     for backend in BACKENDS:
         op = f"{name}_{backend}"
         _library.define(op + schema)
-        torch.library.register_fake(f"fastgpt::{op}", fake, lib=_library)
+        torch.library.register_fake(f"fastgpt::{op}", _on_one_device(op, fake), lib=_library)
         overloads[backend] = getattr(torch.ops.fastgpt, op).default
     _flops.register(name, list(overloads.values()))
-    _library.impl(f"{name}_reference", _without_autocast(reference), "CompositeExplicitAutograd")
-    launchers = {"triton": None if module is None else f"{module}.{name}", "cuda": cuda}
+    launchers = {
+        "reference": reference,
+        "triton": None if module is None else _lazy(f"{module}.{name}"),
+        "cuda": None if cuda is None else _lazy(cuda),
+    }
     for backend, launcher in launchers.items():
         if launcher is not None:
-            run = _without_autocast(_lazy(launcher, check))
-            _library.impl(f"{name}_{backend}", run, "CompositeExplicitAutograd")
+            op = f"{name}_{backend}"
+            _library.impl(op, _checked(op, check, launcher), "CompositeExplicitAutograd")
     return overloads
 
 
-def _lazy(path: str, check: Kernel | None) -> Kernel:
+def _lazy(path: str) -> Kernel:
     """The launcher `fastgpt.kernels.{path}`, imported (and Triton with it, if that is its) at the first call."""
     module, _, function = path.partition(".")
     launcher: Kernel | None = None
 
     def run(*args: Any) -> Any:
         nonlocal launcher
-        if check is not None:
-            check(*args)
         if launcher is None:
             launcher = getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)
         return launcher(*args)
@@ -78,12 +80,25 @@ def _lazy(path: str, check: Kernel | None) -> Kernel:
     return run
 
 
-def _without_autocast(kernel: Kernel) -> Kernel:
-    """Autocast has been applied to the arguments in `ops`; inside a kernel it must not act again."""
+def _checked(op: str, check: Callable[..., object], kernel: Kernel) -> Kernel:
+    """The kernel after its checks. Autocast has been applied in `ops`; inside a kernel it must not act again."""
 
     def run(*args: Any) -> Any:
+        check(op, *args)
         with torch._C._DisableAutocast():
             return kernel(*args)
+
+    return run
+
+
+def _on_one_device(op: str, fake: Kernel) -> Kernel:
+    """The fake, which PyTorch calls for real tensors, too, where some are on the meta device and others are not."""
+
+    def run(*args: Any) -> Any:
+        devices = {t.device for t in args if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{op}: the tensors must be on one device, got {', '.join(map(str, devices))}")
+        return fake(*args)
 
     return run
 

@@ -9,13 +9,45 @@ from torch import Tensor
 
 from fastgpt import reference
 from fastgpt.backends import select
-from fastgpt.ops._checks import check_floating, check_last_dim, check_tensors, no_float64_on_gpu_backends
+from fastgpt.ops._checks import (
+    ANY,
+    FLOATS,
+    Checks,
+    check_floating,
+    check_last_dim,
+    check_tensors,
+    no_float64_on_gpu_backends,
+)
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.reference.add_layer_norm import centre
 from fastgpt.reference.precision import accumulator
 
 # The mean is float64 in the ops: sum - mean must keep its digits where a row has a large offset.
+
+
+def _check_fwd(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> None:
+    check = Checks(op, "x", x, (ANY, ANY))
+    check("residual", residual, x.shape, *check.floats)
+    check("weight", weight, x.shape[1:], *FLOATS)("bias", bias, x.shape[1:], *FLOATS)
+
+
+def _check_bwd(
+    op: str,
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    check = Checks(op, "total", total, (ANY, ANY)).like("grad_normed", grad_normed).like("grad_sum", grad_sum)
+    check("weight", weight, total.shape[1:], *FLOATS)
+    check("mean", mean, total.shape[:1], torch.float64)(
+        "rstd", rstd, total.shape[:1], accumulator(total.dtype)
+    )
 
 
 def _fake_fwd(x: Tensor, residual: Tensor | None, weight: Any, bias: Any, eps: float) -> tuple[Tensor, ...]:
@@ -67,6 +99,7 @@ _FWD = define(
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_fwd,
+    check=_check_fwd,
     module="add_layer_norm",
 )
 _BWD = define(
@@ -75,6 +108,7 @@ _BWD = define(
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
+    check=_check_bwd,
     module="add_layer_norm",
 )
 

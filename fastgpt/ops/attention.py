@@ -10,6 +10,8 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    ANY,
+    Checks,
     autocast_dtype,
     check_choice,
     check_floating,
@@ -39,6 +41,43 @@ def lse_of(stats: Tensor) -> Tensor:
 def statistics_of(lse: Tensor) -> Tensor:
     """The statistics where only lse (...) is known, as in PyTorch's operators: m = lse, l = 0."""
     return torch.stack((lse, torch.zeros_like(lse)), dim=-1)
+
+
+def check_extras(
+    check: Checks, k: Tensor, slopes: Tensor | None, documents: int, seed: Tensor | None, dropout_p: float
+) -> None:
+    """What goes with the heads and rows of q, for `attention_varlen`, too."""
+    q, heads = check.main, check.main.shape[1]
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"{check.op}: the {k.shape[1]} heads of k must divide the {heads} heads of q")
+    by_document = slopes is not None and slopes.dim() != 1
+    check("alibi_slopes", slopes, (documents, heads) if by_document else (heads,), accumulator(q.dtype))
+    check("seed", seed, (1,), torch.int64)
+    if seed is None and dropout_p != 0:
+        raise ValueError(f"{check.op}: dropout needs a seed")
+
+
+def _check_inputs(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, slopes: Any, seed: Any, dropout_p: float
+) -> Checks:
+    check, (batch, heads, rows, size) = Checks(op, "q", q, (ANY,) * 4), q.shape
+    check("k", k, (batch, ANY, ANY, size), q.dtype)("v", v, (*k.shape[:3], ANY), q.dtype)
+    check("attn_mask", mask, (batch, heads, rows, k.shape[2]), torch.bool, *check.floats)
+    check_extras(check, k, slopes, batch, seed, dropout_p)
+    return check
+
+
+def _check_fwd(op: str, *arguments: Any) -> None:
+    q, k, v, mask, slopes, seed, *_, dropout_p = arguments
+    _check_inputs(op, q, k, v, mask, slopes, seed, dropout_p)
+
+
+def _check_bwd(op: str, *arguments: Any) -> None:
+    grad_out, grad_lse, q, k, v, out, stats, mask, slopes, seed, *_, dropout_p, _, _ = arguments
+    check = _check_inputs(op, q, k, v, mask, slopes, seed, dropout_p)
+    rows, acc = q.shape[:3], accumulator(q.dtype)
+    check("grad_out", grad_out, (*rows, v.shape[3]), q.dtype)("out", out, (*rows, v.shape[3]), q.dtype)
+    check("grad_lse", grad_lse, rows, acc)("stats", stats, (*rows, 2), acc)
 
 
 def _head_major(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -128,6 +167,7 @@ _FWD = define(
     f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_fwd,
+    check=_check_fwd,
     module="attention",
 )
 _BWD = define(
@@ -136,6 +176,7 @@ _BWD = define(
     f" {_EXTRAS}, {_OPTIONS}, bool mask_grad, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
+    check=_check_bwd,
     module="attention",
 )
 

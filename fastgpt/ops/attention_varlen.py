@@ -10,6 +10,8 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    ANY,
+    Checks,
     autocast_dtype,
     check_floating,
     check_same_dtype,
@@ -19,13 +21,44 @@ from fastgpt.ops._checks import (
 )
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.ops.attention import band_bounds, dropout_seed, lse_of, refusal, statistics_of
+from fastgpt.ops.attention import band_bounds, check_extras, dropout_seed, lse_of, refusal, statistics_of
 from fastgpt.reference.attention import check_documents
 from fastgpt.reference.precision import accumulator
 
 _EXTRAS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed"
 _LONGEST = "int max_seqlen_q, int max_seqlen_k"
 _OPTIONS = f"{_LONGEST}, float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
+
+
+def _check_inputs(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    slopes: Any,
+    seed: Any,
+    *options: Any,
+) -> Checks:
+    check = Checks(op, "q", q, (ANY,) * 3)
+    check("k", k, (ANY, ANY, q.shape[2]), q.dtype)("v", v, (*k.shape[:2], ANY), q.dtype)
+    check("cu_seqlens_q", cu_q, (ANY,), torch.int32, torch.int64)
+    check("cu_seqlens_k", cu_k, cu_q.shape, torch.int32, torch.int64)
+    if not cu_q.numel():
+        raise ValueError(f"{op}: cu_seqlens_q must have documents + 1 elements, got none")
+    check_extras(check, k, slopes, cu_q.shape[0] - 1, seed, options[-1])
+    check_documents(q, k, cu_q, cu_k)
+    return check
+
+
+def _check_bwd(op: str, *arguments: Any) -> None:
+    grad_out, grad_lse, q, k, v, out, stats, *rest = arguments
+    check, (rows, heads, _) = _check_inputs(op, q, k, v, *rest[:-1]), q.shape
+    check("grad_out", grad_out, (rows, heads, v.shape[2]), q.dtype)
+    check("out", out, (rows, heads, v.shape[2]), q.dtype)
+    check("grad_lse", grad_lse, (heads, rows), accumulator(q.dtype))
+    check("stats", stats, (heads, rows, 2), accumulator(q.dtype))
 
 
 def _reference(
@@ -62,8 +95,8 @@ _FWD = define(
     f"(Tensor q, Tensor k, Tensor v, {_EXTRAS}, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_fwd,
+    check=_check_inputs,
     module="attention_varlen",
-    check=lambda q, k, v, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
 )
 _BWD = define(
     "attention_varlen_bwd",
@@ -71,8 +104,8 @@ _BWD = define(
     f" {_EXTRAS}, {_OPTIONS}, bool deterministic) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
+    check=_check_bwd,
     module="attention_varlen",
-    check=lambda grad, grad_lse, q, k, v, out, stats, cu_q, cu_k, *_: check_documents(q, k, cu_q, cu_k),
 )
 
 

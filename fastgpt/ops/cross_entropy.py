@@ -10,6 +10,8 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    ANY,
+    Checks,
     autocast_dtype,
     check_choice,
     check_floating,
@@ -31,6 +33,51 @@ _OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float z_los
 _BWD_ARGUMENTS = (
     f"Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor statistics, {_OPTIONS}"
 )
+
+
+def _check_rows(op: str, logits: Tensor, target: Tensor, weight: Tensor | None) -> Checks:
+    check = Checks(op, "logits", logits, (ANY, ANY))
+    check("target", target, logits.shape[:1], torch.int64)
+    return check("weight", weight, logits.shape[1:], accumulator(logits.dtype))
+
+
+def _check_fwd(
+    op: str, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *_: Any
+) -> None:
+    _check_rows(op, logits, target, weight)
+    check_targets(target, logits.shape[1], ignore_index)
+
+
+def _check_bwd(
+    op: str,
+    grad_loss: Tensor,
+    grad_lse: Tensor | None,
+    logits: Tensor,
+    target: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    *_: Any,
+) -> None:
+    check, rows, acc = _check_rows(op, logits, target, weight), logits.shape[:1], accumulator(logits.dtype)
+    check("grad_loss", grad_loss, rows, acc)("grad_lse", grad_lse, rows, acc)
+    check("statistics", statistics, (*rows, 2), acc)
+
+
+def _check_written(op: str, logits: Tensor) -> None:
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(f"{op}: the rows of logits must not overlap, because they are written")
+
+
+def _check_bwd_inplace(
+    op: str, grad_loss: Tensor, grad_lse: Tensor | None, logits: Tensor, *rest: Any
+) -> None:
+    _check_bwd(op, grad_loss, grad_lse, logits, *rest)
+    _check_written(op, logits)
+
+
+def _check_with_grad_inplace(op: str, logits: Tensor, *rest: Any) -> None:
+    _check_fwd(op, logits, *rest)
+    _check_written(op, logits)
 
 
 def _fake_fwd(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -78,14 +125,15 @@ _FWD = define(
     f"(Tensor logits, Tensor target, {_OPTIONS}) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_fwd,
+    check=_check_fwd,
     module="cross_entropy",
-    check=lambda logits, target, weight, ignore, *_: check_targets(target, logits.shape[1], ignore),
 )
 _BWD = define(
     "cross_entropy_bwd",
     f"({_BWD_ARGUMENTS}) -> Tensor",
     fake=lambda grad_loss, grad_lse, logits, *_: logits.new_empty(logits.shape),
     reference=_reference_bwd,
+    check=_check_bwd,
     module="cross_entropy",
 )
 _BWD_INPLACE = define(
@@ -93,6 +141,7 @@ _BWD_INPLACE = define(
     f"({_BWD_ARGUMENTS.replace('Tensor logits', 'Tensor(a!) logits')}) -> ()",
     fake=lambda *_: None,
     reference=_reference_bwd_inplace,
+    check=_check_bwd_inplace,
     module="cross_entropy",
 )
 # Loss, statistics, and over the logits the gradient of the sum of the losses. block_bytes: how much of a row a block of
@@ -102,8 +151,8 @@ _WITH_GRAD_INPLACE = define(
     f"(Tensor(a!) logits, Tensor target, {_OPTIONS}, int block_bytes) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_with_grad_inplace,
+    check=_check_with_grad_inplace,
     module="cross_entropy",
-    check=lambda logits, target, weight, ignore, *_: check_targets(target, logits.shape[1], ignore),
 )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    Checks,
     check_choice,
     check_floating,
     check_same_dtype,
@@ -26,6 +27,7 @@ _FWD = define(
     "(Tensor a, Tensor b, bool tanh) -> Tensor",
     fake=lambda a, b, tanh: torch.empty_like(a),
     reference=reference.geglu,
+    check=lambda op, a, b, tanh: Checks(op, "a", a).like("b", b),
     module="gelu",
 )
 _BWD = define(
@@ -33,6 +35,7 @@ _BWD = define(
     "(Tensor grad, Tensor a, Tensor b, bool tanh) -> (Tensor, Tensor)",
     fake=lambda grad, a, b, tanh: (torch.empty_like(a), torch.empty_like(b)),
     reference=lambda grad, a, b, tanh: vjp(lambda a, b: reference.geglu(a, b, tanh), (a, b), grad),
+    check=lambda op, grad, a, b, tanh: Checks(op, "a", a).like("b", b).like("grad", grad),
     module="gelu",
 )
 

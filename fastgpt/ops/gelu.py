@@ -10,6 +10,7 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    Checks,
     check_choice,
     check_floating,
     check_last_dim,
@@ -22,11 +23,17 @@ from fastgpt.ops._transforms import twice_differentiable
 
 APPROXIMATE = ("none", "tanh")
 
+
+def _check_bias(op: str, x: Tensor, bias: Tensor) -> Checks:
+    return Checks(op, "x", x)("bias", bias, (x.size(-1),), x.dtype)
+
+
 _FWD = define(
     "gelu_fwd",
     "(Tensor x, bool tanh) -> Tensor",
     fake=lambda x, tanh: torch.empty_like(x),
     reference=reference.gelu,
+    check=lambda op, x, tanh: Checks(op, "x", x),
     module="gelu",
 )
 _BWD = define(
@@ -34,6 +41,7 @@ _BWD = define(
     "(Tensor grad, Tensor x, bool tanh) -> Tensor",
     fake=lambda grad, x, tanh: torch.empty_like(x),
     reference=lambda grad, x, tanh: vjp(lambda x: reference.gelu(x, tanh), (x,), grad)[0],
+    check=lambda op, grad, x, tanh: Checks(op, "x", x).like("grad", grad),
     module="gelu",
 )
 _BIAS_FWD = define(
@@ -41,6 +49,7 @@ _BIAS_FWD = define(
     "(Tensor x, Tensor bias, bool tanh) -> Tensor",
     fake=lambda x, bias, tanh: torch.empty_like(x),
     reference=reference.bias_gelu,
+    check=lambda op, x, bias, tanh: _check_bias(op, x, bias),
     module="gelu",
 )
 _BIAS_BWD = define(
@@ -48,6 +57,7 @@ _BIAS_BWD = define(
     "(Tensor grad, Tensor x, Tensor bias, bool tanh) -> (Tensor, Tensor)",
     fake=lambda grad, x, bias, tanh: (torch.empty_like(x), torch.empty_like(bias)),
     reference=lambda grad, x, bias, tanh: vjp(lambda x, b: reference.bias_gelu(x, b, tanh), (x, bias), grad),
+    check=lambda op, grad, x, bias, tanh: _check_bias(op, x, bias).like("grad", grad),
     module="gelu",
 )
 

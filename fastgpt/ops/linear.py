@@ -14,6 +14,8 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    ANY,
+    Checks,
     autocast_dtype,
     check_floating,
     check_last_dim,
@@ -24,6 +26,19 @@ from fastgpt.ops._checks import (
 )
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
+from fastgpt.reference.precision import accumulator
+
+
+def _check_layer(op: str, x: Tensor, weight: Tensor) -> Checks:
+    return Checks(op, "x", x, (ANY, ANY))("weight", weight, (ANY, x.shape[1]), x.dtype, accumulator(x.dtype))
+
+
+def _check_fwd(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_layer(op, x, weight)("bias", bias, weight.shape[:1], x.dtype, accumulator(x.dtype))
+
+
+def _check_bwd(op: str, grad: Tensor, x: Tensor, weight: Tensor, *_: bool) -> None:
+    _check_layer(op, x, weight)("grad", grad, (x.shape[0], weight.shape[0]), x.dtype)
 
 
 def _fake_bwd(
@@ -51,6 +66,7 @@ LINEAR_FWD = define(
     "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     reference=reference.linear,
+    check=_check_fwd,
     module="linear",
     cuda="linear.linear_fwd",
 )
@@ -59,6 +75,7 @@ LINEAR_BWD = define(
     "(Tensor grad, Tensor x, Tensor weight, bool with_x, bool with_weight, bool with_bias) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
+    check=_check_bwd,
     module="linear",
     cuda="linear.linear_bwd",
 )

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastgpt import reference
 from fastgpt.backends import select
 from fastgpt.ops._checks import (
+    ANY,
+    Checks,
     autocast_dtype,
     check_floating,
     check_last_dim,
@@ -32,6 +34,52 @@ from fastgpt.reference.precision import accumulator
 _OPTIONS = (
     "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk"
 )
+
+
+def _check_layer(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+) -> Checks:
+    check = Checks(op, "hidden", hidden, (ANY, ANY))
+    check("weight", weight, (ANY, hidden.shape[1]), hidden.dtype)(
+        "bias", bias, weight.shape[:1], hidden.dtype
+    )
+    check("target", target, hidden.shape[:1], torch.int64)
+    return check("class_weight", class_weight, weight.shape[:1], accumulator(hidden.dtype))
+
+
+def _check_fwd(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    *_: Any,
+) -> None:
+    _check_layer(op, hidden, weight, bias, target, class_weight)
+    check_targets(target, weight.shape[0], ignore_index)
+
+
+def _check_bwd(
+    op: str,
+    grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    statistics: Tensor,
+    class_weight: Tensor | None,
+    *_: Any,
+) -> None:
+    check, rows = _check_layer(op, hidden, weight, bias, target, class_weight), hidden.shape[:1]
+    check("grad_loss", grad_loss, rows, accumulator(hidden.dtype))
+    check("statistics", statistics, (*rows, 2), accumulator(hidden.dtype))
 
 
 def _reference_fwd(
@@ -101,9 +149,9 @@ _FWD = define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_fwd,
+    check=_check_fwd,
     module="linear_cross_entropy",
     cuda="linear_cross_entropy.linear_cross_entropy_fwd_cuda",
-    check=lambda h, weight, b, target, cw, ignore, *_: check_targets(target, weight.shape[0], ignore),
 )
 _BWD = define(
     "linear_cross_entropy_bwd",
@@ -111,6 +159,7 @@ _BWD = define(
     " -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
+    check=_check_bwd,
     module="linear_cross_entropy",
     cuda="linear_cross_entropy.linear_cross_entropy_bwd_cuda",
 )

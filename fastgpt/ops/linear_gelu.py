@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.ops._checks import check_choice
+from fastgpt.ops._checks import ANY, Checks, check_choice
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.gelu import _BIAS_BWD, _BWD, _FWD, APPROXIMATE
 from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
+
+
+def _check_fwd(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool) -> None:
+    check = Checks(op, "x", x, (ANY, ANY))("weight", weight, (ANY, x.shape[1]), x.dtype)
+    check("bias", bias, weight.shape[:1], x.dtype)
 
 
 def _fake_fwd(
@@ -48,6 +53,7 @@ _LINEAR_GELU_FWD = define(
     "(Tensor x, Tensor weight, Tensor? bias, bool tanh, bool with_z) -> (Tensor, Tensor)",
     fake=_fake_fwd,
     reference=_reference_fwd,
+    check=_check_fwd,
     module="linear_gelu",
 )
 
@@ -58,6 +64,7 @@ _LINEAR_GELU_BWD = define(
     "(Tensor grad, Tensor z, bool tanh) -> (Tensor, Tensor)",
     fake=lambda grad, z, tanh: (torch.empty_like(z), z.new_empty(z.shape[1])),
     reference=_reference_bwd,
+    check=lambda op, grad, z, tanh: Checks(op, "z", z, (ANY, ANY)).like("grad", grad),
     module="linear_gelu",
 )
 

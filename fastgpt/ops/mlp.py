@@ -13,13 +13,18 @@ import torch
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.ops._checks import check_choice
+from fastgpt.ops._checks import ANY, Checks, check_choice
 from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.gelu import APPROXIMATE
 from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
 from fastgpt.ops.linear_gelu import _backward as _linear_gelu_bwd
 from fastgpt.ops.linear_gelu import _forward as _linear_gelu_fwd
+
+
+def _check_bwd(op: str, grad: Tensor, z: Tensor, weight: Tensor, tanh: bool, with_bias: bool) -> None:
+    check = Checks(op, "z", z, (ANY, ANY))("weight", weight, (ANY, z.shape[1]), z.dtype)
+    check("grad", grad, (z.shape[0], weight.shape[0]), z.dtype)
 
 
 def _fake_bwd(grad: Tensor, z: Tensor, weight: Tensor, tanh: bool, with_bias: bool) -> tuple[Tensor, Tensor]:
@@ -41,6 +46,7 @@ _MLP_BWD = define(
     "(Tensor grad, Tensor z, Tensor weight, bool tanh, bool with_bias) -> (Tensor, Tensor)",
     fake=_fake_bwd,
     reference=_reference_bwd,
+    check=_check_bwd,
     module=None,
 )
 

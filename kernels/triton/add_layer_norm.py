@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.checks import contiguous
 from fastgpt.kernels.common import cdiv, next_power_of_2, on_device_of
 from fastgpt.kernels.tuned import chosen
 
@@ -180,6 +181,7 @@ def _add_layer_norm_bwd(
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    contiguous("add_layer_norm_fwd_triton", x=x, residual=residual, weight=weight, bias=bias)
     N, D = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     normed = x.new_empty(N, D, dtype=dtype)
@@ -204,6 +206,8 @@ def add_layer_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    op = "add_layer_norm_bwd_triton"
+    contiguous(op, grad_normed=grad_normed, grad_sum=grad_sum, total=sum, weight=weight, mean=mean, rstd=rstd)
     N, D = sum.shape
     dsum = torch.empty_like(sum)
     if not sum.numel():

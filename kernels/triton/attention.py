@@ -57,6 +57,7 @@ from fastgpt.kernels.attention_tiles import (
     unit_of,
     visited_tiles,
 )
+from fastgpt.kernels.checks import rows_contiguous
 from fastgpt.kernels.common import LOG2E, cdiv, multiprocessors, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
@@ -251,6 +252,7 @@ def launch_fwd(
     dropout_p: float,
 ) -> None:
     """Writes out and (m, l) of each row; tensors of documents are the views that `Documents.views` makes."""
+    rows_contiguous("attention_fwd_triton", q=q, k=k, v=v)
     B, H = q.shape[:2]
     most_rows, _ = longest(q, k, documents)
     if not B * H * most_rows:

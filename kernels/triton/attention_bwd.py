@@ -42,6 +42,7 @@ from fastgpt.kernels.attention_tiles import (
     unit_of,
     visited_tiles,
 )
+from fastgpt.kernels.checks import rows_contiguous
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
 
@@ -325,6 +326,7 @@ def launch_bwd(
     deterministic: bool,
 ) -> None:
     """Writes dq, dk and dv; tensors of documents are the views that `Documents.views` makes."""
+    rows_contiguous("attention_bwd_triton", q=q, k=k, v=v)
     B, H = q.shape[:2]
     Hk = v.shape[1]
     most_rows, most_columns = longest(q, k, documents)

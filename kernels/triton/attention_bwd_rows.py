@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_tiles import strides
+from fastgpt.kernels.checks import contiguous, rows_contiguous
 from fastgpt.kernels.common import LOG2E, cdiv, next_power_of_2
 
 TILE = 2048  # elements of a program: it is bound by memory, and small tiles keep many in flight
@@ -66,6 +67,8 @@ def load_statistic(p_first, o_m, Lq, other, EDGE: tl.constexpr):
 
 def launch_rows(out: Tensor, grad_out: Tensor, stats: Tensor, grad_lse: Tensor | None, one: bool) -> Tensor:
     """(B, H, Lq, 4) of out and grad_out (B, H, Lq, DV), stats (B, H, Lq, 2) and grad_lse (B, H, Lq)."""
+    rows_contiguous("attention_bwd_triton", out=out, grad_out=grad_out)
+    contiguous("attention_bwd_triton", stats=stats, grad_lse=grad_lse)
     B, H, Lq, DV = out.shape
     by_row = stats.new_empty(B, H, Lq, 4)
     if by_row.numel():

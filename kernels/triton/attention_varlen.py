@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgpt.kernels.attention import launch_fwd
 from fastgpt.kernels.attention_bwd import launch_bwd
 from fastgpt.kernels.attention_tiles import Documents
+from fastgpt.kernels.checks import contiguous
 
 
 def attention_varlen_fwd(
@@ -32,6 +33,7 @@ def attention_varlen_fwd(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
+    contiguous("attention_varlen_fwd_triton", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     # What lies past the last document is 0, and sees nothing.
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
@@ -69,6 +71,7 @@ def attention_varlen_bwd(
     dropout_p: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    contiguous("attention_varlen_bwd_triton", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     launch_bwd(

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.checks import contiguous, rows_contiguous
 from fastgpt.kernels.common import LOG2E, next_power_of_2, on_device_of, tanh
 from fastgpt.kernels.tuned import chosen
 
@@ -296,6 +297,8 @@ def cross_entropy_fwd(
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    rows_contiguous("cross_entropy_fwd_triton", logits=logits)
+    contiguous("cross_entropy_fwd_triton", target=target, weight=weight)
     N, V = logits.shape
     loss = logits.new_empty(N, dtype=torch.float32)
     statistics = logits.new_empty(N, 2, dtype=torch.float32)
@@ -392,6 +395,11 @@ def _launch_bwd(
     z_loss: float,
     softcap: float,
 ) -> None:
+    op = "cross_entropy_bwd_triton"
+    rows_contiguous(op, logits=logits)
+    contiguous(
+        op, grad_loss=grad_loss, grad_lse=grad_lse, target=target, statistics=statistics, weight=weight
+    )
     N, V = logits.shape
     if not logits.numel():
         return

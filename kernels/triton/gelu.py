@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgpt.kernels.checks import contiguous
 from fastgpt.kernels.common import cdiv, on_device_of, reciprocal
 from fastgpt.kernels.tuned import chosen
 
@@ -165,6 +166,7 @@ def _geglu_bwd(p_grad, p_a, p_b, p_da, p_db, n, TANH: tl.constexpr, BLOCK: tl.co
 
 
 def gelu_fwd(x: Tensor, tanh: bool) -> Tensor:
+    contiguous("gelu_fwd_triton", x=x)
     y, n = torch.empty_like(x), x.numel()
     if n:
         block, warps = chosen("gelu_fwd", x, (), TILE)
@@ -174,6 +176,7 @@ def gelu_fwd(x: Tensor, tanh: bool) -> Tensor:
 
 
 def gelu_bwd(grad: Tensor, x: Tensor, tanh: bool) -> Tensor:
+    contiguous("gelu_bwd_triton", grad=grad, x=x)
     dx, n = torch.empty_like(x), x.numel()
     if n:
         block, warps = chosen("gelu_bwd", x, (), TILE)
@@ -183,6 +186,7 @@ def gelu_bwd(grad: Tensor, x: Tensor, tanh: bool) -> Tensor:
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
+    contiguous("bias_gelu_fwd_triton", x=x, bias=bias)
     y, D = torch.empty_like(x), bias.shape[0]
     if x.numel():
         N = x.numel() // D
@@ -195,6 +199,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor, tanh: bool) -> Tensor:
 
 def bias_gelu_bwd(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """Without a bias, one of 0: dx summed over the rows is asked for all the same."""
+    contiguous("bias_gelu_bwd_triton", grad=grad, x=x, bias=bias)
     dx, D = torch.empty_like(x), x.shape[-1]
     if not x.numel():
         return dx, x.new_zeros(D)
@@ -210,6 +215,7 @@ def bias_gelu_bwd(grad: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> t
 
 
 def geglu_fwd(a: Tensor, b: Tensor, tanh: bool) -> Tensor:
+    contiguous("geglu_fwd_triton", a=a, b=b)
     y, n = torch.empty_like(a), a.numel()
     if n:
         block, warps = chosen("geglu_fwd", a, (), TILE)
@@ -219,6 +225,7 @@ def geglu_fwd(a: Tensor, b: Tensor, tanh: bool) -> Tensor:
 
 
 def geglu_bwd(grad: Tensor, a: Tensor, b: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    contiguous("geglu_bwd_triton", grad=grad, a=a, b=b)
     da, db, n = torch.empty_like(a), torch.empty_like(b), a.numel()
     if n:
         block, warps = chosen("geglu_bwd", a, (), TILE)

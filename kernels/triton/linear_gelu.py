@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastgpt.kernels.checks import contiguous
 from fastgpt.kernels.common import capability, cdiv, is_tf32, on_device_of
 from fastgpt.kernels.gelu import _gelu, bias_gelu_bwd
 from fastgpt.kernels.tuned import chosen
@@ -124,6 +125,7 @@ def linear_gelu_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool
 ) -> tuple[Tensor, Tensor]:
     """y and, `with_z`, the pre-activation."""
+    contiguous("linear_gelu_fwd_triton", bias=bias)
     (M, K), N = x.shape, weight.shape[0]
     y, z = x.new_empty(M, N), x.new_empty((M, N) if with_z else 0)
     if not y.numel():

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
-GELUS = "gelu geglu linear_gelu mlp"
+GELUS = "gelu geglu linear_gelu mlp op_sizes"
 CALLS = "functional functional_attention functional_calls functional_losses differential"
 DROP_IN = f"{CALLS} transforms torchscript patch_functional examples functional functional_attention functional_losses"
 DATA = (
@@ -22,9 +22,9 @@ DATA = (
     "data_inputs"
 )
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
-ATTENTION = "attention attention_extremes attention_varlen"
-LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy"
-OPS = f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm"
+ATTENTION = "attention attention_extremes attention_varlen op_sizes"
+LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
+OPS = " ".join(dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm".split()))
 CHECKPOINTS = "checkpoint untrusted_checkpoint fuzz_checkpoints"
 RUNS = f"train train_options train_distributed resume run_directory console divergence {CHECKPOINTS} cli"
 
@@ -35,36 +35,40 @@ SPLIT = "triton or split or descriptors"
 # (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
 TABLE = [
     ("csrc/cpu/gelu*", GELUS, CPU),
-    ("csrc/cpu/attention_varlen.cpp", "attention_varlen", CPU),
-    ("csrc/cpu/attention*", "attention attention_extremes attention_varlen threads out_of_memory", CPU),
+    ("csrc/cpu/attention_varlen.cpp", "attention_varlen op_sizes", CPU),
+    ("csrc/cpu/attention*", f"{ATTENTION} threads out_of_memory", CPU),
     ("csrc/cpu/philox.h", "attention philox", CPU),
-    ("csrc/cpu/cross_entropy*", "cross_entropy cross_entropy_extremes linear_cross_entropy", CPU),
-    ("csrc/cpu/linear_cross_entropy*", "linear_cross_entropy cross_entropy_extremes out_of_memory", CPU),
-    ("csrc/cpu/linear*", "linear linear_gelu mlp", CPU),
+    ("csrc/cpu/cross_entropy*", LOSSES, CPU),
+    (
+        "csrc/cpu/linear_cross_entropy*",
+        "linear_cross_entropy cross_entropy_extremes op_sizes out_of_memory",
+        CPU,
+    ),
+    ("csrc/cpu/linear*", "linear linear_gelu mlp op_sizes", CPU),
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy", CPU),
-    ("csrc/cpu/add_layer_norm*", "add_layer_norm", CPU),
+    ("csrc/cpu/add_layer_norm*", "add_layer_norm op_sizes", CPU),
     ("csrc/cuda/gelu*", f"{GELUS} simt cuda_compile", EMULATED),
     ("csrc/cuda/attention*", f"{ATTENTION} attention_cuda simt cuda_compile", EMULATED),
     ("csrc/cuda/tiles.cuh", f"{ATTENTION} attention_cuda simt cuda_compile", EMULATED),
     ("csrc/cuda/cross_entropy*", f"{LOSSES} simt cuda_compile", EMULATED),
-    ("csrc/cuda/add_layer_norm*", "add_layer_norm simt cuda_compile", EMULATED),
+    ("csrc/cuda/add_layer_norm*", "add_layer_norm op_sizes simt cuda_compile", EMULATED),
     ("csrc/cuda/team.cuh", "add_layer_norm simt cuda_compile", EMULATED),
-    ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu cuda_compile", EMULATED),
+    ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu op_sizes cuda_compile", EMULATED),
     ("csrc/cuda/product.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp cuda_compile", EMULATED),
-    ("csrc/cuda/mlp*", "mlp_cuda mlp cuda_compile", EMULATED),
+    ("csrc/cuda/mlp*", "mlp_cuda mlp op_sizes cuda_compile", EMULATED),
     ("csrc/cuda/*", f"{OPS} simt cuda_compile", EMULATED),
     ("csrc/*", OPS, "cpp or cuda"),
     ("kernels/triton/gelu.py", f"{GELUS} triton_compile hub", "triton"),
-    ("kernels/triton/attention_varlen.py", "attention_varlen triton_compile hub", "triton"),
+    ("kernels/triton/attention_varlen.py", "attention_varlen op_sizes triton_compile hub", "triton"),
     (
         "kernels/triton/attention*",
         f"{ATTENTION} attention_split attention_descriptors triton_compile hub",
         SPLIT,
     ),
     ("kernels/triton/cross_entropy.py", f"{LOSSES} triton_compile hub", "triton"),
-    ("kernels/triton/linear_cross_entropy.py", "linear_cross_entropy triton_compile hub", "triton"),
-    ("kernels/triton/linear*", "linear linear_gelu mlp triton_compile hub", "triton"),
-    ("kernels/triton/add_layer_norm.py", "add_layer_norm triton_compile hub", "triton"),
+    ("kernels/triton/linear_cross_entropy.py", "linear_cross_entropy op_sizes triton_compile hub", "triton"),
+    ("kernels/triton/linear*", "linear linear_gelu mlp op_sizes triton_compile hub", "triton"),
+    ("kernels/triton/add_layer_norm.py", "add_layer_norm op_sizes triton_compile hub", "triton"),
     ("kernels/triton/philox.py", f"{ATTENTION} philox triton_compile hub", "triton or philox"),
     ("kernels/triton/tuned.py", "tune triton_compile hub", ""),
     ("kernels/hub/*", "hub", ""),

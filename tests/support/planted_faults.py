@@ -60,7 +60,13 @@ MUTATIONS = [
     ("attention cpp: all heads share a dropout mask", "csrc/cpu/philox.h",
      "static_cast<uint32_t>(head),",
      "static_cast<uint32_t>(batch),"),
+    ("cross_entropy cpp: targets may be fewer than rows", "csrc/cpu/cross_entropy.cpp",
+     'check("target", target, {rows}, at::kLong)',
+     'check("target", target, {ANY}, at::kLong)'),
     # ---- kernels/triton ----
+    ("gelu triton: a gradient of any strides is taken", "kernels/triton/gelu.py",
+     'contiguous("gelu_bwd_triton", grad=grad, x=x)',
+     'contiguous("gelu_bwd_triton", x=x)'),
     ("attention triton: sum of split columns is in base 2", "kernels/triton/attention.py",
      "rest + tl.log(b_divisor)",
      "rest + tl.log2(b_divisor)"),
@@ -107,6 +113,9 @@ MUTATIONS = [
      "tl.abs(o_m + offset - o_n)",
      "tl.abs(o_m - o_n)"),
     # ---- csrc/cuda ----
+    ("add_layer_norm cuda: means may be fewer than rows", "csrc/cuda/add_layer_norm.cu",
+     'check("mean", mean, {sum.size(0)}, {ScalarType::Double})',
+     'check("mean", mean, {ANY}, {ScalarType::Double})'),
     ("attention cuda: maximum of plain kernels lacks the scale", "csrc/cuda/attention.cu",
      "multiply_rounded(top[h], unit)",
      "multiply_rounded(top[h], 1.0f)"),
