@@ -118,8 +118,9 @@ def print_json(value: Any) -> None:
     print(text, flush=True)
 
 
-def _is_terminal(stream: TextIO | None) -> bool:
-    return stream is not None and not stream.closed and stream.isatty()
+def _is_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal; what stands in for stdout in other programs may not say."""
+    return hasattr(stream, "isatty") and not getattr(stream, "closed", False) and stream.isatty()
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -95,9 +95,8 @@ def check_tokenizer(value: dict[str, Any]) -> None:
         if prod(map(_growth, steps)) > _GROWTH:
             raise ValueError(f"its {part} may make a text more than {_GROWTH} times as long")
     model = value.get("model")
-    if (
-        not isinstance(model, dict) or model.get("type", "BPE") not in _MODELS
-    ):  # old files do not say the type
+    # Old files do not say the type.
+    if not isinstance(model, dict) or model.get("type", "BPE") not in _MODELS:
         raise ValueError("it has no model of a kind that is known")
     longest = model.get("max_input_chars_per_word", 0)
     if type(longest) is not int or not 0 <= longest <= _LONGEST_WORD:
@@ -174,7 +173,7 @@ def _growth(step: dict[str, Any]) -> float:
     if kind == "TemplateProcessing":
         _check_template(step)
     if kind == "Strip" and not all(step.get(name, 0) in range(_LONGEST) for name in ("start", "stop")):
-        raise ValueError("its Strip removes a number of characters that is no number up to 64")
+        raise ValueError(f"its Strip must remove fewer than {_LONGEST} characters")
     if kind == "Precompiled":
         return _longest_replacement(step.get("precompiled_charsmap"))
     if kind not in ("Replace", "Split"):
@@ -215,12 +214,9 @@ def _longest_replacement(table: Any) -> int:
 
 def _check_template(step: dict[str, Any]) -> None:
     """Raise ValueError for a template that repeats the text."""
-    for name in ("single", "pair"):
+    for name, most in (("single", 1), ("pair", 2)):
         pieces = step.get(name)
-        texts = [
-            str(piece["Sequence"])
-            for piece in pieces or ()
-            if isinstance(piece, dict) and "Sequence" in piece
-        ]
-        if not isinstance(pieces, list) or len(pieces) > _STEPS or len(texts) > 1 + (name == "pair"):
-            raise ValueError(f"its template {name!r} repeats the text, or is too long")
+        pieces = pieces if isinstance(pieces, list) else [None] * (_STEPS + 1)
+        texts = sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces)
+        if len(pieces) > _STEPS or texts > most:
+            raise ValueError(f"its template {name!r} is no short list with the text once")

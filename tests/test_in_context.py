@@ -174,6 +174,12 @@ def test_the_command_measures_draws_and_says_what_is_missing(tmp_path: Path, cap
     table = capsys.readouterr().out
     assert "second pass" in table and "lookup" in table and "position" not in table
     assert in_context.main([str(tmp_path / "moment.png"), out]) == 0
+    for log in ("5\n", "[" * 10**5, '{"induction": "a"}', "{"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "config.toml").write_text("n_layer = 2\n")
+        (tmp_path / "odd" / "log.jsonl").write_text(log)
+        assert in_context.main([str(tmp_path / "odd.png"), str(tmp_path / "odd")]) == 2
+        assert f"error: {tmp_path / 'odd'} is not the directory of a run: " in capsys.readouterr().err
     assert (tmp_path / "moment.png").read_bytes().startswith(b"\x89PNG")
     assert main(["eval", "--checkpoint", out]) == 2
     assert "eval needs --data" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,12 @@ def test_ordinary_text_is_shown_as_it_is(streams: Callable[[], list[Stream]]):
     text = "a\tb\n\u200fשלום\u200e नमस्ते\u200d 👩‍👩‍👧 \u00a0\u00ad\ufeff\u2028 \\x1b"
     console.show(text)
     assert out.text == text + "\n"
+
+
+def test_a_stream_that_does_not_say_what_it_is(monkeypatch: pytest.MonkeyPatch):
+    written: list[str] = []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    console.show(EVIL)
+    monkeypatch.setattr(sys, "stdout", None)
+    console.show(EVIL)
+    assert "".join(written) == EVIL + "\n"

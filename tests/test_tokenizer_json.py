@@ -163,6 +163,7 @@ BROKEN = {
     },
     "merge of three": {"model": {"type": "BPE", "vocab": {"a": 0, "aa": 1}, "merges": ["a a a"]}},
     "template that repeats": {"post_processor": template(*[A] * 20)},
+    "template that is a number": {"post_processor": template() | {"single": 5}},
     "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////wAAAAA="}},
     "charsmap of long texts": {"normalizer": charsmap(b"a" * 10**6 + b"\0")},
     "charsmap that is a number": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": 5}},
