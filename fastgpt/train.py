@@ -21,7 +21,7 @@ from fastgpt import checkpoint
 from fastgpt.backends import use_backend
 from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
-from fastgpt.console import Progress
+from fastgpt.console import Progress, show
 from fastgpt.data import Batch
 from fastgpt.data.report import left_out_lines
 from fastgpt.distributed import Processes
@@ -80,7 +80,7 @@ def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
 
 
 def _warn(text: str) -> None:
-    print(f"fastgpt: warning: {text}", file=sys.stderr)
+    show(f"fastgpt: warning: {text}", file=sys.stderr)
 
 
 @torch.no_grad()
