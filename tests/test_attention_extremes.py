@@ -115,7 +115,7 @@ def test_the_gradient_of_a_large_lse_is_a_softmax(backend):
     torch.testing.assert_close(dk, torch.full_like(dk, 0.5 * 1e4 * 20 / 50))
 
 
-@pytest.mark.parametrize("rows", [20, 64])
+@pytest.mark.parametrize("rows", [20, pytest.param(64, marks=pytest.mark.costly)])
 def test_nan_of_one_batch_entry_reaches_no_other(backend, rows):
     """Also where a buffer that one entry has left is used by the next: what the band hides of it is not read."""
     q, k, v = (torch.randn(4, 2, rows, 16) for _ in range(3))

@@ -273,7 +273,10 @@ def check_op(backend, name, calls):
                 check_argument(op, reference, arguments, position)
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Where kernels are interpreted or emulated, documents are slow here: attention has the same kernels.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.costly] if "varlen" in n else []) for n in NAMES]
+)
 def test_wrong_tensors_are_refused_or_served_rightly(backend, name):
     calls = recorded(torch.float32, 5)[name]
     if backend in GPU_BACKENDS:
