@@ -52,7 +52,8 @@ TRAINING = {
 }  # and one another
 FOR_KERNELS = {"torch", "triton", "fastgpt", *sys.stdlib_module_names}
 LAZY = {"kernels", "integrations"}  # imported when they are asked for: what they need may be imported at once
-OUTSIDE = {"triton": {"kernels"}, "transformers": {"integrations"}}  # who may import them
+# Who may import them. `backends` asks Triton, when it is to be used, whether its driver compiles.
+OUTSIDE = {"triton": {"kernels", "backends"}, "transformers": {"integrations"}}
 
 
 def layer(module):
