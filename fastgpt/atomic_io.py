@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fastgpt.console import note
+from fastgpt.json_io import shown
 
 _TEMPORARY = ".writing-"
+_LONGEST_NAME = 255  # of file systems
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -39,12 +41,9 @@ def inside(directory: Path, name: Any, *, links: bool = False) -> Path:
     Raises ValueError for a name that is absolute or has "..", and unless `links` for a link out of the directory.
     """
     relative = Path(name) if isinstance(name, str) and "\0" not in name and "\\" not in name else Path("..")
-    if (
-        relative.is_absolute()
-        or not 0 < max(map(len, relative.parts), default=0) < 256
-        or ".." in relative.parts
-    ):
-        raise ValueError(f"{str(name)[:60]!r} is not the name of a file in {directory}")
+    longest = max(map(len, relative.parts), default=0)
+    if relative.is_absolute() or ".." in relative.parts or not 0 < longest <= _LONGEST_NAME:
+        raise ValueError(f"{shown(name)} is not the name of a file in {directory}")
     path = directory / relative
     if not links and not path.resolve().is_relative_to(directory.resolve()):
         raise ValueError(f"{path} is a link to a file outside of {directory}")
@@ -72,7 +71,7 @@ def check_files(
     if odd := sorted(map(str, listed.keys() ^ set(expected))):
         verb = "does not list" if odd[0] in expected else "lists"
         rest = "" if odd[0] in expected else ", which is not a file of it"
-        raise ValueError(f"{directory / source} {verb} {odd[0][:60]}{rest}")
+        raise ValueError(f"{directory / source} {verb} {shown(odd[0])}{rest}")
     for name, facts in listed.items():
         file = inside(directory, name)
         if not isinstance(facts, Mapping) or type(facts.get("size")) is not int:
@@ -170,7 +169,7 @@ class AtomicDirectory:
             if not ours_still:
                 raise FileExistsError(f"another process has just written {target}")
             _check_own(self._descriptor, self.path, own)
-            self._empty()
+            _empty(self._descriptor, own)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -189,16 +188,12 @@ class AtomicDirectory:
     def discard(self) -> None:
         """Remove the temporary directory and what this process wrote into it."""
         with contextlib.suppress(OSError):
-            self._empty()
+            _empty(self._descriptor, self._own)
             self.path.rmdir()
 
     def unlock(self) -> None:
         """Let other processes write it."""
         os.close(self._descriptor)
-
-    def _empty(self) -> None:
-        for name in filter(self._own.fullmatch, os.listdir(self._descriptor)):
-            os.unlink(name, dir_fd=self._descriptor)
 
 
 def check_own(directory: Path, own: re.Pattern[str]) -> None:
@@ -220,8 +215,7 @@ def remove_own(directory: Path, own: re.Pattern[str]) -> None:
         return
     try:
         _check_own(descriptor, directory, own)
-        for name in filter(own.fullmatch, os.listdir(descriptor)):
-            os.unlink(name, dir_fd=descriptor)
+        _empty(descriptor, own)
         directory.rmdir()
     finally:
         os.close(descriptor)
@@ -235,6 +229,11 @@ def _open_directory(path: Path) -> int:
         if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             raise
         raise FileExistsError(f"{path} is in the way, and not a directory: remove it") from None
+
+
+def _empty(descriptor: int, own: re.Pattern[str]) -> None:
+    for name in filter(own.fullmatch, os.listdir(descriptor)):
+        os.unlink(name, dir_fd=descriptor)
 
 
 def _check_own(descriptor: int, directory: Path, own: re.Pattern[str]) -> None:

@@ -243,7 +243,7 @@ def _triton_problem(number: int | None) -> str | None:
     try:
         from triton.runtime import driver
 
-        driver.active.utils  # noqa: B018  (compiled when it is first asked for)
+        driver.active.utils  # noqa: B018  (the first access compiles it)
     except Exception as error:  # no C compiler, no Python.h, no libcuda
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return f"Triton's driver cannot be compiled: {reason[0]}"

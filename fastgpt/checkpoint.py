@@ -30,7 +30,7 @@ from torch import Tensor
 from fastgpt.atomic_io import AtomicDirectory, check_files, fingerprint
 from fastgpt.config import TrainConfig
 from fastgpt.distributed import Processes, local
-from fastgpt.json_io import dumps, read_json
+from fastgpt.json_io import dumps, read_json, shown
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tensor_files import TensorFiles, write_tensors
 from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
@@ -44,14 +44,14 @@ _STEMS = ("model", "optimizer")
 _OWN = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|tokenizer\.json|state\.json")
 _OWN_OF_FORMAT_1 = re.compile(r"(model|optimizer)/(\.metadata|__\d+_\d+\.distcp)")
 _MOST_PARTS = 1 << 16
-_SHOWN = 500  # characters of a message about what a file holds
+_LONGEST_REASON = 500  # characters: a message may quote a name from the file
 
 
 class CheckpointError(ValueError):
     """There is no checkpoint, or it is not whole, or it is of another kind; the message says which."""
 
 
-class Stored(Protocol):
+class StoredTensors(Protocol):
     """Named tensors on the disk: `TensorFiles`, or `PickledParts` of format 1."""
 
     shapes: dict[str, tuple[int, ...]]
@@ -133,13 +133,13 @@ class Checkpoint:
         """The tokenizer that the model was trained with."""
         return load_tokenizer(self.path)
 
-    def _check_weights(self, stored: Stored) -> None:
+    def _check_weights(self, stored: StoredTensors) -> None:
         wanted = parameter_shapes(self.model, len(stored.shapes), self.path)
         if self.model.tie_head:
             del wanted["lm_head.weight"]
         _check_same("model", self.path, stored.shapes, wanted)
 
-    def _stored(self, stem: str) -> Stored:
+    def _stored(self, stem: str) -> StoredTensors:
         try:
             if self.parts is None:
                 from fastgpt.pickled_parts import PickledParts
@@ -149,7 +149,7 @@ class Checkpoint:
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
-    def _read(self, stored: Stored, name: str, like: Tensor | None) -> Tensor:
+    def _read(self, stored: StoredTensors, name: str, like: Tensor | None) -> Tensor:
         try:
             return stored.read(name, like)
         except ValueError as error:
@@ -175,7 +175,7 @@ def _check_same(
     """Raise CheckpointError unless the tensors of a checkpoint are those of the model or the optimizer."""
     if odd := sorted(found.keys() ^ wanted.keys()):
         verb = "holds" if odd[0] in found else "lacks"
-        raise CheckpointError(f"{path} does not fit the {what}: it {verb} {odd[0][:60]}")
+        raise CheckpointError(f"{path} does not fit the {what}: it {verb} {shown(odd[0])}")
     for name, shape in wanted.items():
         if found[name] != shape:
             raise CheckpointError(f"{path} does not fit the {what}: {name} is {found[name]}, not {shape}")
@@ -322,19 +322,21 @@ def _open(path: Path) -> Checkpoint:
             parts=parts,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:_SHOWN]
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:_LONGEST_REASON]
         raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {reason}") from None
 
 
 def _parts(state: dict[str, Any]) -> int | None:
     """Into how many files a checkpoint's tensors are cut; None where a sharded run of format 1 wrote them."""
     if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
-        raise ValueError(f"{_STATE} has format {state['format']!r}, and this version reads 1 and {FORMAT}")
+        raise ValueError(
+            f"{_STATE} has format {shown(state['format'])}, and this version reads 1 and {FORMAT}"
+        )
     if state["format"] == 1:
         return None if "model/.metadata" in state["files"] else 1
     parts = state["parts"]
     if type(parts) is not int or not 1 <= parts <= _MOST_PARTS:
-        raise ValueError(f"{_STATE} says {parts!r} parts")
+        raise ValueError(f"{_STATE} says {shown(parts)} parts")
     return parts
 
 
@@ -354,7 +356,7 @@ def _file_names(stem: str, parts: int) -> list[str]:
 def _step(step: Any, path: Path) -> int:
     """The number of the step, which the directory is named for unless it was renamed."""
     if type(step) is not int or not 0 <= step < 1 << 53:
-        raise ValueError(f"{_STATE} says that the step is {step!r}")
+        raise ValueError(f"{_STATE} says that the step is {shown(step)}")
     if re.fullmatch(rf"{_PREFIX}\d{{8,}}", path.name) and path.name != step_path(path.parent, step).name:
         raise ValueError(f"{_STATE} says that it is of step {step}")
     return step

@@ -37,10 +37,7 @@ _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
     *("eval_every", "eval_batches", "save_every", "log_every"),
 )
-_AT_MOST = {
-    **dict.fromkeys(("vocab_size", "block_size", "sample_tokens"), 1 << 24),
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size", "grad_accum", "eval_batches"), 1 << 20),
-}
+_AT_MOST = {"sample_tokens": 1 << 24, **dict.fromkeys(("batch_size", "grad_accum", "eval_batches"), 1 << 20)}
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "z_loss"),
     *("sample_tokens", "seed"),

@@ -33,7 +33,7 @@ def dumps(value: Any, **options: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """Parse as `json.loads` does. Raises ValueError for whatever is not JSON, or is nested too deep to be read."""
+    """Parse as `json.loads` does. Raises ValueError for text that is not JSON or is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -41,7 +41,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def loads_toml(text: str) -> dict[str, Any]:
-    """Parse as `tomllib.loads` does. Raises ValueError for whatever is not TOML, or is nested too deep to be read."""
+    """Parse as `tomllib.loads` does. Raises ValueError for text that is not TOML or is nested too deep."""
     try:
         return tomllib.loads(text.replace("\r\n", "\n"))
     except RecursionError:

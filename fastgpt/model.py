@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.json_io import shown
 from fastgpt.kv_cache import KVCache
-from fastgpt.options import check_types
+from fastgpt.options import check_sizes, check_types
 from fastgpt.positions import document_positions, rotate, sin_cos
 from fastgpt.sampling import Sampling, continue_rows, sampling_distribution
 
@@ -76,9 +77,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name, most in LARGEST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f"{name} must be at least 1 and at most {most:,}, not {getattr(self, name)}")
+        check_sizes(self, LARGEST)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
@@ -86,8 +85,8 @@ class GPTConfig:
         if not 0 < self.layer_norm_eps < math.inf:
             raise ValueError(f"layer_norm_eps must be positive, not {self.layer_norm_eps}")
         for name, choices in (("position", POSITIONS), ("activation", ACTIVATIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
         if self.position == "rotary" and self.head_size % 2:
             raise ValueError(
                 f"rotary positions need an even head size, not n_embd / n_head = {self.head_size}"

@@ -7,6 +7,8 @@ from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
+from fastgpt.json_io import shown
+
 TEXT_KEY = "key or column of the text in JSON, CSV and Parquet files; a.b for a key in another"
 
 
@@ -51,4 +53,12 @@ def check_types(options: Any) -> None:
     for name, hint in get_type_hints(type(options)).items():
         value, kind = getattr(options, name), _NUMBERS.get(hint, hint)
         if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
-            raise ValueError(f"{name} must be of type {hint.__name__}, not {value!r}")
+            raise ValueError(f"{name} must be of type {hint.__name__}, not {shown(value)}")
+
+
+def check_sizes(options: Any, largest: dict[str, int]) -> None:
+    """Raise ValueError unless each of the fields is at least 1 and at most its largest value."""
+    for name, most in largest.items():
+        value = getattr(options, name)
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} must be at least 1 and at most {most:,}, not {shown(value)}")

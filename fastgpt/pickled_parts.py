@@ -48,7 +48,7 @@ class PickledParts:
     """As `fastgpt.tensor_files.TensorFiles`, of a directory that torch.distributed.checkpoint has written."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ValueError for a list that is none, and for tensors that do not cover their shapes."""
+        """Raises ValueError for a malformed list, and for parts that do not make up the shape of their tensor."""
         listed = directory / ".metadata"
         try:
             with listed.open("rb") as stream:
@@ -79,7 +79,7 @@ class PickledParts:
                 _check_cover(name, self.shapes[name], self._chunks[name])
         except OSError:
             raise
-        except Exception as error:  # whatever the bytes make of the unpickler
+        except Exception as error:  # malformed bytes may raise any
             raise ValueError(f"{listed} is not the list of a sharded checkpoint: {one_line(error)}") from None
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
@@ -91,7 +91,7 @@ class PickledParts:
                 data = io.BytesIO(stream.read(length))
             try:
                 part = torch.load(data, map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever the bytes make of it
+            except Exception as error:  # malformed bytes may raise any
                 raise ValueError(f"{file} does not hold {name}: {one_line(error)}") from None
             if not isinstance(part, Tensor) or tuple(part.shape) != size or part.dtype != self.dtypes[name]:
                 raise ValueError(f"{file} does not hold {name} as its list says")

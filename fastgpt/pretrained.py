@@ -23,7 +23,7 @@ from fastgpt.checkpoint import check_weights, open_checkpoint, parameter_shapes
 from fastgpt.config import TrainConfig
 from fastgpt.console import note
 from fastgpt.download import download, is_hub_name
-from fastgpt.json_io import read_json
+from fastgpt.json_io import read_json, shown
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tensor_files import write_tensors
 from fastgpt.tokenizer import (
@@ -47,7 +47,6 @@ _CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _OWN_FILES = re.compile(r"config\.json|model\.safetensors|tokenizer(_config)?\.json")
 _SHOWN = 8  # names of tensors
-_SHOWN_CHARACTERS = 500
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
@@ -79,10 +78,7 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
         raise FileNotFoundError(
             f"{directory} holds no config.json, so it is no Hugging Face checkpoint"
         ) from None
-    try:
-        config = _config(options, dropout, directory)
-    except ValueError as error:
-        raise ValueError(str(error)[:_SHOWN_CHARACTERS]) from None  # it may quote what the file holds
+    config = _config(options, dropout, directory)
     weights = _weights(directory, config.tie_head)
     return config, _checked(weights, config, directory)
 
@@ -113,11 +109,13 @@ def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConf
         options = options | {"model_type": "gpt2"}
     if options.get("model_type") != "gpt2":
         raise ValueError(
-            f"{directory} holds a model of type {options.get('model_type')!r}; only 'gpt2' can be read"
+            f"{directory} holds a model of type {shown(options.get('model_type'))}; only 'gpt2' can be read"
         )
     for option, value in _FIXED.items():
         if options.get(option, value) != value:
-            raise ValueError(f"{directory} sets {option}={options[option]}, which this GPT does not compute")
+            raise ValueError(
+                f"{directory} sets {option}={shown(options[option])}, which this GPT does not compute"
+            )
     absent = [option for option in _REQUIRED if option not in options]
     if absent:
         raise ValueError(f"{directory / _CONFIG} does not say {', '.join(absent)}")
@@ -126,12 +124,12 @@ def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConf
         raise ValueError(f"{directory / _CONFIG} does not say n_embd as an integer")
     if options.get("n_inner") not in (None, 4 * width):
         raise ValueError(
-            f"{directory} sets n_inner={options['n_inner']}; this GPT's is 4 * n_embd = {4 * width}"
+            f"{directory} sets n_inner={shown(options['n_inner'])}; this GPT's is 4 * n_embd = {4 * width}"
         )
     activation = options.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(
-            f"{directory} uses the activation {activation!r}; known are {', '.join(_ACTIVATIONS)}"
+            f"{directory} uses the activation {shown(activation)}; known are {', '.join(_ACTIVATIONS)}"
         )
     return GPTConfig(
         vocab_size=options["vocab_size"],
@@ -212,7 +210,7 @@ def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> 
     if odd:
         verb = "lacks" if odd[0] in wanted else "holds"
         raise ValueError(
-            f"{directory} {verb} the tensor {odd[0][:60]}, unlike the GPT-2 its config describes"
+            f"{directory} {verb} the tensor {shown(odd[0])}, unlike the GPT-2 its config describes"
         )
     others = sorted(weights.keys() - wanted.keys())
     if others:

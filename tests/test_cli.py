@@ -303,7 +303,10 @@ def test_python_m_fastgpt_is_the_command(tmp_path: Path):
     ("arguments", "message"),
     [
         (["train", "--data=stdlib", "--batch-size=1000000000000"], "batch_size must be at most 1,048,576"),
-        (["train", "--data=stdlib", "--vocab-size=1000000000000"], "vocab_size must be at most 16,777,216"),
+        (
+            ["train", "--data=stdlib", "--vocab-size=1000000000000"],
+            "vocab_size must be at least 1 and at most 16,777,216",
+        ),
         (["train", "--data=stdlib", "--eval-batches=1000000000"], "eval_batches must be at most"),
         (["train", "--data=stdlib", "--sample-tokens=1000000000"], "sample_tokens must be at most"),
         (["train", "--data=stdlib", f"--max-steps={10**30}"], "max_steps must be at most"),

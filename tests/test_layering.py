@@ -33,6 +33,7 @@ ALLOWED = {
         "ops",
         "backends",
         "config",
+        "json_io",
         "kv_cache",
         "options",
         "positions",

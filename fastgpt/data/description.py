@@ -29,7 +29,7 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """The facts in a dataset.json. Raises OSError and ValueError for a file that is none."""
+    """The facts in a dataset.json. Raises OSError and ValueError for a file that is not one."""
     facts = read_json(file)
     try:
         if "format" in facts and facts["format"] != FORMAT:

@@ -1,6 +1,6 @@
 """Files as streams: compressed or not, standard input and pipes, and the files below a directory.
 
-Compression is known by a file's first bytes, whatever its name. Decompression is streamed, and a file that unpacks to
+Compression is known by a file's first bytes, not by its name. Decompression is streamed, and a file that unpacks to
 more than 64 MiB and 200 times its size, as no text does, is refused.
 """
 

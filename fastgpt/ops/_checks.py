@@ -159,7 +159,7 @@ def unit_stride(t: Tensor) -> Tensor:
     """The tensor, copied unless its last dimension has the stride 1.
 
     `Tensor.contiguous` is not enough: PyTorch counts an empty tensor, or one whose last dimension has size 1, as
-    contiguous whatever its strides.
+    contiguous regardless of its strides.
     """
     return t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format)
 
