@@ -236,15 +236,15 @@ def test_a_checkpoint_with_more_or_an_older_one_loads_with_a_note(
 @pytest.mark.parametrize(
     ("options", "tensors", "message"),
     [
-        ({}, {"transformer.h.1.ln_1.weight": torch.ones(32)}, "holds the tensor h.1.ln_1.weight"),
+        ({}, {"transformer.h.1.ln_1.weight": torch.ones(32)}, "holds the tensor 'h.1.ln_1.weight'"),
         (
             {},
             {"transformer.h.0.crossattention.c_attn.bias": torch.ones(32)},
-            "holds the tensor h.0.crossattention",
+            "holds the tensor 'h.0.crossattention",
         ),
         ({"model_type": None, "n_head": None}, {}, "of type None; only 'gpt2'"),
         ({"model_type": "opt"}, {}, "of type 'opt'; only 'gpt2'"),
-        ({"n_layer": 2}, {}, "lacks the tensor h.1"),
+        ({"n_layer": 2}, {}, "lacks the tensor 'h.1"),
     ],
 )
 def test_what_is_no_gpt2_is_still_refused(model: Path, options: dict, tensors: dict, message: str):
