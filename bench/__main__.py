@@ -312,6 +312,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
         elif r["status"] != "ok":
             lines.append(f"{start}{r['status']}: {r['reason']}")
         else:
+            host = f"  host {r['host_seconds'] * 1e3:.3f} ms" if "host_seconds" in r else ""
             peak = "" if r["peak_bytes"] is None else f"  peak {r['peak_bytes'] / 2**20:,.0f} MiB"
             speed = f"  {r['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in r else ""
             sheet = f", {r['mfu_datasheet']:.0%} of the datasheet's" if r.get("mfu_datasheet") else ""
@@ -322,7 +323,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
             )
             share = f"{r['share_of_roof']:4.0%} of the {r['bound']} roof{sheet}"
             lines.append(
-                f"{start}{r['seconds'] * 1e3:10.3f} ms ±{r['spread']:<5.0%}{share}{speed}{peak}{ratio}"
+                f"{start}{r['seconds'] * 1e3:10.3f} ms ±{r['spread']:<5.0%}{share}{speed}{host}{peak}{ratio}"
             )
     with tqdm.external_write_mode():
         print("\n".join(lines), flush=True)

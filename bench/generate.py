@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastgpt
-from bench.harness import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, summary, weigh
+from bench.harness import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, weigh
 from bench.machine import DTYPES, Machine
 from bench.peers import MissingError, require
 from bench.records import Record
@@ -67,7 +67,7 @@ def run_generate(
             assert contender.function is not None
             return lambda: None, partial(contender.function, prompts)
 
-        race("generate", contenders, turn, machine, plan)
+        race("generate", contenders, turn, machine, plan, whole=True)
         for contender in contenders:
             if contender.status == "ok":
                 weigh(contender, turn(contender, 0), machine)
@@ -196,7 +196,7 @@ def _record(facts: Record, contender: Contender, contenders: list[Contender], ma
     record = contender.record() | facts | {"group": "generate", "direction": "generate"}
     record |= {"roof": max(moving, computing), "bound": "memory" if moving > computing else "compute"}
     if contender.status == "ok":
-        record |= summary(contender.times["generate"]) | {"peak_bytes": contender.peak_bytes}
+        record |= contender.summary("generate") | {"peak_bytes": contender.peak_bytes}
         record["share_of_roof"] = record["roof"] / record["seconds"]
         record["tokens_per_second"] = facts["dims"]["B"] * facts["dims"]["N"] / record["seconds"]
         record |= ratio(contender, "generate", contenders)

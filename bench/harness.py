@@ -79,6 +79,7 @@ class Contender:
     reason: str | None = None
     error: float | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
+    host_times: dict[str, list[float]] = field(default_factory=dict)  # on a GPU
     peak_bytes: int | None = None
 
     def fail(self, status: str, error: BaseException | str) -> None:
@@ -88,6 +89,13 @@ class Contender:
         text = f"{type(error).__name__}: {error}" if status == "failed" else str(error)
         self.status, self.function = status, None
         self.reason = " ".join(text.split())[:300]
+
+    def summary(self, direction: str) -> Record:
+        """What a record says of its times."""
+        found = summary(self.times[direction])
+        if direction in self.host_times:
+            found["host_seconds"] = statistics.median(self.host_times[direction])
+        return found
 
     def record(self) -> Record:
         """What a record says of it, whatever was measured."""
@@ -260,11 +268,14 @@ def race(
     turn: Callable[[Contender, int], Turn],
     machine: Machine,
     plan: Plan,
+    *,
+    whole: bool = False,
 ) -> None:
     """Rounds in which all contenders that are right take their turns; the times are in `Contender.times`.
 
     Args:
         turn: for a contender and the number of the round, what is to be done.
+        whole: on a GPU, whether the host's part counts (`Machine.time_round`).
     """
 
     def one_round(number: int) -> float:
@@ -272,16 +283,20 @@ def race(
         # Alternating order, so that none always finds the same neighbour's leavings in the cache.
         racing = racing if number % 2 else racing[::-1]
         turns = [(c, *turn(c, number)) for c in racing]
-        times = machine.time_round([(before, guarded(c, call)) for c, before, call in turns])
-        for contender, seconds in zip(racing, times, strict=True):
-            contender.times.setdefault(direction, []).append(seconds)
-        return sum(times)
+        calls = [(before, guarded(c, call)) for c, before, call in turns]
+        times = machine.time_round(calls, [id(c) for c in racing], whole=whole)
+        for contender, taken in zip(racing, times, strict=True):
+            contender.times.setdefault(direction, []).append(taken.seconds)
+            if machine.is_gpu:
+                contender.host_times.setdefault(direction, []).append(taken.host)
+        return sum(max(taken.seconds, taken.host) for taken in times)
 
     taken = one_round(0)  # what had to be compiled was compiled when it was verified
     if taken < plan.seconds / 10:
         taken = one_round(1)
     for contender in contenders:
         contender.times.pop(direction, None)
+        contender.host_times.pop(direction, None)
     for number in range(plan.rounds(taken)):
         one_round(number)
 
@@ -314,7 +329,7 @@ def _record(
     record["roof"] = max(moved / bandwidth, flops / gemm)
     record["bound"] = "memory" if moved / bandwidth > flops / gemm else "compute"
     if contender.status == "ok":
-        record |= summary(contender.times[direction])
+        record |= contender.summary(direction)
         record["share_of_roof"] = record["roof"] / record["seconds"]
         if both:
             record |= {"peak_bytes": contender.peak_bytes, "least_peak_bytes": op.held(case)}

@@ -13,12 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.gpu_clock import Call, GpuClock, Times
 from fastgpt.heap import keep_heap
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +36,6 @@ PACKAGES = (
     "fastgpt", "torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
 )  # fmt: skip
 
-# Larger than any L2, and so long to write that the next launches are queued by then.
-_FLUSH_BYTES = 1 << 30
 ROOF_ROUNDS = 9
 _MMAP_THRESHOLD = 1 << 20
 
@@ -51,7 +50,7 @@ class Machine:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.is_gpu = self.device.type == "cuda"
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device) if self.is_gpu else None
+        self._gpu_clock = GpuClock(self.device) if self.is_gpu else None
         # Rows of the square product and bytes of the copy that are the roofs.
         self.roof_sizes = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
         self._roofs: dict[str, tuple[float, float]] = {}
@@ -63,26 +62,18 @@ class Machine:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def time_round(self, calls: list[tuple[Callable[[], Any], Callable[[], Any]]]) -> list[float]:
-        """Seconds of each (prepare, call) pair, one after the other; prepare is not timed.
+    def time_round(
+        self, calls: Sequence[Call], names: Sequence[Hashable] | None = None, *, whole: bool = False
+    ) -> list[Times]:
+        """Times of each (prepare, call) pair, one after the other; prepare is not timed.
 
-        On a GPU the L2 cache is overwritten before each call, and events around the call are read when all
-        have been queued, so that the time is the device's.
+        Args:
+            names: of the calls, for `GpuClock.time_round`.
+            whole: on a GPU, with the host's part, where users wait for it too.
         """
-        if not self.is_gpu:
+        if self._gpu_clock is None:  # a CPU is host and device in one
             return [_time(prepare, call) for prepare, call in calls]
-        events = []
-        for prepare, call in calls:
-            prepare()
-            assert self._flush is not None
-            self._flush.zero_()
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+        return self._gpu_clock.time_whole(calls) if whole else self._gpu_clock.time_round(calls, names)
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
         """Memory that a call takes at its peak beyond what was held before it; None where nobody says.
@@ -139,7 +130,7 @@ class Machine:
         calls = [(_nothing, lambda: torch.mm(a, b, out=product)), (_nothing, lambda: target.copy_(source))]
         self.time_round(calls)
         rounds = [self.time_round(calls) for _ in range(ROOF_ROUNDS)]
-        gemm, copy = (min(times) for times in zip(*rounds, strict=True))
+        gemm, copy = (min(t.seconds for t in times) for times in zip(*rounds, strict=True))
         return 2 * size / copy, 2 * n**3 / gemm
 
     def facts(self, *, command: str, rehearsal: bool = False, commit: str | None = None) -> dict[str, Any]:
@@ -200,11 +191,12 @@ def percentile(values: list[float], share: float) -> float:
 def _nothing() -> None: ...
 
 
-def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> float:
+def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> Times:
     prepare()
     start = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    return Times(seconds, seconds, hidden=True)
 
 
 def _heap() -> str:

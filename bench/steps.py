@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.harness import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, summary, weigh
+from bench.harness import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, weigh
 from bench.machine import DTYPES, Machine
 from bench.peers import MissingError
 from bench.records import Record
@@ -101,7 +101,7 @@ def run_steps(
         losses = [_check(contender, batches, exact, off) for contender in found]
         checked()
         turn = partial(_turn, batches)
-        race("step", found, turn, machine, plan)
+        race("step", found, turn, machine, plan, whole=True)
         for contender in found:
             if contender.status == "ok":
                 weigh(contender, turn(contender, 0), machine)
@@ -169,7 +169,7 @@ def _record(
         "losses": losses,
     }
     if contender.status == "ok":
-        record |= summary(contender.times["step"])
+        record |= contender.summary("step")
         record["peak_bytes"] = contender.peak_bytes
         rate = facts["flops"] / record["seconds"]
         sheet = machine.datasheet_flops()

@@ -79,10 +79,10 @@ def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
             name: (lambda b=batch: step(b.idx, b.targets, b.documents)) for name, batch in batches.items()
         } | {"fastgpt train": advance}
         names = list(found) if number % 2 else list(reversed(found))
-        seconds = machine.time_round([(lambda: None, calls[name]) for name in names])
-        for name, taken in zip(names, seconds, strict=True):
+        times = machine.time_round([(lambda: None, calls[name]) for name in names], whole=True)
+        for name, taken in zip(names, times, strict=True):
             counted = batches.get(name, stream).counted
-            found[name] += [counted / taken] if number else []
+            found[name] += [counted / taken.seconds] if number else []
     whole.close()
     return {"size": size, "dtype": dtype, "tokens_per_second": found}
 

@@ -191,10 +191,13 @@ class _Trials:
             return {}
         call = self._call(direction)
         rounds = [
-            self.machine.time_round([self._with(kernel, row, call) for row in good])
+            self.machine.time_round([self._with(kernel, row, call) for row in good], good)
             for _ in range(WARM_UP + ROUNDS)
         ]
-        return {row: statistics.median(times) for row, *times in zip(good, *rounds[WARM_UP:], strict=True)}
+        return {
+            row: statistics.median(taken.seconds for taken in times)
+            for row, *times in zip(good, *rounds[WARM_UP:], strict=True)
+        }
 
     def _with(
         self, kernel: str, row: Row, call: Callable[[], Any]

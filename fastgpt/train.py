@@ -291,7 +291,8 @@ class Run:
     def evaluate(self) -> None:
         """Print and record the loss on the held-out text."""
         self.model.eval()
-        losses = sum(self.loss_sum(batch).item() for batch in self.val_batches)
+        # The only place to wait for a GPU.
+        losses = torch.stack([self.loss_sum(b).double() for b in self.val_batches]).sum().item()
         losses, counted = self.processes.total(losses, sum(batch.counted for batch in self.val_batches))
         usable = math.isfinite(losses) and not self.processes.sharded
         measured = self.material.measure(self.model) if usable else {}
@@ -303,8 +304,8 @@ class Run:
         if measured:
             found = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
             self.say(f"step {self.step}: {found}")
-        # The machine may have been busy before.
-        self.peak = max(self.peak, gemm_peak(self.device, self.dtype))
+        if self.device.type == "cpu":  # which may have been busy before
+            self.peak = max(self.peak, gemm_peak(self.device, self.dtype))
         self._restart_clock()
 
     def report(self, loss: Tensor) -> None:

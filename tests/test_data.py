@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from fastgpt import data
+from fastgpt.data.batches import Batch
 
 
 def test_stdlib_is_python_source_without_tests_the_same_each_time():
@@ -107,3 +109,23 @@ def test_unigram_entropy_of_known_distributions():
     assert data.unigram_entropy(torch.arange(256, dtype=torch.uint8)) == pytest.approx(math.log(256))
     assert data.unigram_entropy(torch.full((9,), 3)) == pytest.approx(0)
     assert data.unigram_entropy(torch.tensor([0, 0, 0, 5])) == pytest.approx(math.log(4) - 0.75 * math.log(3))
+
+
+def test_a_batch_goes_to_a_gpu_without_the_host_waiting():
+    batch = Batch(*(torch.arange(6).view(2, 3) for _ in range(2)), documents=torch.tensor([0, 6]))
+    pinned, copied = [], []
+
+    def pin(x):
+        pinned.append(x.data_ptr())
+        return x
+
+    def to(x, device, non_blocking=False):
+        copied.append((x.data_ptr(), device.type, non_blocking))
+        return x
+
+    with mock.patch.object(torch.Tensor, "pin_memory", pin), mock.patch.object(torch.Tensor, "to", to):
+        batch.to(torch.device("cuda"))
+        assert copied == [(address, "cuda", True) for address in pinned]
+        assert len(pinned) == 3
+        batch.to(torch.device("cpu"))
+        assert len(pinned) == 3

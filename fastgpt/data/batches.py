@@ -52,9 +52,16 @@ class Batch:
         return (torch.arange(len(begins), device=begins.device) - begins).view_as(self.idx)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        documents = None if self.documents is None else self.documents.to(device)
-        return Batch(self.idx.to(device), self.targets.to(device), documents)
+        """The same on a device; a GPU copies it when it comes to it, while the host goes on."""
+        documents = None if self.documents is None else _copied_to(self.documents, device)
+        return Batch(_copied_to(self.idx, device), _copied_to(self.targets, device), documents)
+
+
+def _copied_to(x: Tensor, device: torch.device) -> Tensor:
+    # From pageable memory a copy to a GPU makes the host wait until the GPU has done all that it was given before.
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class Source(Protocol):
