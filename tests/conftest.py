@@ -5,7 +5,8 @@ hypothesis draws. The following become slow here: a hundred examples; tests mark
 marked `costly`, and float16, where a kernel is interpreted or emulated.
 
 On the CPU, Triton runs in its interpreter and the CUDA kernels in the emulator. `--device cuda` runs the tests that
-take a backend, and only those, on a GPU: kernels compiled, every tensor that a test makes on the GPU.
+take a backend or the fixture `cuda`, and only those, on a GPU: kernels compiled, every tensor that a test makes on the
+GPU. There a backend for GPUs that is missing is a failure; tests marked `emulated` are about the emulator and left out.
 """
 
 import os
@@ -134,7 +135,11 @@ def pytest_collection_modifyitems(config, items):
         if not on_gpu and (again or (costly and backend in GPU_BACKENDS)):
             item.add_marker(pytest.mark.slow)
     if on_gpu:
-        elsewhere = [item for item in items if "backend" not in item.fixturenames]
+        elsewhere = [
+            item
+            for item in items
+            if not {"backend", "cuda"} & set(item.fixturenames) or item.get_closest_marker("emulated")
+        ]
         config.hook.pytest_deselected(items=elsewhere)
         items[:] = [item for item in items if item not in elsewhere]
 
@@ -183,19 +188,35 @@ def backend(request, _seeded):
     on_gpu = request.config.getoption("--device") == "cuda"
     if request.param == "cpp" and on_gpu:
         pytest.skip("the C++ kernels are the CPU's")
-    if request.param == "cuda" and not on_gpu:
-        from simt import emulator
-
-        if emulator.problem():
-            pytest.skip(emulator.problem())
-        emulator.seed(torch.initial_seed())
-        with emulator.running(), fastgpt.use_backend("cuda"):
-            yield "cuda"
+    if request.param == "cuda":
+        yield request.getfixturevalue("cuda")
         return
-    available = fastgpt.available_backends("gelu")[request.param]
-    if not available:
-        pytest.skip(available.reason)
+    _require(request.param, on_gpu)
     if request.param == "cpp":
         torch.set_num_threads(2)  # whose kernels cut their work between threads
     with fastgpt.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cuda(request, _seeded):
+    """Select the CUDA kernels: on a GPU themselves, on the CPU in the emulator."""
+    if request.config.getoption("--device") == "cuda":
+        _require("cuda", on_gpu=True)
+        with fastgpt.use_backend("cuda"):
+            yield "cuda"
+        return
+    from simt import emulator
+
+    if emulator.problem():
+        pytest.skip(emulator.problem())
+    emulator.seed(torch.initial_seed())
+    with emulator.running(), fastgpt.use_backend("cuda"):
+        yield "cuda"
+
+
+def _require(backend, on_gpu):
+    """Skip a test whose backend is missing here; on a GPU, where all are to be tested, it fails."""
+    available = fastgpt.available_backends("gelu")[backend]
+    if not available:
+        (pytest.fail if on_gpu else pytest.skip)(available.reason)

@@ -6,21 +6,13 @@ loop has no masks; one column less, an odd stride, or any option, and the genera
 
 import pytest
 import torch
+from cuda_kernels import other_order
 from plain_attention import composed, composed_varlen
-from simt import emulator
 
-import fastgpt
 from fastgpt import ops
 from fastgpt.testing import check_error_rule, run_with_gradients, strided
 
-pytestmark = pytest.mark.skipif(bool(emulator.problem()), reason=emulator.problem())
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    emulator.seed(torch.initial_seed())
-    with emulator.running(), fastgpt.use_backend("cuda"):
-        yield
+pytestmark = pytest.mark.usefixtures("cuda")
 
 
 def head_major(batch, heads, rows, size, dtype):
@@ -100,7 +92,7 @@ def test_order_of_warps_changes_no_result_but_dq_by_roundings(size):
     fixed = lambda q, k, v: ops.attention(q, k, v, causal="lower_right", deterministic=True)  # noqa: E731
     found = []
     for seed in range(6):
-        emulator.seed(seed)
+        other_order(seed)
         found.append((run_with_gradients(ours, tensors, None), run_with_gradients(fixed, tensors, None)))
     for (out, (dq, dk, dv)), (fixed_out, fixed_grads) in found:
         (first_out, first_grads), first_fixed = found[0]

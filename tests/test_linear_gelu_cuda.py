@@ -7,32 +7,26 @@ rest is a product and a pass.
 import pytest
 import torch
 from contract import check_opcheck, registered
+from cuda_kernels import launches
 from simt import emulator
 from test_linear_gelu import inputs, ours_and_pytorch
 
-import fastgpt
 from fastgpt import ops
 from fastgpt.testing import check_error_rule
 
-pytestmark = pytest.mark.skipif(bool(emulator.problem()), reason=emulator.problem())
+pytestmark = pytest.mark.usefixtures("cuda")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    emulator.seed(torch.initial_seed())
-    with emulator.running(), fastgpt.use_backend("cuda"):
-        yield
 
 
 def passes(arguments, approximate="tanh"):
     """Of ours over the activation; of a forward without gradients and one with."""
-    before = emulator.launches()
-    with torch.no_grad():
+
+    def call():
         ops.linear_gelu(*arguments, approximate=approximate)
-    without = emulator.launches() - before
-    ops.linear_gelu(*arguments, approximate=approximate)
-    return without, emulator.launches() - before - without
+
+    with torch.no_grad():
+        without = launches(call)
+    return without, launches(call)
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
@@ -83,6 +77,7 @@ def test_what_cublaslt_does_not_take_goes_by_a_pass():
         check_error_rule(*ours_and_pytorch("tanh"), [t.detach().requires_grad_() for t in arguments])
 
 
+@pytest.mark.emulated
 def test_without_a_kernel_for_the_shape_it_goes_by_a_pass():
     arguments = inputs((5,), 32, 56, torch.bfloat16)  # of its own: what was found once is kept
     emulator.library().simt_set_has_products(False)

@@ -3,30 +3,22 @@
 import pytest
 import torch
 from contract import check_opcheck, registered
+from cuda_kernels import launches
 from simt import emulator
 from test_mlp import check, inputs
 
-import fastgpt
 from fastgpt import ops
 
-pytestmark = pytest.mark.skipif(bool(emulator.problem()), reason=emulator.problem())
+pytestmark = pytest.mark.usefixtures("cuda")
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(autouse=True)
-def _emulated():
-    emulator.seed(torch.initial_seed())
-    with emulator.running(), fastgpt.use_backend("cuda"):
-        yield
 
 
 def passes(arguments, approximate="tanh", grad=None):
     """Of ours over activations and their gradients: in the forward, in the backward."""
-    before = emulator.launches()
+    forward = launches(lambda: ops.mlp(*arguments, approximate))
     out = ops.mlp(*arguments, approximate)
-    forward = emulator.launches() - before
-    out.backward(torch.randn(out.shape, dtype=out.dtype) if grad is None else grad)
-    return forward, emulator.launches() - before - forward
+    grad = torch.randn(out.shape, dtype=out.dtype) if grad is None else grad
+    return forward, launches(lambda: out.backward(grad, retain_graph=True))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS)
@@ -82,6 +74,7 @@ def test_pointers_less_aligned_than_before():
             check(arguments, "tanh")
 
 
+@pytest.mark.emulated
 def test_without_a_kernel_for_the_shape_it_goes_by_a_pass():
     arguments = inputs((5,), 32, 56, 40, torch.bfloat16)  # of its own: what was found once is kept
     emulator.library().simt_set_has_products(False)
