@@ -6,7 +6,8 @@ marked `costly`, and float16, where a kernel is interpreted or emulated.
 
 On the CPU, Triton runs in its interpreter and the CUDA kernels in the emulator. `--device cuda` runs the tests that
 take a backend or the fixture `cuda`, and only those, on a GPU: kernels compiled, every tensor that a test makes on the
-GPU. There a backend for GPUs that is missing is a failure; tests marked `emulated` are about the emulator and left out.
+GPU. There a backend for GPUs that is missing is a failure. Tests marked `gpu` run there alone, those marked `emulated`
+on the CPU alone.
 """
 
 import os
@@ -134,14 +135,16 @@ def pytest_collection_modifyitems(config, items):
         costly = item.get_closest_marker("costly") or parameters.get("dtype") == torch.float16
         if not on_gpu and (again or (costly and backend in GPU_BACKENDS)):
             item.add_marker(pytest.mark.slow)
-    if on_gpu:
-        elsewhere = [
-            item
-            for item in items
-            if not {"backend", "cuda"} & set(item.fixturenames) or item.get_closest_marker("emulated")
-        ]
-        config.hook.pytest_deselected(items=elsewhere)
-        items[:] = [item for item in items if item not in elsewhere]
+    elsewhere = {item for item in items if not _belongs(item, on_gpu)}
+    config.hook.pytest_deselected(items=list(elsewhere))
+    items[:] = [item for item in items if item not in elsewhere]
+
+
+def _belongs(item, on_gpu):
+    """Whether a test is for the device that this run is on."""
+    if item.get_closest_marker("emulated" if on_gpu else "gpu"):
+        return False
+    return not on_gpu or bool({"backend", "cuda"} & set(item.fixturenames))
 
 
 @pytest.hookimpl(wrapper=True)

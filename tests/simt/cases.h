@@ -1,7 +1,10 @@
 // Kernels that Python calls by a name, each from some floats to some floats.
 #pragma once
 
+#include <cstring>
 #include <device.cuh>
+#include <stdexcept>
+#include <string>
 
 namespace fastgpt {
 
@@ -19,6 +22,12 @@ void run(const Case& c, In in, Out out) {
   launch<KERNEL>(Device(0), c.name, c.shape, in, out);
 }
 
+inline void finish() {
+#ifdef __CUDACC__
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+#endif
+}
+
 // What was wrong with the case of that name; nothing if all is well.
 template <size_t N>
 const char* run_case(
@@ -28,8 +37,9 @@ const char* run_case(
   for (const Case& c : cases)
     if (std::strcmp(c.name, name) == 0) try {
         c.run(c, global_memory(in, in_size), global_memory(out, out_size));
+        finish();
         said.clear();
-      } catch (const std::runtime_error& error) {
+      } catch (const std::exception& error) {
         said = error.what();
       }
   return said.c_str();

@@ -1,15 +1,16 @@
-// Kernels that are right, as the emulator must find them too; tests/test_simt.py computes the same another way.
+// Kernels that are right, as the emulator must find them too; tests/test_simt.py computes the same another way. nvcc
+// compiles them as well, so that a GPU can be asked whether it agrees (tests/test_primitives_cuda.py).
 #include "cases.h"
 
 namespace fastgpt {
 namespace {
 
-SharedAddress place(int i) { return shared_memory() + 4 * i; }
+__device__ SharedAddress place(int i) { return shared_memory() + 4 * i; }
 
 // ---- through shared memory ----
 
 // Of every block the sum, in each of its threads.
-void block_sum(In in, Out out) {
+__global__ void block_sum(In in, Out out) {
   const int64_t own = int64_t{block_x()} * threads() + thread();
   float sum = load(in + own);
   for (int mask = WARP / 2; mask; mask /= 2) sum += shuffle_xor(sum, mask);
@@ -24,7 +25,7 @@ void block_sum(In in, Out out) {
 }
 
 // Reversed within a warp.
-void lanes_reversed(In in, Out out) {
+__global__ void lanes_reversed(In in, Out out) {
   for (int turn = 0; turn < 3; ++turn) {
     store_shared(place(thread()), load(in + thread()));
     sync_warp();
@@ -36,7 +37,7 @@ void lanes_reversed(In in, Out out) {
 
 // Half of the warps hand to the other half, tile by tile through two places, by named barriers alone: 1 + s says that
 // place s is full, 3 + s that it is empty.
-void producers_and_consumers(In in, Out out) {
+__global__ void producers_and_consumers(In in, Out out) {
   const int half = threads() / 2, own = thread() % half;
   constexpr int TILES = 5;
   float sum = 0;
@@ -56,7 +57,7 @@ void producers_and_consumers(In in, Out out) {
 }
 
 // Sums over tiles that are copied while the one before is summed.
-void copies_in_two_stages(In in, Out out) {
+__global__ void copies_in_two_stages(In in, Out out) {
   constexpr int TILES = 6;
   const auto fetch = [&](int i) {
     copy_async(place((i % 2) * 4 * threads() + 4 * thread()), in + (i * 4 * threads() + 4 * thread()), i != 3);
@@ -79,7 +80,7 @@ void copies_in_two_stages(In in, Out out) {
 }
 
 // The sum over a cluster, in each of its threads.
-void cluster_sum(In in, Out out) {
+__global__ void cluster_sum(In in, Out out) {
   const int64_t own = int64_t{block_x()} * threads() + thread();
   store_shared(place(thread()), load(in + own));
   sync_cluster();
@@ -90,27 +91,29 @@ void cluster_sum(In in, Out out) {
   store(out + own, sum);
 }
 
-void everybody_adds(In in, Out out) { atomic_add(out + thread() % 4, load(in + (block_x() * threads() + thread()))); }
+__global__ void everybody_adds(In in, Out out) {
+  atomic_add(out + thread() % 4, load(in + (block_x() * threads() + thread())));
+}
 
-void any(In in, Out out) { store(out + thread(), any_lane(load(in + thread()) > 2.0f) ? 1.0f : 0.0f); }
+__global__ void any(In in, Out out) { store(out + thread(), any_lane(load(in + thread()) > 2.0f) ? 1.0f : 0.0f); }
 
 // The order in which the warps come, after a barrier.
-int turn = 0;
-void order(In, Out out) {
+__device__ int turn = 0;
+__global__ void order(In, Out out) {
   sync_block();
   if (lane() == 0) store(out + warp(), static_cast<float>(turn++ % (threads() / WARP)));
 }
 
 // ---- the matrix units: c (16×16) = a (16×16) b (16×16), in, one after the other, a and b ----
 
-void store_product(Out out, int right, const float (&c)[4]) {
+__device__ void store_product(Out out, int right, const float (&c)[4]) {
   const int group = lane() / 4, pair = lane() % 4 * 2;
   for (int i = 0; i < 4; ++i) store(out + ((group + 8 * (i / 2)) * 16 + right + pair + i % 2), c[i]);
 }
 
 // Factors through shared memory, b as it is (DOWN) or transposed.
 template <typename T, bool DOWN>
-void product(In in, Out out) {
+__global__ void product(In in, Out out) {
   for (int i = lane(); i < 256; i += WARP) {
     const int row = i / 16, column = i % 16;
     store_shared(shared_memory() + 2 * i, from_float<T>(load(in + i)));
@@ -132,7 +135,7 @@ void product(In in, Out out) {
 
 // Factors from where the PTX ISA's figures say that lane g · 4 + t has them.
 template <typename T>
-void product_by_figures(In in, Out out) {
+__global__ void product_by_figures(In in, Out out) {
   const int g = lane() / 4, t = lane() % 4;
   const auto a = [&](int row, int k) { return load(in + (row * 16 + k)); };
   for (int n = 0; n < 16; n += 8) {

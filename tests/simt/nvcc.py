@@ -1,0 +1,44 @@
+"""The small kernels of sound.cu compiled for GPUs, so that one can be asked whether it agrees with the emulator."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from pathlib import Path
+
+import torch
+from simt.emulator import FOLDER, ROOT
+
+from bench import cubins
+
+LIBRARY = ROOT / "build" / "primitives" / "primitives.so"  # may be carried to a GPU machine without nvcc
+
+
+def build(library: Path, architecture: str) -> None:
+    """Compile for "sm_90a" and the like.
+
+    Raises:
+        RuntimeError: there is no nvcc, or it refuses the source; its words are in the message.
+    """
+    if problem := cubins.problem():
+        raise RuntimeError(problem)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    include = Path(torch.__file__).parent / "include"
+    code = f"-gencode=arch={architecture.replace('sm', 'compute')},code={architecture}"
+    command = [
+        *(str(cubins._nvcc()), "-shared", *cubins._flags(), code, f"-I{cubins.SOURCES}", f"-I{include}"),
+        *("-o", str(library), str(FOLDER / "sound.cu")),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stdout + done.stderr)
+
+
+def load() -> ctypes.CDLL:
+    """The library for this machine's GPU, compiled unless it is there."""
+    if not LIBRARY.exists():
+        build(LIBRARY, "sm_{}{}".format(*torch.cuda.get_device_capability()))
+    # Whose functions it names, but is not linked to.
+    for name in ("torch_cpu", "torch_cuda"):
+        ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
+    return ctypes.CDLL(str(LIBRARY))
