@@ -15,7 +15,7 @@ PYTHON ?= python3
 # The CPU build where pip knows of one for this version; any PyTorch from 2.11 on will do.
 TORCH ?= torch==2.13.0
 # What `make gpu` may take.
-MINUTES ?= 25
+MINUTES ?= 12
 BIN := .venv/bin
 # TEST_MINUTES: no test is started after that time, for test-changed and asan.
 # A worker a core; tests that share a build or what a module's fixture made stay with one.

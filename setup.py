@@ -176,7 +176,9 @@ def compiled() -> dict:
             if self.cuda and not self.nvcc:
                 raise SystemExit("fastgpt: --cuda needs nvcc, on the PATH or in CUDA_HOME")
             self.compiled_for = cuda_architectures(self.cuda_architectures, self.nvcc) if self.nvcc else []
-            self.extensions = [e for e in self.extensions if self.nvcc or e.name != "fastgpt._cuda"]
+            unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
+            unwanted |= set() if self.nvcc else {"fastgpt._cuda"}
+            self.extensions = [e for e in self.extensions if e.name not in unwanted]
 
         def build_extension(self, extension) -> None:
             if extension.name == "fastgpt._cuda":
@@ -188,8 +190,6 @@ def compiled() -> dict:
                     ("FASTGPT_CUDA_ARCHITECTURES", f'"{" ".join(self.compiled_for)}"')
                 )
             variant = extension.name.partition("._cpu_")[2]
-            if variant and variant not in self.variants.split():
-                return
             if variant and self.sanitize:
                 extension.extra_compile_args += SANITIZE_COMPILING
                 extension.extra_link_args += SANITIZE

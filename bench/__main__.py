@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
 
     gpu = commands.add_parser("gpu", help="everything a GPU can tell, in a budget of minutes")
     gpu.set_defaults(run=_gpu)
-    gpu.add_argument("--budget-minutes", type=float, default=25.0, metavar="N", help="default: 25")
+    gpu.add_argument("--budget-minutes", type=float, default=12.0, metavar="N", help="default: 12")
     gpu.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
     gpu.add_argument(
         "--rehearse", action="store_true", help="the same on the CPU, toy sizes, Triton interpreted"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.cases import VERIFIED_BYTES, Case, Function, Op, Peer, Sweep
-from bench.peers import MissingError, require
+from bench.peers import MissingError, require, sixteen_bits
 from fastgpt import ops
 
 
@@ -47,23 +47,36 @@ def pinned(name: str, backend: SDPBackend) -> Peer:
     return Peer(name, "torch", make)
 
 
-def flex(case: Case) -> Function:
+def flex(case: Case, options: Any = None) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     device, length = ("cuda" if torch.cuda.is_available() else "cpu"), case.dims["T"]
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return lambda q, k, v: compiled(q, k, v, block_mask=mask)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, kernel_options=options)
+
+
+def flex_flash(case: Case) -> Function:
+    """FlexAttention through FlashAttention-4's kernels."""
+    sixteen_bits(case, require("flash_attn.cute", "flash-attn-4", gpu=True))
+    return flex(case, {"BACKEND": "FLASH"})
 
 
 def flash_attn(case: Case) -> Function:
-    if case.dtype == "fp32":
-        require("flash_attn", "flash-attn", gpu=True)
-        raise MissingError("takes fp16 and bf16 only")
-    attention = require("flash_attn", "flash-attn", gpu=True).flash_attn_func
+    attention = sixteen_bits(case, require("flash_attn", "flash-attn", gpu=True)).flash_attn_func
 
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True).transpose(1, 2)
+
+    return function
+
+
+def flash_attn_4(case: Case) -> Function:
+    attention = sixteen_bits(case, require("flash_attn.cute", "flash-attn-4", gpu=True)).flash_attn_func
+
+    def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = attention(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+        return (found[0] if isinstance(found, tuple) else found).transpose(1, 2)
 
     return function
 
@@ -133,7 +146,9 @@ OP = Op(
         pinned("SDPA efficient", SDPBackend.EFFICIENT_ATTENTION),
         pinned("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION),
         Peer("FlexAttention", "torch", flex),
+        Peer("FlexAttention FLASH", "torch", flex_flash),
         Peer("flash-attn", "flash-attn", flash_attn),
+        Peer("FlashAttention-4", "flash-attn-4", flash_attn_4),
         Peer("transformers", "transformers", transformers),
     ],
     flops=flops,

@@ -9,7 +9,7 @@ import torch.nn.functional as T
 from torch import Tensor
 
 from bench.cases import Case, Function, Op, Peer
-from bench.peers import MissingError, eager, require
+from bench.peers import eager, require, sixteen_bits
 from fastgpt import ops
 
 
@@ -69,12 +69,31 @@ def padded(case: Case) -> Function:
 
 
 def flash_attn(case: Case) -> Function:
-    if case.dtype == "fp32":
-        require("flash_attn", "flash-attn", gpu=True)
-        raise MissingError("takes fp16 and bf16 only")
-    attention = require("flash_attn", "flash-attn", gpu=True).flash_attn_varlen_func
+    attention = sixteen_bits(case, require("flash_attn", "flash-attn", gpu=True)).flash_attn_varlen_func
     longest = max(lengths(case))
     return lambda q, k, v, bounds: attention(q, k, v, bounds, bounds, longest, longest, causal=True)
+
+
+def flash_attn_4(case: Case) -> Function:
+    attention = sixteen_bits(
+        case, require("flash_attn.cute", "flash-attn-4", gpu=True)
+    ).flash_attn_varlen_func
+    longest = max(lengths(case))
+
+    def function(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+        options: dict[str, Any] = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+        found = attention(q, k, v, causal=True, **options)
+        return found[0] if isinstance(found, tuple) else found
+
+    return function
+
+
+def varlen_attn(case: Case) -> Function:
+    """PyTorch's own."""
+    attention = sixteen_bits(case, require("torch.nn.attention.varlen", "torch", gpu=True)).varlen_attn
+    longest = max(lengths(case))
+    return lambda q, k, v, bounds: attention(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
 
 
 def flops(case: Case) -> tuple[float, float]:
@@ -114,7 +133,9 @@ OP = Op(
     peers=[
         eager(pytorch),
         Peer("PyTorch padded", "torch", padded),
+        Peer("PyTorch varlen_attn", "torch", varlen_attn),
         Peer("flash-attn", "flash-attn", flash_attn),
+        Peer("FlashAttention-4", "flash-attn-4", flash_attn_4),
     ],
     flops=flops,
     bytes=moved,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as T
 from torch import Tensor
 
-from bench.cases import Case, Function, Op, Peer, Sweep
-from bench.peers import compiled, eager, require
+from bench.cases import Case, Function, Maker, Op, Peer, Sweep
+from bench.peers import MissingError, compiled, eager, require
 from fastgpt import ops
 
 
@@ -43,6 +43,18 @@ def chunked(case: Case) -> Function:
             batch_chunk_size=512,
         )
     return lambda h, w, y: T.linear_cross_entropy(h, w, y, options=options)
+
+
+def chunked_by(policy: Literal["balanced", "compact"]) -> Maker:
+    """The same on a GPU with another policy than the one that PyTorch chooses by itself."""
+
+    def make(case: Case) -> Function:
+        if not torch.cuda.is_available():
+            raise MissingError('needs a CUDA GPU; on the CPU the settings of "PyTorch chunked" are the best')
+        options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
+        return lambda h, w, y: T.linear_cross_entropy(h, w, y, options=options)
+
+    return make
 
 
 def liger(case: Case) -> Function:
@@ -95,6 +107,8 @@ OP = Op(
         eager(pytorch),
         compiled(pytorch),
         Peer("PyTorch chunked", "torch", chunked),
+        Peer("PyTorch chunked, balanced", "torch", chunked_by("balanced")),
+        Peer("PyTorch chunked, compact", "torch", chunked_by("compact")),
         Peer("Liger-Kernel", "liger-kernel", liger),
         Peer("cut-cross-entropy", "cut-cross-entropy", cce("cce")),
         Peer("cut-cross-entropy (torch.compile)", "cut-cross-entropy", cce("torch_compile")),

@@ -1,13 +1,15 @@
 """GPU minutes into evidence:  python -m bench gpu --budget-minutes N --out DIR
 
 One stage after another, each a process of its own: a crash of one, which on a GPU takes the whole process's
-device with it, leaves the others. Benchmarks run in the order of what matters most; a stage that outlasts the
-budget is ended, and what it measured counts. DIR/results.json is whole at any moment; at the end there are also
-DIR/report.html and DIR/rest.tar.gz (logs, plots). Nothing is downloaded.
+device with it, leaves the others. First a smoke test, then op by op its tests and its benchmark, the most important
+op first; a stage that outlasts its share is ended, and what it measured counts. DIR/results.json and DIR/stages.json
+are whole at any moment; at the end there are also DIR/report.html and DIR/rest.tar.gz (logs, plots). Nothing is
+downloaded.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,17 +18,34 @@ import sys
 import tarfile
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 from bench.machine import ROOT
 from bench.records import Record, load, save
 
 _RESERVE = 20.0  # seconds for the report at the end
-_GPU_TESTS = [f"tests/test_{op}.py" for op in
-              ("philox", "gelu", "geglu", "linear", "linear_gelu", "mlp", "cross_entropy",
-               "linear_cross_entropy", "add_layer_norm", "attention", "attention_varlen")]  # fmt: skip
-# What each tool of compute-sanitizer looks for; all on small shapes, our kernels alone.
-_SANITIZERS = {"memcheck": ("triton", "cuda"), "racecheck": ("cuda",), "synccheck": ("cuda",)}
+TRITON_CACHE = ROOT / "build" / "triton"  # may be filled elsewhere and carried along
+# The test files of each op, in the order of what a training step needs most.
+TESTS: dict[str, tuple[str, ...]] = {
+    "attention": ("attention", "attention_cuda", "attention_split", "attention_extremes"),
+    "cross_entropy": ("cross_entropy", "cross_entropy_with_grad", "cross_entropy_extremes"),
+    "linear_cross_entropy": ("linear_cross_entropy",),
+    "attention_varlen": ("attention_varlen", "flash_attention_cuda"),
+    "add_layer_norm": ("add_layer_norm",),
+    "mlp": ("mlp", "mlp_cuda"),
+    "linear_gelu": ("linear_gelu", "linear_gelu_cuda"),
+    "linear": ("linear",),
+    "gelu": ("gelu",),
+    "bias_gelu": (),  # with gelu's
+    "geglu": ("geglu", "op_sizes"),
+}
+TRAINED_WITH = 3  # of these ops a training step is timed behind the first ones
+REHEARSED = "gelu"  # whose tests run in a rehearsal; of the others it collects what would
+SHARE = {"attention": 0.2}  # of the budget, the most that the tests of an op may take; 0.1 for the others
+WORKERS = 8  # of pytest-xdist, which compile side by side
+SANITIZED = "whole or window"  # cases of test_attention_cuda.py
 
 
 @dataclass(frozen=True)
@@ -34,103 +53,100 @@ class Stage:
     """One process.
 
     Attributes:
-        command: a program and its arguments; one that begins with an option is Python's.
+        command: a program and its arguments; one that begins with an option or a .py is Python's.
         share: of the whole budget, the most it may take.
         needs: a program without which it is skipped.
-        ours: whether its failure is a failure of the run.
+        required: whether the run has failed where this has not finished well.
     """
 
     name: str
     command: list[str]
     share: float = 1.0
     needs: str | None = None
-    ours: bool = True
+    required: bool = True
 
     @property
     def benchmark(self) -> bool:
         """Whether it writes records."""
         return self.command[:2] == ["-m", "bench"]
 
+    @property
+    def tests(self) -> bool:
+        """Whether it counts tests."""
+        return self.command[:2] == ["-m", "pytest"]
 
-def stages(rehearse: bool, built: str | None) -> list[Stage]:
+
+def stages(rehearse: bool, architecture: str | None) -> list[Stage]:
     """What is to be done, the most important first.
 
     Args:
-        built: why the compiled kernels have to be built, or None where they are there.
+        architecture: "9.0a" and the like, where the CUDA kernels have to be compiled for it; None where they are there.
     """
     from bench.ops import OPS
 
-    ops = list(OPS)
-    preset, tiny = ("tiny", ["--tiny", "--device", "cpu"]) if rehearse else ("gpu", ["--device", "cuda"])
+    device = "cpu" if rehearse else "cuda"
+    preset, tiny = ("tiny", ["--tiny"]) if rehearse else ("gpu", [])
 
-    def bench(name: str, *arguments: str) -> Stage:
-        return Stage(name, ["-m", "bench", *arguments, *tiny])
+    def bench(name: str, *arguments: str, share: float = 1.0, required: bool = True) -> Stage:
+        command = ["-m", "bench", *arguments, *tiny, "--device", device]
+        return Stage(name, command, share, required=required)
 
     def shapes(op: str, first: bool) -> list[str]:
         found = ["x".join(map(str, dims.values())) for dims in OPS[op].shapes[preset]]
         return [part for shape in (found[:1] if first else found[1:]) for part in ("--shape", shape)]
 
-    device = "cpu" if rehearse else "cuda"
-    tests = _GPU_TESTS[:2] if rehearse else _GPU_TESTS
-    small = ["-m", "bench", "ops", "--tiny", "--device", device, "--peer", "none"]
-    found = [
-        Stage("tests", ["-m", "pytest", "--maxfail=20", "--device", device, *tests], share=0.35),
-        *(
-            Stage(
-                f"sanitizer-{tool}",
-                ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *small,
-                 *(part for backend in backends for part in ("--backend", backend))],
-                share=0.08, needs="compute-sanitizer", ours=False,
-            )
-            for tool, backends in _SANITIZERS.items()
-        ),
-        bench("attention", "attention", *shapes("attention", True)),
-        bench("cross_entropy", "cross_entropy", *shapes("cross_entropy", True)),
-        bench("train", "train"),
-        bench("accelerate", "accelerate"),
-        *(bench(op, op, *shapes(op, True)) for op in ops[2:]),
-        *(bench(f"{op}-more", op, *shapes(op, False)) for op in ops if shapes(op, False)),
-        bench("scaling", "scaling"),
+    def tests(name: str, files: tuple[str, ...], share: float) -> Stage:
+        workers = ["-n", str(WORKERS), "--dist", "loadgroup"] if find_spec("xdist") and not rehearse else []
+        collect = ["--collect-only"] if rehearse and name != f"test-{REHEARSED}" else []
+        paths = [f"tests/test_{file}.py" for file in files]
+        return Stage(
+            name, ["-m", "pytest", "--maxfail=20", "--device", device, *workers, *collect, *paths], share
+        )
+
+    found = [tests("smoke", ("primitives_cuda", "smoke"), 0.15)]
+    for number, (op, files) in enumerate(TESTS.items(), 1):
+        if files:
+            found.append(tests(f"test-{op}", files, SHARE.get(op, 0.1)))
+        found.append(bench(op, op, *shapes(op, True), share=0.15))
+        if number == TRAINED_WITH:
+            found += [bench("train", "train", share=0.2), bench("accelerate", "accelerate", share=0.15)]
+    found += [
+        bench(f"{op}-more", op, *shapes(op, False), required=False) for op in TESTS if shapes(op, False)
+    ]
+    whole_tiles = ["-m", "pytest", "--device", device, "tests/test_attention_cuda.py", "-k", SANITIZED]
+    found += [
         Stage(
-            "ncu",
-            ["ncu", "--clock-control", "none", "--launch-count", "40", "--section", "SpeedOfLight",
-             "--section", "Occupancy", sys.executable, *small],
-            share=0.15, needs="ncu", ours=False,
-        ),
+            f"sanitizer-{tool}",
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, *whole_tiles],
+            share=0.15, needs="compute-sanitizer", required=False,
+        )
+        for tool in ("memcheck", "racecheck")
     ]  # fmt: skip
-    if built is not None:
-        install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
-        found.insert(0, Stage("build", install, share=0.4, ours=False))
+    found.append(bench("scaling", "scaling", required=False))
+    small = ["-m", "bench", "ops", "--tiny", "--device", device, "--peer", "none"]
+    profile = ["ncu", "--clock-control", "none", "--launch-count", "40", "--section", "SpeedOfLight"]
+    found.append(Stage("ncu", [*profile, sys.executable, *small], 0.15, needs="ncu", required=False))
+    if architecture is not None:
+        build = ["setup.py", "build_ext", "--inplace", "--cuda", "--variants=", "--cuda-architectures"]
+        found.insert(0, Stage("build", [*build, architecture], share=0.3))
     return found
 
 
 def run_gpu(out: Path, budget_minutes: float, *, rehearse: bool, commit: str | None) -> int:
-    """Do all stages within the budget; 1 if tests failed or a result of ours was wrong, else 0.
+    """Do all stages within the budget; 1 if one that is required has not finished well, else 0.
 
     Raises ValueError for a budget that is none, and where there is no GPU and no rehearsal was asked for.
     """
-    import torch
-
-    from bench.machine import Machine
-    from fastgpt import extension
-
     if not budget_minutes > 0:
         raise ValueError(f"--budget-minutes must be positive, not {budget_minutes}")
-    if not rehearse and not torch.cuda.is_available():
-        raise ValueError(
-            "there is no CUDA GPU here; --rehearse goes through the same on the CPU at toy sizes"
-        )
     deadline = time.monotonic() + 60 * budget_minutes
+    facts, architecture = _facts(rehearse, commit)
     work = out / "work"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    facts = Machine("cpu" if rehearse else "cuda").facts(
-        command="python -m bench " + " ".join(sys.argv[1:]), rehearsal=rehearse, commit=commit
-    ) | {"stages": []}
-    failed = False
-    # A GPU that the CUDA kernels were not compiled for has them built anew, as one without any has.
-    missing = extension.problem() or ("" if rehearse else extension.cuda_problem())
-    for stage in stages(rehearse, missing or None):
+    facts["stages"] = []
+    failed = []
+    for stage in stages(rehearse, architecture):
         left = deadline - time.monotonic() - _RESERVE
         row: Record = {"name": stage.name, "seconds": 0.0, "outcome": ""}
         facts["stages"].append(row)
@@ -139,23 +155,62 @@ def run_gpu(out: Path, budget_minutes: float, *, rehearse: bool, commit: str | N
         elif stage.needs and shutil.which(stage.needs) is None:
             row["outcome"] = f"skipped: there is no {stage.needs} here"
         else:
-            limit = min(left, stage.share * 60 * budget_minutes)
-            failed |= _run(stage, limit, work, facts, out, row, commit) and stage.ours
-        print(f"{stage.name:<28}{row['seconds']:7.1f} s  {row['outcome']}", flush=True)
-    _merge(out, facts)
+            _run(stage, min(left, stage.share * 60 * budget_minutes), work, facts, out, row, commit)
+        _merge(out, facts)
+        if stage.required and row["outcome"] != "ok":
+            failed.append(stage.name)
+        counts = "".join(f", {row[kind]} {kind}" for kind in ("passed", "failed", "skipped") if kind in row)
+        print(f"{stage.name:<28}{row['seconds']:7.1f} s  {row['outcome']}{counts}", flush=True)
     _finish(out)
+    if failed:
+        print(f"this run has failed: {', '.join(failed)}")
     return 1 if failed else 0
+
+
+_FACTS = """
+import json, sys
+import torch
+from bench.machine import Machine
+from fastgpt import extension
+device, command, commit = sys.argv[1:]
+if device == "cuda" and not torch.cuda.is_available():
+    sys.exit(3)
+facts = Machine(device).facts(command=command, rehearsal=device == "cpu", commit=commit or None)
+missing = device == "cuda" and bool(extension.cuda_problem(0))
+major, minor = torch.cuda.get_device_capability(0) if missing else (0, 0)
+print(json.dumps([facts, f"{major}.{minor}" + "a" * (major in (9, 10)) if missing else None]))
+"""
+
+
+def _facts(rehearse: bool, commit: str | None) -> tuple[Record, str | None]:
+    """What the results say of the machine, and `stages`' architecture; a process that holds no GPU while others run."""
+    command = "python -m bench " + " ".join(sys.argv[1:])
+    arguments = ["cpu" if rehearse else "cuda", command, commit or ""]
+    done = subprocess.run(
+        [sys.executable, "-c", _FACTS, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    if done.returncode == 3:
+        raise ValueError(
+            "there is no CUDA GPU here; --rehearse goes through the same on the CPU at toy sizes"
+        )
+    if done.returncode:
+        raise ValueError(f"the machine cannot be described: {done.stderr.strip()[-2000:]}")
+    facts, architecture = json.loads(done.stdout.splitlines()[-1])
+    return facts, architecture
 
 
 def _run(
     stage: Stage, limit: float, work: Path, facts: Record, out: Path, row: Record, commit: str | None
-) -> bool:
-    """Run one stage, merging its records as they come; whether it failed."""
+) -> None:
+    """Run one stage, merging its records as they come, and say in its row what became of it."""
     command = stage.command
-    if command[0].startswith("-"):
+    if command[0].startswith("-") or command[0].endswith(".py"):
         command = [sys.executable, *command]
     if stage.benchmark:
         command = [*command, "--out", str(work / stage.name), *(["--commit", commit] if commit else [])]
+    counts = work / f"{stage.name}.xml"
+    if stage.tests:
+        command = [*command, f"--junitxml={counts}"]
     started = time.monotonic()
     with (work / f"{stage.name}.log").open("w") as log:
         log.write(" ".join(command) + "\n")
@@ -165,6 +220,7 @@ def _run(
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
+            env={"TRITON_CACHE_DIR": str(TRITON_CACHE)} | os.environ,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
         )
@@ -185,8 +241,16 @@ def _run(
         if process.returncode == 0
         else f"failed: exit {process.returncode}"
     )
-    _merge(out, facts)
-    return not late and process.returncode != 0
+    if counts.exists():
+        row |= _counted(counts)
+
+
+def _counted(report: Path) -> Record:
+    """How many tests passed, failed and were skipped."""
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None
+    total, skipped, *bad = (int(suite.get(n, 0)) for n in ("tests", "skipped", "failures", "errors"))
+    return {"passed": total - skipped - sum(bad), "failed": sum(bad), "skipped": skipped}
 
 
 def _merge(out: Path, facts: Record) -> None:
@@ -196,6 +260,7 @@ def _merge(out: Path, facts: Record) -> None:
         path = out / "work" / stage["name"] / "results.json"
         for record in load(path) if path.exists() else []:
             records.append({k: v for k, v in record.items() if k not in facts})
+    save(out / "stages.json", [facts])
     if records:
         records[0] = records[0] | facts
         save(out / "results.json", records)
@@ -207,7 +272,8 @@ def _finish(out: Path) -> None:
     results = out / "results.json"
     if results.exists():
         write_report(results, out)
-        shutil.move(out / "plots", out / "work" / "plots")
+        if (out / "plots").exists():
+            shutil.move(out / "plots", out / "work" / "plots")
     with tarfile.open(out / "rest.tar.gz", "w:gz") as tar:
         tar.add(out / "work", "rest")
     shutil.rmtree(out / "work")

@@ -34,6 +34,7 @@ DATASHEET = {
 }
 PACKAGES = (
     "fastgpt", "torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn",
+    "flash-attn-4",
 )  # fmt: skip
 
 ROOF_ROUNDS = 9

@@ -37,6 +37,17 @@ def require(package: str, install: str, *, gpu: bool = False, triton: bool = Fal
     return module
 
 
+def sixteen_bits(case: Case, module: Any) -> Any:
+    """The module of a peer that takes fp16 and bf16.
+
+    Raises:
+        MissingError: the case is of another dtype.
+    """
+    if case.dtype == "fp32":
+        raise MissingError("takes fp16 and bf16 only")
+    return module
+
+
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter."""
     try:
