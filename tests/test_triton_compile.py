@@ -27,12 +27,13 @@ pytestmark = pytest.mark.xdist_group("triton_compile")  # whose fixtures are mad
 ROOT = Path(__file__).parent.parent
 BOUNDS = {"overlapped", "serial", "bandwidth"}
 COMPILE = """
-import json
+import json, triton
 from bench.launches import configurations
 from bench.resources import resources
 if __name__ == "__main__":
     chosen = [c for c in configurations() if {chosen}]
-    print(json.dumps([record for found in resources(chosen, {architectures}) for record in found]))
+    records = [record for found in resources(chosen, {architectures}) for record in found]
+    print(json.dumps([triton.__version__, records]))
 """
 
 
@@ -47,7 +48,7 @@ def compiled(chosen, architectures, tmp_path, root=ROOT):
     )]  # fmt: skip
     known = ROOT / "build" / "compiled" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.json"
     if not known.exists():
-        records = compile_now(chosen, architectures, tmp_path, root)
+        _, records = compile_now(chosen, architectures, tmp_path, root)
         known.parent.mkdir(parents=True, exist_ok=True)
         written = known.with_suffix(f".{os.getpid()}")
         written.write_text(json.dumps(records))
@@ -55,10 +56,13 @@ def compiled(chosen, architectures, tmp_path, root=ROOT):
     return in_order(json.loads(known.read_text()))
 
 
-def compile_now(chosen, architectures, tmp_path, root):
+def compile_now(chosen, architectures, tmp_path, root, *before):
+    """The version of Triton and the records; packages in the folders `before` go first."""
     script = tmp_path / "compile.py"  # a file: the processes it starts import it again
     script.write_text(COMPILE.format(chosen=chosen, architectures=tuple(architectures)))
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": os.pathsep.join(map(str, (*before, root)))
+    }
     done = subprocess.run(
         [sys.executable, script], env=env, cwd=root, capture_output=True, text=True, check=False, timeout=1800
     )
