@@ -19,6 +19,7 @@ import importlib.util
 import os
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -250,6 +251,30 @@ def _triton_problem(number: int | None) -> str | None:
     return None
 
 
+def kernels_off(device: torch.device) -> str:
+    """Why none of the compiled kernels can run on a device, with what mends it; empty if some can."""
+    compiled = [name for name in PREFERENCE.get(device.type, ()) if name != "reference"]
+    reasons = {name: _machine_refusal(name, device.type, device.index) for name in compiled}
+    if not reasons or None in reasons.values():
+        return ""
+    found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"the fused kernels are off on {device} and plain PyTorch runs instead: {found}"
+
+
+def _warn_if_kernels_are_off(device: torch.device) -> None:
+    """Warn once a device. Dynamo calls it while tracing."""
+    _warn_once(device)
+
+
+_warn_if_kernels_are_off._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _warn_once(device: torch.device) -> None:
+    if reason := kernels_off(device):
+        warnings.warn(f"fastgpt: {reason}", RuntimeWarning, stacklevel=2)
+
+
 def _refusal(op: str, backend: str, device: torch.device, case: Callable[[str], str | None]) -> str | None:
     """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
     reason = _machine_refusal(backend, device.type, device.index)
@@ -296,8 +321,10 @@ def select(op: str, device: torch.device, case: Callable[[str], str | None], *, 
             raise BackendUnavailable(f"{op} cannot run on the {asked} backend: {reason}")
         return asked
     for backend in PREFERENCE.get(device.type, ("reference",)):
-        if backend == "reference" and drop_in:
-            break
+        if backend == "reference":
+            _warn_if_kernels_are_off(device)
+            if drop_in:
+                break
         if _refusal(op, backend, device, case) is None:
             return backend
     if drop_in:

@@ -30,8 +30,10 @@ _TASK_EVALUATION = (*("held_out", "shots", "num_shots", "limit", "baseline", "ma
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a user's error, 130 when interrupted, 141 when the reader
-    of its output has gone.
+    """Run the command line.
+
+    Returns the exit status: 0, 1 after `info --check` where kernels are off, 2 for a user's error, 130 when
+    interrupted, 141 when the reader of its output has gone.
     """
     return console.run_command(lambda: _run(argv))
 
@@ -40,7 +42,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     try:
-        command(arguments)
+        return int(command(arguments) or 0)
     except _ERRORS as error:
         if console.reader_is_gone(error):
             raise
@@ -54,7 +56,6 @@ def _run(argv: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -176,10 +177,10 @@ def _export(arguments: dict[str, Any]) -> None:
     model.save_pretrained(arguments["out"], tokenizer)
 
 
-def _info(arguments: dict[str, Any]) -> None:
+def _info(arguments: dict[str, Any]) -> int:
     from fastgpt import info
 
-    info.main()
+    return info.main(**arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -347,6 +348,12 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser(
         "info", help="say what this machine has", description="Say what this machine has."
+    )
+    info.add_argument(
+        "--check",
+        action="store_true",
+        dest="checked",
+        help="exit with status 1 where a device has no compiled kernels, and say why",
     )
     info.set_defaults(command=_info)
     return parser

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
 from fastgpt import extension
-from fastgpt.backends import BACKENDS, OPS, available_backends
+from fastgpt.backends import BACKENDS, OPS, available_backends, kernels_off
 from fastgpt.console import run_command
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "tensorboard")
@@ -54,10 +55,23 @@ def report() -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Prints the report."""
+def check() -> list[str]:
+    """For each device whose kernels are all off the reason, with what mends it."""
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    return list(filter(None, map(kernels_off, devices)))
+
+
+def main(*, checked: bool = False) -> int:
+    """Print the report.
+
+    Args:
+        checked: whether to return 1 where a device has no kernels, and say why.
+    """
     print(report())
-    return 0
+    problems = check() if checked else []
+    for problem in problems:
+        print(f"fastgpt: error: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

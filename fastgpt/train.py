@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import checkpoint
-from fastgpt.backends import use_backend
+from fastgpt.backends import kernels_off, use_backend
 from fastgpt.checkpoint import Checkpoint, CheckpointError
 from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.console import Progress, show
@@ -32,6 +32,7 @@ from fastgpt.material import check_source, open_material
 from fastgpt.optimization import learning_rate, make_optimizers
 from fastgpt.options import check_types
 from fastgpt.papers import Papers
+from fastgpt.peak import gemm_peak
 from fastgpt.signals import StopSignal
 from fastgpt.start import Start, changes, check_same_data
 
@@ -81,20 +82,6 @@ def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
 
 def _warn(text: str) -> None:
     show(f"fastgpt: warning: {text}", file=sys.stderr)
-
-
-@torch.no_grad()
-def gemm_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """The operations a second that a square matrix product reaches here: the roof of a training step."""
-    n = 8192 if device.type != "cpu" else 128 if dtype == torch.float16 else 1024  # many CPUs have no float16
-    # Not ones, which take a GPU less power; nor random numbers, which would change those of the run.
-    a = torch.arange(n * n, device=device, dtype=torch.float32).sin().view(n, n).to(dtype)
-    best = math.inf
-    for _ in range(8):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
 
 
 @dataclass
@@ -187,6 +174,8 @@ class Run:
             f"machine: {self.processes}, {dtype}, backend {config.backend}, "
             f"GEMM peak {self.peak / 1e9:,.0f} GFLOP/s{heap}"
         )
+        if off := kernels_off(self.device):
+            self.say(f"note: {off}")
         if resumed is not None:
             self.say(f"resumed at step {self.step}")
             for note in changes(config, resumed):

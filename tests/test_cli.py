@@ -347,13 +347,13 @@ def test_samples_without_number_are_made_as_they_are_read(tmp_path: Path):
 def test_memory_that_there_is_not_is_one_message(
     fail: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr("fastgpt.info.main", fail)
+    monkeypatch.setattr("fastgpt.info.main", lambda **_: fail())
     assert main(["info"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fastgpt: error: there is not enough memory; ") and error.count("\n") == 1
 
 
 def test_another_runtime_error_is_no_message(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastgpt.info.main", lambda: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("fastgpt.info.main", lambda **_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         main(["info"])

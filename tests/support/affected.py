@@ -93,7 +93,7 @@ TABLE = [
     ),
     ("fastgpt/functional.py", DROP_IN, ""),
     ("fastgpt/patch.py", DROP_IN, ""),
-    ("fastgpt/backends.py", "backends functional extension hub", ""),
+    ("fastgpt/backends.py", "backends kernels_off functional extension hub", ""),
     ("fastgpt/extension.py", "extension backends packaging", ""),
     ("fastgpt/flash_attention.py", "flash_attention flash_attention_cuda", ""),
     ("fastgpt/model.py", "model model_mlp sampling data_packing large", ""),
