@@ -235,6 +235,22 @@ def _cached_machine_refusal(backend: str, device: str, number: int | None) -> st
     return None
 
 
+def shared_memory(device: str, number: int | None) -> int:
+    """Bytes of shared memory that a block may have on a GPU. Dynamo takes the answer as a constant."""
+    return _cached_shared_memory(device, number)
+
+
+shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _cached_shared_memory(device: str, number: int | None) -> int:
+    if device != "cuda":
+        return 0
+    properties: Any = torch.cuda.get_device_properties(number)  # whose stubs lack the name
+    return int(properties.shared_memory_per_block_optin)
+
+
 def _triton_problem(number: int | None) -> str | None:
     """Why Triton cannot serve a GPU, or None. It compiles a part of its driver at the first launch."""
     found = torch.cuda.get_device_capability(number)

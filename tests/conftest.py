@@ -37,6 +37,9 @@ def pytest_addoption(parser):
         help="seed of all inputs, with the test's name (default: 0)",
     )
     parser.addoption(
+        "--simt-profile", metavar="NAME", help="the GPU that is emulated (PROFILES in tests/simt/emulator.py)"
+    )
+    parser.addoption(
         "--minutes", type=float, metavar="N", help="start no test after that time; the summary counts them"
     )
 
@@ -171,6 +174,15 @@ def _device(pytestconfig):
         return
     mend_bf16()
     mend_descriptors()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _emulated_gpu(pytestconfig):
+    """The GPU that the emulator stands for."""
+    if name := pytestconfig.getoption("--simt-profile"):
+        from simt import emulator
+
+        emulator.choose(name)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from cuda_kernels import other_order
 from plain_attention import composed, composed_varlen
 
 from fastgpt import ops
-from fastgpt.testing import check_error_rule, run_with_gradients, strided
+from fastgpt.testing import as_float64, assert_no_worse, check_error_rule, error, run_with_gradients, strided
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -71,6 +71,19 @@ def test_large_heads_and_float32_obey_the_error_rule(dtype, size):
         lambda q, k, v: composed(q, k, v, **options),
         inputs(dtype, *shape, size),
     )
+
+
+@pytest.mark.parametrize("size", [64, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 256))])
+def test_long_float32_rows_of_one_sign_obey_the_error_rule(size):
+    """Tensor cores truncate when they add: in such sums all these errors have one sign."""
+    q, k, v, grad = (torch.randn(1, 1, rows, size) for rows in (64, 2048, 2048, 64))
+    inputs, grads = [t.requires_grad_() for t in (q, k, v + 1)], [grad + 1]
+    truth = run_with_gradients(composed, as_float64(inputs), grads)
+    theirs = run_with_gradients(composed, inputs, grads)
+    ours = run_with_gradients(ops.attention, inputs, grads)
+    found, measured, exact = ([*outputs, *gradients] for outputs, gradients in (ours, theirs, truth))
+    for what, o, t, e in zip(("out", "dq", "dk", "dv"), found, measured, exact, strict=True):
+        assert_no_worse(o, e, error(t, e), what)
 
 
 @pytest.mark.parametrize("size", [64, 128])

@@ -26,12 +26,29 @@ def test_nvcc_compiles_the_small_kernels(tmp_path, architecture):
 def test_a_gpu_gives_the_numbers_that_the_emulator_gives(cuda, name):
     if "cluster" in name and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters begin with compute capability 9.0")
-    library = nvcc.load()
-    library.simt_sound.restype = ctypes.c_char_p
     size, same = SOUND[name]
     x = torch.randn(size, device="cpu")
     with torch.device("cpu"):
         expected = same(x)
-    out = torch.zeros_like(expected, device="cuda")
+    torch.testing.assert_close(on_gpu(name, x, expected), expected, rtol=1e-5, atol=1e-5)
+
+
+def on_gpu(name, x, like):
+    """What a kernel of sound.cu makes of x."""
+    library = nvcc.load()
+    library.simt_sound.restype = ctypes.c_char_p
+    out = torch.zeros_like(like, device="cuda")
     assert run(library.simt_sound, name, x.cuda(), out) == ""
-    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
+    return out.cpu()
+
+
+@pytest.mark.gpu
+def test_tensor_cores_truncate_when_they_add(cuda):
+    """As the emulator does: of sums of positive products none is rounded up."""
+    x = (torch.rand(512, device="cpu") + 0.5).bfloat16().float()  # whose products float32 has exactly
+    exact = (x[:256].view(16, 16).double() @ x[256:].view(16, 16).double()).flatten()
+    for name in ("product bf16 by figures", "product tf32 by figures"):
+        found = on_gpu(name, x, x[:256]).double()
+        assert (found <= exact).all()
+        assert (found < exact).any()
+        assert ((exact - found) / exact).max() < 2.0**-20

@@ -40,6 +40,7 @@ FAULTS = {
     "past a tensor by half a vector": "thread 15: an access of 8 bytes at byte 120 of a tensor of 124 bytes",
     "no tensor": "of a tensor of 0 bytes",
     "past shared memory": "thread 31: an access of 4 bytes at byte 128 of 128 of shared memory",
+    "before shared memory": "an access at address 0, before the block's shared memory, which begins at 1024",
     "misaligned in a tensor": "an access of 16 bytes of global memory that is not aligned",
     "misaligned in shared memory": "an access of 4 bytes of shared memory that is not aligned",
     "copy misaligned": "an access of 16 bytes of global memory that is not aligned",
@@ -102,6 +103,7 @@ FAULTS = {
     "half a warp": "a block of 48 threads",
     "too many threads": "a block of 1056 threads",
     "a cluster that does not fit": "clusters of 3 blocks in a grid of 4",
+    "more threads than its launch bounds": "a block of 64 threads, and its __launch_bounds__ are 32",
     "too much shared memory": "a block of 233472 bytes of shared memory",
 }
 
@@ -165,6 +167,25 @@ def test_sound_kernel_gives_right_numbers_in_every_order_of_warps(small, name):
         out = torch.zeros_like(expected)
         assert run(small.simt_sound, name, x, out) == ""
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cluster_is_refused_where_the_gpu_has_none(small):
+    small.simt_device(227 << 10, False)
+    said = run(small.simt_sound, "cluster sum", torch.randn(8 * 64), torch.zeros(8 * 64))
+    small.simt_device(227 << 10, True)
+    assert said == "simt: cluster sum: clusters of 4 blocks on a GPU without clusters"
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "tf32"])
+def test_matrix_units_truncate_when_they_add(small, kind, sign):
+    """Of 1 and three times 1.5 · 2^-24 a sum that is rounded once has 2^-22, a truncated one 2^-23."""
+    a, b = torch.zeros(16, 16), torch.zeros(16, 16)
+    a[0, :4] = torch.tensor([1, 2**-12, 2**-12, 2**-12])
+    b[:4, 0] = sign * torch.tensor([1, *[1.5 * 2**-12] * 3])
+    out = torch.zeros(256)
+    assert run(small.simt_sound, f"product {kind} by figures", torch.cat((a, b)).flatten(), out) == ""
+    assert out[0] == sign * (1 + 2**-23)
 
 
 def test_the_seed_is_the_order_of_the_warps(small):

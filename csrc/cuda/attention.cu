@@ -34,12 +34,7 @@ template <typename T, int HEAD, bool OPTIONS>
 struct Sizes {
   static constexpr bool SPLIT = sizeof(T) == 4;
   static constexpr int ROWS = SPLIT ? (HEAD == 256 ? 32 : 64) : HEAD == 256 ? 64 : 128;
-  static constexpr int COLUMNS = SPLIT         ? (HEAD == 64    ? 64
-                                                  : HEAD == 128 ? 32
-                                                                : 16)
-                                 : HEAD == 256 ? 32
-                                 : OPTIONS     ? 64
-                                               : 128;
+  static constexpr int COLUMNS = SPLIT ? (HEAD == 64 ? 32 : 16) : HEAD == 256 ? 32 : OPTIONS ? 64 : 128;
 };
 
 template <typename T, int HEAD, int ROWS, int COLUMNS>
@@ -67,6 +62,7 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   // Addresses of factors are kept for all tiles, or made anew for each, where registers are short.
   constexpr bool KEPT = !OPTIONS && HEAD <= 128;
   constexpr bool Q_IN_REGISTERS = !OPTIONS && HEAD == 64;
+  constexpr bool SPLIT = sizeof(T) == 4;
 
   // The longest first: under a causal mask the last rows see most.
   const int tile = row_tiles - 1 - block_x() % row_tiles, of_head = block_x() / row_tiles;
@@ -117,7 +113,7 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
       else
         return left_at<U, Wide>(q_lane, q_base)(step);
     };
-    add_product<U, STEPS, STEPS>(s, q_factor, right_at<U, Wide>(k_lane, memory + stage + S::K));
+    add_product<U, STEPS, SPLIT ? 1 : STEPS>(s, q_factor, right_at<U, Wide>(k_lane, memory + stage + S::K));
     scores.template shape<edge>(s, first + row, start + column);
 
     // The maximum grows, what was summed so far shrinks.

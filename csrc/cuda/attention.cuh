@@ -37,8 +37,8 @@ struct Mask {
 };
 
 struct Problem {
-  int heads, group, Lq, Lk, D, DV;
-  Global<const int64_t> cu_q, cu_k;  // where documents begin, or nothing
+  int heads, key_heads, group, Lq, Lk, D, DV;  // group: query heads of a key head
+  Global<const int64_t> cu_q, cu_k;            // where documents begin, or nothing
   bool lower_right;
   int left, right;  // columns seen on each side of the diagonal, -1 for all
   float scale, softcap;

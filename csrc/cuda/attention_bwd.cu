@@ -24,32 +24,31 @@
 namespace fastgpt {
 namespace {
 
-// Rows and columns of a tile, stages of its copies, and warps. With dk and dv a warp has COLUMNS · HEAD / 8 sums, which
-// leaves few registers: the largest that compile without spills.
-template <typename T, int HEAD, bool OPTIONS>
+// Rows and columns of a tile: the largest that compile without spills, beside the COLUMNS · HEAD / 8 sums of dk and dv
+// that a warp has. SMALL: the largest that fit into 99 KiB as well; float32 of 256 columns has none.
+template <typename T, int HEAD, bool OPTIONS, bool SMALL = false>
 struct Sizes {
   static constexpr bool SPLIT = sizeof(T) == 4;
-  static constexpr int ROWS = SPLIT || HEAD == 256 ? 32 : 64;
-  static constexpr int COLUMNS = SPLIT && HEAD == 256 ? 32 : HEAD <= 128 && !OPTIONS ? 128 : 64;
+  static constexpr int ROWS = SPLIT || HEAD == 256 || SMALL ? 32 : 64;
+  static constexpr int COLUMNS = SPLIT + SMALL + HEAD / 256 >= 2 ? 32 : HEAD <= 128 && !OPTIONS ? 128 : 64;
 };
-template <typename T, int HEAD>
-constexpr bool LARGE = sizeof(T) == 4 && HEAD == 256;
-template <typename T, int HEAD>
-constexpr int WARPS = LARGE<T, HEAD> ? 4 : 8;
-template <typename T, int HEAD>
-constexpr int STAGES = LARGE<T, HEAD> ? 1 : 2;
+// Warps of a block, and stages of the tiles' copies.
+template <int COLUMNS>
+constexpr int WARPS = COLUMNS == 32 ? 4 : 8;
+template <int COLUMNS>
+constexpr int STAGES = COLUMNS == 32 ? 1 : 2;
 
 template <typename T, int HEAD, int ROWS, int COLUMNS>
 struct Shared {
   static constexpr int ROW = HEAD * sizeof(T), SCORES = ROWS * Padded<T, COLUMNS>::PITCH;
   static constexpr int K = 0, V = COLUMNS * ROW, Q = 2 * COLUMNS * ROW, GRAD = Q + ROWS * ROW, STAGE = 2 * ROWS * ROW;
-  static constexpr int P = Q + STAGES<T, HEAD> * STAGE, DS = P + SCORES, BYTES = DS + SCORES;
+  static constexpr int P = Q + STAGES<COLUMNS> * STAGE, DS = P + SCORES, BYTES = DS + SCORES;
 };
 
 // ---- the pass ----
 
 template <typename T, int HEAD, int ROWS, int COLUMNS, bool OPTIONS>
-__global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
+__global__ void __launch_bounds__(WARPS<COLUMNS>* WARP, 1) attention_bwd_kernel(
     const Problem p,
     const Matrices<const T> qs,
     const Matrices<const T> ks,
@@ -65,15 +64,14 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
   using S = Shared<T, HEAD, ROWS, COLUMNS>;
   using Wide = Tile<T, HEAD>;
   using Square = Padded<T, COLUMNS>;  // of p and ds
-  constexpr int THREADS = WARPS<T, HEAD> * WARP, PITCH = S::ROW, BYTES = sizeof(T);
+  constexpr int THREADS = WARPS<COLUMNS> * WARP, PITCH = S::ROW, BYTES = sizeof(T);
   // Warps cut the scores by 16 rows and COLUMNS / ACROSS columns, dk and dv by 16 columns and HEAD / PARTS of a row, dq
   // by 16 rows and HEAD / ACROSS.
-  constexpr int ACROSS = WARPS<T, HEAD> * 16 / ROWS, N = COLUMNS / ACROSS / 8, PARTS = WARPS<T, HEAD> * 16 / COLUMNS;
+  constexpr int ACROSS = WARPS<COLUMNS> * 16 / ROWS, N = COLUMNS / ACROSS / 8, PARTS = WARPS<COLUMNS> * 16 / COLUMNS;
   constexpr int OWN = HEAD / PARTS, OWN_Q = HEAD / ACROSS;
-  constexpr int AT_ONCE = LARGE<T, HEAD> ? 1
-                          : OPTIONS      ? 2
-                                         : 16;  // steps of a product, whose loads are on their way together
-  constexpr int DQ_AT_ONCE = OWN_Q / 8 / (LARGE<T, HEAD> ? 4 : 1);
+  constexpr bool NARROW = COLUMNS == 32;                  // the most sums beside the fewest scores
+  constexpr int AT_ONCE = NARROW ? 1 : OPTIONS ? 2 : 16;  // steps of a product, whose loads are on their way together
+  constexpr int DQ_AT_ONCE = NARROW ? 2 : OWN_Q / 8;
   // Of the many scores beside many sums, one half after the other.
   constexpr int HALVES = HEAD == 128 && N == 8 ? 2 : 1;
   static_assert(N % 2 == 0 && OWN % 16 == 0 && OWN_Q % 16 == 0);
@@ -81,8 +79,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
   const SharedAddress memory = shared_memory();
   const bool aligned = !OPTIONS || p.aligned;
 
-  // This warp's part of the scores, of dk and dv, of dq. Addresses are a lane's part, which all tiles of a kind have in
-  // common, and a warp's part.
+  // This warp's part of the scores, dk, dv and dq. Addresses: a lane's part, common to tiles of a kind, and a warp's.
   const int me = same_in_warp(warp());
   const int y_warp = me / ACROSS * 16, x_warp = me % ACROSS * (COLUMNS / ACROSS);
   const int y = y_warp + lane() / 4, x = x_warp + lane() % 4 * 2;
@@ -95,11 +92,11 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
   const SharedAddress p_lane = memory + S::P + Square::element(y, x);
   const SharedAddress p_down_lane =
       memory + S::P + Square::right_of(U::template left_down<Square>(), own_column * BYTES);
-  const SharedAddress grad_down_lane = Wide::right_of(down_lane, own_head * BYTES);
-  constexpr bool LINES = OWN_Q * BYTES % 128 == 0;  // the warp's part of dq begins where the swizzle does
-  const SharedAddress k_down_lane = LINES ? down_lane : Wide::right_of(down_lane, q_head * BYTES);
-  const SharedAddress k_down_base = memory + S::K + (LINES ? q_head * BYTES : 0);
-
+  // The warp's parts of dk, dv and dq begin where the swizzle does, or not.
+  constexpr bool LINES = OWN * BYTES % 128 == 0, LINES_Q = OWN_Q * BYTES % 128 == 0;
+  const SharedAddress grad_down_lane = LINES ? down_lane : Wide::right_of(down_lane, own_head * BYTES);
+  const SharedAddress k_down_lane = LINES_Q ? down_lane : Wide::right_of(down_lane, q_head * BYTES);
+  const SharedAddress k_down_base = memory + S::K + (LINES_Q ? q_head * BYTES : 0);
   const auto arrive = [] {
     wait_copies<0>();
     sync_block();
@@ -107,10 +104,9 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
   // Deterministic launches have fewer blocks than tiles.
 #pragma unroll 1
   for (int first = block_x() % blocks * COLUMNS;; first += blocks * COLUMNS) {
-    // Registers are short: what a part of the work needs of the place in memory is made there, and not kept from
-    // before.
-    const int of_head = made_anew(static_cast<uint32_t>(block_x())) / blocks, key_heads = p.heads / p.group;
-    const int batch = of_head / key_heads, key_head = of_head % key_heads;
+    // Registers are short: what a part of the work needs of the place in memory is computed there.
+    const int of_head = made_anew(static_cast<uint32_t>(block_x())) / blocks;
+    const int batch = of_head / p.key_heads, key_head = of_head % p.key_heads;
     const Place place(p, batch);
     if (first >= place.Lk) return;
     const Copier<T, COLUMNS, HEAD, THREADS> k(ks.of(batch, key_head, place.first_column), ks.strides.row, p.D);
@@ -126,8 +122,8 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 
 #pragma unroll 1
     for (int member = 0; member < p.group; ++member) {
-      const int block = made_anew(static_cast<uint32_t>(block_x())), b = block / blocks / key_heads;
-      const int head = block / blocks % key_heads * p.group + member;
+      const int block = made_anew(static_cast<uint32_t>(block_x())), b = block / blocks / p.key_heads;
+      const int head = block / blocks % p.key_heads * p.group + member;
       const Place place(p, b);
       // A pitch each is two registers too many beside the sums of 128.
       using RowCopier = Copier<T, ROWS, HEAD, THREADS, HEAD <= 64>;
@@ -210,7 +206,8 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
         }
         sync_block();
 
-        const SharedAddress down = kept(grad_down_lane), p_down = kept(p_down_lane), q_stage = memory + (stage + S::Q);
+        const SharedAddress down = kept(grad_down_lane), p_down = kept(p_down_lane),
+                            q_stage = memory + (stage + S::Q + (LINES ? own_head * BYTES : 0));
         add_product<U, ROWS / U::K, AT_ONCE>(
             dv, left_down_at<U, Square>(p_down, 0), right_down_at<U, Wide>(down, q_stage + S::GRAD - S::Q));
         const Global<float> to = behind(dq, start, HEAD * sizeof(float));
@@ -234,7 +231,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
       };
 
       const auto fetch = [&](int i) {
-        const SharedAddress stage = memory + i % STAGES<T, HEAD> * S::STAGE;
+        const SharedAddress stage = memory + i % STAGES<COLUMNS> * S::STAGE;
         q.some(stage + S::Q, tiles.start(i), place.Lq, aligned);
         grad.some(stage + S::GRAD, tiles.start(i), place.Lq, aligned);
       };
@@ -259,10 +256,10 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
       }
 #pragma unroll 1
       for (; i < tiles.count; ++i) {
-        constexpr bool AHEAD = STAGES<T, HEAD> > 1;
+        constexpr bool AHEAD = STAGES<COLUMNS> > 1;
         if (AHEAD && i + 1 < tiles.count) fetch(i + 1);
         commit_copies();
-        work(std::true_type{}, i % STAGES<T, HEAD> * S::STAGE, tiles.start(i));
+        work(std::true_type{}, i % STAGES<COLUMNS> * S::STAGE, tiles.start(i));
         arrive();
         if (!AHEAD && i + 1 < tiles.count) {
           fetch(i + 1);
@@ -285,13 +282,13 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
         U::store_pair(Wide::right_of(at, d * 8 * BYTES) + S::V, dv[d][2 * h], dv[d][2 * h + 1]);
       }
     sync_block();
-    const Place here(p, of / key_heads);
+    const Place here(p, of / p.key_heads);
     const int rows = here.Lk - first < COLUMNS ? here.Lk - first : COLUMNS;
     const int64_t row = here.first_column + first;
     write_rows<T, HEAD>(
         memory + S::K,
         rows,
-        dks.of(of / key_heads, of % key_heads, row),
+        dks.of(of / p.key_heads, of % p.key_heads, row),
         dks.strides.row,
         p.D,
         aligned,
@@ -300,7 +297,7 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
     write_rows<T, HEAD>(
         memory + S::V,
         rows,
-        dvs.of(of / key_heads, of % key_heads, row),
+        dvs.of(of / p.key_heads, of % p.key_heads, row),
         dvs.strides.row,
         p.DV,
         aligned,
@@ -312,16 +309,17 @@ __global__ void __launch_bounds__(WARPS<T, HEAD>* WARP, 1) attention_bwd_kernel(
 
 // ---- launchers ----
 
-template <typename T, int HEAD, bool OPTIONS>
-void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const Tensor& k, const Tensor& v) {
-  using Z = Sizes<T, HEAD, OPTIONS>;
+template <typename T, int HEAD, bool OPTIONS, bool SMALL>
+void launch_bwd(Attention a, const Gradients& g, const Tensor& q, const Tensor& k, const Tensor& v) {
+  using Z = Sizes<T, HEAD, OPTIONS, SMALL>;
   using S = Shared<T, HEAD, Z::ROWS, Z::COLUMNS>;
-  const Problem& p = a.problem;
+  Problem& p = a.problem;
+  p.short_rows = p.short_rows && a.longest_k <= Z::COLUMNS;
   const Device device = device_of(q);
   check_shared_memory(device, "attention_bwd", S::BYTES);
   // Packed documents lie in one memory: what is done to every row is done once.
   const int64_t whole = a.packed ? 1 : a.batches, rows = whole * p.heads * p.Lq;
-  const int64_t key_heads = p.heads / p.group, tiles = cdiv(a.longest_k, Z::COLUMNS);
+  const int64_t key_heads = p.key_heads, tiles = cdiv(a.longest_k, Z::COLUMNS);
   const int64_t few = std::max<int64_t>(2 * device.multiprocessors() / std::max<int64_t>(a.batches * key_heads, 1), 1);
   const int64_t blocks = g.deterministic ? std::min(tiles, few) : tiles;
   const Tensor by_row = empty(q, {rows, 4}, ScalarType::Float);
@@ -334,7 +332,7 @@ void launch_bwd(const Attention& a, const Gradients& g, const Tensor& q, const T
     launch<attention_bwd_kernel<T, HEAD, Z::ROWS, Z::COLUMNS, OPTIONS>>(
         device,
         "attention_bwd",
-        {.x = blocks * key_heads * a.batches, .threads = WARPS<T, HEAD> * WARP, .shared = S::BYTES},
+        {.x = blocks * key_heads * a.batches, .threads = WARPS<Z::COLUMNS> * WARP, .shared = S::BYTES},
         p,
         a.matrices<const T>(q),
         a.matrices<const T>(k),
@@ -370,11 +368,14 @@ Tensor whole_lines(const Tensor& grad) {
 
 void backward(Attention a, Gradients g, const Tensor& q, const Tensor& k, const Tensor& v) {
   g.grad_out = whole_lines(g.grad_out);
-  using WithOptions = Sizes<bf16, 256, true>;
-  static_assert(WithOptions::COLUMNS == Sizes<bf16, 64, true>::COLUMNS);
-  a.problem.short_rows = q.element_size() == 2 && a.longest_k <= WithOptions::COLUMNS;
+  a.problem.short_rows = q.element_size() == 2 && a.longest_k <= Sizes<bf16, 64, true>::COLUMNS;  // OPTIONS, then
   with_kernel(a, q, {q, k, v, g.grad_out, g.dk, g.dv}, [&](auto element, auto head, auto options) {
-    launch_bwd<decltype(element), head, options>(a, g, q, k, v);
+    using T = decltype(element);
+    using Z = Sizes<T, head, options>;
+    constexpr int BYTES = Shared<T, head, Z::ROWS, Z::COLUMNS>::BYTES;
+    constexpr bool HAS_SMALL = options && BYTES > 99 * 1024 && (sizeof(T) == 2 || head < 256);
+    const bool small = HAS_SMALL && device_of(q).shared_bytes() < BYTES;
+    choose(small, [&](auto yes) { launch_bwd<T, head, options, yes && HAS_SMALL>(a, g, q, k, v); });
   });
 }
 

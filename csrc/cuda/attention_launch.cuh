@@ -64,9 +64,9 @@ inline Checks check_inputs(
   return check;
 }
 
+// The limit leaves room for the sum of two sizes, and for a step beyond the last tile.
 inline int checked_int(int64_t n, const char* what) {
-  STD_TORCH_CHECK(
-      n >= 0 && n < (int64_t{1} << 31) - 1024, "fastgpt: attention takes less than 2^31 ", what, ", not ", n);
+  STD_TORCH_CHECK(n >= 0 && n < int64_t{1} << 30, "fastgpt: attention takes less than 2^30 ", what, ", not ", n);
   return static_cast<int>(n);
 }
 
@@ -126,6 +126,7 @@ class Attention {
       : batches(batch), longest_q(Lq), longest_k(Lk), options_(o) {
     Problem& p = problem;
     p.heads = checked_int(heads, "heads");
+    p.key_heads = checked_int(key_heads, "heads");
     p.group = checked_int(heads / key_heads, "heads");
     p.Lq = checked_int(Lq, "rows");
     p.Lk = checked_int(Lk, "columns");

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import reference
-from fastgpt.backends import select
+from fastgpt.backends import select, shared_memory
 from fastgpt.ops._checks import (
     ANY,
     Checks,
@@ -27,6 +27,10 @@ from fastgpt.reference.precision import accumulator
 
 CAUSAL = ("none", "upper_left", "lower_right")
 MAX_HEAD_DIM = 256  # of the kernels; the reference has no limit
+
+# Bytes of shared memory a block that CUDA's backward takes for float32 beyond a head_dim of 128. Whatever else it is
+# offered for has a kernel for 99 KiB, the least that a GPU of compute capability 8.0 and later has.
+FLOAT32_BYTES = 137 << 10
 
 _OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
 _EXTRAS = "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed"
@@ -271,6 +275,13 @@ def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str
         )
     if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return f"attn_mask requires a gradient, which the {backend} kernel does not compute"
+    if backend == "cuda" and q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 128:
+        available = shared_memory(q.device.type, q.device.index)
+        if available < FLOAT32_BYTES:
+            return (
+                f"float32 with a head_dim over 128 takes {FLOAT32_BYTES >> 10} KiB of shared memory a block, and this "
+                f"GPU has {available >> 10}"
+            )
     return no_float64_on_gpu_backends(backend, q.dtype)
 
 

@@ -1,8 +1,8 @@
 // The names of csrc/cuda/device.cuh with a meaning for the host: what they do to simt::Machine.
 //
 // Matrix instructions are written from the figures of the PTX ISA (sections "mma" and "ldmatrix"), not from what the
-// kernels expect of them; their sums are exact and rounded once, which is more than the hardware promises. The place
-// for TMA, mbarrier and wgmma is here too, once kernels use them.
+// kernels expect of them; their sums are truncated as tensor cores truncate them. The place for TMA, mbarrier and wgmma
+// is here too, once kernels use them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -22,7 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __restrict__
-#define __launch_bounds__(...)
+#define __launch_bounds__(...)  // emulator.py moves it into the body, where it is checked
 
 namespace fastgpt {
 
@@ -65,8 +66,18 @@ inline float float_of(uint32_t bits) {
 
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.0f * x : x; }
 inline float multiply_rounded(float a, float b) { return a * b; }
-inline float exp2_fast(float x) { return flushed(std::exp2(flushed(x))); }
-inline float rsqrt_fast(float x) { return flushed(1.0f / std::sqrt(flushed(x))); }
+// With SIMT_INEXACT up to 2 ulp beside the exact result, a pure function of the argument, as the GPU's units (MUFU)
+// are; powers of two stay exact.
+inline float of_unit(float exact, float x) {
+#ifdef SIMT_INEXACT
+  const uint32_t mixed = (bits_of(x) ^ bits_of(x) >> 15) * 2654435761u;
+  const bool power_of_two = (bits_of(exact) & 0x7FFFFFu) == 0;  // 0 and infinity, too
+  if (!power_of_two && !std::isnan(exact)) exact = float_of(bits_of(exact) + (mixed >> 16) % 5 - 2);
+#endif
+  return flushed(exact);
+}
+inline float exp2_fast(float x) { return of_unit(std::exp2(flushed(x)), x); }
+inline float rsqrt_fast(float x) { return of_unit(1.0f / std::sqrt(flushed(x)), x); }
 
 struct Fast {
   static float exp2(float x) { return exp2_fast(x); }
@@ -153,7 +164,7 @@ inline void atomic_add_pair(Global<float> p, float first, float second) {
 
 using SharedAddress = uint32_t;
 
-inline SharedAddress shared_memory() { return 0; }
+inline SharedAddress shared_memory() { return Machine::SHARED_BEGIN; }
 template <typename T>
 inline T made_anew(T a) {
   return a;
@@ -214,6 +225,36 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
+// c plus products as a tensor core adds them (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor
+// cores", PeerJ CS 7:e330, 2021; Ootomo, Yokota, IJHPCA 36(4), 2022): the terms of one addition are aligned to the
+// largest exponent and truncated, and so is their sum. An addition has c and as many products as 16 bytes of a row
+// hold, as on an A100; 25 bits of a term are kept, the fewest that were found there.
+template <int K, int TERMS>
+inline float tensor_core_sum(double c, const double (&products)[K]) {
+  constexpr int BITS = 25;
+  const auto exponent = [](double x) { return static_cast<int>(std::bit_cast<uint64_t>(x) >> 52 & 0x7FF) - 1023; };
+  for (int first = 0; first < K; first += TERMS) {
+    double largest = std::fabs(c);
+    bool finite = std::isfinite(c);
+    for (int k = first; k < first + TERMS; ++k) {
+      largest = std::max(largest, std::fabs(products[k]));
+      finite = finite && std::isfinite(products[k]);
+    }
+    if (!finite) {
+      for (int k = first; k < first + TERMS; ++k) c += products[k];
+    } else if (largest > 0) {
+      const double unit = std::ldexp(1.0, exponent(largest) - (BITS - 1));
+      const auto aligned = [&](double x) { return static_cast<int64_t>(x / unit); };
+      int64_t sum = aligned(c);
+      for (int k = first; k < first + TERMS; ++k) sum += aligned(products[k]);
+      const int surplus = std::bit_width(static_cast<uint64_t>(std::abs(sum))) - 24;
+      if (surplus > 0) sum = sum / (int64_t{1} << surplus) * (int64_t{1} << surplus);
+      c = static_cast<double>(sum) * unit;
+    }
+  }
+  return static_cast<float>(c);
+}
+
 // c += a b for matrices of 16×K and K×8; `a_at` and `b_at` say which element a lane's register (and half of it) holds.
 template <int K, int PER_REGISTER, typename Value>
 inline void multiply_add_as(
@@ -233,9 +274,9 @@ inline void multiply_add_as(
     for (int l = 0; l < WARP; ++l)
       for (int i = 0; i < 4; ++i) {
         const int row = (l >> 2) + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-        double sum = lanes[l]->c[i];
-        for (int k = 0; k < K; ++k) sum += static_cast<double>(left[row][k]) * right[k][column];
-        lanes[l]->c[i] = static_cast<float>(sum);
+        double products[K];
+        for (int k = 0; k < K; ++k) products[k] = static_cast<double>(left[row][k]) * right[k][column];
+        lanes[l]->c[i] = tensor_core_sum<K, 4 * PER_REGISTER>(lanes[l]->c[i], products);
       }
   });
   std::copy(result.c, result.c + 4, c);
@@ -310,8 +351,8 @@ class Device {
   explicit Device(int) {}
   int index() const { return 0; }
   void* stream() const { return nullptr; }
-  int shared_bytes() const { return Machine::MOST_SHARED; }
-  bool has_clusters() const { return true; }
+  int shared_bytes() const { return Machine::get().device.shared_bytes; }
+  bool has_clusters() const { return Machine::get().device.has_clusters; }
   int multiprocessors() const { return 4; }
 };
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import functools
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -27,21 +29,33 @@ FOLDER = Path(__file__).parent
 SOURCES = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 FLAGS = (
-    *(
-        "-std=c++20",
-        "-O2",
-        "-g0",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-x",
-        "c++",
-        "-Wno-unknown-pragmas",
-        "-ffp-contract=off",
-    ),
+    *("-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-Wno-unknown-pragmas"),
     # A register array has bounds too; what is outside of one ends the process, with a sentence.
     *("-fsanitize=bounds", "-fno-sanitize-recover=bounds"),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{FOLDER}", f"-isystem{TORCH}/include"),
 )
+EXACT = ("-ffp-contract=off",)
+# As nvcc contracts multiplications and additions, and the GPU approximates exponentials and reciprocal roots.
+INEXACT = ("-mfma", "-ffp-contract=fast", "-DSIMT_INEXACT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A GPU to emulate: KiB of shared memory that a block may have, clusters, arithmetic."""
+
+    shared: int
+    clusters: bool
+    flags: tuple[str, ...] = EXACT
+
+
+PROFILES = {
+    "h100": Profile(227, True),
+    "a100": Profile(163, False),
+    "rtx4090": Profile(99, False),
+    "rtx5090": Profile(99, True),
+    "inexact": Profile(227, True, INEXACT),
+}
+_chosen = ["h100"]  # the profile
 
 
 def problem() -> str:
@@ -53,7 +67,13 @@ def problem() -> str:
     return ""
 
 
-def build(folder: Path, sources: list[Path]) -> Path:
+def choose(profile: str) -> None:
+    """Emulate the GPU of that name in `PROFILES` from now on; before the library of this process is loaded."""
+    assert PROFILES[profile].flags == PROFILES[_chosen[0]].flags or not library.cache_info().currsize
+    _chosen[0] = profile
+
+
+def build(folder: Path, sources: list[Path], flags: tuple[str, ...] = EXACT) -> Path:
     """Compiles what has changed; returns the library.
 
     Raises:
@@ -62,11 +82,34 @@ def build(folder: Path, sources: list[Path]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one builds
-        return _build(folder, sources)
+        return _build(folder, sources, flags)
 
 
-def _build(folder: Path, sources: list[Path]) -> Path:
-    flags = " ".join(FLAGS)
+def _with_checked_bounds(folder: Path, source: Path) -> Path:
+    """A copy of a source and the headers beside it whose kernels check their launch bounds first."""
+    copies = folder / "sources"
+    for path in (
+        source,
+        *source.parent.glob("*.cuh"),
+        *source.parent.glob("*.h"),
+        *source.parent.parent.glob("*.h"),
+    ):
+        copy = copies / path.relative_to(source.parent.parent)
+        text = re.sub(
+            r"__launch_bounds__\(([^()]*)\)(\s+\w+\([^{]*\{)",
+            r"\2 ::simt::Machine::get().check_launch_bounds(\1);",
+            path.read_text(),
+        )
+        text = f'#line 1 "{path}"\n{text}'
+        if not copy.exists() or copy.read_text() != text:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
+    return copies / source.relative_to(source.parent.parent)
+
+
+def _build(folder: Path, sources: list[Path], more: tuple[str, ...]) -> Path:
+    sources = [_with_checked_bounds(folder, source) for source in sources]
+    flags = " ".join((*FLAGS, *more))
     lines = [
         "rule compile",
         f"  command = g++ {flags} -MMD -MF $out.d -c $in -o $out",
@@ -89,7 +132,9 @@ def _build(folder: Path, sources: list[Path]) -> Path:
 @functools.cache
 def library() -> ctypes.CDLL:
     """All of csrc/cuda, compiled at the first call of a process and registered for CPU tensors."""
-    path = build(ROOT / "build" / "simt", [FOLDER / "emulator.cpp", *sorted(SOURCES.glob("*.cu"))])
+    flags = PROFILES[_chosen[0]].flags
+    folder = ROOT / "build" / ("simt" if flags == EXACT else "simt-inexact")
+    path = build(folder, [FOLDER / "emulator.cpp", *sorted(SOURCES.glob("*.cu"))], flags)
     torch.ops.load_library(path)
     return ctypes.CDLL(str(path))
 
@@ -106,13 +151,22 @@ def launches() -> int:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[None]:
-    """The backend "cuda" serves CPU tensors."""
-    library()
+def running(profile: str | None = None) -> Iterator[None]:
+    """The backend "cuda" serves CPU tensors, on the GPU of that name in `PROFILES` instead of the chosen one."""
+    before = _chosen[0]
+    choose(profile or before)
+    gpu = PROFILES[_chosen[0]]
+    library().simt_device(ctypes.c_int(gpu.shared << 10), ctypes.c_bool(gpu.clusters))
     real = backends._cached_machine_refusal
 
     def refusal(backend: str, device: str, number: int | None) -> str | None:
         return None if (backend, device) == ("cuda", "cpu") else real(backend, device, number)
 
-    with mock.patch.object(backends, "_cached_machine_refusal", refusal):
-        yield
+    try:
+        with (
+            mock.patch.object(backends, "_cached_machine_refusal", refusal),
+            mock.patch.object(backends, "_cached_shared_memory", lambda *_: gpu.shared << 10),
+        ):
+            yield
+    finally:
+        choose(before)

@@ -15,6 +15,7 @@ void past_a_tensor_by_half_a_vector(In in, Out out) { store_vector(out + 2 * thr
 void no_tensor(In, Out out) { store(out + thread(), load(In{})); }
 void past_shared_memory(In, Out) { store_shared(place(thread() + 1), 0.0f); }
 void misaligned_in_a_tensor(In in, Out) { load_vector<4>(in + 1); }
+void before_shared_memory(In, Out) { store_shared(SharedAddress{0}, 0.0f); }
 void misaligned_in_shared_memory(In, Out) { store_shared(shared_memory() + 2, 0.0f); }
 void copy_misaligned(In in, Out) { copy_async(shared_memory(), in + 2); }
 void copied(SharedAddress to, In from) {
@@ -166,6 +167,7 @@ void block_of_no_cluster(In, Out) { load_shared_of<float>(1, shared_memory()); }
 // ---- launches ----
 
 void nothing(In, Out) {}
+__global__ void __launch_bounds__(32, 1) bounded(In, Out) {}
 
 const Case CASES[] = {
     {"past a tensor", {.threads = 32}, run<past_a_tensor>},
@@ -173,6 +175,7 @@ const Case CASES[] = {
     {"past a tensor by half a vector", {.threads = 32}, run<past_a_tensor_by_half_a_vector>},
     {"no tensor", {.threads = 32}, run<no_tensor>},
     {"past shared memory", {.threads = 32, .shared = 128}, run<past_shared_memory>},
+    {"before shared memory", {.threads = 32, .shared = 128}, run<before_shared_memory>},
     {"misaligned in a tensor", {.threads = 32}, run<misaligned_in_a_tensor>},
     {"misaligned in shared memory", {.threads = 32, .shared = 128}, run<misaligned_in_shared_memory>},
     {"copy misaligned", {.threads = 32, .shared = 512}, run<copy_misaligned>},
@@ -218,6 +221,7 @@ const Case CASES[] = {
     {"half a warp", {.threads = 48}, run<nothing>},
     {"too many threads", {.threads = 1056}, run<nothing>},
     {"a cluster that does not fit", {.x = 4, .threads = 32, .cluster = 3}, run<nothing>},
+    {"more threads than its launch bounds", {.threads = 64}, run<bounded>},
     {"too much shared memory", {.threads = 32, .shared = 228 << 10}, run<nothing>},
 };
 

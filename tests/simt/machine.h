@@ -128,7 +128,14 @@ class Machine {
     int64_t x, y, z;
     int threads, shared, cluster;
   };
-  static constexpr int MOST_SHARED = 227 << 10;
+  // Where a block's dynamic shared memory begins: from sm_90 on the first KiB is the system's.
+  static constexpr uint32_t SHARED_BEGIN = 1024;
+
+  // The GPU that is emulated: bytes of shared memory that a block may have, and whether blocks form clusters.
+  struct {
+    int shared_bytes = 227 << 10;
+    bool has_clusters = true;
+  } device;
 
   void launch(const char* name, const Shape& shape, std::function<void()> kernel) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -157,10 +164,16 @@ class Machine {
   const Block& block() const { return blocks_[self_->rank]; }
   const Shape& shape() const { return shape_; }
 
+  // What __launch_bounds__ promises of a kernel: CUDA refuses to launch it with more threads.
+  void check_launch_bounds(int threads, int = 0) const {
+    if (shape_.threads > threads)
+      fault("a block of ", shape_.threads, " threads, and its __launch_bounds__ are ", threads);
+  }
+
   // Shared memory of the block with this rank; `size` bytes that are read or written.
   unsigned char* shared(int rank, uint32_t address, uint32_t size, Access access) {
     if (rank < 0 || rank >= shape_.cluster) fault("block ", rank, " of a cluster of ", shape_.cluster);
-    return blocks_[rank].shared.touch(*self_, address, size, access);
+    return blocks_[rank].shared.touch(*self_, within_shared(address), size, access);
   }
   // `size` bytes of global memory at p, which belongs to a tensor from begin to end.
   void global(const void* p, size_t size, const void* begin, const void* end, Access access) {
@@ -168,6 +181,7 @@ class Machine {
   }
 
   void copy(uint32_t to, const void* from) {
+    to = within_shared(to);
     blocks_[self_->rank].shared.copy_begins(*self_, to);
     if (self_->groups.empty()) self_->groups.emplace_back();
     self_->groups.back().push_back({to, from});
@@ -218,13 +232,20 @@ class Machine {
  private:
   // -- running --
 
-  static void check(const Shape& s) {
+  void check(const Shape& s) const {
     if (s.x < 1 || s.y < 1 || s.z < 1 || s.x >= int64_t{1} << 31 || s.y >= 65536 || s.z >= 65536)
       fault("a grid of ", s.x, " × ", s.y, " × ", s.z, " blocks");
     if (s.threads < WARP || s.threads > 1024 || s.threads % WARP) fault("a block of ", s.threads, " threads");
     if (s.cluster < 1 || s.cluster > 8 || s.x % s.cluster)
       fault("clusters of ", s.cluster, " blocks in a grid of ", s.x);
-    if (s.shared < 0 || s.shared > MOST_SHARED) fault("a block of ", s.shared, " bytes of shared memory");
+    if (s.cluster > 1 && !device.has_clusters) fault("clusters of ", s.cluster, " blocks on a GPU without clusters");
+    if (s.shared < 0 || s.shared > device.shared_bytes) fault("a block of ", s.shared, " bytes of shared memory");
+  }
+
+  static uint32_t within_shared(uint32_t address) {
+    if (address < SHARED_BEGIN)
+      fault("an access at address ", address, ", before the block's shared memory, which begins at ", SHARED_BEGIN);
+    return address - SHARED_BEGIN;
   }
 
   // The blocks from (x, y, z) on that are a cluster; their first thread has the number `first`.
