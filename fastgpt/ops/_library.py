@@ -68,27 +68,6 @@ def define(
     return overloads
 
 
-def _naming_failed_allocations(op: Kernel) -> Kernel:
-    """The op, which raises torch.OutOfMemoryError where its C++ finds no memory on the GPU.
-
-    PyTorch's stable ABI drops the reason why an allocation failed: the same allocation from Python fails with it.
-    """
-
-    def run(*args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return op(*args)
-        try:
-            return op(*args)
-        except RuntimeError as error:
-            found = re.search(r"fastgpt: could not allocate (\d+) bytes", str(error))
-            if found:
-                device = next(t.device for t in args if isinstance(t, Tensor))
-                torch.empty(int(found[1]), dtype=torch.uint8, device=device)
-            raise
-
-    return run
-
-
 def _lazy(path: str) -> Kernel:
     """The launcher `fastgpt.kernels.{path}`, imported (and Triton with it, if that is its) at the first call."""
     module, _, function = path.partition(".")
@@ -122,6 +101,27 @@ def _on_one_device(op: str, fake: Kernel) -> Kernel:
         if len(devices) > 1:
             raise ValueError(f"{op}: the tensors must be on one device, got {', '.join(map(str, devices))}")
         return fake(*args)
+
+    return run
+
+
+def _naming_failed_allocations(op: Kernel) -> Kernel:
+    """The op, which raises torch.OutOfMemoryError where its C++ finds no memory on the GPU.
+
+    PyTorch's stable ABI drops the reason why an allocation failed: the same allocation from Python fails with it.
+    """
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        try:
+            return op(*args)
+        except RuntimeError as error:
+            found = re.search(r"fastgpt: could not allocate (\d+) bytes", str(error))
+            if found:
+                device = next(t.device for t in args if isinstance(t, Tensor))
+                torch.empty(int(found[1]), dtype=torch.uint8, device=device)
+            raise
 
     return run
 
