@@ -178,6 +178,10 @@ def _emulated_gpu(pytestconfig):
     if name := pytestconfig.getoption("--simt-profile"):
         from simt import emulator
 
+        if name not in emulator.PROFILES:
+            raise pytest.UsageError(
+                f"--simt-profile takes one of {', '.join(emulator.PROFILES)}, not {name!r}"
+            )
         emulator.choose(name)
 
 
