@@ -50,7 +50,14 @@ SANITIZE_COMPILING = [
 
 # The CUDA kernels are compiled for these unless TORCH_CUDA_ARCH_LIST or --cuda-architectures says otherwise. The last
 # is PTX, for whatever comes later: of 9.0, since the launchers expect of every GPU from there on that it has clusters.
-CUDA_ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "compute_90")
+CUDA_ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120", "compute_90")
+# The names that PyTorch takes in TORCH_CUDA_ARCH_LIST beside numbers.
+NAMED_ARCHITECTURES = {
+    **{"Kepler+Tesla": "3.7", "Kepler": "3.5+PTX", "Maxwell+Tegra": "5.3", "Maxwell": "5.0 5.2+PTX"},
+    **{"Pascal": "6.0 6.1+PTX", "Volta+Tegra": "7.2", "Volta": "7.0+PTX", "Turing": "7.5+PTX"},
+    **{"Ampere+Tegra": "8.7", "Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX"},
+    **{"Blackwell+Tegra": "11.0", "Blackwell": "10.0 10.3 12.0 12.1+PTX"},
+}
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"),
     # PyTorch's stable ABI, of 2.11: one library for every later PyTorch, and no symbol that this one lacks.
@@ -66,17 +73,23 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures(asked: str, nvcc: str) -> list[str]:
-    """From a list as in TORCH_CUDA_ARCH_LIST ("8.0;9.0a") to nvcc's names; what cannot be is left out, and said."""
+    """From a list as in TORCH_CUDA_ARCH_LIST ("8.0;9.0a", "Hopper") to nvcc's names; says what is left out."""
     known = subprocess.run(
         [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True
     ).stdout.split()
-    names = list(CUDA_ARCHITECTURES)
-    if asked:
-        names = []
-        for word in re.split(r"[;,\s]+", asked.strip(" ;,")):
-            found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+    names: list[str] = []
+    for word in re.split(r"[;,\s]+", asked.strip(" ;,")):
+        if word in ("", "All", "Common"):
+            names += CUDA_ARCHITECTURES
+            continue
+        named = NAMED_ARCHITECTURES.get(word) or NAMED_ARCHITECTURES.get(word.removesuffix("+PTX"), word)
+        for number in named.split():
+            found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", number)
             if not found:
-                raise SystemExit(f"fastgpt: {word!r} is no architecture; write 8.0, 9.0a or 9.0+PTX")
+                print(
+                    f"fastgpt: no CUDA kernels for {word!r}, which is no architecture; write 8.0, 9.0a or 9.0+PTX"
+                )
+                continue
             major, minor, kind, ptx = found.groups()
             names += [f"sm_{major}{minor}{kind}"] + [f"compute_{major}{minor}{kind}"] * (ptx is not None)
     usable = []
@@ -88,9 +101,13 @@ def cuda_architectures(asked: str, nvcc: str) -> list[str]:
             print(f"fastgpt: no CUDA kernels for {name}: they need 8.0, as PTX 9.0")
         else:
             usable.append(name)
-    if not usable:
-        raise SystemExit(f"fastgpt: none of the architectures {asked!r} can be compiled for")
     return usable
+
+
+def toolkit_version(nvcc: str) -> str:
+    """ "13.0" of an nvcc."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
 
 
 def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str], torch_folder: Path) -> None:
@@ -100,7 +117,7 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
     library.parent.mkdir(parents=True, exist_ok=True)
     # What `fastgpt.extension` reads of the library without loading it.
     note = folder / "architectures.cpp"
-    text = f"fastgpt architectures: {' '.join(architectures)};"
+    text = f"fastgpt architectures: {' '.join(architectures)}; toolkit: {toolkit_version(nvcc)};"
     note.write_text(f'extern "C" __attribute__((used)) const char fastgpt_architectures[] = "{text}";\n')
     libraries = [torch_folder / "lib"]
     if not (torch_folder / "lib" / "libtorch_cuda.so").exists():  # its name will do
@@ -176,15 +193,31 @@ def compiled() -> dict:
             if self.cuda and not self.nvcc:
                 raise SystemExit("fastgpt: --cuda needs nvcc, on the PATH or in CUDA_HOME")
             self.compiled_for = cuda_architectures(self.cuda_architectures, self.nvcc) if self.nvcc else []
+            if self.cuda and not self.compiled_for:
+                raise SystemExit(
+                    f"fastgpt: none of the architectures {self.cuda_architectures!r} can be compiled for"
+                )
             unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
-            unwanted |= set() if self.nvcc else {"fastgpt._cuda"}
+            unwanted |= set() if self.compiled_for else {"fastgpt._cuda"}
             self.extensions = [e for e in self.extensions if e.name not in unwanted]
 
         def build_extension(self, extension) -> None:
             if extension.name == "fastgpt._cuda":
                 library = Path(self.get_ext_fullpath(extension.name))
                 folder = Path(self.build_temp) / extension.name
-                return build_cuda(library, folder, self.nvcc, self.compiled_for, Path(torch.__file__).parent)
+                arguments = (library, folder, self.nvcc, self.compiled_for, Path(torch.__file__).parent)
+                if self.cuda:
+                    return build_cuda(*arguments)
+                try:
+                    return build_cuda(*arguments)
+                except (subprocess.CalledProcessError, OSError) as error:
+                    # An older library, for other sources, must not be loaded beside the new ones.
+                    library.unlink(missing_ok=True)
+                    extension.optional = True
+                    return print(
+                        f"fastgpt: warning: the CUDA kernels could not be built ({error}; the compiler's messages are "
+                        "above); the CPU's are. --cuda makes this an error"
+                    )
             if extension.name == "fastgpt._C":
                 extension.define_macros.append(
                     ("FASTGPT_CUDA_ARCHITECTURES", f'"{" ".join(self.compiled_for)}"')

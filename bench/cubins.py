@@ -30,9 +30,18 @@ Arguments = dict[str, int | str]
 # Matrix products of ROWS × COLUMNS × HEAD for one tile of scores.
 PRODUCTS = {"attention_fwd": 2, "attention_bwd": 5}
 
+
+def _of_attention_bwd(a: Arguments) -> int:
+    rows, columns, stages = int(a["ROWS"]), int(a["COLUMNS"]), 1 if a["COLUMNS"] == 32 else 2
+    scores = 2 * rows * (columns * _itemsize(a) + 16)
+    return 2 * (columns + stages * rows) * int(a["HEAD"]) * _itemsize(a) + scores
+
+
 # Bytes of shared memory a block, by the template arguments, where that is what bounds the blocks of a multiprocessor.
+# Attention's launchers choose a tile by what the GPU has: a GPU without room for a tile has no record of its kernel.
 SHARED: dict[str, Callable[[Arguments], int]] = {
     "attention_fwd": lambda a: (int(a["ROWS"]) + 4 * int(a["COLUMNS"])) * int(a["HEAD"]) * _itemsize(a),
+    "attention_bwd": _of_attention_bwd,
 }
 
 
@@ -94,7 +103,7 @@ def sources(ops: Iterable[str] = ()) -> list[Path]:
 
 
 def compile_source(source: Path, arch: str) -> list[Kernel]:
-    """Every kernel of one file, compiled for "sm_80", "sm_90a" or "sm_100a".
+    """Every kernel of one file, compiled for an architecture ("sm_90a").
 
     Raises:
         RuntimeError: nvcc refuses the source; its words are in the message.
@@ -197,7 +206,10 @@ def records(
 
 
 def _records(source: Path, arch: str) -> list[dict[str, Any]]:
-    return [record(kernel, arch) for kernel in compile_source(source, arch)]
+    from bench.resources import SHARED_PER_BLOCK
+
+    found = [record(kernel, arch) for kernel in compile_source(source, arch)]
+    return [r for r in found if r["shared"] <= SHARED_PER_BLOCK[arch]]
 
 
 def record(kernel: Kernel, arch: str) -> dict[str, Any]:
@@ -280,6 +292,6 @@ def scores(kernel: Kernel, arch: str) -> dict[str, float] | None:
 
 def _exempt(record: dict[str, Any]) -> str | None:
     """Why the matrix instruction of the architecture is not used; a spill is never accepted."""
-    if record["hmma"] and record["arch"] != "sm_80":
+    if record["hmma"] and record["arch"] in ("sm_90a", "sm_100a"):
         return "mma.sync on every architecture: the instructions of Hopper and Blackwell are not driven yet"
     return None

@@ -35,8 +35,19 @@ PATH = ROOT / "bench" / "results" / "resources.json"
 # NVIDIA's programming guide); a program takes 1 KiB of shared memory beside its own.
 MULTIPROCESSOR = {
     "sm_80": (65536, 164 << 10, 2048, 32),
+    "sm_86": (65536, 100 << 10, 1536, 16),
+    "sm_89": (65536, 100 << 10, 1536, 24),
     "sm_90a": (65536, 228 << 10, 2048, 32),
     "sm_100a": (65536, 228 << 10, 2048, 32),
+    "sm_120": (65536, 100 << 10, 1536, 24),
+}
+SHARED_PER_BLOCK = {  # bytes
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90a": 227 << 10,
+    "sm_100a": 227 << 10,
+    "sm_120": 99 << 10,
 }
 
 # Matrix products over D and over DV for one tile of scores.

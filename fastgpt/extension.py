@@ -11,6 +11,7 @@ The kernels in csrc/cuda are one library, `_cuda.so`, for several architectures 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -86,6 +87,51 @@ def cuda_architectures() -> tuple[str, ...]:
     return tuple(found[1].decode().split()) if found else ()
 
 
+def cuda_toolkit() -> tuple[int, int] | None:
+    """The version of CUDA that the kernels were compiled with, which their library says beside the architectures."""
+    if not CUDA_LIBRARY.exists():
+        return None
+    found = re.search(
+        rb"fastgpt architectures: [a-z0-9_ ]*; toolkit: (\d+)\.(\d+);", CUDA_LIBRARY.read_bytes()
+    )
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _driver_problem(capability: tuple[int, int], architectures: tuple[str, ...]) -> str:
+    """Why the driver cannot run the kernels on such a GPU, or nothing.
+
+    A driver serves every toolkit of its major version, and compiles the PTX of toolkits that are no newer.
+    """
+    toolkit = cuda_toolkit()
+    if toolkit is None:
+        return ""
+    number = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # of builds with CUDA
+    driver = (number // 1000, number % 1000 // 10)
+    compiled = tuple(name for name in architectures if name.startswith("sm_"))
+    from_ptx = not has_kernels_for(capability, compiled)
+    if driver >= toolkit or (driver[0] == toolkit[0] and not from_ptx):
+        return ""
+    versions = [".".join(map(str, version)) for version in (toolkit, driver)]
+    ptx = ", as PTX for this GPU," if from_ptx else ""
+    return (
+        f"the CUDA kernels are compiled{ptx} with CUDA {versions[0]} and the driver is for CUDA {versions[1]}; "
+        f"update the driver, or rebuild with a toolkit of the driver's version: {MEND}"
+    )
+
+
+def cublaslt_problem() -> str:
+    """Why GELU is not computed in the epilogues of cuBLASLt's products, or nothing."""
+    if b"cublasLtMatmulAlgoGetHeuristic" not in CUDA_LIBRARY.read_bytes():
+        return "compiled without cublasLt.h"
+    major = (cuda_toolkit() or (0,))[0]
+    name = f"libcublasLt.so.{major}"
+    try:
+        ctypes.CDLL(name, mode=os.RTLD_NOLOAD)
+    except OSError:
+        return f"{name} is not loaded, and torch {torch.__version__} is for CUDA {torch.version.cuda}"
+    return ""
+
+
 def has_kernels_for(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
     """Whether a GPU of this compute capability runs code for one of these architectures.
 
@@ -148,7 +194,7 @@ def cuda_problem(device: int | None = None) -> str:
     for i in devices:
         capability = torch.cuda.get_device_capability(i)
         if has_kernels_for(capability, built):
-            return _load_cuda()
+            return _driver_problem(capability, built) or _load_cuda()
         unfit = unfit or f"{torch.cuda.get_device_name(i)} is sm_{capability[0]}{capability[1]}"
     mend = "rebuild with TORCH_CUDA_ARCH_LIST naming it (8.0 and later): "
     return f"{unfit} and the CUDA kernels are compiled for {', '.join(built) or 'nothing'}; {mend}{MEND}"

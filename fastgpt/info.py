@@ -42,6 +42,10 @@ def report() -> str:
         lines.append(f"  built for     torch {built['torch']} with {built['compiler']}")
         lines.append(f"  cpu variants  {built['variants']} (in use: {extension.variant() or 'none'})")
     lines.append(f"  cuda          {', '.join(extension.cuda_architectures()) or 'none'}")
+    if extension.cuda_architectures():
+        toolkit = ".".join(map(str, extension.cuda_toolkit() or ("unknown",)))
+        lines.append(f"  cuda toolkit  {toolkit}")
+        lines.append(f"  cublasLt      {extension.cublaslt_problem() or 'GELU in the epilogues of products'}")
     if extension.problem():
         lines.append(f"  {extension.problem()}")
 

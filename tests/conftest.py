@@ -151,10 +151,14 @@ def _belongs(item, on_gpu):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call():
-    """A test of Triton's kernels is skipped where there is no Triton."""
+def pytest_pyfunc_call(pyfuncitem):
+    """Skip tests of Triton's kernels without Triton, and what the GPU of --simt-profile has too little memory for."""
     try:
         return (yield)
+    except fastgpt.BackendUnavailable as error:
+        if pyfuncitem.config.option.simt_profile and "of shared memory a block" in str(error):
+            pytest.skip(str(error))
+        raise
     except ModuleNotFoundError as error:
         if error.name == "triton":
             pytest.skip("Triton is not installed")
@@ -182,6 +186,10 @@ def _emulated_gpu(pytestconfig):
     if name := pytestconfig.getoption("--simt-profile"):
         from simt import emulator
 
+        if name not in emulator.PROFILES:
+            raise pytest.UsageError(
+                f"--simt-profile takes one of {', '.join(emulator.PROFILES)}, not {name!r}"
+            )
         emulator.choose(name)
 
 

@@ -20,6 +20,11 @@ def other_order(seed: int) -> None:
         emulator.seed(seed)
 
 
+def has_clusters() -> bool:
+    """Whether the blocks of a launch form clusters on this GPU, or on the emulated one."""
+    return torch.cuda.get_device_capability() >= (9, 0) if on_gpu() else emulator.profile().clusters
+
+
 def launches(call: Callable[[], Any]) -> int:
     """How many of our kernels a call launches."""
     if not on_gpu():

@@ -114,3 +114,25 @@ def test_order_of_warps_changes_no_result_but_dq_by_roundings(size):
         torch.testing.assert_close(dq, first_grads[0])
         assert torch.equal(fixed_out[0], first_fixed[0][0])
         assert all(map(torch.equal, fixed_grads, first_fixed[1]))
+
+
+def test_out_of_memory_in_cpp_is_pytorchs_out_of_memory_error(monkeypatch):
+    """The stable ABI says only that an allocation failed: the reason is that of the same one from Python."""
+
+    def empty(size, *, dtype, device):
+        raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size} bytes.")
+
+    q = torch.zeros(64, dtype=torch.bfloat16).expand(2**20, 1, 2**20, 64)
+    k = torch.zeros(64, dtype=torch.bfloat16).expand(2**20, 1, 1, 64)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):  # what a CPU says
+        ops.attention(q, k, k)
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(torch.OutOfMemoryError, match=f"CUDA out of memory. Tried to allocate {2**47} bytes"):
+        ops.attention(q, k, k)
+
+
+def test_sizes_whose_sums_would_overflow_are_refused():
+    """Positions are 32-bit integers in the kernels, and so are sums of two of them."""
+    q, k = torch.zeros(1, 1, 2, 64), torch.zeros(64).expand(1, 1, 2**30, 64)
+    with pytest.raises(RuntimeError, match=r"attention takes less than 2\^30 columns, not 1073741824"):
+        ops.attention(q, k, k)

@@ -170,9 +170,10 @@ def gpus(monkeypatch, tmp_path):
         for function in (extension._cuda_problem_of_machine, extension._load_cuda, extension.cuda_problem):
             function.cache_clear()
 
-    def machine(*capabilities, cuda="13.0"):
+    def machine(*capabilities, cuda="13.0", built="sm_80 sm_90a; toolkit: 13.0;", driver=13000):
         library = tmp_path / "_cuda.so"
-        library.write_bytes(b"\x7fELF...fastgpt architectures: sm_80 sm_90a;\0...")
+        library.write_bytes(b"\x7fELF...fastgpt architectures: " + built.encode() + b"\0...")
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
         monkeypatch.setattr(extension, "CUDA_LIBRARY", library)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
@@ -208,6 +209,47 @@ def test_unsupported_gpu_is_refused_by_name_and_nothing_is_loaded(gpus):
     )
     assert "--no-build-isolation" in extension.cuda_problem()
     assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "said"),
+    [
+        ((9, 0), 13000, ""),
+        ((9, 0), 13010, ""),
+        ((12, 0), 13020, ""),
+        (
+            (9, 0),
+            12080,
+            "compiled with CUDA 13.1 and the driver is for CUDA 12.8; update the driver, or rebuild",
+        ),
+        (
+            (12, 0),
+            13000,
+            "compiled, as PTX for this GPU, with CUDA 13.1 and the driver is for CUDA 13.0; update the",
+        ),
+    ],
+)
+def test_driver_older_than_the_toolkit_is_refused_where_it_cannot_serve(gpus, capability, driver, said):
+    loaded = gpus(capability, built="sm_80 sm_90a compute_90; toolkit: 13.1;", driver=driver)
+    assert said in extension.cuda_problem()
+    assert bool(loaded) is not bool(said) and extension.cuda_loaded() is not bool(said)
+
+
+def test_library_without_a_toolkit_is_taken_as_it_is(gpus):
+    gpus((9, 0), built="sm_80 sm_90a;", driver=11000)
+    assert extension.cuda_toolkit() is None and extension.cuda_problem() == ""
+
+
+def test_info_says_whether_epilogues_of_cublaslt_serve(gpus, monkeypatch):
+    from fastgpt import info
+
+    gpus()
+    assert "cublasLt      compiled without cublasLt.h" in info.report()
+    with extension.CUDA_LIBRARY.open("ab") as file:
+        file.write(b"cublasLtMatmulAlgoGetHeuristic")
+    assert "cublasLt      libcublasLt.so.13 is not loaded, and torch" in info.report()
+    monkeypatch.setattr(extension.ctypes, "CDLL", lambda name, mode: None)
+    assert "cublasLt      GELU in the epilogues of products" in info.report()
 
 
 def test_without_a_gpu_the_reason_says_so(gpus):

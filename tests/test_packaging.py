@@ -1,6 +1,7 @@
 """What a user installs: the wheel, the sdist, and importing without the optional packages."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -185,7 +186,21 @@ def nvcc(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "names", "said"),
     [
-        ("", "sm_80 sm_90a sm_100a compute_90", ""),
+        ("", "sm_80 sm_90a sm_100a compute_90", "no CUDA kernels for sm_120, which this nvcc does not know"),
+        ("All", "sm_80 sm_90a sm_100a compute_90", ""),
+        (
+            "Ampere;Hopper",
+            "sm_80 sm_86 sm_90 compute_90",
+            "no CUDA kernels for compute_86: they need 8.0, as PTX 9.0",
+        ),
+        ("Turing+PTX Blackwell", "sm_100", "no CUDA kernels for sm_75: they need 8.0, as PTX 9.0"),
+        ("Ada", "", "no CUDA kernels for sm_89, which this nvcc does not know"),
+        (
+            "Zen;8.0",
+            "sm_80",
+            "no CUDA kernels for 'Zen', which is no architecture; write 8.0, 9.0a or 9.0+PTX",
+        ),
+        ("7.5", "", "no CUDA kernels for sm_75: they need 8.0"),
         ("8.0;9.0a", "sm_80 sm_90a", ""),
         ("9.0a, 8.0 8.0", "sm_90a sm_80", ""),
         ("9.0+PTX", "sm_90 compute_90", ""),
@@ -199,12 +214,38 @@ def test_architectures_asked_for(setup_py, nvcc, capsys, asked, names, said):
     assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("asked", "said"), [("Ampere", "'Ampere' is no architecture"), ("7.5", "none of the architectures '7.5'")]
-)
-def test_architectures_that_cannot_be_are_refused(setup_py, nvcc, asked, said):
-    with pytest.raises(SystemExit, match=said):
-        setup_py["cuda_architectures"](asked, nvcc)
+def test_names_of_architectures_are_those_of_pytorch(setup_py):
+    source = Path(find_spec("torch.utils.cpp_extension").origin).read_text()
+    theirs = set(re.findall(r"\('([A-Z]\w+(?:\+Tegra)?)', '[\d.;+PTX]+'\)", source))
+    assert "Hopper" in theirs
+    assert theirs <= set(setup_py["NAMED_ARCHITECTURES"])
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_failed_cuda_build_ends_the_build_only_where_it_was_asked_for(tmp_path, asked):
+    """An nvcc that fails; the CPU's libraries are left out to save time."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        "#!/bin/sh\ncase $1 in --list-gpu-arch) echo compute_80 compute_90;; --version) echo release 13.0,;;\n"
+        "*) echo no such header >&2; exit 1;; esac\n"
+    )
+    nvcc.chmod(0o755)
+    script = "import sys, torch; torch.version.cuda = '13.0'; sys.argv[0] = 'setup.py'; exec(open('setup.py').read())"
+    command = ["build", "--build-base", tmp_path / "build", "build_ext", "--variants", ""]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *command, *(["--cuda"] if asked else [])],
+        cwd=ROOT,
+        env=os.environ | {"CUDA_HOME": str(tmp_path), "TORCH_CUDA_ARCH_LIST": "8.0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert "no such header" in said
+    assert (done.returncode != 0) is asked, said
+    assert ("warning: the CUDA kernels could not be built" in said) is not asked
+    assert any((tmp_path / "build").rglob("_C.so"))
 
 
 def test_cuda_library_has_its_architectures_and_needs_pytorch_by_name(setup_py, tmp_path, monkeypatch):
@@ -222,6 +263,7 @@ def test_cuda_library_has_its_architectures_and_needs_pytorch_by_name(setup_py, 
     setup_py["build_cuda"](library, Path("temp"), nvcc, ["sm_80", "compute_90"], torch_folder)
     monkeypatch.setattr(extension, "CUDA_LIBRARY", library)
     assert extension.cuda_architectures() == ("sm_80", "compute_90")
+    assert ".".join(map(str, extension.cuda_toolkit())) == setup_py["toolkit_version"](nvcc)
     needed = run(["readelf", "-d", library])
     assert all(f"[{name}.so]" in needed for name in ("libtorch_cpu", "libtorch_cuda", "libc10"))
     assert "libcudart" not in needed

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
   // Addresses of factors are kept for all tiles, or made anew for each, where registers are short.
   constexpr bool KEPT = !OPTIONS && HEAD <= 128;
   constexpr bool Q_IN_REGISTERS = !OPTIONS && HEAD == 64;
-  constexpr bool SPLIT = sizeof(T) == 4;
+  constexpr bool SPLIT = sizeof(T) == 4;  // whose products leave no registers for the loads of a second step
 
   // The longest first: under a causal mask the last rows see most.
   const int tile = row_tiles - 1 - block_x() % row_tiles, of_head = block_x() / row_tiles;

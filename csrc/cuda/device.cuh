@@ -347,15 +347,16 @@ void launch(const Device& device, const char* name, const Launch& shape, Argumen
       " × ",
       shape.z,
       " blocks, more than CUDA has");
-  // More than 48 KiB have to be asked for, once a kernel and device.
+  // More than 48 KiB have to be asked for, once a kernel and device: all that there is, so that launches of different
+  // sizes in several threads take nothing from each other.
   constexpr int DEVICES = 64;
-  static std::atomic<int> granted[DEVICES];
-  if (shape.shared > 48 * 1024 && (device.index() >= DEVICES || granted[device.index()] < shape.shared)) {
+  static std::atomic<bool> granted[DEVICES];
+  if (shape.shared > 48 * 1024 && (device.index() >= DEVICES || !granted[device.index()])) {
     check(
         cudaFuncSetAttribute(
-            reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared),
+            reinterpret_cast<const void*>(KERNEL), cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_bytes()),
         name);
-    if (device.index() < DEVICES) granted[device.index()] = shape.shared;
+    if (device.index() < DEVICES) granted[device.index()] = true;
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

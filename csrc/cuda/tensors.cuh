@@ -44,14 +44,27 @@ inline Global<Vector<float, 4>> vectors_of_four(const Tensor& x) {
   return global_memory(static_cast<Vector<float, 4>*>(x.data_ptr()), x.numel() / 4);
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+// A tensor that `create` makes. PyTorch's stable ABI drops the reason of a failure: fastgpt.ops finds it by these
+// words.
+template <typename F>
+Tensor allocated(std::initializer_list<int64_t> shape, ScalarType dtype, F&& create) {
   const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+  try {
+    return create(torch::headeronly::IntHeaderOnlyArrayRef(sizes));
+  } catch (const std::exception& error) {
+    int64_t bytes = dtype == ScalarType::Double  ? 8
+                    : dtype == ScalarType::Float ? 4
+                    : dtype == ScalarType::Byte  ? 1
+                                                 : 2;
+    for (int64_t size : sizes) bytes *= size;
+    STD_TORCH_CHECK(false, "fastgpt: could not allocate ", bytes, " bytes: ", error.what());
+  }
 }
-
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
+  return allocated(shape, dtype, [&](auto sizes) { return torch::stable::new_empty(like, sizes, dtype); });
+}
 inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  const std::vector<int64_t> sizes(shape);
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+  return allocated(shape, dtype, [&](auto sizes) { return torch::stable::new_zeros(like, sizes, dtype); });
 }
 
 // Sums over the first dimension.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,7 @@ def define(
         torch.library.register_fake(f"fastgpt::{op}", _on_one_device(op, fake), lib=_library)
         overloads[backend] = getattr(torch.ops.fastgpt, op).default
     _flops.register(name, list(overloads.values()))
+    overloads["cuda"] = _naming_failed_allocations(overloads["cuda"])
     launchers = {
         "reference": reference,
         "triton": None if module is None else _lazy(f"{module}.{name}"),
@@ -99,6 +101,27 @@ def _on_one_device(op: str, fake: Kernel) -> Kernel:
         if len(devices) > 1:
             raise ValueError(f"{op}: the tensors must be on one device, got {', '.join(map(str, devices))}")
         return fake(*args)
+
+    return run
+
+
+def _naming_failed_allocations(op: Kernel) -> Kernel:
+    """The op, which raises torch.OutOfMemoryError where its C++ finds no memory on the GPU.
+
+    PyTorch's stable ABI drops the reason why an allocation failed: the same allocation from Python fails with it.
+    """
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*args)
+        try:
+            return op(*args)
+        except RuntimeError as error:
+            found = re.search(r"fastgpt: could not allocate (\d+) bytes", str(error))
+            if found:
+                device = next(t.device for t in args if isinstance(t, Tensor))
+                torch.empty(int(found[1]), dtype=torch.uint8, device=device)
+            raise
 
     return run
 

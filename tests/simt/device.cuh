@@ -67,12 +67,12 @@ inline float float_of(uint32_t bits) {
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.0f * x : x; }
 inline float multiply_rounded(float a, float b) { return a * b; }
 // With SIMT_INEXACT up to 2 ulp beside the exact result, a pure function of the argument, as the GPU's units (MUFU)
-// are; powers of two stay exact.
+// are. 1 and other powers of two stay, as do 0 and infinity.
 inline float of_unit(float exact, float x) {
 #ifdef SIMT_INEXACT
-  const uint32_t mixed = (bits_of(x) ^ bits_of(x) >> 15) * 2654435761u;
-  const bool power_of_two = (bits_of(exact) & 0x7FFFFFu) == 0;  // 0 and infinity, too
-  if (!power_of_two && !std::isnan(exact)) exact = float_of(bits_of(exact) + (mixed >> 16) % 5 - 2);
+  const uint32_t mixed = (bits_of(x) ^ bits_of(x) >> 15) * 2654435761u, mantissa = bits_of(exact) & 0x7FFFFFu;
+  if (std::isnormal(exact) && mantissa >= 2 && mantissa < 0x7FFFFEu)
+    exact = float_of(bits_of(exact) + (mixed >> 16) % 5 - 2);
 #endif
   return flushed(exact);
 }

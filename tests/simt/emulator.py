@@ -67,6 +67,11 @@ def problem() -> str:
     return ""
 
 
+def profile() -> Profile:
+    """The GPU that is emulated."""
+    return PROFILES[_chosen[0]]
+
+
 def choose(profile: str) -> None:
     """Emulate the GPU of that name in `PROFILES` from now on; before the library of this process is loaded."""
     assert PROFILES[profile].flags == PROFILES[_chosen[0]].flags or not library.cache_info().currsize
@@ -151,8 +156,8 @@ def launches() -> int:
 
 
 @contextlib.contextmanager
-def running(profile: str | None = None) -> Iterator[None]:
-    """The backend "cuda" serves CPU tensors, on the GPU of that name in `PROFILES` instead of the chosen one."""
+def running(profile: str | None = None) -> Iterator[Profile]:
+    """The backend "cuda" serves CPU tensors, on the GPU of that name in `PROFILES` or else the chosen one: this one."""
     before = _chosen[0]
     choose(profile or before)
     gpu = PROFILES[_chosen[0]]
@@ -167,6 +172,6 @@ def running(profile: str | None = None) -> Iterator[None]:
             mock.patch.object(backends, "_cached_machine_refusal", refusal),
             mock.patch.object(backends, "_cached_shared_memory", lambda *_: gpu.shared << 10),
         ):
-            yield
+            yield gpu
     finally:
         choose(before)
