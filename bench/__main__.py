@@ -104,7 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     taken.set_defaults(run=_resources)
     taken.add_argument("op", nargs="*", help="only the kernels of these ops")
     taken.add_argument(
-        "--arch", action="append", metavar="NAME", help="only this one: sm_80, sm_90a, sm_100a"
+        "--arch",
+        action="append",
+        metavar="NAME",
+        help="only this one: sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120",
     )
     taken.add_argument(
         "--source",

@@ -1,12 +1,14 @@
 """What a kernel's machine code (SASS) says of its speed: the instructions of its innermost loops, by pipe.
 
 Rates are results a cycle and multiprocessor; an instruction of a warp is 32 results. Those of "mufu", "fp32" and
-"int" are from the table "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide, columns
-8.0, 9.0 and 10.0: mufu its row for reciprocal, base-2 logarithm and exponential; fp32 that for 32-bit add, multiply and
-multiply-add, of which FADD2, FMUL2 and FFMA2 are two; int that for 32-bit compare, minimum and maximum (add and logic
-are no slower anywhere). Four schedulers issue an instruction of a warp a cycle each. Matrix units and memory are the
-data sheets' dense bfloat16 FLOP/s and bytes/s by multiprocessors and boost clock: A100 80 GB 312e12 and 2.04e12 / 108 /
-1.41 GHz; H100 989e12 and (H200, the faster memory) 4.8e12 / 132 / 1.83 GHz; B200 2250e12 and 8e12 / 148 / 1.85 GHz.
+"int" are from the table "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide,
+columns 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0: mufu its row for reciprocal, base-2 logarithm and exponential; fp32 that
+for 32-bit add, multiply and multiply-add, of which FADD2, FMUL2 and FFMA2 are two; int that for 32-bit compare,
+minimum and maximum (add and logic are no slower anywhere). Four schedulers issue an instruction of a warp a cycle
+each. Matrix units and memory are the data sheets' dense bfloat16 FLOP/s and bytes/s by multiprocessors and boost
+clock: A100 80 GB 312e12 and 2.04e12 / 108 / 1.41 GHz; H100 989e12 and (H200, the faster memory) 4.8e12 / 132 / 1.83
+GHz; B200 2250e12 and 8e12 / 148 / 1.85 GHz; RTX 3090 (sm_86) 71.2e12 and 936e9 / 82 / 1.695 GHz; RTX 4090 (sm_89)
+165.2e12 and 1008e9 / 128 / 2.52 GHz; RTX 5090 (sm_120) 209.5e12 and 1792e9 / 170 / 2.407 GHz.
 """
 
 from __future__ import annotations
@@ -16,14 +18,21 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a")
-MATRIX_FLOPS = {"sm_80": 2048, "sm_90a": 4096, "sm_100a": 8192}  # a cycle and multiprocessor
-BYTES = {"sm_80": 13.4, "sm_90a": 19.9, "sm_100a": 29.2}  # a cycle and multiprocessor, from memory and to it
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
+MATRIX_FLOPS = {  # a cycle and multiprocessor
+    "sm_80": 2048, "sm_86": 512, "sm_89": 512, "sm_90a": 4096, "sm_100a": 8192, "sm_120": 512,
+}  # fmt: skip
+BYTES = {  # a cycle and multiprocessor, from memory and to it
+    "sm_80": 13.4, "sm_86": 6.7, "sm_89": 3.1, "sm_90a": 19.9, "sm_100a": 29.2, "sm_120": 4.4,
+}  # fmt: skip
 ISSUED = 128  # instructions of a thread
 RATES = {
     "sm_80": {"mufu": 16, "fp32": 64, "int": 64},
+    "sm_86": {"mufu": 16, "fp32": 128, "int": 64},
+    "sm_89": {"mufu": 16, "fp32": 128, "int": 64},
     "sm_90a": {"mufu": 16, "fp32": 128, "int": 64},
     "sm_100a": {"mufu": 16, "fp32": 128, "int": 64},
+    "sm_120": {"mufu": 16, "fp32": 128, "int": 64},
 }
 
 # The pipe of an opcode: the first whose names one begins with. Selections and conversions between floats are counted
