@@ -67,15 +67,23 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("attention", f"tf32 d{size} causal", _tf32(_attention(FP32, size)))
         dropped = _tf32(_attention(FP32, size, dropout=0.1, mask=torch.bool))
         yield Configuration("attention", f"tf32 d{size} dropout mask", dropped)
-    deterministic = _tf32(_attention(FP32, 64, deterministic=True))
-    yield Configuration("attention", "tf32 d64 deterministic", deterministic)
+    for size in (64, 256):
+        deterministic = _tf32(_attention(FP32, size, deterministic=True))
+        yield Configuration("attention", f"tf32 d{size} deterministic", deterministic)
     yield Configuration("attention", "tf32 d64 decoding", _tf32(_decoding(FP32, 64)))
     for size in (96, 128):
         yield Configuration("attention", f"fp16 d{size} full", _attention(FP16, size, right=-1))
     for size in (64, 128):
+        yield Configuration("attention", f"bf16 d{size} small", _attention(BF16, size, small=True))
+        deterministic = _attention(BF16, size, small=True, deterministic=True)
+        yield Configuration("attention", f"bf16 d{size} small deterministic", deterministic)
+    for size in (64, 128):
         yield Configuration("attention", f"bf16 d{size} alibi", _attention(BF16, size, alibi=True))
     for size in (64, 128):
         yield Configuration("attention", f"bf16 d{size} decoding", _decoding(BF16, size), size == 64)
+    yield Configuration(
+        "attention", "bf16 d256 decoding one head", _decoding(BF16, 256, heads=1, length=1 << 17)
+    )
     for size in (64, 128):
         yield Configuration("attention", f"bf16 d{size} one tile", _attention(BF16, size, length=32))
     narrow = _attention(BF16, 128, value_size=64, left=128, kv_heads=1)
@@ -140,9 +148,12 @@ def _attention(
     alibi: bool = False,
     deterministic: bool = False,
     length: int = 256,
+    small: bool = False,
 ) -> Callable[[], None]:
+    """`small`: a problem that gets no tensor descriptors; all others count as large ones, whatever their length."""
+
     def launch() -> None:
-        from fastgpt.kernels import attention
+        from fastgpt.kernels import attention, attention_tiles
 
         heads = 2
         q = torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
@@ -155,18 +166,20 @@ def _attention(
             torch.zeros(1, dtype=torch.int64) if dropout else None,
         )
         options = (size**-0.5, True, left, right, softcap, dropout)
-        out, stats = attention.attention_fwd(q, k, v, *extras, *options)
-        attention.attention_bwd(out, None, q, k, v, out, stats, *extras, *options, False, deterministic)
+        least = attention_tiles.LEAST_DESCRIBED if small else 0
+        with mock.patch.object(attention_tiles, "LEAST_DESCRIBED", least):
+            out, stats = attention.attention_fwd(q, k, v, *extras, *options)
+            attention.attention_bwd(out, None, q, k, v, out, stats, *extras, *options, False, deterministic)
 
     return launch
 
 
-def _decoding(dtype: torch.dtype, size: int) -> Callable[[], None]:
+def _decoding(dtype: torch.dtype, size: int, *, heads: int = 2, length: int = 4096) -> Callable[[], None]:
     def launch() -> None:
         from fastgpt.kernels import attention
 
-        q = torch.empty(1, 1, 2, size, dtype=dtype).transpose(1, 2)
-        k = torch.empty(1, 4096, 2, size, dtype=dtype).transpose(1, 2)
+        q = torch.empty(1, 1, heads, size, dtype=dtype).transpose(1, 2)
+        k = torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
         attention.attention_fwd(q, k, k, None, None, None, size**-0.5, True, -1, 0, 0.0, 0.0)
 
     return launch
@@ -238,63 +251,47 @@ def _layer_norm(dtype: torch.dtype, size: int) -> Callable[[], None]:
 # ---- recording and compiling ----
 
 
+# Of the largest GPU of an architecture in NVIDIA's data sheets: the parts of a split decoding depend on it.
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_120": 188}
+
+
 def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
-    """Every kernel that a configuration launches, compiled for "sm_80", "sm_90a" or "sm_100a"."""
+    """Every kernel that a configuration launches, compiled for one of `bench.sass.ARCHITECTURES`."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from fastgpt.kernels import attention_tiles, linear_gelu
+    from fastgpt.kernels import attention, attention_tile_sizes, attention_tiles, linear_gelu
 
-    choosing = (attention_tiles, linear_gelu)  # by the architecture
     number = int(arch.removeprefix("sm_").removesuffix("a"))
+    target = GPUTarget("cuda", number, 32)
+    backend = make_backend(target)
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
     recorded = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))  # noqa: E731
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", recorded))
-        for module in choosing:
+        for module in (attention_tile_sizes, attention_tiles, linear_gelu):
             stack.enter_context(mock.patch.object(module, "capability", lambda _: divmod(number, 10)))
+        count = MULTIPROCESSORS[arch]
+        stack.enter_context(mock.patch.object(attention, "multiprocessors", lambda _: count))
         configuration.launch()
     for function, arguments, keywords in launches:
-        source, constants = _source(function, arguments, keywords)
-        options = {key: keywords[key] for key in ("num_warps", "num_stages") if key in keywords}
-        kernel = triton.compile(source, target=GPUTarget("cuda", number, 32), options=options)
-        named = zip((p.name for p in function.params), arguments, strict=False)
+        # As its launch does: 1 and None become constants, and what is divisible by 16 is said to be.
+        bind = create_function_from_signature(function.signature, function.params, backend)
+        bound, specialization, given = bind(*arguments, **keywords)
+        options, signature, constants, attributes = function._pack_args(
+            backend, keywords, bound, specialization, given
+        )
+        source = ASTSource(function, signature, constants, attributes)
+        kernel = triton.compile(source, target=target, options=options.__dict__)
         yield Compiled(
             function.__name__.removeprefix("_"),
-            constants,
-            {name: value for name, value in named if type(value) is int},
+            {p.name: bound[p.name] for p in function.params if p.is_constexpr or bound[p.name] is None},
+            {name: value for name, value in bound.items() if type(value) is int},
             next(x.element_size() for x in arguments if isinstance(x, Tensor) and x.dim() > 1),
             kernel.metadata.num_warps,
             kernel.metadata.num_stages,
             kernel.metadata.shared,
             kernel.asm["cubin"],
         )
-
-
-def _source(
-    function: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """The source that Triton would compile for a launch with these arguments, and its compile-time arguments.
-
-    As its launch does: 1 and None become constants, and what is divisible by 16 is said to be.
-    """
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import mangle_type
-
-    values = dict(zip((p.name for p in function.params), arguments, strict=False)) | keywords
-    signature, constants, attributes, named = {}, {}, {}, {}
-    for i, parameter in enumerate(function.params):
-        value = values[parameter.name]
-        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or is_one:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = value
-            if parameter.is_constexpr or value is None:
-                named[parameter.name] = value
-            continue
-        signature[parameter.name] = mangle_type(value)
-        number = value.data_ptr() if isinstance(value, Tensor) else value
-        if isinstance(number, int) and number % 16 == 0 and not parameter.do_not_specialize:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(function, signature, constants, attributes), named

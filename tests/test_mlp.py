@@ -108,7 +108,7 @@ def test_keeps_the_pre_activation_and_the_activation(backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.mlp(*arguments)
     known = {t.data_ptr() for t in arguments}
-    assert len(kept) == len(arguments) + 2
+    assert len(kept) == len(arguments) + 2 - (backend == "triton")  # PyTorch's linear does not keep its bias
     assert [t.shape for t in kept if t.data_ptr() not in known] == [(6, 7), (6, 7)]
 
 

@@ -24,7 +24,7 @@ ALL = [*FILES, "tests/simt/machine.h", "setup.py", "pyproject.toml"]
 def test_row_of_the_table_names_files_and_tests_that_exist(row):
     pattern, names, _ = row
     assert fnmatch.filter(ALL, pattern)
-    assert not [name for name in names.split() if not (ROOT / "tests" / f"test_{name}.py").exists()]
+    assert not [name for name in names.split() if not (ROOT / affected.file_of(name)).exists()]
 
 
 def test_every_source_has_tests():

@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from bench.__main__ import main
 from bench.launches import configurations
-from bench.resources import PATH, in_order, table
+from bench.resources import PATH, SHARED_PER_BLOCK, in_order, table
 from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
 
 pytestmark = pytest.mark.xdist_group("triton_compile")  # whose fixtures are made once
@@ -84,7 +84,8 @@ def check_against_committed(records):
     for record in records:
         known = committed().get(key(record))
         assert known, f"{key(record)} is not in {PATH.name}: python -m bench resources --write"
-        assert record["spills"] == record["stack"] == 0 or record["exempt"], f"{key(record)} spills"
+        assert record["spills"] == record["stack"] == 0, f"{key(record)} spills"
+        assert record["shared"] <= SHARED_PER_BLOCK[record["arch"]], f"{key(record)} does not fit"
         for bound in BOUNDS & set(known["loop"] or ()):
             assert record["loop"][bound] >= known["loop"][bound], f"{key(record)}: {bound} bound fell"
 
@@ -109,8 +110,16 @@ def test_committed_file_has_every_configuration_and_kernel():
     assert len({kernel for kernel, *_ in committed()}) == 17
 
 
+def test_no_committed_kernel_spills_or_exceeds_the_shared_memory():
+    """What exceeds it cannot be launched: a block of a GeForce has 99 KiB, less than half of an H200's."""
+    assert set(SHARED_PER_BLOCK) == set(ARCHITECTURES)
+    for record in committed().values():
+        assert record["spills"] == record["stack"] == 0, key(record)
+        assert record["shared"] <= SHARED_PER_BLOCK[record["arch"]], key(record)
+
+
 def test_committed_kernels_use_their_architectures_matrix_instruction():
-    instruction = {"sm_80": "hmma", "sm_90a": "hgmma", "sm_100a": "utchmma"}
+    instruction = dict.fromkeys(ARCHITECTURES, "hmma") | {"sm_90a": "hgmma", "sm_100a": "utchmma"}
     checked = {"attention": 0, "linear_gelu": 0}
     for record in committed().values():
         kind = next((kind for kind in checked if record["kernel"].startswith(kind)), None)
@@ -229,7 +238,7 @@ def test_command_prints_the_committed_records_of_an_op():
     ("arguments", "message"),
     [
         (("gellu",), "unknown op 'gellu'; known here: attention, attention_varlen, cross_entropy"),
-        (("--arch", "sm_75"), "unknown architecture 'sm_75'; known here: sm_80, sm_90a, sm_100a"),
+        (("--arch", "sm_75"), f"unknown architecture 'sm_75'; known here: {', '.join(ARCHITECTURES)}"),
         (("gelu", "--write"), "--write is for all ops and architectures at once"),
     ],
 )

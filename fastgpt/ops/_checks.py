@@ -110,8 +110,9 @@ def check_same_dtype(op: str, **tensors: Tensor | None) -> None:
     Raises:
         TypeError: they have not.
     """
-    given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
-    if len(set(given.values())) > 1:
+    first = next((tensor.dtype for tensor in tensors.values() if tensor is not None), None)
+    if any(tensor is not None and tensor.dtype != first for tensor in tensors.values()):
+        given = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
         listed = ", ".join(f"{name} {dtype}" for name, dtype in given.items())
         raise TypeError(f"{op}: the dtypes must be equal, got {listed}")
 

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -56,37 +56,28 @@ def define(
         overloads[backend] = getattr(torch.ops.fastgpt, op).default
     _flops.register(name, list(overloads.values()))
     overloads["cuda"] = _naming_failed_allocations(overloads["cuda"])
-    launchers = {
-        "reference": reference,
-        "triton": None if module is None else _lazy(f"{module}.{name}"),
-        "cuda": None if cuda is None else _lazy(cuda),
-    }
-    for backend, launcher in launchers.items():
-        if launcher is not None:
+    kernels = {"reference": reference, "triton": None if module is None else f"{module}.{name}", "cuda": cuda}
+    for backend, kernel in kernels.items():
+        if kernel is not None:
             op = f"{name}_{backend}"
-            _library.impl(op, _checked(op, check, launcher), "CompositeExplicitAutograd")
+            _library.impl(op, _checked(op, check, kernel), "CompositeExplicitAutograd")
     return overloads
 
 
-def _lazy(path: str) -> Kernel:
-    """The launcher `fastgpt.kernels.{path}`, imported (and Triton with it, if that is its) at the first call."""
-    module, _, function = path.partition(".")
-    launcher: Kernel | None = None
+def _checked(op: str, check: Callable[..., object], kernel: Kernel | str) -> Kernel:
+    """The kernel after its checks. Autocast has been applied in `ops`; inside a kernel it must not act again.
+
+    Args:
+        kernel: itself, or "file.function" in `fastgpt.kernels`, imported at the first call (and Triton with it, if the
+            file imports it).
+    """
 
     def run(*args: Any) -> Any:
-        nonlocal launcher
-        if launcher is None:
-            launcher = getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function)
-        return launcher(*args)
-
-    return run
-
-
-def _checked(op: str, check: Callable[..., object], kernel: Kernel) -> Kernel:
-    """The kernel after its checks. Autocast has been applied in `ops`; inside a kernel it must not act again."""
-
-    def run(*args: Any) -> Any:
+        nonlocal kernel
         check(op, *args)
+        if isinstance(kernel, str):
+            module, _, function = kernel.partition(".")
+            kernel = cast(Kernel, getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function))
         with torch._C._DisableAutocast():
             return kernel(*args)
 

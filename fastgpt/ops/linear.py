@@ -81,6 +81,11 @@ LINEAR_BWD = define(
 )
 
 
+# On these backends the products are PyTorch's (kernels/triton/linear.py), whose autograd in C++ takes the host half of
+# the time of an autograd.Function.
+PRODUCTS_OF_PYTORCH = ("triton", "cuda")
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -152,4 +157,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         BackendUnavailable: the backend asked for cannot run this case.
     """
     rows, (w, b), backend = as_rows("linear", x, weight=weight, bias=bias)
+    if backend in PRODUCTS_OF_PYTORCH:
+        return torch.nn.functional.linear(rows, w, b).view(*x.shape[:-1], weight.shape[0])
     return _Linear.apply(rows, w, b, backend).view(*x.shape[:-1], weight.shape[0])

@@ -91,7 +91,7 @@ def _backward(
     return dz, dbias.to(bias.dtype)
 
 
-class _LinearGelu(torch.autograd.Function):
+class LinearGelu(torch.autograd.Function):
     """On rows: x (M, K). Of the results only the pre-activation z is kept."""
 
     @staticmethod
@@ -138,5 +138,5 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     check_choice("linear_gelu", "approximate", approximate, APPROXIMATE)
     rows, (w, b), backend = as_rows("linear_gelu", x, weight=weight, bias=bias)
     with_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, w, b))
-    y = _LinearGelu.apply(rows, w, b, approximate == "tanh", with_z, backend)
+    y = LinearGelu.apply(rows, w, b, approximate == "tanh", with_z, backend)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -18,6 +18,7 @@ from fastgpt.ops._library import define, vjp
 from fastgpt.ops._transforms import twice_differentiable
 from fastgpt.ops.gelu import APPROXIMATE
 from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
+from fastgpt.ops.linear_gelu import LinearGelu
 from fastgpt.ops.linear_gelu import _backward as _linear_gelu_bwd
 from fastgpt.ops.linear_gelu import _forward as _linear_gelu_fwd
 
@@ -54,7 +55,7 @@ _MLP_BWD = define(
 def _backward(
     grad: Tensor, z: Tensor, bias1: Tensor | None, weight2: Tensor, tanh: bool, backend: str
 ) -> tuple[Tensor, Tensor | None]:
-    if backend in ("cpp", "triton"):
+    if backend == "cpp":
         dy, _, _ = LINEAR_BWD[backend](grad, z, weight2, True, False, False)
         return _linear_gelu_bwd(dy, z, bias1, tanh, backend)
     dz, dbias = _MLP_BWD[backend](grad, z, weight2, tanh, bias1 is not None)
@@ -130,5 +131,8 @@ def mlp(
     check_choice("mlp", "approximate", approximate, APPROXIMATE)
     rows, layers, backend = as_rows("mlp", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
     with_z = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *layers[:2]))
+    if backend == "triton":  # which has no kernel of its own for the backward of both layers
+        y = LinearGelu.apply(rows, *layers[:2], approximate == "tanh", with_z, backend)
+        return torch.nn.functional.linear(y, *layers[2:]).view(*x.shape[:-1], weight2.shape[0])
     out = _MLP.apply(rows, *layers, approximate == "tanh", with_z, backend)
     return out.view(*x.shape[:-1], weight2.shape[0])

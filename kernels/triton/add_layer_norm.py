@@ -94,7 +94,7 @@ def _add_layer_norm_fwd(
     tl.store(p_normed + i_n * D + o_d, b_normed.to(p_normed.dtype.element_ty), mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _add_layer_norm_bwd_rows(
     p_grad,
     p_sum,
@@ -124,7 +124,7 @@ def _add_layer_norm_bwd_rows(
     tl.store(p_means + N + i_n, tl.sum(b_c2, 0) / D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _add_layer_norm_bwd(
     p_grad,  # of normed
     p_grad_sum,

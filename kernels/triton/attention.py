@@ -35,31 +35,32 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_bwd import attention_bwd
+from fastgpt.kernels.attention_tile_sizes import decoding_tile, tile_sizes
 from fastgpt.kernels.attention_tiles import (
-    SIZES,
+    UNSPECIALIZED,
     Documents,
     bounds,
     constants,
-    decoding_tile,
     describable,
     describe,
+    extras,
+    first_line,
+    grid_of,
     head,
     head_major,
     load_rows,
     longest,
     place,
+    program,
     scores,
     sizes,
-    slope_strides,
     store_rows,
-    strides,
-    tile_sizes,
     unit_of,
     visited_tiles,
 )
 from fastgpt.kernels.checks import rows_contiguous
-from fastgpt.kernels.common import LOG2E, cdiv, multiprocessors, on_device_of
-from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
+from fastgpt.kernels.common import LOG2E, cdiv, multiprocessors, next_power_of_2, on_device_of
+from fastgpt.kernels.philox import keep_tile
 
 __all__ = ["attention_bwd", "attention_fwd"]
 
@@ -75,12 +76,14 @@ def _within(start, count, first, end, BLOCK: tl.constexpr):
 
 
 # fmt: off
-@triton.jit(do_not_specialize=[*SIZES, "columns"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_fwd(
-    p_q, p_k, p_v, p_out, p_stats, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om, s_tb, s_th, s_mb, s_mh, s_mm, s_mn,
-    s_sb, s_sh,
-    Lq, Lk, left, right, columns, scale, softcap, threshold, keep_scale,
+    p_q, p_k, p_v, p_out,
+    p_stats,  # (B, H, Lq, 2), contiguous
+    documents, mask, slopes, dropout,  # None, or a tuple of pointers and numbers
+    threshold,  # of dropout
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_ob, s_oh, s_om,
+    Lq, Lk, left, right, columns, heads, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of fp32
@@ -90,15 +93,16 @@ def _attention_fwd(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
+    i_tile, tiles, i_h, H, i_b = program(heads)
+    start_m = (tiles - 1 - i_tile) * BLOCK_M  # causal: the longest rows first
     i_split = 0
+    lines = Lq
     if SPLIT:
         start_m = 0
-        i_split = tl.program_id(0)
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2)
-    begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
-    if p_cu_q is not None:  # noqa: SIM102  (a constant, and a value)
+        i_split = i_tile
+        lines = Lq * tiles
+    begin_q, begin_k, Lq, Lk, offset = place(documents, i_b, Lq, Lk, LOWER_RIGHT)
+    if documents is not None:  # noqa: SIM102  (a constant, and a value)
         if start_m >= Lq:
             return
     o_b = i_b.to(tl.int64)
@@ -109,12 +113,19 @@ def _attention_fwd(
     p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
     p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
-    if p_slopes is not None:
-        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh)
-    if p_mask is not None:
-        p_mask += o_b * s_mb + o_h * s_mh
-    if p_seed is not None:
-        seed = tl.load(p_seed)
+    if slopes is not None:
+        slope = tl.load(slopes[0] + o_b * slopes[1] + o_h * slopes[2])
+    p_mask = None
+    s_mm = 0
+    s_mn = 0
+    if mask is not None:
+        p_mask = mask[0] + o_b * mask[1] + o_h * mask[2]
+        s_mm = mask[3]
+        s_mn = mask[4]
+    keep_scale = 1.0
+    if dropout is not None:
+        seed = tl.load(dropout[0])
+        keep_scale = dropout[1]
 
     o_row = tl.arange(0, BLOCK_M)
     o_col = tl.arange(0, BLOCK_N)
@@ -160,7 +171,7 @@ def _attention_fwd(
             b_shrink = tl.exp2((b_max - b_safe) * (unit * LOG2E))
             b_max = b_new
             b_sum = b_sum * b_shrink + tl.sum(b_p, 1)
-            if p_seed is not None:
+            if dropout is not None:
                 b_keep = keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_p = tl.where(b_keep, b_p, 0.0)
             b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
@@ -172,44 +183,57 @@ def _attention_fwd(
     b_out = b_out * (keep_scale / b_divisor)[:, None]
     p_out += o_b * s_ob + o_h * s_oh + (o_start + i_split * Lq) * s_om
     store_rows(p_out, b_out, o_row, o_dv, s_om, Lq - start_m, DV)
-    p_stats += o_b * s_tb + o_h * s_th + 2 * (begin_q + i_split * Lq)
+    p_stats += 2 * (first_line(documents, o_b, o_h, H, lines, begin_q) + i_split * Lq)
     tl.store(p_stats + 2 * o_m, b_high, mask=o_m < Lq)
     tl.store(p_stats + 2 * o_m + 1, b_low, mask=o_m < Lq)
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["Lq", "splits"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_combine_fwd(
     p_part, p_part_stats,  # (B, H, splits * Lq, DV) and (B, H, splits * Lq, 2), contiguous
     p_out, p_stats, s_ob, s_oh, s_om,
-    Lq, splits,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+    Lq, splits, heads,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):
     # fmt: on
-    i_m = tl.program_id(0)
-    o_b = tl.program_id(2).to(tl.int64)
-    o_h = tl.program_id(1).to(tl.int64)
-    o_bh = o_b * tl.num_programs(1) + o_h
+    i_m, _, i_h, H, i_b = program(heads)
+    o_b = i_b.to(tl.int64)
+    o_h = i_h.to(tl.int64)
+    o_bh = o_b * H + o_h
+    o_first = o_bh * splits * Lq + i_m  # this row of the first part
     o_split = tl.arange(0, BLOCK_SPLITS)
-    o_dv = tl.arange(0, BLOCK_DV)
-    o_row = (o_bh * splits + o_split) * Lq + i_m  # [BLOCK_SPLITS]
-    m = o_split < splits
-    b_high = tl.load(p_part_stats + 2 * o_row, mask=m, other=float("-inf"))
-    b_low = tl.load(p_part_stats + 2 * o_row + 1, mask=m, other=0.0)
+    b_high, b_low = _part_statistics(p_part_stats, o_first, o_split, splits, Lq)  # [BLOCK_SPLITS]
     high = tl.max(b_high, 0)
-    b_rest = (b_high - tl.where(high == float("-inf"), 0.0, high)) + b_low  # of the part's lse beyond `high`
+    safe = tl.where(high == float("-inf"), 0.0, high)
+    b_rest = (b_high - safe) + b_low  # of the part's lse beyond `high`
     rest = tl.max(b_rest, 0)
-    b_weight = tl.exp2((b_rest - tl.where(rest == float("-inf"), 0.0, rest)) * LOG2E)  # none sees: 0
-    b_sum = tl.sum(b_weight, 0)
-    b_divisor = tl.where(b_sum == 0.0, 1.0, b_sum)
-    m_part = m[:, None] & (o_dv[None, :] < DV)
-    b_part = tl.load(p_part + o_row[:, None] * DV + o_dv[None, :], mask=m_part, other=0.0)  # [BLOCK_SPLITS, BLOCK_DV]
-    b_out = tl.sum(b_part * (b_weight / b_divisor)[:, None], 0)  # [BLOCK_DV]
+    safe_rest = tl.where(rest == float("-inf"), 0.0, rest)
+    total = tl.sum(tl.exp2((b_rest - safe_rest) * LOG2E), 0)  # no part sees anything: 0
+    divisor = tl.where(total == 0.0, 1.0, total)
+    o_dv = tl.arange(0, BLOCK_DV)
+    b_out = tl.zeros((BLOCK_DV,), tl.float32)
+    for start in range(0, splits, CHUNK):  # all at once, 256 parts of one head do not fit into registers
+        o_chunk = start + tl.arange(0, CHUNK)
+        b_m, b_l = _part_statistics(p_part_stats, o_first, o_chunk, splits, Lq)  # [CHUNK]
+        b_weight = tl.exp2(((b_m - safe) + b_l - safe_rest) * LOG2E) / divisor
+        m_part = (o_chunk < splits)[:, None] & (o_dv[None, :] < DV)
+        p_rows = p_part + (o_first + o_chunk * Lq)[:, None] * DV
+        b_part = tl.load(p_rows + o_dv[None, :], mask=m_part, other=0.0)  # [CHUNK, BLOCK_DV]
+        b_out += tl.sum(b_part * b_weight[:, None], 0)
     p_out += o_b * s_ob + o_h * s_oh + i_m.to(tl.int64) * s_om
     tl.store(p_out + o_dv, b_out.to(p_out.dtype.element_ty), mask=o_dv < DV)
     p_stats += 2 * (o_bh * Lq + i_m)
     tl.store(p_stats, high)
-    tl.store(p_stats + 1, tl.where(high == float("-inf"), 0.0, rest + tl.log(b_divisor)))
+    tl.store(p_stats + 1, tl.where(high == float("-inf"), 0.0, rest + tl.log(divisor)))
+
+
+@triton.jit
+def _part_statistics(p_part_stats, o_first, o_split, splits, Lq):
+    """m and l of a row in some of the parts; -inf and 0 beyond the last part."""
+    p = p_part_stats + 2 * (o_first + o_split * Lq)
+    m = o_split < splits
+    return tl.load(p, mask=m, other=float("-inf")), tl.load(p + 1, mask=m, other=0.0)
 
 
 def attention_fwd(
@@ -259,38 +283,35 @@ def launch_fwd(
         return
     raw = attn_mask is None and alibi_slopes is None
     plain = raw and softcap == 0 and dropout_p == 0
-    by_descriptors = describable(documents, q, k, v)
-    block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain, by_descriptors)
     splits, columns, written, written_stats = 1, 0, out, stats
+    by_descriptors = False
     if documents is None and most_rows <= ROWS:
         block_m, block_n, warps, stages = decoding_tile(q, v)
         splits, columns = _split(q, k.shape[2], block_n)
+    else:
+        by_descriptors = describable(documents, q, k, v)
+        block_m, block_n, warps, stages = tile_sizes("fwd", q, v, plain, by_descriptors)
     if splits > 1:
         written = q.new_empty(B, H, splits * most_rows, v.shape[3], dtype=torch.float32)
         written_stats = stats.new_empty(B, H, splits * most_rows, 2)
     const = constants(q, k, v, lower_right, left, right, softcap)
+    grid, heads = grid_of(splits if splits > 1 else cdiv(most_rows, block_m), H, B)
     with on_device_of(q):
-        _attention_fwd[(splits if splits > 1 else cdiv(most_rows, block_m), H, B)](
+        _attention_fwd[grid](
             *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n)),
             written,
             written_stats,
-            *bounds(documents),
-            attn_mask,
-            alibi_slopes,
-            seed if dropout_p > 0 else None,
-            *strides(q, 3),
-            *strides(k, 3),
-            *strides(v, 3),
-            *strides(written, 3),
-            *strides(written_stats, 2),
-            *strides(attn_mask, 4),
-            *slope_strides(alibi_slopes),
+            bounds(documents),
+            *extras(attn_mask, alibi_slopes, seed, dropout_p),
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *written.stride()[:3],
             *sizes(q, k, left, right),
             columns,
+            heads,
             scale,
             softcap,
-            dropout_threshold(dropout_p),
-            dropout_scale(dropout_p),
             **const,
             DESCRIPTORS=by_descriptors,
             SPLIT=splits > 1,
@@ -301,17 +322,20 @@ def launch_fwd(
             num_stages=stages,
         )
         if splits > 1:
-            _attention_combine_fwd[(most_rows, H, B)](
+            grid, heads = grid_of(most_rows, H, B)
+            _attention_combine_fwd[grid](
                 written,
                 written_stats,
                 out,
                 stats,
-                *strides(out, 3),
+                *out.stride()[:3],
                 most_rows,
                 splits,
+                heads,
                 v.shape[3],
                 const["BLOCK_DV"],
-                triton.next_power_of_2(splits),
+                next_power_of_2(2 * multiprocessors(q)),  # the most parts: `_split`
+                32,
                 num_warps=4,
             )
 

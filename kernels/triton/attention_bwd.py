@@ -18,33 +18,33 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgpt.kernels.attention_bwd_rows import launch_rows, load_statistic
+from fastgpt.kernels.attention_tile_sizes import DESCRIBED_BWD, keys_left, tile_sizes
 from fastgpt.kernels.attention_tiles import (
-    DESCRIBED_BWD,
-    SIZES,
+    UNSPECIALIZED,
     Documents,
     add_rows,
     bounds,
     constants,
     describable,
     describe,
+    extras,
+    first_line,
+    grid_of,
     head,
     head_major,
-    keys_left,
     load_rows,
     longest,
     place,
+    program,
     scores,
     sizes,
-    slope_strides,
     store_rows,
-    strides,
-    tile_sizes,
     unit_of,
     visited_tiles,
 )
 from fastgpt.kernels.checks import rows_contiguous
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
-from fastgpt.kernels.philox import dropout_scale, dropout_threshold, keep_tile
+from fastgpt.kernels.philox import keep_tile
 
 
 @triton.jit
@@ -66,15 +66,17 @@ def _seen(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd(
     p_q, p_k, p_v, p_grad,
     p_rows,  # (B, H, Lq, 4): m, l in base 2 and delta of each row, side by side so that one address serves all
-    p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dk, p_dv,
-    p_dq,  # rows of BLOCK_D in fp32, unscaled, zero at first; or None
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_rb, s_rh, s_mb, s_mh, s_mm, s_mn,
-    s_sb, s_sh, s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn, s_dqb, s_dqh,
-    Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
+    documents, mask, slopes, dropout,  # None, or a tuple of pointers and numbers
+    threshold,  # of dropout
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm,
+    Lq, Lk, left, right, heads, scale, softcap,
+    p_dk, p_dv,
+    p_dq,  # (B, H, Lq, BLOCK_D) in fp32, contiguous, unscaled, zero at first; or None
+    s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, KEYS_LEFT: tl.constexpr,
@@ -83,11 +85,11 @@ def _attention_bwd(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    start_n = tl.program_id(0) * BLOCK_N  # causal: the columns that most rows see first
-    i_hk = tl.program_id(1)
-    i_b = tl.program_id(2)
-    begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
-    if p_cu_k is not None:  # noqa: SIM102  (a constant, and a value)
+    i_tile, _, i_hk, Hk, i_b = program(heads)
+    start_n = i_tile * BLOCK_N  # causal: the columns that most rows see first
+    lines = Lq
+    begin_q, begin_k, Lq, Lk, offset = place(documents, i_b, Lq, Lk, LOWER_RIGHT)
+    if documents is not None:  # noqa: SIM102  (a constant, and a value)
         if start_n >= Lk:
             return
     o_b = i_b.to(tl.int64)
@@ -117,16 +119,21 @@ def _attention_bwd(
         o_h = i_h.to(tl.int64)
         p_q_head = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
         p_grad_head = head(p_grad, o_b, o_h, begin_q, s_gb, s_gh, s_gm, DESCRIPTORS)
+        o_line = first_line(documents, o_b, o_h, Hk * GROUP, lines, begin_q)
+        p_row = p_rows + 4 * o_line
         p_dq_head = p_dq
-        if p_dq is not None:
-            p_dq_head = head(p_dq, o_b, o_h, begin_q, s_dqb, s_dqh, BLOCK_D, DESCRIPTORS)
-        p_row = p_rows + o_b * s_rb + o_h * s_rh + 4 * begin_q
+        if p_dq is not None and not DESCRIPTORS:
+            p_dq_head = p_dq + o_line * BLOCK_D
         slope = None
-        if p_slopes is not None:
-            slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh)
-        p_mask_head = p_mask
-        if p_mask is not None:
-            p_mask_head = p_mask + o_b * s_mb + o_h * s_mh
+        if slopes is not None:
+            slope = tl.load(slopes[0] + o_b * slopes[1] + o_h * slopes[2])
+        p_mask = None
+        s_mm = 0
+        s_mn = 0
+        if mask is not None:
+            p_mask = mask[0] + o_b * mask[1] + o_h * mask[2]
+            s_mm = mask[3]
+            s_mn = mask[4]
         for EDGE in tl.static_range(2):
             count = full_count
             if EDGE:
@@ -147,7 +154,7 @@ def _attention_bwd(
                 )  # [BLOCK_M, BLOCK_DV]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 b_s, b_cap_slope = scores(
-                    b_s, o_m[None, :], o_n[:, None], p_mask_head, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
+                    b_s, o_m[None, :], o_n[:, None], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
                     scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, False,
                 )  # fmt: skip
                 if EDGE:
@@ -157,13 +164,14 @@ def _attention_bwd(
                 b_low = load_statistic(p_row + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 b_p = tl.exp2(tl.fma(b_s, unit, -b_high[None, :]) * LOG2E - b_low[None, :])  # [BLOCK_N, BLOCK_M]
                 b_r = b_p
-                if p_seed is not None:
-                    b_keep = tl.trans(keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N))
-                    b_r = tl.where(b_keep, b_p * keep_scale, 0.0)
+                if dropout is not None:
+                    seed = tl.load(dropout[0])
+                    b_keep = tl.trans(keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N))
+                    b_r = tl.where(b_keep, b_p * dropout[1], 0.0)
                 b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
                 b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-                if p_seed is not None:
-                    b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+                if dropout is not None:
+                    b_dp = tl.where(b_keep, b_dp * dropout[1], 0.0)
                 b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
                 if ONE:
                     b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 0)
@@ -189,23 +197,23 @@ def _attention_bwd(
 
 
 # fmt: off
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dq(
-    p_q, p_k, p_v, p_grad, p_rows, p_cu_q, p_cu_k, p_mask, p_slopes, p_seed, p_dq,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm, s_rb, s_rh, s_mb, s_mh, s_mm, s_mn,
-    s_sb, s_sh, s_dqb, s_dqh, s_dqm,
-    Lq, Lk, left, right, scale, softcap, threshold, keep_scale,
+    p_q, p_k, p_v, p_grad, p_rows, documents, mask, slopes, dropout, threshold,
+    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm,
+    Lq, Lk, left, right, heads, scale, softcap,
+    p_dq, s_dqb, s_dqh, s_dqm,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, RAW: tl.constexpr, ONE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    start_m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # causal: the longest rows first
-    i_h = tl.program_id(1)
-    i_b = tl.program_id(2)
-    begin_q, begin_k, Lq, Lk, offset = place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT)
-    if p_cu_q is not None:  # noqa: SIM102  (a constant, and a value)
+    i_tile, tiles, i_h, H, i_b = program(heads)
+    start_m = (tiles - 1 - i_tile) * BLOCK_M  # causal: the longest rows first
+    lines = Lq
+    begin_q, begin_k, Lq, Lk, offset = place(documents, i_b, Lq, Lk, LOWER_RIGHT)
+    if documents is not None:  # noqa: SIM102  (a constant, and a value)
         if start_m >= Lq:
             return
     o_b = i_b.to(tl.int64)
@@ -223,13 +231,20 @@ def _attention_bwd_dq(
     p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
     p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
     slope = None
-    if p_slopes is not None:
-        slope = tl.load(p_slopes + o_b * s_sb + o_h * s_sh)
-    if p_mask is not None:
-        p_mask += o_b * s_mb + o_h * s_mh
-    p_row = p_rows + o_b * s_rb + o_h * s_rh + 4 * begin_q
+    if slopes is not None:
+        slope = tl.load(slopes[0] + o_b * slopes[1] + o_h * slopes[2])
+    p_mask = None
+    s_mm = 0
+    s_mn = 0
+    if mask is not None:
+        p_mask = mask[0] + o_b * mask[1] + o_h * mask[2]
+        s_mm = mask[3]
+        s_mn = mask[4]
+    p_row = p_rows + 4 * first_line(documents, o_b, o_h, H, lines, begin_q)
     b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_grad = load_rows(p_grad, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, True, DESCRIPTORS)
+    # Multiply-adds of IEEE fp32 spill where q and grad are the left factors. Above they are the right ones.
+    TRANSPOSED: tl.constexpr = b_q.dtype == tl.float32 and PRECISION == "ieee"
     b_high = load_statistic(p_row, o_m, Lq, float("inf"), True)  # [BLOCK_M]
     b_low = load_statistic(p_row + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
     b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, True)  # [BLOCK_M]
@@ -252,17 +267,23 @@ def _attention_bwd_dq(
                 )
             o_n = start_n + o_col
             b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+            if TRANSPOSED:
+                b_s = tl.trans(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION))  # [BLOCK_M, BLOCK_N]
+            else:
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             b_s, b_cap_slope = scores(
                 b_s, o_m[:, None], o_n[None, :], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
                 scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, EDGE,
             )  # fmt: skip
             b_p = tl.exp2(tl.fma(b_s, unit, -b_high[:, None]) * LOG2E - b_low[:, None])  # [BLOCK_M, BLOCK_N]
             b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
-            b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-            if p_seed is not None:
-                b_keep = keep_tile(tl.load(p_seed), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
-                b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+            if TRANSPOSED:
+                b_dp = tl.trans(tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION))  # [BLOCK_M, BLOCK_N]
+            else:
+                b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
+            if dropout is not None:
+                b_keep = keep_tile(tl.load(dropout[0]), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
+                b_dp = tl.where(b_keep, b_dp * dropout[1], 0.0)
             if ONE:
                 b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 1)
             b_ds = b_p * (b_dp - b_delta[:, None])
@@ -347,22 +368,13 @@ def launch_bwd(
         by_row = launch_rows(out[once], grad_out[once], stats[once], grad_lse, one)
     rest = (
         by_row,
-        *bounds(documents),
-        *(attn_mask, alibi_slopes, seed if dropout_p > 0 else None),
-    )
-    input_strides = (
-        *strides(q, 3),
-        *strides(k, 3),
-        *strides(v, 3),
-        *strides(grad_out, 3),
-        *strides(by_row.expand(B, -1, -1, -1), 2),
-        *strides(attn_mask, 4),
-        *slope_strides(alibi_slopes),
-    )
-    options = (
+        bounds(documents),
+        *extras(attn_mask, alibi_slopes, seed, dropout_p),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *grad_out.stride()[:3],
         *sizes(q, k, left, right),
-        *(scale, softcap),
-        *(dropout_threshold(dropout_p), dropout_scale(dropout_p)),
     )
     total = None
     if not deterministic:
@@ -371,16 +383,18 @@ def launch_bwd(
     with on_device_of(q):
         if B * Hk * most_columns:
             block_m, block_n, warps, stages = tile
-            _attention_bwd[(cdiv(most_columns, block_n), Hk, B)](
+            grid, heads = grid_of(cdiv(most_columns, block_n), Hk, B)
+            _attention_bwd[grid](
                 *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
                 *rest,
-                *(dk, dv),
+                heads,
+                scale,
+                softcap,
+                dk,
+                dv,
                 *describe(by_descriptors and total is not None, (total, block_m)),
-                *input_strides,
-                *strides(dk, 3),
-                *strides(dv, 3),
-                *strides(total, 2),
-                *options,
+                *dk.stride()[:3],
+                *dv.stride()[:3],
                 **const,
                 DESCRIPTORS=by_descriptors,
                 KEYS_LEFT=keys_left(q, by_descriptors),
@@ -393,13 +407,15 @@ def launch_bwd(
             )
         if B * H * most_rows and total is None:
             block_m, block_n, warps, stages = tile_of_dq
-            _attention_bwd_dq[(cdiv(most_rows, block_m), H, B)](
+            grid, heads = grid_of(cdiv(most_rows, block_m), H, B)
+            _attention_bwd_dq[grid](
                 *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
                 *rest,
+                heads,
+                scale,
+                softcap,
                 dq,
-                *input_strides,
-                *strides(dq, 3),
-                *options,
+                *dq.stride()[:3],
                 **const,
                 DESCRIPTORS=by_descriptors,
                 RAW=raw,

@@ -11,25 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_tiles import strides
+from fastgpt.kernels.attention_tiles import UNSPECIALIZED, grid_of, program
 from fastgpt.kernels.checks import contiguous, rows_contiguous
 from fastgpt.kernels.common import LOG2E, cdiv, next_power_of_2
 
-TILE = 2048  # elements of a program: it is bound by memory, and small tiles keep many in flight
+TILE = 4096  # bytes of a program: it is bound by memory, and small tiles keep many in flight
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["Lq"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_rows(
     p_out, p_grad, p_stats, p_grad_lse, p_rows,
     s_ob, s_oh, s_om, s_gb, s_gh, s_gm,
-    Lq,
+    Lq, heads,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     # fmt: on
-    o_b = tl.program_id(2).to(tl.int64)
-    o_h = tl.program_id(1).to(tl.int64)
-    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_tile, _, i_h, H, i_b = program(heads)
+    o_b = i_b.to(tl.int64)
+    o_h = i_h.to(tl.int64)
+    o_m = i_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     o_row = o_m[:, None].to(tl.int64)
     o_dv = tl.arange(0, BLOCK_DV)[None, :]
     m_m = o_m < Lq
@@ -41,7 +42,7 @@ def _attention_bwd_rows(
         b_out = tl.load(p_out + o_row * s_om + o_dv, mask=m, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_DV]
         b_grad = tl.load(p_grad + o_row * s_gm + o_dv, mask=m, other=0.0).to(tl.float32)
         b_delta = tl.sum(b_out * b_grad, 1)
-    o = (o_b * tl.num_programs(1) + o_h) * Lq + o_m
+    o = (o_b * H + o_h) * Lq + o_m
     if p_grad_lse is not None:
         b_delta -= tl.load(p_grad_lse + o, mask=m_m, other=0.0)
     # Rows that see nothing get inf: exp2(s - inf) is 0.
@@ -73,16 +74,18 @@ def launch_rows(out: Tensor, grad_out: Tensor, stats: Tensor, grad_lse: Tensor |
     by_row = stats.new_empty(B, H, Lq, 4)
     if by_row.numel():
         block_dv = max(next_power_of_2(DV), 16)
-        block = max(TILE // block_dv, 1)
-        _attention_bwd_rows[(cdiv(Lq, block), H, B)](
+        block = max(TILE // (block_dv * out.element_size()), 1)
+        grid, heads = grid_of(cdiv(Lq, block), H, B)
+        _attention_bwd_rows[grid](
             out,
             grad_out,
             stats,
             grad_lse,
             by_row,
-            *strides(out, 3),
-            *strides(grad_out, 3),
+            *out.stride()[:3],
+            *grad_out.stride()[:3],
             Lq,
+            heads,
             DV,
             block_dv,
             one,

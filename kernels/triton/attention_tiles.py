@@ -1,127 +1,57 @@
-"""What the attention kernels share: tile sizes, tile loads, which tiles are visited, and the scores of a
-tile."""
+"""What the attention kernels share: tile loads, which tiles are visited, the scores of a tile, and arguments."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.common import capability, is_tf32, tanh
-from fastgpt.kernels.tuned import chosen
+from fastgpt.kernels.common import capability, is_tf32, next_power_of_2, tanh
+from fastgpt.kernels.philox import dropout_scale, dropout_threshold
 
-# (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension: first for plain and causal
-# attention, then with a mask, dropout, a softcap or slopes, which take registers from the tile. The largest tiles that
-# compile without spills: `python -m bench resources` shows what each takes and what its inner loop is bound by.
-# More columns a tile of the forward rescale the output less often: at 64, 128 columns instead of 64 take 4.25 instead
-# of 5 fp32 instructions a score. In "bwd" (which holds dk and dv, and sends dq away) few rows leave room for both.
-Tile = tuple[int, int, int, int]
-Table = dict[str, dict[int, tuple[Tile, Tile]]]
-HOPPER: Table = {  # 227 KiB of shared memory, products of 64 rows and more
-    "fwd": {
-        64: ((128, 128, 8, 3), (128, 64, 8, 3)),
-        128: ((128, 128, 8, 3), (128, 32, 8, 2)),
-        256: ((128, 32, 8, 2), (64, 32, 8, 1)),
-    },
-    "dkv": {
-        64: ((64, 128, 8, 3), (32, 64, 8, 1)),
-        128: ((32, 128, 8, 2), (32, 64, 8, 1)),
-        256: ((32, 64, 8, 2), (16, 64, 8, 1)),
-    },
-    "bwd": {
-        64: ((64, 128, 8, 3), (32, 64, 8, 1)),
-        128: ((32, 128, 8, 2), (16, 64, 8, 1)),
-        256: ((16, 64, 8, 2), (16, 64, 8, 1)),
-    },
-    "dq": {
-        64: ((128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 64, 8, 2), (128, 32, 8, 2)),
-        256: ((128, 32, 8, 2), (32, 32, 8, 1)),
-    },
-}
-BLACKWELL: Table = HOPPER | {  # sums lie in tensor memory; options spill with eight warps
-    "fwd": HOPPER["fwd"] | {128: ((128, 64, 8, 3), (128, 32, 8, 2))},
-    "dkv": HOPPER["dkv"] | {256: ((32, 64, 4, 1), (32, 64, 4, 1))},
-    "bwd": {
-        64: ((32, 128, 8, 3), (16, 64, 4, 1)),
-        128: ((32, 128, 8, 2), (16, 64, 4, 1)),
-        256: ((32, 64, 8, 2), (16, 64, 4, 1)),
-    },
-}
-AMPERE: Table = {  # and every other part: at most 99 KiB
-    "fwd": {
-        64: ((128, 64, 8, 3), (128, 32, 8, 2)),
-        128: ((128, 32, 8, 3), (64, 32, 4, 2)),
-        256: ((64, 32, 8, 1), (64, 16, 8, 1)),
-    },
-    "dkv": {
-        64: ((32, 128, 8, 2), (32, 64, 8, 1)),
-        128: ((64, 64, 8, 1), (32, 32, 8, 1)),
-        256: ((16, 64, 8, 1), (16, 32, 8, 1)),
-    },
-    "bwd": {
-        64: ((32, 128, 8, 2), (32, 64, 8, 1)),
-        128: ((32, 64, 8, 1), (32, 32, 8, 1)),
-        256: ((16, 64, 8, 1), (16, 32, 8, 1)),
-    },
-    "dq": {
-        64: ((128, 32, 8, 2), (64, 32, 8, 1)),
-        128: ((64, 32, 8, 2), (64, 32, 8, 1)),
-        256: ((64, 16, 8, 1), (64, 16, 8, 1)),
-    },
-}
-FP32: Table = {  # no tensor core has IEEE fp32: multiply-adds, whose operands stand in registers
-    "fwd": {n: ((32, 32, 4, 1), (32, 16, 8, 1)) for n in (64, 128, 256)},
-    "dkv": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
-    "bwd": {n: ((16, 32, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
-    "dq": {n: ((32, 16, 4, 1), (16, 16, 8, 1)) for n in (64, 128, 256)},
-}
-TF32: Table = {  # tensor cores for fp32 with the digits of fp16: half of AMPERE's tiles at twice the bytes
-    "fwd": {
-        64: ((64, 32, 4, 2), (64, 32, 4, 1)),
-        128: ((64, 32, 4, 1), (32, 32, 4, 1)),
-        256: ((32, 32, 8, 1), (32, 16, 8, 1)),
-    },
-    "dkv": {
-        64: ((32, 64, 8, 1), (16, 64, 8, 1)),
-        128: ((32, 32, 8, 1), (16, 32, 8, 1)),
-        256: ((16, 32, 8, 1), (16, 16, 8, 1)),
-    },
-    "bwd": {
-        64: ((32, 64, 8, 1), (16, 64, 8, 1)),
-        128: ((16, 32, 8, 1), (16, 32, 8, 1)),
-        256: ((16, 32, 8, 1), (16, 16, 8, 1)),
-    },
-    "dq": {
-        64: ((64, 32, 8, 1), (32, 32, 8, 1)),
-        128: ((32, 32, 8, 1), (32, 16, 8, 1)),
-        256: ((32, 16, 8, 1), (16, 16, 8, 1)),
-    },
-}
-# By tensor descriptors, whose addresses take no registers, plain attention has room for larger tiles, by (major
-# capability, kernel, head dimension). Integer instructions a score of the backward: with 128 rows at 64 0.41, not 0.97;
-# with 64 rows at 128 1.09, not 1.94, and 0.38 where dq is left out.
-DESCRIBED: dict[tuple[int, str, int], Tile] = {
-    (9, "bwd", 64): (128, 128, 8, 2),
-    (9, "bwd", 128): (64, 128, 8, 2),
-    (9, "dkv", 128): (64, 128, 8, 2),
-    (10, "fwd", 128): (128, 128, 8, 2),
-    (10, "bwd", 64): (64, 128, 8, 3),
-}
-# The forward of 16 rows and fewer, by head dimension: bound by the bytes of k and v, of which tiles are in flight.
-DECODING: dict[int, Tile] = {64: (16, 128, 4, 3), 128: (16, 64, 8, 3), 256: (16, 32, 4, 2)}
-# Triton 3.6 spills in the backward by descriptors (on sm_90a 111 registers at 64, 18 at 128), but not by pointers.
-DESCRIBED_BWD = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-# The interpreter's time goes by the number of tiles, its use is in testing their edges.
-INTERPRETED = {"fwd": (32, 16, 4, 1), "bwd": (16, 32, 4, 1), "dkv": (16, 32, 4, 1), "dq": (32, 16, 4, 1)}
+# What may change from call to call and compiles nothing again. Of tuples Triton specializes every number: a mask of an
+# odd number of columns is another kernel than one of 16 n, which is loaded in vectors.
+UNSPECIALIZED = ["Lq", "Lk", "left", "right", "columns", "splits", "heads", "threshold"]
+# Multiply-adds of q k^T from which on tensor descriptors are made. On the host each takes some microseconds, three in
+# the forward and five in the backward; on the device they save about a tenth of attention's time. Below this limit,
+# which is 3,000 tokens of GPT-2 124M in rows of 1,024, the host is the slower one. Estimates: no GPU has measured them.
+LEAST_DESCRIBED = 2**31
+MOST = 65_535  # programs along the second and third axis of a grid
 
-SIZES = ["Lq", "Lk", "left", "right", "threshold"]  # a new length or window compiles nothing again
+
+@triton.jit
+def program(heads):
+    """(tile, tiles, head, heads, batch entry) of this program, in a grid made by `grid_of`."""
+    if heads is None:
+        return tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    else:
+        i = tl.program_id(0)
+        return tl.program_id(1), tl.num_programs(1), i % heads, heads, i // heads
+
+
+def grid_of(tiles: int, heads: int, batch: int) -> tuple[tuple[int, ...], int | None]:
+    """The grid, and the kernel's argument `heads`: None, or where an axis would be too long, by how many heads x batch
+    are folded into the first axis, which may have 2**31 - 1 programs. Tiles of a head are neighbours else.
+    """
+    if heads <= MOST and batch <= MOST:
+        return (tiles, heads, batch), None
+    return (heads * batch, tiles), heads
+
+
+@triton.jit
+def first_line(documents, o_b, o_h, heads, length, begin):
+    """Of a contiguous (B, heads, length, ...) tensor, that all documents share, the first row of a head."""
+    if documents is not None:
+        return o_h * length + begin
+    else:
+        return (o_b * heads + o_h) * length
 
 
 @triton.jit
@@ -138,13 +68,16 @@ def _document(p_cu, i_b, total):
 
 
 @triton.jit
-def place(p_cu_q, p_cu_k, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
-    """(first row, first column, Lq, Lk, offset) of batch entry i_b: of packed documents each has its own."""
+def place(documents, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
+    """(first row, first column, Lq, Lk, offset) of batch entry i_b: of packed documents each has its own.
+
+    documents: None, or pointers to the bounds of their rows and of their columns.
+    """
     begin_q = tl.cast(0, tl.int64)
     begin_k = tl.cast(0, tl.int64)
-    if p_cu_q is not None:
-        begin_q, Lq = _document(p_cu_q, i_b, Lq)
-        begin_k, Lk = _document(p_cu_k, i_b, Lk)
+    if documents is not None:
+        begin_q, Lq = _document(documents[0], i_b, Lq)
+        begin_k, Lk = _document(documents[1], i_b, Lk)
     offset = 0
     if LOWER_RIGHT:
         offset = Lk - Lq
@@ -293,61 +226,30 @@ def scores(
     return b_s, b_cap_slope
 
 
-def tile_sizes(kernel: str, q: Tensor, v: Tensor, plain: bool, described: bool) -> Tile:
-    """(BLOCK_M, BLOCK_N, warps, stages) of one of the kernels "fwd", "bwd", "dkv" (that without dq), "dq".
-
-    A padded head dimension, or another one of v, takes registers too, for the masks of the loads.
-    """
-    device = capability(q)
-    if device is None:
-        return chosen(f"attention_{kernel}", q, (0, 0), INTERPRETED[kernel])
-    D, DV = q.shape[-1], v.shape[-1]
-    size = max(64, triton.next_power_of_2(max(D, DV)))
-    plain = plain and D == DV and triton.next_power_of_2(D) == D
-    table = {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)
-    if q.dtype == torch.float32:
-        table = TF32 if is_tf32(q) else FP32
-    row = table[kernel][size][0 if plain else 1]
-    if plain and described:
-        row = DESCRIBED.get((device[0], kernel, size), row)
-    return chosen(f"attention_{kernel}", q, (size, int(plain), int(described), int(is_tf32(q))), row)
-
-
-def keys_left(q: Tensor, described: bool) -> bool:
-    """Whether few rows of dq are made as (k^T ds)^T: the head dimension then stands where Hopper's matrix instruction
-    wants 64 rows, and that of sm_100 128. By pointers Hopper has registers for it only at 256, where all tiles are low.
-    """
-    device = capability(q)
-    if device is None or device[0] not in (9, 10) or (q.dtype == torch.float32 and not is_tf32(q)):
-        return described
-    return described or device[0] == 10 or (q.shape[-1] > 128 and q.element_size() == 2)
-
-
-def decoding_tile(q: Tensor, v: Tensor) -> Tile:
-    """As `tile_sizes`, of the forward of few rows."""
-    if capability(q) is None:
-        return INTERPRETED["fwd"]
-    if q.dtype == torch.float32:
-        return (TF32 if is_tf32(q) else FP32)["fwd"][256][1]
-    return DECODING[max(64, triton.next_power_of_2(max(q.shape[-1], v.shape[-1])))]
-
-
 def constants(
     q: Tensor, k: Tensor, v: Tensor, lower_right: bool, left: int, right: int, softcap: float
 ) -> dict[str, int | bool | str]:
     """The compile-time arguments that every kernel takes."""
-    D, DV = q.shape[-1], v.shape[-1]
+    group = q.shape[1] // max(k.shape[1], 1)
+    sizes = group, q.shape[-1], v.shape[-1]
+    return _constants(*sizes, lower_right, left >= 0, right >= 0, softcap != 0.0, is_tf32(q))
+
+
+@functools.cache
+def _constants(
+    group: int, D: int, DV: int, lower_right: bool, has_left: bool, has_right: bool, softcap: bool, tf32: bool
+) -> dict[str, int | bool | str]:
     return {
-        "GROUP": q.shape[1] // max(k.shape[1], 1),
+        "GROUP": group,
         "LOWER_RIGHT": lower_right,
         "D": D,
         "DV": DV,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot's least
-        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
-        "HAS_LEFT": left >= 0,
-        "HAS_RIGHT": right >= 0,
-        "SOFTCAP": softcap != 0.0,
-        "PRECISION": "tf32" if is_tf32(q) else "ieee",
+        "BLOCK_D": max(16, next_power_of_2(D)),  # tl.dot's least
+        "BLOCK_DV": max(16, next_power_of_2(DV)),
+        "HAS_LEFT": has_left,
+        "HAS_RIGHT": has_right,
+        "SOFTCAP": softcap,
+        "PRECISION": "tf32" if tf32 else "ieee",
     }
 
 
@@ -355,12 +257,18 @@ def describable(documents: Documents | None, *tensors: Tensor) -> bool:
     """Whether the kernels get tensor descriptors, by which a unit for it copies tiles (TMA, sm_90 and 100) without a
     thread's instruction for an address; what lies past the end of a dimension comes as 0.
 
-    Not of documents: past the end of one lies the next one, which may hold NaN.
+    Not of documents: past the end of one lies the next one, which may hold NaN. Not of small problems.
+
+    Args:
+        tensors: q, k and others of their shapes.
     """
-    device = capability(tensors[0])
-    if device is None and not hasattr(InterpreterBuilder, "create_descriptor_reduce"):  # which add_rows needs
+    if documents is not None:
         return False
-    if documents is not None or (device is not None and device[0] not in (9, 10)):
+    device = capability(tensors[0])
+    if device is None:
+        if not hasattr(InterpreterBuilder, "create_descriptor_reduce"):  # which add_rows needs
+            return False
+    elif device[0] not in (9, 10) or tensors[0].numel() * tensors[1].shape[2] < LEAST_DESCRIBED:
         return False
     return all(map(_describable, tensors))
 
@@ -369,7 +277,7 @@ def describe(by_descriptors: bool, *tiles: tuple[Tensor, int]) -> tuple[Tensor |
     """Of (B, H, L, size) tensors in tiles of so many rows of a head; else the tensors themselves."""
     if not by_descriptors:
         return tuple(x for x, _ in tiles)
-    blocks = ([1, 1, rows, max(16, triton.next_power_of_2(x.shape[3]))] for x, rows in tiles)
+    blocks = ([1, 1, rows, max(16, next_power_of_2(x.shape[3]))] for x, rows in tiles)
     return tuple(
         TensorDescriptor(x, [*x.shape], [*x.stride()], block)
         for (x, _), block in zip(tiles, blocks, strict=True)
@@ -415,8 +323,8 @@ def longest(q: Tensor, k: Tensor, documents: Documents | None) -> tuple[int, int
     return min(documents.max_seqlen_q, q.shape[2]), min(documents.max_seqlen_k, k.shape[2])
 
 
-def bounds(documents: Documents | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if documents is None else (documents.cu_seqlens_q, documents.cu_seqlens_k)
+def bounds(documents: Documents | None) -> tuple[Tensor, Tensor] | None:
+    return None if documents is None else (documents.cu_seqlens_q, documents.cu_seqlens_k)
 
 
 def sizes(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int, int, int, int]:
@@ -425,15 +333,20 @@ def sizes(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int, int, int, i
     return Lq, Lk, min(left, Lq + Lk), min(right, Lq + Lk)
 
 
-def strides(x: Tensor | None, dims: int) -> tuple[int, ...]:
-    return (0,) * dims if x is None else x.stride()[:dims]
+def extras(
+    attn_mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> tuple[Any, ...]:
+    """The arguments mask, slopes, dropout: a tensor with its numbers, or None, which costs a launch little; threshold.
 
-
-def slope_strides(slopes: Tensor | None) -> tuple[int, int]:
-    """Of (batch, head); slopes of shape (H,) serve every batch entry."""
-    if slopes is None:
-        return 0, 0
-    return (0, slopes.stride(0)) if slopes.dim() == 1 else (slopes.stride(0), slopes.stride(1))
+    Slopes of shape (H,) serve every batch entry.
+    """
+    mask = None if attn_mask is None else (attn_mask, *attn_mask.stride())
+    by_head = (
+        None if slopes is None else (slopes, 0 if slopes.dim() == 1 else slopes.stride(0), slopes.stride(-1))
+    )
+    if dropout_p == 0:
+        return mask, by_head, None, None
+    return mask, by_head, (seed, dropout_scale(dropout_p)), dropout_threshold(dropout_p)
 
 
 def head_major(like: Tensor, heads: int, length: int, size: int) -> Tensor:

@@ -34,8 +34,16 @@ def tanh(x):
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+    """Triton launches on the current device, which need not be the tensors' where there are several."""
+    return torch.cuda.device_of(x) if x.is_cuda and _gpus() > 1 else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()  # may be entered again and again
+
+
+@functools.cache
+def _gpus() -> int:
+    return torch.cuda.device_count()
 
 
 def capability(x: Tensor) -> tuple[int, int] | None:

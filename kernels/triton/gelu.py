@@ -91,7 +91,7 @@ def _gelu_fwd(p_x, p_y, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(p_y + o, _gelu(b_x, TANH).to(p_y.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_gelu_fwd(p_x, p_bias, p_y, N, D, TANH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -120,7 +120,7 @@ def _gelu_bwd(p_grad, p_x, p_dx, n, TANH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(p_dx + o, (b_grad * _gelu_grad(b_x, TANH)).to(p_dx.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _bias_gelu_bwd(
     p_grad,
     p_x,

@@ -38,6 +38,7 @@ FEW = 64
 HOPPER = ((128, 128, 64, 8, 3), (64, 32, 64, 4, 4))
 BLACKWELL = HOPPER  # likewise; the sums of two programs are half of the tensor memory
 AMPERE = ((128, 128, 32, 8, 4), (64, 32, 64, 4, 4))  # and every other part: 48 KiB, two fit into 99
+SM120 = ((128, 64, 32, 8, 4), (64, 32, 64, 4, 4))  # where the epilogue of AMPERE's tile takes 142 registers
 TF32 = ((128, 64, 32, 8, 3), (64, 32, 32, 4, 3))  # elements of twice the size: half the columns
 FP32 = ((64, 64, 16, 8, 2), (64, 64, 16, 8, 2))  # no tensor core has IEEE fp32: operands stand in registers
 INTERPRETED: Tile = (32, 16, 16, 4, 1)  # the interpreter's use is in testing the edges of tiles
@@ -134,7 +135,8 @@ def linear_gelu_fwd(
     few = M <= FEW
     row = chosen("linear_gelu_fwd", x, (N, K, int(few), int(tf32)), _tile(x, tf32, few))
     block_m, block_n, block_k, warps, stages = row
-    descriptors = _has_descriptors(x) and _is_describable(x) and _is_describable(weight)
+    # Few rows take microseconds, which the host needs for the descriptors.
+    descriptors = not few and _has_descriptors(x) and _is_describable(x) and _is_describable(weight)
     with on_device_of(x):
         _linear_gelu_fwd[(cdiv(M, block_m) * cdiv(N, block_n),)](
             TensorDescriptor(x, x.shape, x.stride(), [block_m, block_k]) if descriptors else x,
@@ -173,7 +175,7 @@ def _tile(x: Tensor, tf32: bool, few: bool) -> Tile:
         return INTERPRETED
     if x.dtype == torch.float32:
         return (TF32 if tf32 else FP32)[few]
-    return {9: HOPPER, 10: BLACKWELL}.get(device[0], AMPERE)[few]
+    return {9: HOPPER, 10: BLACKWELL, 12: SM120}.get(device[0], AMPERE)[few]
 
 
 def _has_descriptors(x: Tensor) -> bool:

@@ -17,7 +17,7 @@ def keep_tile(seed, threshold, i_batch, i_head, o_row, start_col, COLS: tl.const
 
     Args:
         seed: int64 scalar.
-        threshold: a word below it is dropped.
+        threshold: of `dropout_threshold`.
         o_row: int32 [ROWS].
         start_col: the tile's first column, a multiple of 4.
     """
@@ -29,8 +29,9 @@ def keep_tile(seed, threshold, i_batch, i_head, o_row, start_col, COLS: tl.const
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """A 32-bit word below this is dropped."""
-    return min(round(dropout_p * 2**32), 2**32 - 1)
+    """A 32-bit word below this, as unsigned numbers, is dropped; signed, so that it always is a 32-bit argument."""
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    return threshold - 2**32 if threshold >= 2**31 else threshold
 
 
 def dropout_scale(dropout_p: float) -> float:

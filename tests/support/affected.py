@@ -30,9 +30,12 @@ RUNS = f"train train_options train_distributed resume run_directory console dive
 
 CPU = "not triton and not cuda and not reference"
 EMULATED = "cuda or fault"
-SPLIT = "triton or split or descriptors"
+GPU_PATH = "gpu_path/test_gpu_path"  # where the GPU path is called without a GPU
+TRITON = "triton or gpu_path"
+SPLIT = f"{TRITON} or split or descriptors or grids"
 
-# (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
+# (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first. A name with a
+# folder is a path below tests/.
 TABLE = [
     ("csrc/cpu/gelu*", GELUS, CPU),
     ("csrc/cpu/attention_varlen.cpp", "attention_varlen op_sizes", CPU),
@@ -58,45 +61,54 @@ TABLE = [
     ("csrc/cuda/mlp*", "mlp_cuda mlp op_sizes cuda_compile", EMULATED),
     ("csrc/cuda/*", f"{OPS} simt simt_profiles cuda_compile", EMULATED),
     ("csrc/*", OPS, "cpp or cuda"),
-    ("kernels/triton/gelu.py", f"{GELUS} triton_compile triton_oldest hub", "triton"),
+    ("kernels/triton/gelu.py", f"{GELUS} triton_compile triton_oldest hub {GPU_PATH}", TRITON),
     (
         "kernels/triton/attention_varlen.py",
-        "attention_varlen op_sizes triton_compile triton_oldest hub",
-        "triton",
+        f"attention_varlen attention_grids op_sizes triton_compile triton_oldest hub {GPU_PATH}",
+        SPLIT,
     ),
     (
         "kernels/triton/attention*",
-        f"{ATTENTION} attention_split attention_descriptors triton_compile triton_oldest hub",
+        f"{ATTENTION} attention_split attention_descriptors attention_grids triton_compile triton_oldest hub {GPU_PATH}",
         SPLIT,
     ),
-    ("kernels/triton/cross_entropy.py", f"{LOSSES} triton_compile triton_oldest hub", "triton"),
+    ("kernels/triton/cross_entropy.py", f"{LOSSES} triton_compile triton_oldest hub {GPU_PATH}", TRITON),
     (
         "kernels/triton/linear_cross_entropy.py",
-        "linear_cross_entropy op_sizes triton_compile triton_oldest hub",
-        "triton",
+        f"linear_cross_entropy op_sizes triton_compile triton_oldest hub {GPU_PATH}",
+        TRITON,
     ),
-    ("kernels/triton/linear*", "linear linear_gelu mlp op_sizes triton_compile triton_oldest hub", "triton"),
+    (
+        "kernels/triton/linear*",
+        f"linear linear_gelu mlp op_sizes triton_compile triton_oldest hub {GPU_PATH}",
+        TRITON,
+    ),
     (
         "kernels/triton/add_layer_norm.py",
-        "add_layer_norm op_sizes triton_compile triton_oldest hub",
-        "triton",
+        f"add_layer_norm op_sizes triton_compile triton_oldest hub {GPU_PATH}",
+        TRITON,
     ),
-    ("kernels/triton/philox.py", f"{ATTENTION} philox triton_compile triton_oldest hub", "triton or philox"),
+    (
+        "kernels/triton/philox.py",
+        f"{ATTENTION} philox triton_compile triton_oldest hub {GPU_PATH}",
+        f"{TRITON} or philox",
+    ),
     ("kernels/triton/tuned.py", "tune triton_compile triton_oldest hub", ""),
     ("kernels/hub/*", "hub", ""),
-    ("kernels/*", f"{OPS} triton_compile triton_oldest tune hub", "triton"),
+    ("kernels/*", f"{OPS} triton_compile triton_oldest tune hub {GPU_PATH}", TRITON),
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
     (
         "fastgpt/ops/*",
-        f"{OPS} cross_entropy_with_grad second_derivatives transforms overlap flops backends model threads hub",
+        f"{OPS} cross_entropy_with_grad second_derivatives transforms overlap flops backends model threads hub "
+        f"{GPU_PATH}",
         "",
     ),
-    ("fastgpt/functional.py", DROP_IN, ""),
+    ("fastgpt/functional.py", f"{DROP_IN} {GPU_PATH}", ""),
     ("fastgpt/patch.py", DROP_IN, ""),
-    ("fastgpt/backends.py", "backends kernels_off functional extension hub", ""),
+    ("fastgpt/backends.py", f"backends kernels_off functional extension hub {GPU_PATH}", ""),
     ("fastgpt/extension.py", "extension backends packaging", ""),
-    ("fastgpt/flash_attention.py", "flash_attention flash_attention_cuda", ""),
-    ("fastgpt/model.py", "model model_mlp sampling data_packing large", ""),
+    ("fastgpt/flash_attention.py", f"flash_attention flash_attention_cuda {GPU_PATH}", ""),
+    ("fastgpt/model.py", f"model model_mlp sampling data_packing large {GPU_PATH}", ""),
     ("fastgpt/positions.py", "model", ""),
     ("fastgpt/kv_cache.py", "model sampling generate", ""),
     ("fastgpt/sampling.py", "sampling generate model divergence", ""),
@@ -122,7 +134,7 @@ TABLE = [
     ("bench/tune.py", "tune", ""),
     ("bench/launches.py", "triton_compile", ""),
     ("bench/cubins.py", "cuda_compile", ""),
-    ("bench/resources.py", "triton_compile cuda_compile", ""),
+    ("bench/resources.py", f"triton_compile cuda_compile {GPU_PATH}", ""),
     ("bench/sass.py", "triton_compile cuda_compile", ""),
     ("bench/gpu.py", "bench_gpu", ""),
     ("bench/gpu_clock.py", "gpu_clock bench_gpu", ""),
@@ -135,11 +147,15 @@ TABLE = [
 ]
 
 
+def file_of(name: str) -> str:
+    return f"tests/{name}.py" if "/" in name else f"tests/test_{name}.py"
+
+
 def tests_of(path: str) -> tuple[list[str], str]:
     """The test files that prove a file of the project, and the keywords that select what in them does."""
     for pattern, names, keywords in TABLE:
         if fnmatch.fnmatch(path, pattern):
-            return [f"tests/test_{name}.py" for name in names.split()], keywords
+            return [file_of(name) for name in names.split()], keywords
     return [], ""
 
 
