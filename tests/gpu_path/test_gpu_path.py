@@ -140,13 +140,13 @@ def test_training_compiles_each_kernel_once_or_twice(found):
     assert sum(counts["99 steps of other lengths"].values()) <= 6
 
 
-def test_generation_compiles_at_its_first_two_passes_only(found):
-    counts = found["compilations"]
-    assert sum(counts["generation"].values()) <= 8
+def test_generation_after_training_compiles_four_kernels_at_most(found):
+    """A prompt of 100 tokens, then 60 tokens by a key-value cache."""
+    assert sum(found["compilations"]["generation"].values()) <= 4
 
 
-def test_attention_over_a_growing_cache_compiles_two_kernels(found):
-    """Lengths from 1 to 8,192; one head's parts and many's are joined by the same code."""
+def test_decoding_from_1_to_8192_columns_compiles_three_kernels_at_most(found):
+    """The parts of a row are joined by one kernel, however many they are."""
     assert sum(found["compilations"]["decoding"].values()) <= 3
 
 

@@ -69,7 +69,8 @@ TABLE = [
     ),
     (
         "kernels/triton/attention*",
-        f"{ATTENTION} attention_split attention_descriptors attention_grids triton_compile triton_oldest hub {GPU_PATH}",
+        f"{ATTENTION} attention_split attention_descriptors attention_grids triton_compile triton_oldest hub "
+        f"{GPU_PATH}",
         SPLIT,
     ),
     ("kernels/triton/cross_entropy.py", f"{LOSSES} triton_compile triton_oldest hub {GPU_PATH}", TRITON),
