@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -110,8 +111,12 @@ def _cpu(x: Any) -> Any:
     return x
 
 
-def enter() -> Machine:
-    """Change this process; nothing changes it back."""
+def enter(compiles: bool = False) -> Machine:
+    """Change this process; nothing changes it back.
+
+    Args:
+        compiles: whether Triton compiles what is launched, into its cache on the disk.
+    """
     machine = Machine()
     multiprocessors = {arch.removesuffix("a"): n for arch, n in MULTIPROCESSORS.items()}
 
@@ -142,7 +147,11 @@ def enter() -> Machine:
         kernel = self.device_caches[driver.active.get_current_device()][0][key] = _Kernel()
         return kernel
 
-    JITFunction.run, JITFunction._do_compile = recorded, compile_
+    JITFunction.run = recorded
+    if compiles:
+        CompiledKernel._init_handles = lambda self: setattr(self, "_run", lambda *_: None)
+    else:
+        JITFunction._do_compile = compile_
     return machine
 
 

@@ -157,3 +157,17 @@ def test_every_rate_of_dropout_has_the_same_kernels(found):
 def test_reading_a_number_from_the_gpu_would_be_seen(found):
     """No call above does: it would be its error."""
     assert found["reading"] == "DataDependentOutputException"
+
+
+@pytest.mark.slow
+def test_the_cache_can_be_filled_for_a_gpu_that_is_not_there(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.gpu_path.fill_cache", "9.0", "gelu bf16"]
+
+    def files():
+        subprocess.run(command, cwd=ROOT, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True)
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+
+    first = files()
+    assert sorted(path.stem for path in first) == ["_gelu_bwd", "_gelu_fwd"]
+    assert files() == first  # a second process finds them

@@ -1,17 +1,22 @@
-"""The small kernels of sound.cu compiled for GPUs, so that one can be asked whether it agrees with the emulator."""
+"""The small kernels of sound.cu compiled for GPUs, so that one can be asked whether it agrees with the emulator.
+
+python -m tests.simt.nvcc sm_90a    compile them, to be carried to a GPU machine without nvcc
+"""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
-from simt.emulator import FOLDER, ROOT
 
 from bench import cubins
+from bench.machine import ROOT
 
-LIBRARY = ROOT / "build" / "primitives" / "primitives.so"  # may be carried to a GPU machine without nvcc
+FOLDER = Path(__file__).parent
+LIBRARY = ROOT / "build" / "primitives" / "primitives.so"
 
 
 def build(library: Path, architecture: str) -> None:
@@ -42,3 +47,7 @@ def load() -> ctypes.CDLL:
     for name in ("torch_cpu", "torch_cuda"):
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(LIBRARY))
+
+
+if __name__ == "__main__":
+    build(LIBRARY, sys.argv[1])
