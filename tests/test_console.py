@@ -111,7 +111,7 @@ def test_a_full_disk_is_an_error(monkeypatch: pytest.MonkeyPatch, capfd: pytest.
 def test_a_broken_pipe_of_something_else_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    def broken() -> None:
+    def broken(**_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe", "socket")
 
     monkeypatch.setattr("fastgpt.info.main", broken)

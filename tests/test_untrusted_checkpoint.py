@@ -125,6 +125,17 @@ def test_code_in_the_pickle_of_format_1_does_not_run(path: Path, tmp_path: Path)
     assert not (tmp_path / "proof").exists()
 
 
+@pytest.mark.parametrize("name", ["torch manual_seed", "torch.serialization load", "builtins eval"])
+def test_functions_named_in_the_pickle_of_format_1_are_not_called(path: Path, name: str):
+    format_1(path, {stem: load_file(path / f"{stem}.safetensors") for stem in ("model", "optimizer")})
+    module, function = name.split()
+    call = f"c{module}\n{function}\n(S'7'\ntR.".encode()  # the function, of one string
+    (path / "model" / ".metadata").write_bytes(call)
+    rewrite(path, {})
+    with pytest.raises(CheckpointError, match=rf"it names {module}\.{function}"):
+        open_checkpoint(path).load_model()
+
+
 @pytest.mark.parametrize(
     "change",
     [
