@@ -73,10 +73,28 @@ def test_rows_of_any_size(backend, dtype, offset):
         check_error_rule(ops.add_layer_norm, pytorch, arguments)
 
 
+@pytest.mark.only("cpp", "cuda", "reference")
 @pytest.mark.parametrize("shape", with_costly([(4700, 512), (3200, 8)], (4700, 512)))
 def test_more_rows_than_partial_sums(backend, shape):
     """A team of threads comes to several rows, its sums over them in two stages."""
     check_error_rule(ops.add_layer_norm, pytorch, inputs(shape, torch.bfloat16, "contiguous"))
+
+
+@pytest.mark.only("triton")
+@pytest.mark.parametrize("rows", [100, 97])
+def test_more_rows_than_tritons_programs_have_partial_sums_for(backend, rows):
+    """Four programs for tiles of eight rows."""
+    from fastgpt.kernels import tuned
+
+    with tuned.trying({"add_layer_norm_bwd": (64, 4, 4)}) as trial:
+        check_error_rule(ops.add_layer_norm, pytorch, inputs((rows, 8), torch.bfloat16, "contiguous"))
+    assert any(kernel == "add_layer_norm_bwd" for kernel, *_ in trial.asked)
+
+
+@pytest.mark.slow
+@pytest.mark.only("triton")
+def test_more_rows_than_triton_has_programs(backend):
+    check_error_rule(ops.add_layer_norm, pytorch, inputs((4700, 512), torch.bfloat16, "contiguous"))
 
 
 @any_of(

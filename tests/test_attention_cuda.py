@@ -104,7 +104,7 @@ def test_order_of_warps_changes_no_result_but_dq_by_roundings(size):
     ours = lambda q, k, v: ops.attention(q, k, v, causal="lower_right")  # noqa: E731
     fixed = lambda q, k, v: ops.attention(q, k, v, causal="lower_right", deterministic=True)  # noqa: E731
     found = []
-    for seed in range(6):
+    for seed in range(4):
         other_order(seed)
         found.append((run_with_gradients(ours, tensors, None), run_with_gradients(fixed, tensors, None)))
     for (out, (dq, dk, dv)), (fixed_out, fixed_grads) in found:

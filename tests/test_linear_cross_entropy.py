@@ -252,6 +252,18 @@ def test_the_cuda_backend_needs_no_triton():
     subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, env=os.environ | path)
 
 
+@pytest.mark.only("triton", "cuda")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_pads_the_rows_of_logits_reaches_no_result(backend, reduction):
+    """Rows of 135 logits are kept 144 apart; products of so many rows are those that look at what is between."""
+    y = targets(37, 135)
+    tensors = inputs(37, 67, 135, torch.bfloat16, bias=True)
+    with poisoned_memory(False):
+        loss = ops.linear_cross_entropy(tensors[0], tensors[1], y, bias=tensors[2], reduction=reduction)
+        found = torch.autograd.grad(loss.sum(), tensors)
+    assert loss.isfinite().all() and all(g.isfinite().all() for g in found)
+
+
 def test_every_slot_is_written(backend):
     y = targets(5, 12)
     for reduction in ("mean", "none"):

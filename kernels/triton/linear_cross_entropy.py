@@ -88,7 +88,11 @@ def _cdiv(a: int, b: int) -> int:
 
 def _logits_buffer(hidden: Tensor, V: int, rows: int) -> Tensor:
     """(rows, V) with rows that start at multiples of 16 elements, which the products' fast loads need."""
-    return hidden.new_empty(rows, _cdiv(V, 16) * 16)[:, :V]
+    buffer = hidden.new_empty(rows, _cdiv(V, 16) * 16)
+    # On CPUs with AMX, PyTorch's 16-bit products read past the ends of rows, and NaN from there gets through.
+    if not hidden.is_cuda:
+        buffer[:, V:] = 0
+    return buffer[:, :V]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
