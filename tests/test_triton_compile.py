@@ -98,10 +98,11 @@ def test_a_configuration_of_each_op_keeps_its_bounds_and_does_not_spill(tmp_path
 
 
 @pytest.mark.slow
-def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path):
-    records = compiled("True", ARCHITECTURES, tmp_path)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path, architecture):
+    records = compiled("True", [architecture], tmp_path)
     check_against_committed(records)
-    assert {key(record) for record in records} == set(committed())
+    assert {key(record) for record in records} == {k for k in committed() if k[-1] == architecture}
 
 
 def test_committed_file_has_every_configuration_and_kernel():
