@@ -46,7 +46,7 @@ def chunked(case: Case) -> Function:
 
 
 def chunked_by(policy: Literal["balanced", "compact"]) -> Maker:
-    """The same on a GPU with another policy than the one that PyTorch chooses by itself."""
+    """The same on a GPU, with a given accumulation policy instead of PyTorch's default."""
 
     def make(case: Case) -> Function:
         if not torch.cuda.is_available():

@@ -1,10 +1,10 @@
-"""How long a GPU takes for a call, whatever its host takes to launch it.
+"""Device time of a call on a GPU, independent of the time that its host needs to launch it.
 
 A kernel that waits runs first, until the host has launched all of the call; then the launches lie ready and the time
 between the events around them is the device's alone. Whether the wait was long enough is seen, not assumed: the event
 in front of the call must not have happened yet when the host is done. Host time is measured beside it.
 
-Of a whole training step or generated text a user waits for both: there the time is that of the wall.
+For a whole training step or generated text a user waits for both: those are timed by wall-clock time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GpuClock:
         return [Times(start.elapsed_time(end) / 1e3, host, hidden) for start, end, host, hidden in queued]
 
     def time_whole(self, calls: Sequence[Call]) -> list[Times]:
-        """Times of each (prepare, call) pair on the wall's clock, from an idle device to an idle device."""
+        """Wall-clock times of each (prepare, call) pair, from an idle device to an idle device."""
         found = []
         for prepare, call in calls:
             prepare()

@@ -91,7 +91,7 @@ class Contender:
         self.reason = " ".join(text.split())[:300]
 
     def summary(self, direction: str) -> Record:
-        """What a record says of its times."""
+        """The fields of a record that describe the times of a direction."""
         found = summary(self.times[direction])
         if direction in self.host_times:
             found["host_seconds"] = statistics.median(self.host_times[direction])

@@ -150,7 +150,7 @@ def _attention(
     length: int = 256,
     small: bool = False,
 ) -> Callable[[], None]:
-    """`small`: a problem that gets no tensor descriptors; all others count as large ones, whatever their length."""
+    """`small`: a problem too small for tensor descriptors; every other one is treated as a large one."""
 
     def launch() -> None:
         from fastgpt.kernels import attention, attention_tiles

@@ -78,3 +78,19 @@ def test_dropout_mask_of_split_columns_is_the_references():
     with fastgpt.use_backend("triton"):
         out = ops.attention(q, k, v, dropout_p=0.25, seed=seed)
     assert torch.equal(out != 0, dropout_keep(seed, 0.25, (2, 4, 2, 128)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_parts_than_are_joined_at_once(dtype, monkeypatch):
+    """One head on a GPU of many multiprocessors: 41 parts, joined 32 at a time."""
+    parts = []
+    split = attention._split
+    monkeypatch.setattr(attention, "multiprocessors", lambda _: 32)
+    monkeypatch.setattr(attention, "_split", lambda *a: parts.append(split(*a)[0]) or split(*a))
+    with fastgpt.use_backend("triton"):
+        check_error_rule(
+            ops.attention,
+            composed,
+            [torch.randn(1, 1, n, 16).to(dtype) for n in (2, 2600, 2600)],
+        )
+    assert set(parts) == {41}

@@ -28,8 +28,8 @@ from fastgpt.reference.precision import accumulator
 CAUSAL = ("none", "upper_left", "lower_right")
 MAX_HEAD_DIM = 256  # of the kernels; the reference has no limit
 
-# Bytes of shared memory a block that CUDA's backward takes for float32 beyond a head_dim of 128. Whatever else it is
-# offered for has a kernel for 99 KiB, the least that a GPU of compute capability 8.0 and later has.
+# Bytes of shared memory a block that CUDA's backward needs for float32 beyond a head_dim of 128. Every other case has a
+# kernel for 99 KiB, the smallest limit among GPUs of compute capability 8.0 and later.
 FLOAT32_BYTES = 137 << 10
 
 _OPTIONS = "float scale, bool lower_right, int left, int right, float softcap, float dropout_p"
