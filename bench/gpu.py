@@ -98,7 +98,7 @@ def stages(rehearse: bool, architecture: str | None) -> list[Stage]:
     def tests(name: str, files: tuple[str, ...], share: float) -> Stage:
         workers = ["-n", str(WORKERS), "--dist", "loadgroup"] if find_spec("xdist") and not rehearse else []
         collect = ["--collect-only"] if rehearse and name != f"test-{REHEARSED}" else []
-        paths = [f"tests/test_{file}.py" for file in files]
+        paths = [str(path) for file in files for path in Path("tests").rglob(f"test_{file}.py")]
         return Stage(
             name, ["-m", "pytest", "--maxfail=20", "--device", device, *workers, *collect, *paths], share
         )
@@ -113,7 +113,7 @@ def stages(rehearse: bool, architecture: str | None) -> list[Stage]:
     found += [
         bench(f"{op}-more", op, *shapes(op, False), required=False) for op in TESTS if shapes(op, False)
     ]
-    whole_tiles = ["-m", "pytest", "--device", device, "tests/test_attention_cuda.py", "-k", SANITIZED]
+    whole_tiles = ["-m", "pytest", "--device", device, "tests/ops/test_attention_cuda.py", "-k", SANITIZED]
     found += [
         Stage(
             f"sanitizer-{tool}",

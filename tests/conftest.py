@@ -18,11 +18,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from contract import DTYPES, GPU_BACKENDS, PROVED_ONCE, dtypes_of
 from hypothesis import HealthCheck, settings
 
 import fastgpt
 from fastgpt.backends import BACKENDS
+from tests.support.contract import DTYPES, GPU_BACKENDS, PROVED_ONCE, dtypes_of
 
 EXAMPLES = {"cpp": 20, "reference": 20, "triton": 5, "cuda": 5}  # an interpreted or emulated one costs more
 MANY = 100  # in the slow tier
@@ -172,8 +172,8 @@ def _device(pytestconfig):
         torch.set_default_device("cuda")
         return
     try:
-        from interpreter_bf16 import mend_bf16
-        from interpreter_descriptors import mend_descriptors
+        from tests.support.interpreter_bf16 import mend_bf16
+        from tests.support.interpreter_descriptors import mend_descriptors
     except ImportError:  # no Triton: tests of its kernels are skipped
         return
     mend_bf16()
@@ -184,7 +184,7 @@ def _device(pytestconfig):
 def _emulated_gpu(pytestconfig):
     """The GPU that the emulator stands for."""
     if name := pytestconfig.getoption("--simt-profile"):
-        from simt import emulator
+        from tests.simt import emulator
 
         if name not in emulator.PROFILES:
             raise pytest.UsageError(
@@ -229,7 +229,7 @@ def cuda(request, _seeded):
         with fastgpt.use_backend("cuda"):
             yield "cuda"
         return
-    from simt import emulator
+    from tests.simt import emulator
 
     if emulator.problem():
         pytest.skip(emulator.problem())

@@ -5,7 +5,7 @@
 // Chebyshev nodes: a vector looks its coefficients up and needs neither an exponential nor a division. The tables
 // are made when the library is loaded. Beyond the table's end f is less than 2e-8 (y/x) or 1.2e-7 (dy/dx) from its
 // limit. The largest absolute errors, rounding included: y/x 6.6e-8 (erf), 5.2e-8 (tanh), dy/dx 1.2e-7;
-// tests/test_gelu.py holds the kernels to them.
+// tests/ops/test_gelu.py holds the kernels to them.
 #pragma once
 
 #include "../formulas.h"

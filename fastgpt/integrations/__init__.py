@@ -2,7 +2,7 @@
 
 A file holds the classes that take the place of a library's: each a `Replacement` of one class, with its forward
 written on `fastgpt.ops` and nothing else changed. To add a family, write such a file and add its line below;
-`tests/test_accelerate.py` then wants a model of it, and docs/integrations.md says what the file must keep to.
+`tests/integrations/test_accelerate.py` then needs a model of it. docs/integrations.md has the rules for the file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// Kernels with one fault each, which the emulator must find; tests/test_simt.py has the sentences.
+// Kernels with one fault each, which the emulator must find; tests/simt/test_simt.py has the sentences.
 #include "cases.h"
 
 namespace fastgpt {

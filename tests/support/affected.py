@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+TESTS = {p.stem[5:]: p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("test_*.py")}
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
 GELUS = "gelu geglu linear_gelu mlp op_sizes"
@@ -30,12 +31,11 @@ RUNS = f"train train_options train_distributed resume run_directory console dive
 
 CPU = "not triton and not cuda and not reference"
 EMULATED = "cuda or fault"
-GPU_PATH = "gpu_path/test_gpu_path"  # where the GPU path is called without a GPU
+GPU_PATH = "gpu_path"  # where the GPU path is called without a GPU
 TRITON = "triton or gpu_path"
 SPLIT = f"{TRITON} or split or descriptors or grids"
 
-# (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first. A name with a
-# folder is a path below tests/.
+# (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
 TABLE = [
     ("csrc/cpu/gelu*", GELUS, CPU),
     ("csrc/cpu/attention_varlen.cpp", "attention_varlen op_sizes", CPU),
@@ -149,7 +149,8 @@ TABLE = [
 
 
 def file_of(name: str) -> str:
-    return f"tests/{name}.py" if "/" in name else f"tests/test_{name}.py"
+    """The path of a test file: "tests/ops/test_gelu.py" of "gelu"."""
+    return TESTS.get(name, f"tests/test_{name}.py")
 
 
 def tests_of(path: str) -> tuple[list[str], str]:
