@@ -1,5 +1,5 @@
-// Kernels that are right, as the emulator must find them too; tests/simt/test_simt.py computes the same another way. nvcc
-// compiles them as well, so that a GPU can be asked whether it agrees (tests/ops/test_primitives_cuda.py).
+// Kernels that are right, as the emulator must find them too; tests/simt/test_simt.py computes the same another way.
+// nvcc compiles them as well, so that a GPU can be asked whether it agrees (tests/ops/test_primitives_cuda.py).
 #include "cases.h"
 
 namespace fastgpt {
