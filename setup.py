@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 CPU_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -261,15 +261,10 @@ def compiled() -> dict:
 
 setup(
     packages=[
-        "fastgpt",
-        "fastgpt.data",
-        "fastgpt.integrations",
-        "fastgpt.ops",
-        "fastgpt.reference",
-        "fastgpt.tasks",
+        *find_packages(include=["fastgpt", "fastgpt.*"], exclude=["fastgpt.kernels"]),
         "fastgpt.kernels",
     ],
-    package_data={"fastgpt.tasks": ["templates/*.toml"]},
+    package_data={"fastgpt.evaluation.tasks": ["templates/*.toml"]},
     # kernels/ itself is no package: a top-level package of that name would shadow Hugging Face's.
     package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels/triton"},
     **compiled(),

@@ -11,10 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-OP_NAMES = (
-    "attention", "cross_entropy", "linear_cross_entropy", "attention_varlen", "linear", "gelu", "bias_gelu",
-    "linear_gelu", "mlp", "geglu", "add_layer_norm",
-)  # fmt: skip
+from fastgpt.backends import OPS as OP_NAMES
+
 MEASURING = {
     **{name: f"{name}: forward and backward beside every peer" for name in OP_NAMES},
     "ops": "all ops",
@@ -141,8 +139,8 @@ def _parser() -> argparse.ArgumentParser:
 def _measure(options: argparse.Namespace) -> int:
     import torch
 
-    from bench.machine import Machine
-    from bench.records import Results
+    from bench.harness.machine import Machine
+    from bench.harness.records import Results
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -171,9 +169,9 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
 
     Raises ValueError, with the list of what is known, for a shape, peer or backend that is not.
     """
-    from bench import accelerate, generate, train
-    from bench.ops import OPS
-    from bench.steps import name
+    from bench.ops.registry import OPS
+    from bench.training import accelerate, generate, train
+    from bench.training.steps import name
     from fastgpt.backends import BACKENDS
 
     command = options.command
@@ -228,11 +226,11 @@ def _run(
 ) -> int:
     from tqdm import tqdm
 
-    from bench.accelerate import run_accelerate
-    from bench.generate import run_generate
-    from bench.harness import Plan, roof_records, run_case
-    from bench.scaling import fits, table
-    from bench.train import run_train
+    from bench.harness.measure import Plan, roof_records, run_case
+    from bench.report.scaling import fits, table
+    from bench.training.accelerate import run_accelerate
+    from bench.training.generate import run_generate
+    from bench.training.train import run_train
 
     runs: dict[str, Callable[..., list[dict[str, Any]]]] = {
         "train": run_train,
@@ -277,7 +275,7 @@ def _run(
             + (f", in {results.path}" if out else "")
         )
     if options.plot:
-        from bench.report import write_report
+        from bench.report.write import write_report
 
         assert out is not None
         for path in write_report(results.path, out):
@@ -302,7 +300,7 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """A line for each record; what has no time says why."""
     from tqdm import tqdm
 
-    from bench.headlines import contender
+    from bench.report.headlines import contender
 
     if options.json:
         return
@@ -333,13 +331,13 @@ def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 
 def _trainer(options: argparse.Namespace) -> int:
-    from bench.trainer import run
+    from bench.training.trainer import run
 
     return run(options.size, options.rounds, options.json)
 
 
 def _data(options: argparse.Namespace) -> int:
-    from bench.data import run
+    from bench.training.data import run
 
     if options.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, not {options.rounds}")
@@ -357,10 +355,10 @@ def _resources(options: argparse.Namespace) -> int:
         print(
             "TRITON_INTERPRET is set; resources needs Triton's compiler and goes without it", file=sys.stderr
         )
-    from bench import cubins
-    from bench.launches import configurations
-    from bench.resources import run
-    from bench.sass import ARCHITECTURES
+    from bench.codegen import cubins
+    from bench.codegen.launches import configurations
+    from bench.codegen.resources import run
+    from bench.codegen.sass import ARCHITECTURES
 
     known = list(dict.fromkeys(c.op for c in configurations()))
     _check("op", options.op, known)
@@ -386,14 +384,14 @@ def _tune(options: argparse.Namespace) -> int:
         raise ValueError("--shape is for one op: name it, python -m bench tune OP --shape ...")
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
-    from bench.tune import run
+    from bench.codegen.tune import run
 
     return run(options.op, options.shape or [], options.dtype or ["bf16"], rehearse=options.rehearse)
 
 
 def _report(options: argparse.Namespace) -> int:
-    from bench.machine import ROOT
-    from bench.report import update_readme, write_report
+    from bench.harness.machine import ROOT
+    from bench.report.write import update_readme, write_report
 
     results = ROOT / "bench" / "results"
     for path in sorted(results.glob("*/results.json")):
@@ -405,8 +403,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from bench.compare import compare
-    from bench.records import load
+    from bench.harness.compare import compare
+    from bench.harness.records import load
 
     table, share = compare(load(options.a), load(options.b))
     print(table)

@@ -7,9 +7,9 @@ Each case is checked against the reference and then timed, ours and PyTorch in t
 import pytest
 import torch
 
-from bench.harness import Plan, contenders_of
-from bench.machine import Machine
-from bench.ops import OPS
+from bench.harness.machine import Machine
+from bench.harness.measure import Plan, contenders_of
+from bench.ops.registry import OPS
 
 PRESET = "quick"
 

@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
-from bench.machine import ROOT
-from bench.records import Record, load, save
+from bench.harness.machine import ROOT
+from bench.harness.records import Record, load, save
 
 _RESERVE = 20.0  # seconds for the report at the end
 TRITON_CACHE = ROOT / "build" / "triton"  # may be filled elsewhere and carried along
@@ -82,7 +82,7 @@ def stages(rehearse: bool, architecture: str | None) -> list[Stage]:
     Args:
         architecture: "9.0a" and the like, where the CUDA kernels have to be compiled for it; None where they are there.
     """
-    from bench.ops import OPS
+    from bench.ops.registry import OPS
 
     device = "cpu" if rehearse else "cuda"
     preset, tiny = ("tiny", ["--tiny"]) if rehearse else ("gpu", [])
@@ -170,7 +170,7 @@ def run_gpu(out: Path, budget_minutes: float, *, rehearse: bool, commit: str | N
 _FACTS = """
 import json, sys
 import torch
-from bench.machine import Machine
+from bench.harness.machine import Machine
 from fastgpt import extension
 device, command, commit = sys.argv[1:]
 if device == "cuda" and not torch.cuda.is_available():
@@ -267,7 +267,7 @@ def _merge(out: Path, facts: Record) -> None:
 
 
 def _finish(out: Path) -> None:
-    from bench.report import write_report
+    from bench.report.write import write_report
 
     results = out / "results.json"
     if results.exists():

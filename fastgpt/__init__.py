@@ -2,14 +2,13 @@
 
 Hand-written fused kernels behind the interface people already use:
 
-    from fastgpt import functional as F    # was: import torch.nn.functional as F
-    from fastgpt import ops                # the ops, with everything the drop-in has no room for
+    from fastgpt import functional as F# was: import torch.nn.functional as F
+    from fastgpt import ops# the ops, with everything the drop-in has no room for
     from fastgpt.model import GPT          # a thin GPT standing on them
     fastgpt.accelerate(model)              # for a model that somebody else wrote
 """
 
 from fastgpt import extension, functional, ops
-from fastgpt.accelerate import accelerate, restore
 from fastgpt.backends import (
     Availability,
     BackendUnavailable,
@@ -18,7 +17,8 @@ from fastgpt.backends import (
     explain,
     use_backend,
 )
-from fastgpt.patch import patch_functional
+from fastgpt.integrations.accelerate import accelerate, restore
+from fastgpt.integrations.patch_functional import patch_functional
 
 __version__ = "0.1.0"
 

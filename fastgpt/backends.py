@@ -41,19 +41,13 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "cuda", "reference"),
 }
 
+# The ops, by what matters most to a training step. The files of each are found by its name.
 OPS = (
-    "attention",
-    "attention_varlen",
-    "cross_entropy",
-    "linear_cross_entropy",
-    "linear",
-    "gelu",
-    "bias_gelu",
-    "linear_gelu",
-    "mlp",
-    "geglu",
-    "add_layer_norm",
+    *("attention", "cross_entropy", "linear_cross_entropy", "attention_varlen", "linear"),
+    *("gelu", "bias_gelu", "linear_gelu", "mlp", "geglu", "add_layer_norm"),
 )
+# Ops without files of their own, and whose they share.
+SHARED_FILES = {"bias_gelu": "gelu"}
 
 PYTORCH = "pytorch"  # what the drop-in falls back to; not a backend one can ask for
 

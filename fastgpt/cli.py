@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 import fastgpt
-from fastgpt import config as train_config
 from fastgpt import console
+from fastgpt.data.packing import PACKINGS
 from fastgpt.data.prepare import PrepareConfig
 from fastgpt.distributed import ProcessLostError
+from fastgpt.evaluation.tasks.template import TASKS
 from fastgpt.options import TEXT_KEY, add_options
-from fastgpt.tasks.template import TASKS
+from fastgpt.training import config as train_config
 
 _ERRORS = (
     *(ValueError, OSError, ImportError, FloatingPointError),
@@ -79,8 +80,8 @@ def _data(arguments: dict[str, Any]) -> None:
 
 
 def _train(arguments: dict[str, Any]) -> None:
-    from fastgpt.start import config_from
-    from fastgpt.train import train
+    from fastgpt.training.initialize import config_from
+    from fastgpt.training.trainer import train
 
     file, finetune = arguments.pop("config", None), arguments.pop("finetune")
     options = train_config.read_toml(file) if file is not None else {}
@@ -91,9 +92,9 @@ def _train(arguments: dict[str, Any]) -> None:
 
 
 def _generate(arguments: dict[str, Any]) -> None:
-    from fastgpt.generate import generate_texts, read_prompts
-    from fastgpt.sampling import Sampling
-    from fastgpt.tasks.evaluate import answer_inputs
+    from fastgpt.evaluation.tasks.evaluate import answer_inputs
+    from fastgpt.generation.sampling import Sampling
+    from fastgpt.generation.text import generate_texts, read_prompts
 
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     task = arguments.pop("task")
@@ -122,10 +123,10 @@ def _generate(arguments: dict[str, Any]) -> None:
 
 
 def _evaluate(arguments: dict[str, Any]) -> None:
-    from fastgpt.evaluate import evaluate
-    from fastgpt.in_context import in_context
-    from fastgpt.plot import in_context_panels, loss_by_position
-    from fastgpt.tasks.evaluate import evaluate_task
+    from fastgpt.evaluation.in_context import in_context
+    from fastgpt.evaluation.perplexity import evaluate
+    from fastgpt.evaluation.plots import in_context_panels, loss_by_position
+    from fastgpt.evaluation.tasks.evaluate import evaluate_task
 
     as_json, picture = arguments.pop("json"), arguments.pop("plot")
     of_context = arguments.pop("in_context")
@@ -171,14 +172,14 @@ def _refuse_without_task(task: str | None, given: dict[str, Any], names: Sequenc
 
 
 def _export(arguments: dict[str, Any]) -> None:
-    from fastgpt.pretrained import open_model
+    from fastgpt.checkpoints.load import open_model
 
     model, tokenizer = open_model(arguments["checkpoint"])
     model.save_pretrained(arguments["out"], tokenizer)
 
 
 def _info(arguments: dict[str, Any]) -> int:
-    from fastgpt import info
+    from fastgpt import env_report as info
 
     return info.main(**arguments)
 
@@ -303,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument(
         "--packing",
-        choices=train_config.PACKINGS,
+        choices=PACKINGS,
         default=_ABSENT,
         help="documents: none sees its neighbour; stream: all that follows one another (default: as in training)",
     )

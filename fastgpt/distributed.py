@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -22,8 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt import launch
-
+_REMEDY = "start the processes with torchrun, which sets it, or unset RANK and WORLD_SIZE to run one process"
 _PATIENCE = timedelta(minutes=10)  # for a process that does not answer; one that died is noticed at once
 
 
@@ -49,20 +49,20 @@ class Processes:
         what they do then. Raises ProcessLostError where they do not come, ValueError and OSError where the launcher's
         variables or the port are not usable.
         """
-        launched = launch.processes()
+        launched = _launched()
         if launched is None:
             return cls(device)
         rank, world = launched
         if device.type == "cuda":
-            device = torch.device("cuda", launch.local_gpu(rank))
+            device = torch.device("cuda", _local_gpu(rank))
             torch.cuda.set_device(device)
         self = cls(device, rank, world, sharded=parallel == "fsdp")
-        with self.together(), launch.naming_the_cause(world):
+        with self.together(), _naming_the_cause(world):
             # torchrun keeps its store over a restart, and with it the addresses of the processes before.
             store, *_ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore(f"start {launch.restarts()}", store),
+                store=PrefixStore(f"start {_restarts()}", store),
                 rank=rank,
                 world_size=world,
                 timeout=_PATIENCE,
@@ -177,7 +177,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def restarted() -> bool:
     """Whether torchrun started this process again after a failure (--max-restarts)."""
-    return launch.restarts() > 0
+    return _restarts() > 0
 
 
 def _lost(error: RuntimeError) -> bool:
@@ -186,3 +186,85 @@ def _lost(error: RuntimeError) -> bool:
         return True
     text = str(error)
     return any(word in text for word in ("gloo", "Connection", "connection", "Broken pipe", "NCCL"))
+
+
+def _launched() -> tuple[int, int] | None:
+    """RANK and WORLD_SIZE, or None for a process that no launcher has started.
+
+    Raises ValueError for values with which no processes can meet.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if not given:
+        return None
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"{given[0]} is set, but {name} is not: {_REMEDY}")
+        if not os.environ[name].strip():
+            raise ValueError(f"{name} is empty: {_REMEDY}")
+    rank, world, port = (_integer(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if not 0 <= rank < world:
+        raise ValueError(f"RANK is {rank} and WORLD_SIZE is {world}: ranks count from 0 to WORLD_SIZE - 1")
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"MASTER_PORT is {port}: a port is below 65536")
+    return rank, world
+
+
+def _local_gpu(rank: int) -> int:
+    """The number of the GPU of this process. Raises ValueError where this machine does not have it."""
+    number = _integer("LOCAL_RANK", rank)
+    count = torch.cuda.device_count()
+    if not 0 <= number < count:
+        raise ValueError(
+            f"LOCAL_RANK is {number} and this machine has {count} GPUs: start at most {count} processes on it"
+        )
+    return number
+
+
+def _restarts() -> int:
+    """How often torchrun has started this process again."""
+    return _integer("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+@contextlib.contextmanager
+def _naming_the_cause(world: int) -> Iterator[None]:
+    """Raise OSError for what keeps processes from meeting and is no fault of another process."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = _cause(str(error).lower(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], world)
+        if reason is None:
+            raise
+        raise OSError(reason) from error
+
+
+def _cause(text: str, address: str, port: str, world: int) -> str | None:
+    if "eaddrinuse" in text or "address already in use" in text:
+        return (
+            f"port {port} (MASTER_PORT) is in use on this machine, by another run or program, or because two processes "
+            "have RANK 0; choose another port, for example with torchrun --master-port"
+        )
+    if "eacces" in text or "permission denied" in text:
+        return f"port {port} (MASTER_PORT) may not be used by this user; choose one above 1023"
+    if any(
+        part in text for part in ("getaddrinfo", "name or service not known", "name resolution", "nodename")
+    ):
+        return (
+            f"MASTER_ADDR is {address!r}, which is not the name or address of a machine that can be reached"
+        )
+    if "cannot assign requested address" in text or "eaddrnotavail" in text:
+        return f"MASTER_ADDR is {address!r}, which is not an address of the machine of RANK 0"
+    if any(part in text for part in ("timed out", "timeout", "connection refused")):
+        return (
+            f"the {world} processes (WORLD_SIZE) did not meet at {address}:{port} (MASTER_ADDR, MASTER_PORT); "
+            "check that all were started, and that RANK 0 runs on that machine"
+        )
+    return None
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    """A variable of the launcher. Raises ValueError where it is not an integer."""
+    value = os.environ.get(name, "" if default is None else str(default))
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}, which is not an integer: {_REMEDY}") from None

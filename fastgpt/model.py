@@ -2,8 +2,8 @@
 
 The architecture is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): a
 pre-norm Transformer decoder with learned positions and a head tied to the token embedding. Two positional
-schemes and an untied head are options. Everything that costs time goes through `fastgpt.ops`, so the same
-text runs on every backend.
+schemes and an untied head are options. All expensive operations are calls of `fastgpt.ops`, so that the same
+code runs on every backend.
 
 Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / H, V = vocab_size.
 """
@@ -13,10 +13,10 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,42 +25,33 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.json_io import shown
-from fastgpt.kv_cache import KVCache
+from fastgpt.ops._checks import check_tokens
+from fastgpt.ops._modules import is_unmodified
 from fastgpt.options import check_sizes, check_types
-from fastgpt.positions import document_positions, rotate, sin_cos
-from fastgpt.sampling import Sampling, continue_rows, sampling_distribution
-
-__all__ = ["ACTIVATIONS", "GPT", "POSITIONS", "GPTConfig", "KVCache", "sampling_distribution"]
-
-if TYPE_CHECKING:
-    from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt.tokenizer import Tokenizer
 
 POSITIONS = ("learned", "sinusoidal", "rotary")
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
-# Far above what is trained: a larger number, which may be read from a file, is a mistake.
-LARGEST = {
-    "vocab_size": 1 << 24,
-    "block_size": 1 << 24,
-    "n_layer": 1 << 14,
-    "n_head": 1 << 16,
-    "n_embd": 1 << 18,
-}
-
-Rotation: TypeAlias = tuple[Tensor, Tensor] | None  # cos and sin of rotary positions, as `rotate` takes them
+# Far above any trained model. A larger number, which may come from an untrusted file, is a mistake.
+MOST = dict(n_layer=1 << 14, n_head=1 << 16, n_embd=1 << 18, block_size=1 << 24, vocab_size=1 << 24)
+Rotation = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
+MAX_TABLE_SIZE = 1 << 31  # elements of a table of positions
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The hyper-parameters of a `GPT`; the defaults are GPT-2 small (vocabulary padded to a multiple of 64).
+    """Hyper-parameters of a `GPT`. The defaults are GPT-2 small, its vocabulary padded to a multiple of 64.
 
-    position:   "learned" (GPT-2), "sinusoidal" (Vaswani et al. 2017, section 3.5; the token embedding is then
-                multiplied by sqrt(n_embd), section 3.4) or "rotary" (Su et al. 2021, RoFormer).
-    activation: "gelu_tanh" (GPT-2), "gelu" (exact, Hendrycks & Gimpel 2016) or "relu".
-    dropout:    one rate for attention, residual branches and embedding; acts in training mode alone.
-    bias:       whether linear layers and LayerNorms have a bias.
-    tie_head:   whether the output projection is the token embedding (Press & Wolf 2017).
+    Attributes:
+        position: "learned" (GPT-2), "sinusoidal" (Vaswani et al. 2017, section 3.5; the token embedding is multiplied
+            by sqrt(n_embd), section 3.4) or "rotary" (Su et al. 2021, RoFormer).
+        activation: "gelu_tanh" (GPT-2), "gelu" (exact, Hendrycks & Gimpel 2016) or "relu".
+        dropout: one rate for attention, residual branches and embedding, in training mode only.
+        bias: whether linear layers and LayerNorms have a bias.
+        tie_head: whether the output projection is the token embedding (Press & Wolf 2017).
 
-    Raises ValueError for values that make no model.
+    Raises:
+        ValueError: a value is out of range, or values contradict each other.
     """
 
     vocab_size: int = 50304
@@ -77,7 +68,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_sizes(self, LARGEST)
+        check_sizes(self, MOST)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
         if not 0.0 <= self.dropout < 1.0:
@@ -88,16 +79,63 @@ class GPTConfig:
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
         if self.position == "rotary" and self.head_size % 2:
-            raise ValueError(
-                f"rotary positions need an even head size, not n_embd / n_head = {self.head_size}"
-            )
+            raise ValueError(f"rotary positions need an even n_embd / n_head, not {self.head_size}")
         if self.position == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
 
     @property
     def head_size(self) -> int:
-        """D, the channels of one attention head."""
+        """Channels of one attention head, D."""
         return self.n_embd // self.n_head
+
+
+def sin_cos(length: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Compute sin and cos of position / 10000^(2i / channels), each (length, channels / 2).
+
+    Raises:
+        ValueError: the table would have more than MAX_TABLE_SIZE elements.
+    """
+    if length * channels > MAX_TABLE_SIZE:
+        raise ValueError(f"{length} positions of {channels} channels are too many for a table")
+    frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
+    angle = torch.arange(length)[:, None] * frequency
+    return angle.sin(), angle.cos()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channel pairs (i, i + D/2) of x (…, D) by the angles of cos and sin (…, D/2), which broadcast."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def packed_positions(cu_seqlens: Tensor, idx: Tensor) -> Tensor:
+    """Compute the position of each token of idx (B, T) in its document, (B, T)."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be (documents + 1,) of int32 or int64, not {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    index = torch.arange(idx.numel(), device=idx.device, dtype=cu_seqlens.dtype)
+    start = cu_seqlens[torch.searchsorted(cu_seqlens, index, right=True) - 1]
+    return (index - start).view_as(idx)
+
+
+class Cache(Protocol):
+    """A key-value cache as the model calls it: `fastgpt.generation.kv_cache.KVCache`."""
+
+    length: int
+    mask: Tensor | None
+
+    def begin(self, count: int) -> slice | Tensor: ...
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def advance(self, count: int) -> None: ...
+
+
+class Context(NamedTuple):
+    """The positions and neighbours of the tokens, the same for every layer."""
+
+    rotation: Rotation = None
+    cache: Cache | None = None
+    cu_seqlens: Tensor | None = None
 
 
 class Linear(nn.Linear):
@@ -107,13 +145,7 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a call of the layer is `ops.linear` of its parameters: no adapter, no hooks, no other forward."""
-    hooks = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks)
-    return type(layer) is Linear and "forward" not in layer.__dict__ and not any(hooks)
-
-
-class Attention(nn.Module):
+class CausalSelfAttention(nn.Module):
     """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -124,30 +156,37 @@ class Attention(nn.Module):
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(
-        self, x: Tensor, rotation: Rotation, cache: KVCache | None, documents: Tensor | None
-    ) -> Tensor:
-        B, T, C = x.shape
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        if documents is not None:
-            q, k, v = self.c_attn(x).view(B * T, 3, self.n_head, C // self.n_head).unbind(1)
-            if rotation is not None:
-                cos, sin = (angles.view(B * T, 1, -1) for angles in rotation)
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            y = ops.attention_varlen(
-                q, k, v, documents, documents, T, T, causal="lower_right", dropout_p=dropout
-            )
-            return self.c_proj(y.view(B, T, C))
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4).unbind()
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))
+        if context.cu_seqlens is None:
+            y = self._attend(qkv, context, dropout)
+        else:
+            y = self._attend_packed(qkv, context.rotation, context.cu_seqlens, dropout)
+        return self.c_proj(y.reshape(x.shape))
+
+    def _attend(self, qkv: Tensor, context: Context, dropout: float) -> Tensor:
+        """Attend within each row of qkv (B, T, 3, H, D), and to the cached tokens before it: (B, T, H, D)."""
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         mask = None
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-            mask = cache.mask
-        # The query of row i is the (Lk - Lq + i)-th token: "lower_right" is plain causality without a cache.
+        if context.cache is not None:
+            k, v = context.cache.append(self.layer, k, v)
+            mask = context.cache.mask
+        # With a cache, query i is token Lk - Lq + i: "lower_right". Without one, Lk = Lq and it is plain causality.
         y = ops.attention(q, k, v, causal="lower_right", attn_mask=mask, dropout_p=dropout)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return y.transpose(1, 2)
+
+    def _attend_packed(self, qkv: Tensor, rotation: Rotation, cu_seqlens: Tensor, dropout: float) -> Tensor:
+        """Attend within each document of the B T tokens of qkv (B, T, 3, H, D): (B T, H, D)."""
+        max_seqlen = qkv.shape[1]
+        q, k, v = qkv.flatten(0, 1).unbind(1)
+        if rotation is not None:
+            cos, sin = (angles.view(len(q), 1, -1) for angles in rotation)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return ops.attention_varlen(q, k, v, *lengths, causal="lower_right", dropout_p=dropout)
 
 
 class MLP(nn.Module):
@@ -164,52 +203,45 @@ class MLP(nn.Module):
         if self.activation == "relu":
             return proj(F.relu(fc(x)))
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        if _is_plain(fc) and _is_plain(proj):
+        if all(type(layer) is Linear and is_unmodified(layer) for layer in (fc, proj)):
             return ops.mlp(x, fc.weight, fc.bias, proj.weight, proj.bias, approximate)
         return proj(ops.gelu(fc(x), approximate))
 
 
 class Block(nn.Module):
-    """One Transformer layer. It takes and returns (branch, residual), whose sum is the stream x.
+    """One Transformer layer. It takes and returns (branch, residual), whose sum is the residual stream.
 
-    The sum is left to the LayerNorm that reads it next: adding and normalizing are one pass over memory.
+    The next LayerNorm computes the sum, so that the addition and the normalization are one pass over memory.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
-        self.attn = Attention(config, layer)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        branch: Tensor,
-        residual: Tensor | None,
-        rotation: Rotation,
-        cache: KVCache | None,
-        documents: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, branch: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         x, residual = _add_norm(branch, residual, self.ln_1)
-        branch = self.drop(self.attn(x, rotation, cache, documents))
+        branch = self.drop(self.attn(x, context))
         x, residual = _add_norm(branch, residual, self.ln_2)
         return self.drop(self.mlp(x)), residual
 
 
 def _add_norm(branch: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """(norm(branch + residual), branch + residual)."""
+    """Return (norm(branch + residual), branch + residual)."""
     return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)
 
 
 class GPT(nn.Module):
-    """A GPT-2 language model; parameters carry the names they have in Hugging Face's checkpoints.
+    """A GPT-2 language model. Its parameters have the names of Hugging Face's checkpoints.
 
-    Weights start as in GPT-2: normal(0, 0.02), the projections into the residual stream divided by
+    Weights are initialized as in GPT-2: normal(0, 0.02), the projections into the residual stream divided by
     sqrt(2 n_layer), biases 0.
 
-    With `checkpoint_activations` set, training keeps the input of each block alone and computes the block again in
-    the backward (Chen et al. 2016): less memory for a third more time.
+    With `checkpoint_activations = True`, training keeps only the input of each block and recomputes the block in the
+    backward (Chen et al. 2016): less memory for a third more time.
     """
 
     wave: Tensor
@@ -253,60 +285,67 @@ class GPT(nn.Module):
         idx: Tensor,
         targets: Tensor | None = None,
         *,
-        documents: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(logits, None) without targets; (None, loss) with them, the logits never in memory as a whole.
+        """Compute the logits, or the loss without ever having all logits in memory.
 
-        idx:       (B, T) integers in [0, V), 1 <= T <= block_size.
-        targets:   (B, T) integers in [0, V), or -100 where a position does not count.
-        documents: (documents + 1,) int32 or int64, where each document begins in the B T tokens of idx, read row by
-                   row, and where the last one ends; none longer than T. No token then sees another document, and
-                   positions count from a document's beginning. None: each row is one document.
-        reduction: "mean" or "sum" for a scalar loss in nats, "none" for one of shape (B, T).
-        label_smoothing, z_loss: as `ops.linear_cross_entropy`.
-        logits:    (B, T, V), all positions.
+        Args:
+            idx: (B, T) integers in [0, V), 1 <= T <= block_size.
+            targets: (B, T) integers in [0, V), or -100 for a position that does not count.
+            cu_seqlens: (documents + 1,) int32 or int64, the start of each document in the B T tokens of idx, read row
+                by row, and the end of the last one. No document is longer than T. Tokens attend within their document
+                only, and positions count from its start. None: each row is one document.
+            reduction: "mean" or "sum" for a scalar loss in nats, "none" for (B, T).
+            label_smoothing: as in `ops.linear_cross_entropy`.
+            z_loss: as in `ops.linear_cross_entropy`.
 
-        Raises ValueError for the wrong shape or dtype, IndexError (on the CPU) for a token outside the vocabulary.
+        Returns:
+            (logits (B, T, V), None) without targets, (None, loss) with them.
+
+        Raises:
+            ValueError: a shape or dtype is wrong.
+            IndexError: a token is outside the vocabulary (on the CPU).
         """
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} do not match idx {tuple(idx.shape)}")
-        hidden = self.hidden(idx, documents=documents)
+        hidden = self.hidden_states(idx, cu_seqlens=cu_seqlens)
         if targets is None:
             return self.lm_head(hidden), None
         options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
         weight = self.lm_head.weight
         return None, ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction, **options)
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None, *, documents: Tensor | None = None) -> Tensor:
-        """What the head reads: the last LayerNorm's output (B, T, C) for idx (B, T).
+    def hidden_states(
+        self, idx: Tensor, cache: Cache | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Compute the input of the output projection, (B, T, C), for idx (B, T).
 
-        With a cache, idx continues the tokens in it and is added to it. `documents` are those of `forward`.
+        With a cache, idx continues the tokens in it and is appended to it. `cu_seqlens` is that of `forward`.
         """
-        _check_tokens(idx)
+        check_tokens(idx)
         start = cache.length if cache is not None else 0
         end = start + idx.shape[1]
         if not start < end <= self.config.block_size:
             raise ValueError(f"{end} tokens do not fit: the model takes 1 to {self.config.block_size}")
         positions: slice | Tensor = slice(start, end) if cache is None else cache.begin(idx.shape[1])
-        if documents is not None:
-            positions = document_positions(documents, idx)
+        if cu_seqlens is not None:
+            positions = packed_positions(cu_seqlens, idx)
         x, rotation = self._embed(idx, positions)
+        context = Context(rotation, cache, cu_seqlens)
         branch, residual = self.drop(x), None
-        again = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        use_checkpoint = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.h:
-            arguments = (branch, residual, rotation, cache, documents)
-            branch, residual = (
-                checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments)
-            )
+            run = partial(checkpoint, block, use_reentrant=False) if use_checkpoint else block
+            branch, residual = run(branch, residual, context)
         if cache is not None:
             cache.advance(idx.shape[1])
         return _add_norm(branch, residual, self.ln_f)[0]
 
     def _embed(self, idx: Tensor, positions: slice | Tensor) -> tuple[Tensor, Rotation]:
-        """Tokens at positions, a range or (B, T), as vectors (B, T, C), and what turns queries and keys."""
+        """Embed tokens at positions, a range or (B, T): vectors (B, T, C), and the rotation of queries and keys."""
         x = self.wte(idx)
         if self.config.position == "learned":
             return x + self.wpe.weight[positions], None
@@ -316,22 +355,20 @@ class GPT(nn.Module):
         return x, (self.cos[where], self.sin[where])
 
     def num_parameters(self) -> int:
-        """How many numbers are learned; a tied head counts once."""
+        """Count the parameters; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, length: int | None = None) -> int:
-        """Floating-point operations to train on one token of a sequence of `length` (default block_size).
+        """Count the floating-point operations to train on one token of a sequence of `length` (default: block_size).
 
-        Forward and backward cost 2 + 4 operations for each weight of a matrix and token: 6 N with
-        N = 12 n_layer C^2 + V C. Causal attention looks at T/2 tokens on average; two products of C channels
-        with each make 2 * 2 C T/2 operations forward, three times that with the backward: 6 n_layer C T.
+        2 in the forward and 4 in the backward for each of the 12 n_layer C^2 + V C weights of matrices; attention to
+        T/2 tokens on average, two products of C channels: 2 C T a layer in the forward, 6 C T with the backward.
         """
         c = self.config
         length = c.block_size if length is None else length
         matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
         return 6 * matrices + 6 * c.n_layer * c.n_embd * length
 
-    @torch.no_grad()
     def generate(
         self,
         idx: Tensor,
@@ -340,96 +377,55 @@ class GPT(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-        *,
-        lengths: Tensor | None = None,
-        repetition_penalty: float = 1.0,
-        end_token: int | None = None,
-        on_token: Callable[[int, int], bool | None] | None = None,
-        num_tokens: int | None = None,
+        **options: Any,
     ) -> Tensor:
-        """idx (B, T) with max_new_tokens sampled tokens behind it: (B, T + max_new_tokens), int64.
+        """Sample max_new_tokens tokens after idx (B, T): (B, T + max_new_tokens), int64.
 
-        temperature divides the logits; 0 takes the most likely token. top_k keeps the k most likely tokens,
-        top_p the smallest set whose probability reaches p (Holtzman et al. 2020). repetition_penalty divides
-        the positive logits of tokens that are in the row already, and multiplies the negative ones (Keskar et
-        al. 2019, CTRL, section 4.1); 1 does nothing.
-
-        seed makes the sample repeatable and leaves torch's own generator alone; without it torch's generator
-        is drawn from. Row b draws what it would draw alone with seed + b, whatever else is in the batch.
-
-        lengths (B,), integers from 1 to T, says how long each row's prompt is where idx is padded on the
-        right; a row's tokens go right behind its own prompt. A row ends by end_token, or when
-        on_token(row, token), called with every token as it is chosen, returns True; rows that have ended are
-        computed no more. What lies behind a row is -1. Only ids below num_tokens are chosen (of a padded vocabulary).
-
-        A key-value cache makes a token cost one row. When the text outgrows block_size the window slides:
-        each further token is then predicted from the last block_size tokens, at the cost of a full pass,
-        because positions count from the window's start. Dropout is off; the former mode is restored.
-
-        Raises ValueError for prompts or options that are none, IndexError (on the CPU) for a token outside the
-        vocabulary, FloatingPointError for logits that are NaN or infinite.
+        Further options, details and errors: `fastgpt.generation.decode.generate`.
         """
-        _check_tokens(idx)
-        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-        was_training = self.training
-        self.eval()
-        try:
-            return continue_rows(
-                self, idx, lengths, max_new_tokens, sampling, seed, end_token, on_token, num_tokens
-            )
-        finally:
-            self.train(was_training)
+        from fastgpt.generation.decode import generate
+
+        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, seed, **options)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> GPT:
-        """A Hugging Face GPT-2 checkpoint of any size as a float32 GPT in eval mode.
+        """Load a Hugging Face GPT-2 checkpoint, a directory or a name on the Hub, in float32 and evaluation mode.
 
-        It is a config.json and weights in safetensors, else in pytorch_model.bin, in shards or not; head tied
-        or not. name is a directory, or else the name of a model on the Hugging Face Hub, downloaded by
-        `huggingface_hub`. The checkpoint's dropout rates are not taken over: dropout sets the one rate.
-
-        Raises FileNotFoundError or OSError where there is no such checkpoint, ImportError where the download
-        needs a package, ValueError for another architecture or for options this model does not compute.
+        `dropout` replaces the checkpoint's rates. Details and errors: `fastgpt.checkpoints.huggingface.read_gpt2`.
         """
-        from fastgpt.pretrained import read_gpt2
+        from fastgpt.checkpoints.huggingface import read_gpt2
 
         config, weights = read_gpt2(str(name), dropout)
         model = cls(config)
         model.load_state_dict(weights, strict=True, assign=False)
         return model.eval()
 
-    def save_pretrained(
-        self, directory: str | Path, tokenizer: ByteTokenizer | BPETokenizer | None = None
-    ) -> None:
+    def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
         """Write a Hugging Face GPT-2 checkpoint, which transformers' GPT2LMHeadModel loads with equal logits.
 
-        Absent biases are written as 0. Sinusoidal positions are written as learned ones, and the head beside the
-        embedding. AutoTokenizer reads the tokenizer, if one is given. The directory is whole or absent.
-
-        Raises ValueError for rotary positions, which GPT-2 does not have, and for a tokenizer with more tokens
-        than the model; FileExistsError for a directory that is not empty, OSError where it cannot be written.
+        Details and errors: `fastgpt.checkpoints.huggingface.write_gpt2`.
         """
-        from fastgpt.pretrained import write_gpt2
+        from fastgpt.checkpoints.huggingface import write_gpt2
 
         write_gpt2(self, Path(directory), tokenizer)
 
     @torch.no_grad()
-    def resize_vocabulary(self, vocab_size: int, *, shrink: bool = False) -> None:
-        """Give the embedding and the head rows for `vocab_size` tokens, in place; make optimizers afterwards.
+    def resize_token_embeddings(self, vocab_size: int, *, shrink: bool = False) -> None:
+        """Resize the embedding and the head to `vocab_size` tokens, in place. Make optimizers afterwards.
 
-        Rows that stay are unchanged. Each new one is the mean of the old, in the embedding as in the head: the
-        logit of a new token is then the mean of the others', so that the loss on old text hardly moves, where a
-        random row could outdo them all (Hewitt 2021, "Initializing new word embeddings for pretrained language
-        models"). A tied head stays tied.
+        A new row is the mean of the old rows. The logit of a new token is then the mean of the others', and the loss
+        on old text hardly changes (Hewitt 2021, "Initializing new word embeddings for pretrained language models").
+        Other rows are unchanged, and a tied head stays tied.
 
-        Raises ValueError for less than one token, and for fewer than there are unless `shrink` is true.
+        Raises:
+            ValueError: `vocab_size` is below 1, or smaller than it was and `shrink` is false.
         """
         if vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, not {vocab_size}")
         if vocab_size < self.config.vocab_size and not shrink:
+            had = self.config.vocab_size
             raise ValueError(
-                f"{vocab_size} tokens are fewer than the model's {self.config.vocab_size}; "
-                "to drop the last ones pass shrink=True"
+                f"{vocab_size} tokens are fewer than {had}: to drop the last ones pass shrink=True"
             )
         for layer in (self.wte, self.lm_head):
             old = layer.weight
@@ -443,6 +439,10 @@ class GPT(nn.Module):
         self.config = replace(self.config, vocab_size=vocab_size)
 
 
-def _check_tokens(idx: Tensor) -> None:
-    if idx.dim() != 2 or idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
-        raise ValueError(f"idx must be a (B, T) tensor of integers, not {tuple(idx.shape)} of {idx.dtype}")
+def __getattr__(name: str) -> Any:
+    """Re-export `KVCache` and `sampling_distribution`, which stand on this module."""
+    if name in ("KVCache", "sampling_distribution"):
+        from fastgpt.generation import kv_cache, sampling
+
+        return {**vars(kv_cache), **vars(sampling)}[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

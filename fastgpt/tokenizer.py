@@ -215,7 +215,7 @@ class BPETokenizer:
         (directory / FILE).write_text(self.serialized(), "utf-8")
 
 
-def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> ByteTokenizer | BPETokenizer:
+def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> Tokenizer:
     """The tokenizer that `--tokenizer` names; `documents` and `vocab_size` matter to "bpe" alone."""
     if name == "bytes":
         return ByteTokenizer()
@@ -224,14 +224,14 @@ def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> ByteToke
     return load_tokenizer(Path(name))
 
 
-def is_meant(own: ByteTokenizer | BPETokenizer, name: str) -> bool:
+def is_meant(own: Tokenizer, name: str) -> bool:
     """Whether `--tokenizer name` means the tokenizer that a model or a dataset has: "auto" always does, "bpe", which
     learns one, never.
     """
     return name == "auto" or (name != "bpe" and make_tokenizer(name, [], 0).serialized() == own.serialized())
 
 
-def load_tokenizer(path: Path) -> ByteTokenizer | BPETokenizer:
+def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a tokenizer.json, or in a directory that has one, GPT-2's vocab.json and merges.txt, or BERT's
     vocab.txt (lower case unless tokenizer_config.json says otherwise); or that of a model on the Hub. Raises
     FileNotFoundError, OSError and ValueError.

@@ -5,9 +5,9 @@ from fastgpt.data.corpus import HELD_OUT, Corpus, Loaded, load_corpus, load_docu
 from fastgpt.data.documents import Documents, are_packed, encode_documents
 from fastgpt.data.files import can_be_read_once, name_of
 from fastgpt.data.formats import format_of
+from fastgpt.data.induction import SHORTEST, Repeats
 from fastgpt.data.packing import Integers, Packing, pack
 from fastgpt.data.prepare import PrepareConfig, prepare
-from fastgpt.data.repeats import SHORTEST, Repeats
 from fastgpt.data.report import Report
 from fastgpt.data.shards import (
     DatasetError,

@@ -32,11 +32,11 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs and targets, (B, T) int64 each, targets one token ahead; documents as `GPT.forward` takes them."""
+    """Inputs and targets, (B, T) int64 each, targets one token ahead; cu_seqlens as in `GPT.forward`."""
 
     idx: Tensor
     targets: Tensor
-    documents: Tensor | None = None
+    cu_seqlens: Tensor | None = None
 
     @property
     def counted(self) -> int:
@@ -46,15 +46,15 @@ class Batch:
     @property
     def places(self) -> Tensor:
         """(B, T) int64, the place of each token in its document, from 0; without documents in its row."""
-        if self.documents is None:
+        if self.cu_seqlens is None:
             return torch.arange(self.idx.shape[1], device=self.idx.device).expand_as(self.idx)
-        begins = self.documents[:-1].long().repeat_interleave(self.documents.long().diff())
+        begins = self.cu_seqlens[:-1].long().repeat_interleave(self.cu_seqlens.long().diff())
         return (torch.arange(len(begins), device=begins.device) - begins).view_as(self.idx)
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device; a GPU copies it when it comes to it, while the host goes on."""
-        documents = None if self.documents is None else _copied_to(self.documents, device)
-        return Batch(_copied_to(self.idx, device), _copied_to(self.targets, device), documents)
+        cu_seqlens = None if self.cu_seqlens is None else _copied_to(self.cu_seqlens, device)
+        return Batch(_copied_to(self.idx, device), _copied_to(self.targets, device), cu_seqlens)
 
 
 def _copied_to(x: Tensor, device: torch.device) -> Tensor:

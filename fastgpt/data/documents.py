@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt.data.batches import Packed, Stream, Tokens, unigram_entropy
 from fastgpt.data.packing import Integers
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt.tokenizer import Tokenizer
 
 _ENTROPY_TOKENS = 1 << 24  # enough for the entropy
 
@@ -37,14 +37,14 @@ class Documents:
         return Stream(self.tokens, **sizes)
 
 
-def are_packed(packing: str, records: bool, tokenizer: ByteTokenizer | BPETokenizer) -> bool:
+def are_packed(packing: str, records: bool, tokenizer: Tokenizer) -> bool:
     """Whether texts are read as packed documents: as `packing` says, and where it is "auto" those of records, if the
     tokenizer can mark their ends.
     """
     return packing == "documents" or (packing == "auto" and records and tokenizer.end_of_text is not None)
 
 
-def encode_documents(texts: list[str], tokenizer: ByteTokenizer | BPETokenizer, *, ended: bool) -> Documents:
+def encode_documents(texts: list[str], tokenizer: Tokenizer, *, ended: bool) -> Documents:
     """Documents with an end of text behind each; or, where they are not to be told apart, their text.
 
     Raises ValueError for a tokenizer without an end of text.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+PACKINGS = ("auto", "documents", "stream")  # how documents become batches
 Integers = NDArray[np.int64]
 
 

@@ -38,7 +38,7 @@ from fastgpt.atomic_io import (
 )
 from fastgpt.data.description import FORMAT, SPLITS, map_array, read_description, token_dtype
 from fastgpt.json_io import dumps
-from fastgpt.tokenizer import FILE, BPETokenizer, ByteTokenizer, load_tokenizer
+from fastgpt.tokenizer import FILE, Tokenizer, load_tokenizer
 
 SHARD_TOKENS = 1 << 27  # a shard is closed behind the document that reaches so many: 256 MiB of uint16
 _STATE = "dataset.json"
@@ -98,14 +98,14 @@ class TokenDataset:
         path: Path,
         facts: dict[str, Any],
         splits: dict[str, TokenSplit],
-        tokenizer: ByteTokenizer | BPETokenizer,
+        tokenizer: Tokenizer,
     ) -> None:
         self.path = path
         self.facts = facts
         self._splits = splits
         self._tokenizer = tokenizer
 
-    def tokenizer(self) -> ByteTokenizer | BPETokenizer:
+    def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
         return self._tokenizer
 
@@ -181,7 +181,7 @@ class DatasetWriter:
     def __init__(
         self,
         out: str | Path,
-        tokenizer: ByteTokenizer | BPETokenizer,
+        tokenizer: Tokenizer,
         *,
         seed: int = 0,
         shard_tokens: int = SHARD_TOKENS,

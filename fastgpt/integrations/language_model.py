@@ -23,8 +23,9 @@ from transformers.loss import loss_utils
 
 from fastgpt import functional, ops
 from fastgpt.functional import goes_to_pytorch, plain_reason
-from fastgpt.integrations.replacement import Replacement, can_fuse
+from fastgpt.integrations.replacement import Replacement
 from fastgpt.ops._checks import no_float64_on_gpu_backends
+from fastgpt.ops._modules import is_unmodified
 
 _FEW = 7 / 8  # below this share of rows that count, those are taken out first
 
@@ -201,7 +202,10 @@ def with_fused_loss(
         as_dict = self.config.return_dict if as_dict is None else as_dict
         # A tuple without logits would be read as if they were there; a loss of the user's own is the user's.
         ours = (
-            as_dict and "_loss_function" not in vars(self) and isinstance(layer, LossHead) and can_fuse(layer)
+            as_dict
+            and "_loss_function" not in vars(self)
+            and isinstance(layer, LossHead)
+            and is_unmodified(layer, called=True)
         )
         if labels is None or not ours or (rest is not None and kwargs.get(rest[0]) is None):
             return forward(self, *args, **kwargs)

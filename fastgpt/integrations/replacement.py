@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastgpt import functional, ops
 from fastgpt.functional import goes_to_pytorch, plain_reason
 from fastgpt.ops._checks import no_float64_on_gpu_backends
+from fastgpt.ops._modules import is_unmodified
 
 
 class Replacement(nn.Module):
@@ -58,19 +59,6 @@ class Replacement(nn.Module):
     def absorbs(cls) -> tuple[str, ...]:
         """Attributes whose work its own op does as well: modules there are not called any more."""
         return ()
-
-
-# Whose hooks after a module's forward free its parameters, and leave what it returns as it is.
-_SHARDING = ("torch.distributed.", "deepspeed.")
-
-
-def can_fuse(module: Any) -> bool:
-    """Whether nobody asks for, or changes, what the module by itself computes: no hook, no forward put on it since."""
-    if not isinstance(module, nn.Module):
-        return True
-    if "forward" in vars(module) or module._backward_hooks or module._backward_pre_hooks:
-        return False
-    return all(hook.__module__.startswith(_SHARDING) for hook in module._forward_hooks.values())
 
 
 _DROP_IN = {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "gelu", "layer_norm"}
@@ -161,7 +149,11 @@ class OwnerOfGelu(Replacement):
         """
         layer, activation = getattr(self, self.first), getattr(self, self.then)
         approximate = approximation(activation)
-        fuses = isinstance(layer, Replacement) and can_fuse(layer) and can_fuse(activation)
+        fuses = isinstance(layer, Replacement) and all(
+            is_unmodified(module, called=True)
+            for module in (layer, activation)
+            if isinstance(module, nn.Module)
+        )
         if approximate is not None and fuses:
             return layer(x, approximate=approximate)
         return activation(layer(x))

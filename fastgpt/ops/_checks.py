@@ -170,3 +170,9 @@ def no_float64_on_gpu_backends(backend: str, dtype: torch.dtype) -> str | None:
     if backend in ("triton", "cuda") and dtype == torch.float64:
         return f"the {backend} kernels compute in float32; float64 is served by cpp and reference"
     return None
+
+
+def check_tokens(idx: Tensor) -> None:
+    """Raise ValueError unless idx is a (B, T) tensor of integers."""
+    if idx.dim() != 2 or idx.is_floating_point() or idx.is_complex() or idx.dtype == torch.bool:
+        raise ValueError(f"idx must be a (B, T) tensor of integers, not {tuple(idx.shape)} of {idx.dtype}")

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import accelerate
-from bench.cases import Case, Peer
-from bench.compare import compare
-from bench.harness import Contender, Plan, run_case
-from bench.machine import Machine
-from bench.ops import OPS
-from bench.peers import MissingError
-from bench.records import EMPTY, load, save
-from bench.scaling import exponent, fits
-from bench.train import SIZES, run_train
+from bench.harness.cases import Case, Peer
+from bench.harness.compare import compare
+from bench.harness.machine import Machine
+from bench.harness.measure import Contender, Plan, run_case
+from bench.harness.peers import MissingError
+from bench.harness.records import EMPTY, load, save
+from bench.ops.registry import OPS
+from bench.report.scaling import exponent, fits
+from bench.training import accelerate
+from bench.training.train import SIZES, run_train
 from fastgpt import ops
 from fastgpt.backends import OPS as ALL_OPS
 from tests.support.benching import ROOT, bench, validate
@@ -117,7 +117,7 @@ def test_planted_wrong_kernel_fails_the_run(op, what, machine, monkeypatch, tmp_
         return function
 
     monkeypatch.setitem(OPS, op, changed(op, ours=wrong))
-    monkeypatch.setattr("bench.machine.Machine._measure_roofs", lambda self, dtype: (1e10, 1e11))
+    monkeypatch.setattr("bench.harness.machine.Machine._measure_roofs", lambda self, dtype: (1e10, 1e11))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     peer = OPS[op].peers[0].name
     code = cli.main(

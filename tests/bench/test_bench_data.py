@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.data import measure, table
+from bench.training.data import measure, table
 
 
 @pytest.mark.slow

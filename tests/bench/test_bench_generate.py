@@ -2,10 +2,10 @@
 
 import pytest
 
-from bench import generate
-from bench.harness import Plan
-from bench.machine import Machine
-from fastgpt.kv_cache import KVCache
+from bench.harness.machine import Machine
+from bench.harness.measure import Plan
+from bench.training import generate
+from fastgpt.generation.kv_cache import KVCache
 from tests.support.benching import validate
 
 pytestmark = pytest.mark.xdist_group("bench_generate")  # whose fixtures are made once

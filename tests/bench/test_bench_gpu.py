@@ -9,8 +9,8 @@ import torch
 
 from bench import __main__ as cli
 from bench import gpu
-from bench.ops import OPS
-from bench.records import load
+from bench.harness.records import load
+from bench.ops.registry import OPS
 from tests.support.benching import ROOT, bench, validate
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from bench.harness import Contender, ratio, summary
-from bench.machine import percentile
+from bench.harness.machine import percentile
+from bench.harness.measure import Contender, ratio, summary
 from tests.support.benching import ROOT
 
 
@@ -32,7 +32,7 @@ def test_ratio_is_a_peers_time_over_the_fastest_of_ours():
 
 def test_host_time_of_the_triton_ops_can_be_measured():
     pytest.importorskip("triton")
-    command = "from bench import overhead; overhead.ROUNDS, overhead.CALLS = 1, 2; overhead.main('launchers')"
+    command = "from bench.harness import overhead; overhead.ROUNDS, overhead.CALLS = 1, 2; overhead.main('launchers')"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True

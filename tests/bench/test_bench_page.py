@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from bench import page
+from bench.report import page
 from tests.support.benching import CASES, NAMES, SCRIPT, everything
 
 

@@ -9,8 +9,10 @@ import xml.etree.ElementTree as ET
 import jsonschema
 import pytest
 
-from bench import page, plots, records, report, sheet
-from bench.headlines import digits, size, times
+from bench.harness import records
+from bench.report import page, plots, sheet
+from bench.report import write as report
+from bench.report.headlines import digits, size, times
 from tests.support.benching import (
     CASES,
     GPU,

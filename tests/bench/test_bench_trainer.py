@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.trainer import COMPARISONS, SIZES, _documents, measure, table
+from bench.training.trainer import COMPARISONS, SIZES, _documents, measure, table
 
 
 @pytest.mark.slow
@@ -30,4 +30,4 @@ def test_packed_and_padded_batches_are_of_the_same_documents():
     packed, padded = _documents(SIZES["cpu"], 4)
     assert sum(batch.counted for batch in packed) > 0.95 * sum(batch.targets.numel() for batch in packed)
     assert all(batch.counted < batch.targets.numel() for batch in padded)
-    assert all(batch.documents is None and batch.idx.shape[0] == 8 for batch in padded)
+    assert all(batch.cu_seqlens is None and batch.idx.shape[0] == 8 for batch in padded)

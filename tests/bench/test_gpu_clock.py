@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bench import gpu_clock
-from bench.gpu_clock import ATTEMPTS, GpuClock
+from bench.harness import gpu_clock
+from bench.harness.gpu_clock import ATTEMPTS, GpuClock
 
 TICKS = 1e9  # of the device, a second
 FLUSH = 1e-4  # seconds that overwriting the cache takes

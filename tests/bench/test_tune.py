@@ -16,7 +16,7 @@ import triton
 
 import fastgpt
 from bench import __main__ as cli
-from bench import tune
+from bench.codegen import tune
 from fastgpt import ops
 from fastgpt.kernels import gelu, tuned
 

@@ -1,6 +1,6 @@
 """Compiles the CUDA C++ kernels as a GPU would get them and reads the machine code. Needs nvcc, and no GPU.
 
-`bench.cubins` does the work; what it found of every kernel stands in bench/results/resources.json.
+`bench.codegen.cubins` does the work; what it found of every kernel stands in bench/results/resources.json.
 """
 
 import functools
@@ -16,10 +16,11 @@ import torch
 
 pytest.importorskip("triton")  # whose cuobjdump reads the machine code
 
-from bench import cubins
 from bench.__main__ import main
-from bench.resources import PATH, SHARED_PER_BLOCK
-from bench.sass import ARCHITECTURES, Instruction
+from bench.codegen import cubins
+from bench.codegen.occupancy import SHARED_PER_BLOCK
+from bench.codegen.resources import PATH
+from bench.codegen.sass import ARCHITECTURES, Instruction
 from fastgpt.ops.attention import FLOAT32_BYTES
 
 BOUNDS = {"overlapped", "serial", "bandwidth"}

@@ -240,7 +240,7 @@ def test_library_without_a_toolkit_is_taken_as_it_is(gpus):
 
 
 def test_info_says_whether_epilogues_of_cublaslt_serve(gpus, monkeypatch):
-    from fastgpt import info
+    from fastgpt import env_report as info
 
     gpus()
     assert "cublasLt      compiled without cublasLt.h" in info.report()
@@ -280,7 +280,7 @@ def test_library_that_does_not_load_is_a_reason_not_an_error(gpus, monkeypatch):
 
 
 def test_availability_and_info_say_what_is_wrong_with_cuda():
-    from fastgpt import info
+    from fastgpt import env_report as info
 
     available = fastgpt.available_backends("gelu")["cuda"]
     assert (bool(available), available.reason) == (extension.cuda_loaded(), extension.cuda_problem())

@@ -1,60 +1,59 @@
 """The house keeps its shape: imports run one way, and an op's files are found by its name."""
 
 import ast
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
-from fastgpt.backends import OPS
+import fastgpt
+from fastgpt import ops, reference
+from fastgpt.backends import OPS, SHARED_FILES
 from tests.support import every_op
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 450  # about 400
 
-# Layers, from the ground up. A module may import its own layer and those named beside it, nothing else of fastgpt.
-BASE = {"reference", "kernels", "extension", "backends", "_C"}
-ALLOWED = {
-    "reference": set(),
-    "kernels": set(),
-    "extension": {"_C"},
-    "backends": {"extension"},
-    "testing": set(),
-    "ops": {"reference", "backends"},
-    "functional": {"ops", "backends"},
-    "accelerate": {"integrations"},
-    "integrations": {"ops", "functional"},
-    "patch": {"functional"},
-    "flash_attention": {"ops", "backends"},
-    "kv_cache": set(),
-    "positions": set(),
-    "sampling": {"ops", "kv_cache", "model"},
-    "model": {
-        "ops",
-        "backends",
-        "config",
+# A module imports modules of a lower rank, or of its own, without cycles. docs/design.md shows the same table.
+RANKS = (
+    {
+        "reference",
+        "kernels",
+        "extension",
+        "device",
+        "malloc",
+        "atomic_io",
         "json_io",
-        "kv_cache",
+        "console",
+        "download",
         "options",
-        "positions",
-        "sampling",
-        "tokenizer",
-        "pretrained",
-    },
+    }
+    | {"distributed", "testing", "_C"},
+    {"backends", "env_report", "tokenizer", "tokenizer_json"},
+    {"ops", "data"},
+    {"functional", "flash_attention", "model"},
+    {"integrations", "checkpoints"},
+    {"generation", ""},  # "" is fastgpt/__init__.py
+    {"evaluation"},
+    {"training"},
+    {"cli", "train", "config", "generate"},  # the last three: deprecated names of modules
+    {"__main__"},
+)
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+SELF_CONTAINED = {"reference", "kernels"}  # import nothing else of fastgpt, not even of their rank
+# The only imports of a higher rank, each inside a function of the model: its methods for convenience, and names that
+# fastgpt.model exports too.
+UPWARD = {
+    ("fastgpt.model", "fastgpt.generation.decode"),
+    ("fastgpt.model", "fastgpt.generation.kv_cache"),
+    ("fastgpt.model", "fastgpt.generation.sampling"),
+    ("fastgpt.model", "fastgpt.checkpoints.huggingface"),
 }
-TRAINING = {
-    "ops",
-    "backends",
-    "extension",
-    "functional",
-    "model",
-    "sampling",
-    "accelerate",
-}  # and one another
 FOR_KERNELS = {"torch", "triton", "fastgpt", *sys.stdlib_module_names}
-LAZY = {"kernels", "integrations"}  # imported when they are asked for: what they need may be imported at once
-# Who may import them. `backends` asks Triton, when it is to be used, whether its driver compiles.
-OUTSIDE = {"triton": {"kernels", "backends"}, "transformers": {"integrations"}}
+# Third-party packages that few may import. `backends` asks Triton whether its driver compiles.
+RESTRICTED = {"triton": {"kernels", "backends"}, "transformers": {"integrations"}}
+LAZY = {"kernels", "integrations"}  # imported on demand: they may import those packages at their top level
 
 
 def layer(module):
@@ -62,8 +61,22 @@ def layer(module):
     return [*module.split("."), ""][1]
 
 
+def modules(*folders):
+    """Yield (path, module name) of every Python file of some packages."""
+    for folder in folders or ("fastgpt", "kernels/triton", "bench"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.is_relative_to(ROOT / "fastgpt" / "kernels"):  # a link, in some checkouts
+                continue
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            package = "fastgpt.kernels" if folder == "kernels/triton" else folder
+            yield path, ".".join([package, *(part for part in parts if part != "__init__")])
+
+
+MODULES = {module for _, module in modules()}
+
+
 def imports(source, module, is_package):
-    """(imported module, whether at the module's top level) of every import, those inside functions included."""
+    """Yield (imported module, whether at the module's top level) of every import, those inside functions included."""
     tree = ast.parse(source)
     inner = {
         id(node)
@@ -80,55 +93,99 @@ def imports(source, module, is_package):
             if node.level:
                 parents = module.split(".")[: len(module.split(".")) - node.level + is_package]
                 base = ".".join([*parents, *filter(None, [base])])
-            yield from ((f"{base}.{name.name}", top) for name in node.names)
+            for name in node.names:
+                full = f"{base}.{name.name}"
+                is_name = full not in MODULES and base in MODULES and base != "fastgpt"
+                yield (base if is_name else full), top
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("import_module", "__import__"):
             first = node.args[0] if node.args else None
             if isinstance(first, ast.Constant):
                 yield first.value, top
 
 
-def allowed(importer, imported):
-    """Whether a module of one layer of fastgpt may import one of another."""
-    if importer == imported or importer == "":
+def allowed(importer, imported, top):
+    """Whether a module of fastgpt may import another, at its top level or inside a function."""
+    ours, theirs = layer(importer), layer(imported)
+    if imported == "fastgpt" or theirs not in RANK:  # a name of fastgpt/__init__.py
+        theirs = ""
+    if ours == theirs:
         return True
-    if importer in ALLOWED:
-        return imported in ALLOWED[importer]
-    return imported in TRAINING or (imported not in BASE and imported not in ALLOWED)
+    if (importer, imported) in UPWARD and not top:
+        return True
+    return RANK[theirs] <= RANK[ours] and ours not in SELF_CONTAINED
 
 
 def violations(source, module, is_package=False):
-    """Every import of a module that breaks a rule, as a sentence."""
+    """Yield every import of a module that breaks a rule, as a message."""
     importer = layer(module)
     for imported, top in imports(source, module, is_package):
         package = imported.split(".")[0]
-        if package in OUTSIDE and importer not in OUTSIDE[package]:
+        restricted = package in RESTRICTED and module.startswith("fastgpt")
+        if restricted and importer not in RESTRICTED[package]:
             yield f"{module} imports {imported}"
-        elif package in OUTSIDE and top and importer not in LAZY:
+        elif restricted and top and importer not in LAZY:
             yield f"{module} imports {imported} at its top level"
         elif (
             package == "kernels"
-            or (package == "fastgpt" and not allowed(importer, layer(imported)))
+            or (package == "fastgpt" and module.startswith("fastgpt") and not allowed(module, imported, top))
+            or (package in ("bench", "tests") and module.startswith("fastgpt"))
             or (importer == "kernels" and package not in FOR_KERNELS)
         ):
             yield f"{module} imports {imported}"
 
 
-def modules():
-    """(path, module name) of every Python file of the package."""
-    for folder, package in ((ROOT / "fastgpt", "fastgpt"), (ROOT / "kernels" / "triton", "fastgpt.kernels")):
-        for path in sorted(folder.rglob("*.py")):
-            parts = path.relative_to(folder).with_suffix("").parts
-            yield path, ".".join([package, *(part for part in parts if part != "__init__")])
+def cycles(edges):
+    """Return the strongly connected components of more than one module (Tarjan 1972)."""
+    order, low, stack, found = {}, {}, [], []
+
+    def visit(module):
+        order[module] = low[module] = len(order)
+        stack.append(module)
+        for imported in edges.get(module, ()):
+            if imported not in order:
+                visit(imported)
+            if imported in stack:
+                low[module] = min(low[module], low[imported])
+        if low[module] == order[module]:
+            component = stack[stack.index(module) :]
+            del stack[stack.index(module) :]
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for module in edges:
+        if module not in order:
+            visit(module)
+    return found
 
 
 def test_imports_run_one_way():
     found = [
-        sentence
+        message
         for path, module in modules()
-        for sentence in violations(path.read_text(), module, path.name == "__init__.py")
+        for message in violations(path.read_text(), module, path.name == "__init__.py")
     ]
     assert not found, "\n".join(found)
-    assert len(list(modules())) > 30
+    assert len(MODULES) > 100
+
+
+def test_no_modules_import_each_other():
+    """Over all imports, those inside functions and for type checkers included; all but the model's upward ones."""
+    edges = {}
+    for path, module in modules():
+        wanted = {name for name, _ in imports(path.read_text(), module, path.name == "__init__.py")}
+        edges[module] = {name for name in wanted & MODULES if name != module and (module, name) not in UPWARD}
+    assert sum(map(len, edges.values())) > 300
+    assert not cycles(edges)
+
+
+def test_cycles_are_found():
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
+    assert not cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_every_module_has_a_rank():
+    assert {layer(module) for _, module in modules("fastgpt", "kernels/triton")} <= set(RANK)
+    assert len(RANK) == sum(map(len, RANKS))
 
 
 @pytest.mark.parametrize(
@@ -136,28 +193,26 @@ def test_imports_run_one_way():
     [
         ("fastgpt.reference.gelu", "from fastgpt import ops"),
         ("fastgpt.reference.gelu", "import fastgpt.backends"),
+        ("fastgpt.reference.gelu", "from fastgpt import extension"),
         ("fastgpt.reference.gelu", "from ..ops import gelu"),
         ("fastgpt.kernels.gelu", "from fastgpt.reference import gelu"),
         ("fastgpt.kernels.gelu", "import numpy"),
         ("fastgpt.ops.gelu", "from fastgpt.functional import gelu"),
-        ("fastgpt.ops.gelu", "def f():\n    from fastgpt.kernels import gelu"),
-        ("fastgpt.ops.gelu", "import importlib\nimportlib.import_module('fastgpt.kernels.gelu')"),
         ("fastgpt.ops.gelu", "import triton"),
         ("fastgpt.ops.gelu", "def f():\n    import triton.language as tl"),
         ("fastgpt.ops.gelu", "from kernels.triton import gelu"),
+        ("fastgpt.ops.gelu", "import importlib\nimportlib.import_module('fastgpt.functional')"),
         ("fastgpt.backends", "from fastgpt import ops"),
-        ("fastgpt.functional", "from fastgpt import model"),
-        ("fastgpt.functional", "from fastgpt.reference import gelu"),
-        ("fastgpt.model", "from fastgpt.kernels.gelu import gelu_fwd"),
-        ("fastgpt.model", "from fastgpt import functional as F"),
-        ("fastgpt.model", "from fastgpt.train import train"),
+        ("fastgpt.functional", "from fastgpt import accelerate"),
+        ("fastgpt.model", "from fastgpt.generation.decode import generate"),
+        ("fastgpt.model", "def f():\n    from fastgpt.checkpoints.load import open_model"),
+        ("fastgpt.model", "from fastgpt.training.trainer import train"),
         ("fastgpt.model", "def f():\n    import transformers"),
-        ("fastgpt.train", "from fastgpt import reference"),
-        ("fastgpt.cli", "from fastgpt._C import build_info"),
-        ("fastgpt.accelerate", "import transformers"),
-        ("fastgpt.accelerate", "def f():\n    import transformers"),
-        ("fastgpt.integrations.gpt2", "from fastgpt.model import GPT"),
         ("fastgpt.model", "from fastgpt.integrations import gpt2"),
+        ("fastgpt.evaluation.perplexity", "from fastgpt.training.config import TrainConfig"),
+        ("fastgpt.checkpoints.native", "from fastgpt.generation.text import generate"),
+        ("fastgpt.training.trainer", "from bench.harness import machine"),
+        ("fastgpt.training.trainer", "import transformers"),
     ],
 )
 def test_planted_violation_is_caught(module, source):
@@ -169,8 +224,10 @@ def test_planted_violation_is_caught(module, source):
     [
         ("fastgpt.ops.gelu", "from fastgpt import reference\nfrom fastgpt.ops._library import define"),
         ("fastgpt.kernels.gelu", "import triton\nfrom fastgpt.kernels.common import tile"),
-        ("fastgpt.train", "from fastgpt.model import GPT\nfrom fastgpt.data import load"),
+        ("fastgpt.training.trainer", "from fastgpt.model import GPT\nfrom fastgpt.data import load_corpus"),
         ("fastgpt.integrations.gpt2", "import transformers\nfrom fastgpt import functional, ops"),
+        ("fastgpt.model", "def f():\n    from fastgpt.generation.decode import generate"),
+        ("bench.gpu", "import transformers\nfrom fastgpt.model import GPT"),
     ],
 )
 def test_arrows_of_the_design_are_allowed(module, source):
@@ -178,8 +235,8 @@ def test_arrows_of_the_design_are_allowed(module, source):
 
 
 def stem(op):
-    """bias_gelu lives with gelu."""
-    return "gelu" if op == "bias_gelu" else op
+    """The name of an op's files."""
+    return SHARED_FILES.get(op, op)
 
 
 def formula_stem(op):
@@ -190,7 +247,7 @@ def formula_stem(op):
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_found_by_its_name(op):
     home = formula_stem(op)
-    files = [f"fastgpt/ops/{stem(op)}.py", f"tests/ops/test_{stem(op)}.py", f"bench/bench_{stem(op)}.py"]
+    files = [f"fastgpt/ops/{stem(op)}.py", f"tests/ops/test_{stem(op)}.py", f"bench/ops/bench_{stem(op)}.py"]
     files += [f"fastgpt/reference/{'attention' if op == 'attention_varlen' else home}.py"]
     if op != "mlp":  # which is made of the kernels of linear and linear_gelu
         files += [f"kernels/triton/{op if op == 'linear_gelu' else home}.py", f"csrc/cpu/{home}.cpp"]
@@ -224,3 +281,43 @@ def test_names_of_tests_are_short():
 
 def test_every_op_has_a_case_for_the_tests_that_take_them_all():
     assert {name.partition(",")[0] for name in every_op.NAMES} == set(OPS)
+
+
+def test_every_op_is_exported():
+    assert set(ops.__all__) == set(OPS) == set(reference.__all__) - {"dropout_keep"}
+
+
+# The import paths that users rely on.
+PUBLIC = {
+    "fastgpt": "accelerate restore use_backend explain available_backends patch_functional functional ops "
+    "Availability BackendUnavailable Explanation",
+    "fastgpt.functional": "gelu cross_entropy scaled_dot_product_attention layer_norm linear",
+    "fastgpt.model": "GPT GPTConfig KVCache sampling_distribution",
+    "fastgpt.testing": "check_error_rule run_with_gradients",
+    "fastgpt.flash_attention": "",
+    "fastgpt.tokenizer": "Tokenizer ByteTokenizer BPETokenizer load_tokenizer make_tokenizer",
+    "fastgpt.backends": "OPS BACKENDS select use_backend explain available_backends",
+    "fastgpt.data": "load_corpus open_dataset encode_documents Batch Packed Repeats",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_import_path_works(module):
+    found = importlib.import_module(module)
+    assert not [name for name in PUBLIC[module].split() if not hasattr(found, name)]
+    assert callable(fastgpt.accelerate)
+
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("fastgpt.train", "train", "fastgpt.training.trainer"),
+        ("fastgpt.config", "TrainConfig", "fastgpt.training.config"),
+        ("fastgpt.generate", "generate", "fastgpt.generation.text"),
+    ],
+)
+def test_old_path_warns_and_works(old, name, new, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(FutureWarning, match=f"{old} moved to {new}"):
+        module = importlib.import_module(old)
+    assert getattr(module, name) is getattr(importlib.import_module(new), name)

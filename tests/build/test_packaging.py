@@ -59,7 +59,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
         paths = (path for path in base.rglob("*") if path.suffix in (".py", ".toml"))
         wanted |= {f"{package}/{path.relative_to(base).as_posix()}" for path in paths}
     assert {"fastgpt/ops/gelu.py", "fastgpt/reference/gelu.py", "fastgpt/kernels/gelu.py"} <= wanted
-    assert "fastgpt/tasks/templates/code.toml" in wanted
+    assert "fastgpt/evaluation/tasks/templates/code.toml" in wanted
     assert {name for name in names if ".dist-info/" not in name} == wanted
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -84,8 +84,8 @@ def test_change_without_a_base_is_that_of_the_last_hours(tmp_path, monkeypatch, 
             assert affected.main() == 0
             out, err = capsys.readouterr()
             assert out == "" and "too short to tell" in err
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench" / "tune.py").touch()  # not committed
+    (tmp_path / "bench" / "codegen").mkdir(parents=True)
+    (tmp_path / "bench" / "codegen" / "tune.py").touch()  # not committed
     assert affected.main() == 0
     tests = capsys.readouterr().out.split()
     assert {"tests/ops/test_gelu.py", "tests/build/test_packaging.py", "tests/bench/test_tune.py"} <= set(

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time, as a GPU would get them, and reads what came out. Needs no GPU.
 
-`bench.resources` does the work, in processes of their own: Triton's interpreter, in which all other tests run,
+`bench.codegen.resources` does the work, in processes of their own: Triton's interpreter, in which all other tests run,
 and its compiler exclude each other. What it found for every configuration stands in bench/results/resources.json.
 """
 
@@ -18,9 +18,10 @@ import pytest
 pytest.importorskip("triton")
 
 from bench.__main__ import main
-from bench.launches import configurations
-from bench.resources import PATH, SHARED_PER_BLOCK, in_order, table
-from bench.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
+from bench.codegen.launches import configurations
+from bench.codegen.occupancy import SHARED_PER_BLOCK
+from bench.codegen.resources import PATH, in_order, table
+from bench.codegen.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
 
 pytestmark = pytest.mark.xdist_group("triton_compile")  # whose fixtures are made once
 
@@ -28,8 +29,8 @@ ROOT = Path(__file__).parents[2]
 BOUNDS = {"overlapped", "serial", "bandwidth"}
 COMPILE = """
 import json, triton
-from bench.launches import configurations
-from bench.resources import resources
+from bench.codegen.launches import configurations
+from bench.codegen.resources import resources
 if __name__ == "__main__":
     chosen = [c for c in configurations() if {chosen}]
     records = [record for found in resources(chosen, {architectures}) for record in found]
@@ -41,7 +42,7 @@ def compiled(chosen, architectures, tmp_path, root=ROOT):
     """The records of the configurations c for which an expression holds; compiled once for the same sources."""
     import triton
 
-    sources = [root / "bench" / f"{name}.py" for name in ("launches", "resources", "sass")]
+    sources = [*(root / "bench" / "codegen").glob("*.py")]
     kernels = root / ("kernels/triton" if root == ROOT else "fastgpt/kernels")
     parts = [triton.__version__, chosen, *architectures, *(p.read_text() for p in sources), *(
         path.read_text() for path in sorted(kernels.glob("*.py"))

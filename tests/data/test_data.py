@@ -112,7 +112,7 @@ def test_unigram_entropy_of_known_distributions():
 
 
 def test_a_batch_goes_to_a_gpu_without_the_host_waiting():
-    batch = Batch(*(torch.arange(6).view(2, 3) for _ in range(2)), documents=torch.tensor([0, 6]))
+    batch = Batch(*(torch.arange(6).view(2, 3) for _ in range(2)), cu_seqlens=torch.tensor([0, 6]))
     pinned, copied = [], []
 
     def pin(x):

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig, read_toml
 from fastgpt.data import (
     PrepareConfig,
     files,
@@ -28,9 +27,10 @@ from fastgpt.data import (
     read_text,
 )
 from fastgpt.data.formats import format_of
-from fastgpt.generate import read_prompts
-from fastgpt.material import open_material
-from fastgpt.tasks.examples import read_examples
+from fastgpt.evaluation.tasks.examples import read_examples
+from fastgpt.generation.text import read_prompts
+from fastgpt.training.config import TrainConfig, read_toml
+from fastgpt.training.datasets import open_material
 
 TEXTS = [
     f"Text {i}, with a “quote”, a comma;\ta tab\nand {i} lines {{}}[]\\ of naïve שלום 😀" for i in range(14)

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
 from fastgpt.data import PrepareConfig, load_corpus, load_documents, open_dataset, prepare, read_source
-from fastgpt.material import check_source
-from fastgpt.tasks.examples import read_examples
+from fastgpt.evaluation.tasks.examples import read_examples
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.datasets import check_source
 from tests.data.test_data_formats import CONTENTS, PACKERS, TEXTS, lines, prepared
 
 

@@ -90,7 +90,7 @@ def test_processes_share_the_rows_of_a_batch(processes: int):
     for rank, part in enumerate(parts):
         assert torch.equal(part.idx, whole.idx[rank::processes])
         assert torch.equal(part.targets, whole.targets[rank::processes])
-        assert part.documents is not None and int(part.documents[-1]) == part.idx.numel()
+        assert part.cu_seqlens is not None and int(part.cu_seqlens[-1]) == part.idx.numel()
     assert sum(part.counted for part in parts) == whole.counted
 
 
@@ -127,7 +127,7 @@ def test_the_loss_of_packed_documents_is_that_of_separate_ones(position: str):
     tokens = torch.randint(50, (sum(lengths),))
     source = Packed(tokens, ends_of(lengths), batch_size=len(lengths), block_size=24)
     batch = source.even(1)[0]  # each block once, and empty ones
-    loss = model(batch.idx, batch.targets, documents=batch.documents)[1]
+    loss = model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens)[1]
     loss.backward()
     packed = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()

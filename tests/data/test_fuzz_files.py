@@ -14,14 +14,14 @@ import torch
 
 from fastgpt import tokenizer
 from fastgpt.atomic_io import fingerprint
-from fastgpt.config import TrainConfig, read_toml
 from fastgpt.data import DatasetWriter, load_documents, load_word_vectors, open_dataset, pack, unigram_entropy
 from fastgpt.data.cleaning import Rules, clean
 from fastgpt.data.report import Report
 from fastgpt.data.sources import Sources
-from fastgpt.tasks.examples import read_examples
-from fastgpt.tasks.template import parse_template
+from fastgpt.evaluation.tasks.examples import read_examples
+from fastgpt.evaluation.tasks.template import parse_template
 from fastgpt.tokenizer import BPETokenizer, load_tokenizer
+from fastgpt.training.config import TrainConfig, read_toml
 from tests.data.test_data_formats import CONTENTS, PACKERS
 from tests.model.test_tokenizer_json import bert, gpt2, llama2, llama3, t5
 from tests.support.fuzz import Case, Files, cases, check
@@ -232,7 +232,9 @@ def test_toml(tmp_path: Path, count: int):
         return TrainConfig().override(read_toml(path / "c.toml")).as_dict()
 
     fuzz({"c.toml": options.encode()}, 2 * count, tmp_path / "files", read)
-    template = (Path(tokenizer.__file__).parent / "tasks" / "templates" / "answer.toml").read_bytes()
+    template = (
+        Path(tokenizer.__file__).parent / "evaluation" / "tasks" / "templates" / "answer.toml"
+    ).read_bytes()
 
     def parse(path: Path, _: Case) -> object:
         return parse_template("answer", (path / "answer.toml").read_text("utf-8"))

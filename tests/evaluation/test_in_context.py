@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastgpt import in_context
 from fastgpt.cli import main
 from fastgpt.data import SHORTEST, Repeats
-from fastgpt.in_context import FUNCTIONS, alphabet, estimate, induction, k_shot, loss_by_position, measure
+from fastgpt.evaluation import bootstrap
+from fastgpt.evaluation.in_context import (
+    FUNCTIONS,
+    alphabet,
+    induction,
+    k_shot,
+    loss_by_position,
+    measure,
+)
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
@@ -43,16 +52,16 @@ class Copying(torch.nn.Module):
 def test_a_perfect_induction_head_scores_1_and_nothing_in_the_first_pass():
     for length in (2, 4, 32):
         score = induction(Copying(), TOKENS, length, sequences=8)
-        assert (score.second.mean, score.second.low, score.second.high) == (1, 1, 1)
-        assert score.first.mean <= 1 / (length - 1)  # the token that stands for "new" may happen to be right
+        assert (score.second.value, score.second.low, score.second.high) == (1, 1, 1)
+        assert score.first.value <= 1 / (length - 1)  # the token that stands for "new" may happen to be right
 
 
 def test_a_perfect_induction_head_looks_functions_up():
     for k in (1, 4, 16):
         assert (
-            k_shot(Copying(), TOKENS, "lookup", k, sequences=32).mean > 0.9
+            k_shot(Copying(), TOKENS, "lookup", k, sequences=32).value > 0.9
         )  # an output may be an input too
-    assert k_shot(Copying(), TOKENS, "shift", 8, sequences=64).mean < 0.2
+    assert k_shot(Copying(), TOKENS, "shift", 8, sequences=64).value < 0.2
 
 
 def test_an_untrained_model_scores_chance():
@@ -64,8 +73,8 @@ def test_an_untrained_model_scores_chance():
     assert found.chance == 1 / len(TOKENS)
     assert [item.length for item in found.induction] == [4, 8, 16, 32]
     estimates = [item.second for item in found.induction] + [item.accuracy for item in found.shots]
-    assert all(item.low <= item.mean <= item.high for item in estimates)
-    assert max(item.mean for item in estimates) < 0.1
+    assert all(item.low <= item.value <= item.high for item in estimates)
+    assert max(item.value for item in estimates) < 0.1
     assert {item.functions for item in found.shots} == set(FUNCTIONS)
     assert [item.shots for item in found.shots if item.functions == "shift"] == [0, 1, 2, 4, 8, 16]
 
@@ -82,10 +91,10 @@ def test_measurements_are_repeatable_and_leave_the_generators_alone():
 @given(st.integers(0, 40), st.integers(1, 60))
 @settings(max_examples=20, deadline=None)
 def test_intervals_are_of_the_right_width(ones: int, zeros: int):
-    found = estimate([1.0] * ones + [0.0] * zeros)
+    found = bootstrap.mean([1.0] * ones + [0.0] * zeros)
     n, p = ones + zeros, ones / (ones + zeros)
-    assert found.mean == pytest.approx(p)
-    assert found.low <= found.mean <= found.high
+    assert found.value == pytest.approx(p)
+    assert found.low <= found.value <= found.high
     expected = min(1.0, 2 * 1.96 * (p * (1 - p) / n) ** 0.5)  # an interval of shares is no wider than 1
     assert found.high - found.low == pytest.approx(expected, abs=0.5 / n**0.5)
 
@@ -147,6 +156,11 @@ def test_an_alphabet_or_a_block_that_is_too_small_is_refused():
         measure(model, TOKENS[:15])
 
 
+def draw(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "examples" / "induction_curves.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+
+
 def test_the_command_measures_draws_and_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture):
     run = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=32", "--batch-size=4", "--max-steps=2"]
     out = str(tmp_path / "run")
@@ -173,13 +187,13 @@ def test_the_command_measures_draws_and_says_what_is_missing(tmp_path: Path, cap
     assert main(arguments[:4]) == 0
     table = capsys.readouterr().out
     assert "second pass" in table and "lookup" in table and "position" not in table
-    assert in_context.main([str(tmp_path / "moment.png"), out]) == 0
+    assert draw(tmp_path / "moment.png", out).returncode == 0
     for log in ("5\n", "[" * 10**5, '{"induction": "a"}', "{"):
         (tmp_path / "odd").mkdir(exist_ok=True)
         (tmp_path / "odd" / "config.toml").write_text("n_layer = 2\n")
         (tmp_path / "odd" / "log.jsonl").write_text(log)
-        assert in_context.main([str(tmp_path / "odd.png"), str(tmp_path / "odd")]) == 2
-        assert f"error: {tmp_path / 'odd'} is not the directory of a run: " in capsys.readouterr().err
+        done = draw(tmp_path / "odd.png", tmp_path / "odd")
+        assert done.returncode and f"error: {tmp_path / 'odd'} is not the directory of a run: " in done.stderr
     assert (tmp_path / "moment.png").read_bytes().startswith(b"\x89PNG")
     assert main(["eval", "--checkpoint", out]) == 2
     assert "eval needs --data" in capsys.readouterr().err

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastgpt.tasks.embedded import embedded
-from fastgpt.tasks.examples import HELD_OUT, Example, load_examples, read_examples
-from fastgpt.tasks.metrics import METRICS, Answered, is_python, normalized, score, token_f1
-from fastgpt.tasks.template import TASKS, load_template, parse_template
+from fastgpt.evaluation.tasks.embedded import embedded
+from fastgpt.evaluation.tasks.examples import HELD_OUT, Example, load_examples, read_examples
+from fastgpt.evaluation.tasks.metrics import METRICS, Answered, is_python, normalized, score, token_f1
+from fastgpt.evaluation.tasks.template import TASKS, load_template, parse_template
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1).filter(
     str.strip

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastgpt.cli import main
-from fastgpt.generate import Continuation, generate_texts, read_prompts
+from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.text import Continuation, generate_texts, read_prompts
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
 pytestmark = pytest.mark.xdist_group("generate")  # whose fixtures are made once

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastgpt
-from fastgpt.kv_cache import KVCache
+from fastgpt.generation.decode import NOTHING
+from fastgpt.generation.kv_cache import KVCache
+from fastgpt.generation.sampling import Sampling, sampling_distribution
 from fastgpt.model import GPT, POSITIONS
-from fastgpt.sampling import NOTHING, Sampling, sampling_distribution
 from fastgpt.testing import poisoned_memory
 from tests.model.test_model import lively, tokens
 
@@ -71,21 +72,23 @@ def test_a_ragged_decoding_step_has_the_logits_of_the_row_alone(position: str):
     idx, new = tokens(3, 17), tokens(3, 1, seed=5)
     cache = KVCache(2, 24)
     with torch.no_grad():
-        model.hidden(idx, cache)
+        model.hidden_states(idx, cache)
         cache.set_lengths(lengths)
-        found = [model.hidden(new, cache)[:, 0], model.hidden(new, cache)[:, 0]]
+        found = [model.hidden_states(new, cache)[:, 0], model.hidden_states(new, cache)[:, 0]]
         for b, n in enumerate(lengths):
-            alone = model.hidden(torch.cat((idx[b, :n], new[b], new[b]))[None])[0, -2:]
+            alone = model.hidden_states(torch.cat((idx[b, :n], new[b], new[b]))[None])[0, -2:]
             torch.testing.assert_close(torch.stack((found[0][b], found[1][b])), alone, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="one token at a time, not 2"):
-        model.hidden(tokens(3, 2), cache)
+        model.hidden_states(tokens(3, 2), cache)
 
 
 def test_rows_that_have_ended_are_computed_no_more(monkeypatch: pytest.MonkeyPatch):
     """The batch of every pass, while rows end after 1, 2 and 4 tokens."""
     model, sizes, count = MODELS["learned"], [], [0, 0, 0]
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, idx, *a: sizes.append(len(idx)) or hidden(self, idx, *a))
+    hidden = GPT.hidden_states
+    monkeypatch.setattr(
+        GPT, "hidden_states", lambda self, idx, *a: sizes.append(len(idx)) or hidden(self, idx, *a)
+    )
 
     def on_token(row: int, token: int) -> bool:
         count[row] += 1
@@ -218,7 +221,7 @@ def test_memory_is_taken_as_rows_grow(monkeypatch: pytest.MonkeyPatch):
         expected = grow(**options)
         assert [len(grown(row)) for row in expected] == [4 + n for n in ends.values()]
         for block in (1, 7, 40):
-            monkeypatch.setattr("fastgpt.sampling._BLOCK", block)
+            monkeypatch.setattr("fastgpt.generation.decode._BLOCK", block)
             assert torch.equal(grow(**options), expected)
         monkeypatch.undo()
 

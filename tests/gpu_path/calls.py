@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import flash_attention, functional, ops
-from fastgpt.kv_cache import KVCache
+from fastgpt.generation.kv_cache import KVCache
 from fastgpt.model import GPT, GPTConfig
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -182,4 +182,4 @@ def generate(model: GPT, prompt: int, count: int) -> None:
     cache = KVCache(model.config.n_layer, model.config.block_size)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         for length in (prompt, *[1] * count):
-            model.hidden(torch.randint(0, 50304, (1, length), device="cuda"), cache)
+            model.hidden_states(torch.randint(0, 50304, (1, length), device="cuda"), cache)

@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.launches import MULTIPROCESSORS
+from bench.codegen.launches import MULTIPROCESSORS
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 

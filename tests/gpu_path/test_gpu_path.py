@@ -15,7 +15,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bench.resources import PATH, SHARED_PER_BLOCK
+from bench.codegen.occupancy import SHARED_PER_BLOCK
+from bench.codegen.resources import PATH
 
 pytestmark = pytest.mark.xdist_group("gpu_path")  # whose program runs once
 

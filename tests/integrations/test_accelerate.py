@@ -348,7 +348,7 @@ def test_exception_on_the_way_leaves_the_model_as_it_was(after, monkeypatch):
     model, inputs = build("GPT2LMHeadModel", attn_implementation="eager"), batch("GPT2LMHeadModel")
     classes, attributes = types(model), dict(vars(model))
     before = loss_and_gradients(model, inputs)
-    from fastgpt.accelerate import _Work
+    from fastgpt.integrations.accelerate import _Work
 
     note, calls = _Work._note, []
 

@@ -21,7 +21,7 @@ from transformers.models.bert.modeling_bert import BertForMaskedLM, BertLMHeadMo
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 import fastgpt
-from fastgpt.accelerate import _Work
+from fastgpt.integrations.accelerate import _Work
 from fastgpt.integrations.attention import attention_forward
 from tests.support.client_models import VOCAB, assert_same, batch, loss_and_gradients
 

@@ -196,7 +196,7 @@ def test_import_registers_the_name_and_changes_nothing():
         f"dump = lambda: [torch._C._dispatch_dump(name) for name in {OPERATORS}]\n"
         "before = dump()\n"
         "import fastgpt\n"
-        "import fastgpt.model, fastgpt.train\n"
+        "import fastgpt.model, fastgpt.training.trainer\n"
         "assert 'fastgpt' not in known()\n"
         "import fastgpt.flash_attention\n"
         "assert 'fastgpt' in known()\n"

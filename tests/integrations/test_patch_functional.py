@@ -8,7 +8,7 @@ import torch.nn.functional as T
 
 import fastgpt
 from fastgpt import functional
-from fastgpt.patch import NAMES
+from fastgpt.integrations.patch_functional import NAMES
 from tests.support.client_models import NanoGPT, assert_same, loss_and_gradients
 
 

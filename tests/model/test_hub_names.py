@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastgpt.checkpoints.load import open_model
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
 from fastgpt.console import Note
 from fastgpt.data import PrepareConfig, open_dataset, prepare
 from fastgpt.download import is_hub_name
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.pretrained import open_model
-from fastgpt.start import config_from
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
-from fastgpt.train import train
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.initialize import config_from
+from fastgpt.training.trainer import train
 
 TEXT = "".join(f"line {i} of a text\n" for i in range(300))
 

@@ -211,12 +211,12 @@ def test_the_order_of_tokens_matters(position: str):
 def test_only_rotary_positions_depend_on_distance_alone(position: str, unchanged: bool):
     """Eight tokens, once at positions 0-7 and once at 5-12."""
     model, idx = lively(position=position).eval(), tokens(1, 8)
-    plain = model.hidden(idx)
+    plain = model.hidden_states(idx)
     tables = {"rotary": ("cos", "sin"), "sinusoidal": ("wave",), "learned": ("wpe.weight",)}[position]
     for name in tables:
         table = model.get_parameter(name) if "." in name else model.get_buffer(name)
         table.copy_(table.roll(-5, dims=0))
-    assert torch.allclose(model.hidden(idx), plain, rtol=1e-4, atol=1e-4) is unchanged
+    assert torch.allclose(model.hidden_states(idx), plain, rtol=1e-4, atol=1e-4) is unchanged
 
 
 def test_loss_is_the_cross_entropy_of_the_logits_and_skips_ignored_targets():
@@ -249,7 +249,7 @@ def test_dropout_acts_in_training_alone_and_follows_the_seed():
     ("options", "message"),
     [
         ({"n_embd": 30, "n_head": 4}, "not divisible by n_head=4"),
-        ({"n_embd": 30, "n_head": 10, "position": "rotary"}, "even head size"),
+        ({"n_embd": 30, "n_head": 10, "position": "rotary"}, "even n_embd / n_head"),
         ({"n_embd": 33, "n_head": 3, "position": "sinusoidal"}, "even n_embd"),
         ({"n_layer": 0}, "n_layer must be at least 1 and at most 16,384, not 0"),
         ({"dropout": 1.0}, "dropout must lie in"),

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastgpt.generate import generate_texts
+from fastgpt.checkpoints.huggingface import GPT2_SIZES
+from fastgpt.checkpoints.load import open_model
+from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.text import generate_texts
 from fastgpt.model import ACTIVATIONS, GPT
-from fastgpt.pretrained import GPT2_SIZES, open_model
-from fastgpt.sampling import Sampling
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from tests.model.test_model import TINY, hugging_face_gpt2, lively, tokens
 
@@ -171,7 +172,7 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("fastgpt.tensor_files.save_file", full)
+        patch.setattr("fastgpt.checkpoints.tensor_files.save_file", full)
         with pytest.raises(
             OSError, match=r"could not be written \(No space left on device\); nothing of it remains"
         ):
@@ -256,7 +257,7 @@ def test_bytes_are_known_again_when_transformers_has_written_them(tmp_path: Path
 
 
 def test_tokenizers_that_know_more_than_the_model_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="knows 256 tokens, and the model 61: resize_vocabulary first"):
+    with pytest.raises(ValueError, match="knows 256 tokens, and the model 61: resize_token_embeddings first"):
         lively().save_pretrained(tmp_path / "model", ByteTokenizer())
     lively().save_pretrained(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
@@ -276,7 +277,7 @@ def test_resizing_keeps_rows_and_gives_new_tokens_the_mean(tied: bool, size: int
     idx, kept = tokens(2, 9) % 40, min(61, size)
     before, total = model(idx)[0], model.num_parameters()
     mean = before.mean(dim=-1)
-    model.resize_vocabulary(size, shrink=True)
+    model.resize_token_embeddings(size, shrink=True)
     after = model(idx)[0]
     assert after.shape == (2, 9, size) and model.config.vocab_size == size
     torch.testing.assert_close(after[..., :kept], before[..., :kept])
@@ -292,10 +293,8 @@ def test_resizing_keeps_rows_and_gives_new_tokens_the_mean(tied: bool, size: int
 
 def test_resizing_refuses_to_lose_tokens_unasked():
     model = lively()
-    with pytest.raises(
-        ValueError, match="40 tokens are fewer than the model's 61; to drop the last ones pass shrink"
-    ):
-        model.resize_vocabulary(40)
+    with pytest.raises(ValueError, match="40 tokens are fewer than 61: to drop the last ones pass shrink"):
+        model.resize_token_embeddings(40)
     with pytest.raises(ValueError, match="vocab_size must be at least 1, not 0"):
-        model.resize_vocabulary(0, shrink=True)
+        model.resize_token_embeddings(0, shrink=True)
     assert model.config.vocab_size == TINY["vocab_size"] == len(model.wte.weight)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 
 from fastgpt.data.bpe_dropout import BPEDropout
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer, make_tokenizer
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, make_tokenizer
 
 CORPUS = [
     "def add(a, b):\n    return a + b\n" * 20,
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
 @given(text=st.text(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_any_text_survives(tokenizer: ByteTokenizer | BPETokenizer, text: str):
+def test_any_text_survives(tokenizer: Tokenizer, text: str):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert ids.dim() == 1 and (
@@ -34,7 +34,7 @@ def test_any_text_survives(tokenizer: ByteTokenizer | BPETokenizer, text: str):
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
-def test_a_text_of_many_pieces_survives(tokenizer: ByteTokenizer | BPETokenizer):
+def test_a_text_of_many_pieces_survives(tokenizer: Tokenizer):
     for text in ("\n".join(CORPUS) * 100, "x" * 200_000, "\n" * 150_000, CORPUS[1] * 2000 + "no line end"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
@@ -53,7 +53,7 @@ def test_bpe_learns_merges_that_shorten_its_corpus():
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
-def test_a_saved_tokenizer_is_the_same(tmp_path: Path, tokenizer: ByteTokenizer | BPETokenizer):
+def test_a_saved_tokenizer_is_the_same(tmp_path: Path, tokenizer: Tokenizer):
     tokenizer.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         loaded = make_tokenizer(str(path), [], 1)
@@ -73,13 +73,13 @@ def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path: Path):
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
-def test_a_lone_surrogate_is_no_text(tokenizer: ByteTokenizer | BPETokenizer):
+def test_a_lone_surrogate_is_no_text(tokenizer: Tokenizer):
     with pytest.raises(ValueError, match="no character"):
         tokenizer.encode("a\ud800")
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
-def test_no_text_holds_the_end_of_text(tokenizer: ByteTokenizer | BPETokenizer):
+def test_no_text_holds_the_end_of_text(tokenizer: Tokenizer):
     end = tokenizer.end_of_text
     assert end is not None and 0 <= end < tokenizer.vocab_size
     assert tokenizer.words()[end] == ""

@@ -7,8 +7,8 @@ import fastgpt
 from fastgpt import backends, extension, ops
 from fastgpt import functional as F
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
-from fastgpt.train import train
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.trainer import train
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import ctypes
 import pytest
 import torch
 
-from bench import cubins
+from bench.codegen import cubins
 from tests.simt import nvcc
 from tests.simt.test_simt import SOUND, run
 

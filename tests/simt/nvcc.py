@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from bench import cubins
-from bench.machine import ROOT
+from bench.codegen import cubins
+from bench.harness.machine import ROOT
 
 FOLDER = Path(__file__).parent
 LIBRARY = ROOT / "build" / "primitives" / "primitives.so"

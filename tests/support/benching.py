@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jsonschema
 
-from bench.plots import PLOTS
+from bench.report.plots import PLOTS
 
 NAMES = tuple(PLOTS)
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from unittest import mock
 
 LONGEST = 300  # seconds
 CONTEXT = get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "fastgpt.cli", "fastgpt.train"])
+CONTEXT.set_forkserver_preload(["torch", "fastgpt.cli", "fastgpt.training.trainer"])
 
 
 def python(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:

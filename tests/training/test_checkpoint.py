@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import atomic_io, checkpoint
-from fastgpt.checkpoint import CheckpointError, open_checkpoint
-from fastgpt.config import TrainConfig
+from fastgpt import atomic_io
+from fastgpt.checkpoints import native as checkpoint
+from fastgpt.checkpoints.native import CheckpointError, open_checkpoint
 from fastgpt.model import GPT
-from fastgpt.optimization import make_optimizers
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt.training.config import TrainConfig, trained_with
+from fastgpt.training.optimizers import make_optimizers
 
 CONFIG = TrainConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, max_steps=9, warmup_steps=1)
 
@@ -41,18 +42,18 @@ def update(model: GPT, optimizer: torch.optim.Optimizer, seed: int) -> float:
 
 def save(out: Path, step: int, config: TrainConfig = CONFIG) -> Path:
     model, optimizer = trained(config)
-    return checkpoint.save(out, step, model, [optimizer], ByteTokenizer(), config, {"note": 1.5})
+    return checkpoint.save(out, step, model, [optimizer], ByteTokenizer(), config.as_dict(), {"note": 1.5})
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path, tied: bool):
     config = CONFIG.override({"tie_head": tied, "dropout": 0.1})
     model, optimizer = trained(config)
-    checkpoint.save(tmp_path, 2, model, [optimizer], ByteTokenizer(), config, {})
+    checkpoint.save(tmp_path, 2, model, [optimizer], ByteTokenizer(), config.as_dict(), {})
     expected = [update(model, optimizer, step) for step in (2, 3, 4)]
 
     opened = open_checkpoint(tmp_path)
-    assert opened.step == 2 and opened.train == config and opened.model == model.config
+    assert opened.step == 2 and trained_with(opened) == config and opened.model == model.config
     copy = opened.load_model()
     assert (copy.lm_head.weight is copy.wte.weight) is tied
     (copy_optimizer,) = make_optimizers(copy, config)
@@ -65,7 +66,7 @@ def test_a_loaded_run_goes_on_bit_for_bit(tmp_path: Path, tied: bool):
 def test_the_tokenizer_travels_along(tmp_path: Path):
     model, optimizer = trained()
     bpe = BPETokenizer.train(["hello world " * 50], 270)
-    checkpoint.save(tmp_path, 1, model, [optimizer], bpe, CONFIG, {})
+    checkpoint.save(tmp_path, 1, model, [optimizer], bpe, CONFIG.as_dict(), {})
     assert torch.equal(open_checkpoint(tmp_path).load_tokenizer().encode("hello"), bpe.encode("hello"))
 
 
@@ -147,7 +148,7 @@ def test_a_foreign_or_missing_checkpoint_is_refused_in_a_sentence(tmp_path: Path
     ]:
         state.write_text(content)
         with pytest.raises(CheckpointError, match=message):
-            open_checkpoint(tmp_path)
+            trained_with(open_checkpoint(tmp_path))
 
 
 def test_weights_of_another_model_do_not_load(tmp_path: Path):

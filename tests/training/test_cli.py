@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import fastgpt
-from fastgpt.checkpoint import open_checkpoint
+from fastgpt.checkpoints.native import open_checkpoint
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
 from fastgpt.data import DatasetWriter, Stream
-from fastgpt.evaluate import losses_by_position
-from fastgpt.generate import generate_texts
+from fastgpt.evaluation.perplexity import losses_by_position
+from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.text import generate_texts
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.sampling import Sampling
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from fastgpt.training.config import TrainConfig
 
 pytestmark = pytest.mark.xdist_group("cli")  # whose fixtures are made once
 
@@ -87,7 +87,7 @@ def test_every_field_is_an_option_and_a_toml_key(tmp_path: Path, monkeypatch: py
         },
     }
     seen: list[TrainConfig] = []
-    monkeypatch.setattr("fastgpt.train.train", lambda config, **_: seen.append(config))
+    monkeypatch.setattr("fastgpt.training.trainer.train", lambda config, **_: seen.append(config))
     flags, toml = [], []
     for item in dataclasses.fields(TrainConfig):
         value = special[item.name] if item.name in special else other[type(item.default)]
@@ -162,7 +162,7 @@ def test_eval_prints_loss_perplexity_and_loss_by_position(
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(60)]  # of 26 to 135 bytes
 
 
-def prepared(directory: Path, tokenizer: ByteTokenizer | BPETokenizer) -> str:
+def prepared(directory: Path, tokenizer: Tokenizer) -> str:
     """DOCUMENTS as a prepared dataset; every eighth is held out."""
     with DatasetWriter(directory, tokenizer, seed=0) as writer:
         for i, text in enumerate(DOCUMENTS):
@@ -347,13 +347,13 @@ def test_samples_without_number_are_made_as_they_are_read(tmp_path: Path):
 def test_memory_that_there_is_not_is_one_message(
     fail: Callable[[], object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setattr("fastgpt.info.main", lambda **_: fail())
+    monkeypatch.setattr("fastgpt.env_report.main", lambda **_: fail())
     assert main(["info"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("fastgpt: error: there is not enough memory; ") and error.count("\n") == 1
 
 
 def test_another_runtime_error_is_no_message(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("fastgpt.info.main", lambda **_: torch.zeros(2) @ torch.zeros(3))
+    monkeypatch.setattr("fastgpt.env_report.main", lambda **_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         main(["info"])

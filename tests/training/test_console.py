@@ -114,7 +114,7 @@ def test_a_broken_pipe_of_something_else_is_an_error(
     def broken(**_: object) -> None:
         raise BrokenPipeError(32, "Broken pipe", "socket")
 
-    monkeypatch.setattr("fastgpt.info.main", broken)
+    monkeypatch.setattr("fastgpt.env_report.main", broken)
     assert main(["info"]) == 2
     assert capsys.readouterr().err == "fastgpt: error: socket: Broken pipe\n"
 

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint
+from fastgpt.checkpoints import native as checkpoint
+from fastgpt.checkpoints.load import open_model
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
-from fastgpt.evaluate import evaluate
-from fastgpt.generate import continue_texts
+from fastgpt.evaluation.perplexity import evaluate
+from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.text import continue_texts
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.optimization import make_optimizers
-from fastgpt.pretrained import open_model
-from fastgpt.sampling import Sampling
-from fastgpt.start import config_from
-from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
-from fastgpt.train import Run, train
+from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.initialize import config_from
+from fastgpt.training.optimizers import make_optimizers
+from fastgpt.training.trainer import Run, train
 
 SMALL = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32}
 
@@ -110,7 +110,7 @@ def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
                     }
         validation = {"step": step, "loss": 3.0, "best_step": step, "best_loss": 3.0, "since_best": 0}
         extra = {"data": "", "validation": validation, "scaler": {}}
-        checkpoint.save(Path(config.out), step, model, optimizers, ByteTokenizer(), config, extra)
+        checkpoint.save(Path(config.out), step, model, optimizers, ByteTokenizer(), config.as_dict(), extra)
         spoil(model, request.param)
     model.save_pretrained(tmp_path / "gpt2", ByteTokenizer())
     return tmp_path
@@ -176,9 +176,7 @@ def test_options_that_are_no_numbers_are_refused():
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer.train(["some text " * 9], 270)])
-def test_padding_of_a_vocabulary_is_never_chosen(
-    tokenizer: ByteTokenizer | BPETokenizer, tmp_path: Path, options: dict
-):
+def test_padding_of_a_vocabulary_is_never_chosen(tokenizer: Tokenizer, tmp_path: Path, options: dict):
     known = tokenizer.vocab_size
     model = GPT(GPTConfig(known + 64, **SMALL)).eval()
     with torch.no_grad():  # the likeliest tokens by far
@@ -198,7 +196,7 @@ def test_padding_of_a_vocabulary_is_never_chosen(
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPETokenizer.train(["some text " * 9], 270)])
-def test_ids_outside_a_vocabulary_decode_to_no_text(tokenizer: ByteTokenizer | BPETokenizer):
+def test_ids_outside_a_vocabulary_decode_to_no_text(tokenizer: Tokenizer):
     ids = tokenizer.encode("some").tolist()
     odd = [-1, *ids, tokenizer.vocab_size, 1 << 40, -(1 << 40)]
     assert tokenizer.decode(torch.tensor(odd)) == "some"

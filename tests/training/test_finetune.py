@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint
+from fastgpt.checkpoints import native as checkpoint
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
 from fastgpt.data.batches import IGNORED
-from fastgpt.material import open_material
-from fastgpt.start import config_from
-from fastgpt.tasks.evaluate import evaluate_task
-from fastgpt.tasks.examples import load_examples
-from fastgpt.tasks.template import TASKS, load_template
+from fastgpt.evaluation.tasks.evaluate import evaluate_task
+from fastgpt.evaluation.tasks.examples import load_examples
+from fastgpt.evaluation.tasks.template import TASKS, load_template
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
-from fastgpt.train import train
+from fastgpt.training.config import TrainConfig, trained_with
+from fastgpt.training.datasets import open_material
+from fastgpt.training.initialize import config_from
+from fastgpt.training.trainer import train
 
 pytestmark = pytest.mark.xdist_group("finetune")  # whose fixtures are made once
 
@@ -83,9 +83,11 @@ def test_the_loss_is_on_answers_and_ends_of_text_alone(options: dict, examples: 
     for source, some in ((material.train, split.train), (material.val, split.held_out)):
         counted, seen = [], []
         for batch in source.even(100, slice(None)):
-            assert batch.documents is not None
+            assert batch.cu_seqlens is not None
             idx, targets = batch.idx.flatten(), batch.targets.flatten()
-            for start, stop in zip(batch.documents[:-1].tolist(), batch.documents[1:].tolist(), strict=True):
+            for start, stop in zip(
+                batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True
+            ):
                 wanted = targets[start:stop]
                 wanted = wanted[wanted != IGNORED]
                 if len(wanted):
@@ -177,7 +179,7 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(options: dict, tmp_path
         x for x in losses(options["out"]) if x[1] == "train_loss"
     ]
     assert losses(part)[-1] == losses(options["out"])[-1]
-    assert checkpoint.open_checkpoint(part).train.task == "answer"
+    assert trained_with(checkpoint.open_checkpoint(part)).task == "answer"
 
 
 # ---- answers ----

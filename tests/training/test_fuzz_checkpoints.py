@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from fastgpt import checkpoint
 from fastgpt.atomic_io import fingerprint
-from fastgpt.checkpoint import open_checkpoint
-from fastgpt.config import TrainConfig
-from fastgpt.optimization import make_optimizers
-from fastgpt.pretrained import open_model
-from fastgpt.runlog import RunLog
+from fastgpt.checkpoints import native as checkpoint
+from fastgpt.checkpoints.load import open_model
+from fastgpt.checkpoints.native import open_checkpoint
 from fastgpt.tokenizer import ByteTokenizer
+from fastgpt.training.config import TrainConfig, trained_with
+from fastgpt.training.metrics_log import RunLog
+from fastgpt.training.optimizers import make_optimizers
 from tests.data.test_fuzz_files import COUNTS, _nothing_outside_is_touched, fuzz  # noqa: F401  (a fixture)
 from tests.support.fuzz import Case, Files
 from tests.training.test_untrusted_checkpoint import format_1, trained
@@ -34,7 +34,7 @@ def contents(directory: Path) -> Files:
 
 def saved(directory: Path) -> Path:
     model, optimizers = trained(CONFIG)
-    return checkpoint.save(directory, 3, model, optimizers, ByteTokenizer(), CONFIG, {})
+    return checkpoint.save(directory, 3, model, optimizers, ByteTokenizer(), CONFIG.as_dict(), {})
 
 
 def in_parts(path: Path) -> None:
@@ -69,7 +69,7 @@ def use(path: Path) -> object:
     opened = open_checkpoint(path)
     opened.load_tokenizer()
     model = opened.load_model()
-    optimizers = make_optimizers(model, opened.train)
+    optimizers = make_optimizers(model, trained_with(opened))
     opened.load_training(model, optimizers)
     idx = torch.zeros(1, 2, dtype=torch.int64)
     model(idx, idx)[1].backward()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import checkpoint, launch
-from fastgpt.checkpoint import CheckpointError, open_checkpoint
+from fastgpt import distributed
+from fastgpt.checkpoints import native as checkpoint
+from fastgpt.checkpoints.native import CheckpointError, open_checkpoint
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
-from fastgpt.start import config_from
-from fastgpt.train import train
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.initialize import config_from
+from fastgpt.training.trainer import train
 
 
 @pytest.fixture
@@ -185,7 +186,7 @@ def test_the_cause_of_processes_that_do_not_meet(
     monkeypatch.setenv("MASTER_PORT", "7")
     with (
         pytest.raises(RuntimeError if message is None else OSError, match=message),
-        launch.naming_the_cause(2),
+        distributed._naming_the_cause(2),
     ):
         raise RuntimeError(text)
 
@@ -196,6 +197,6 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         ValueError, match="LOCAL_RANK is 1 and this machine has 1 GPUs: start at most 1 processes"
     ):
-        launch.local_gpu(1)
+        distributed._local_gpu(1)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert launch.local_gpu(1) == 0 and os.environ["LOCAL_RANK"] == "0"
+    assert distributed._local_gpu(1) == 0 and os.environ["LOCAL_RANK"] == "0"

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import checkpoint
 from fastgpt.atomic_io import AtomicDirectory
+from fastgpt.checkpoints import native as checkpoint
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
 from fastgpt.data import PrepareConfig, prepare
-from fastgpt.lock import NAME, DirectoryLock, is_locked
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.start import config_from
 from fastgpt.tokenizer import ByteTokenizer
-from fastgpt.train import train
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.directory_lock import NAME, DirectoryLock, is_locked
+from fastgpt.training.initialize import config_from
+from fastgpt.training.trainer import train
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 def holder(directory: Path, after: str = "") -> subprocess.Popen:
     """A process that has the lock of a directory, and waits."""
-    script = "import sys, time; from pathlib import Path; from fastgpt.lock import DirectoryLock\n"
+    script = "import sys, time; from pathlib import Path; from fastgpt.training.directory_lock import DirectoryLock\n"
     script += f"lock = DirectoryLock(Path(sys.argv[1]))\n{after}\nprint('locked', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(directory)], stdout=subprocess.PIPE, text=True
@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path: Path, monkeypatch: p
     def flock(descriptor: int, operation: int) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("fastgpt.lock.fcntl.flock", flock)
+    monkeypatch.setattr("fastgpt.training.directory_lock.fcntl.flock", flock)
     said: list[str] = []
     DirectoryLock(tmp_path / "out", said.append).release()
     assert len(said) == 1 and "cannot be locked (Operation not supported)" in said[0]

@@ -17,17 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint, heap
-from fastgpt.checkpoint import CheckpointError
+from fastgpt import malloc as heap
+from fastgpt.checkpoints import native as checkpoint
+from fastgpt.checkpoints.native import CheckpointError
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig, resolve_device, resolve_dtype
 from fastgpt.data import Batch, Stream
-from fastgpt.generate import generate
+from fastgpt.device import resolve_device, resolve_dtype
+from fastgpt.generation.text import generate
 from fastgpt.model import GPT
-from fastgpt.optimization import learning_rate, make_optimizers
-from fastgpt.signals import StopSignal
-from fastgpt.start import config_from
-from fastgpt.train import _step_seed, train
+from fastgpt.training.config import TrainConfig
+from fastgpt.training.initialize import config_from
+from fastgpt.training.optimizers import learning_rate, make_optimizers
+from fastgpt.training.signals import StopSignal
+from fastgpt.training.trainer import _step_seed, train
 from tests.support.forked import python
 
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(400))
@@ -249,7 +251,7 @@ def test_what_is_optional_warns_once_and_does_not_end_the_run(
         raise IndexError("a token")
 
     monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", Writer)
-    monkeypatch.setattr("fastgpt.train.Run.sample", sample)
+    monkeypatch.setattr("fastgpt.training.trainer.Run.sample", sample)
     monkeypatch.setenv("MPLBACKEND", "module://not.there")
     out = Path(options["out"])
     fill_the_disk(monkeypatch, "loss.png")
@@ -268,7 +270,7 @@ def test_what_is_optional_warns_once_and_does_not_end_the_run(
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt5Agg", "nonsense"])
 def test_no_choice_of_a_backend_stops_a_plot(tmp_path: Path, backend: str):
-    script = "from fastgpt.plot import loss_curve; import sys\n"
+    script = "from fastgpt.evaluation.plots import loss_curve; import sys\n"
     script += "loss_curve(sys.argv[1], [(1, 2.0), (2, float('nan')), (3, float('inf'))], [(3, float('nan'))], 1.0, 'x')"
     picture = tmp_path / "loss.png"
     environment = SINGLE | {"MPLBACKEND": backend}
@@ -363,7 +365,7 @@ def test_auto_picks_bfloat16_exactly_where_the_cpu_multiplies_in_it():
 def test_a_kept_heap_takes_no_page_faults_for_memory_it_has_had():
     script = (
         "import ctypes, resource, sys\n"
-        "from fastgpt.heap import keep_heap\n"
+        "from fastgpt.malloc import keep_heap\n"
         "kept = keep_heap() if sys.argv[1] == 'keep' else False\n"
         "def touch():\n"
         "    block = bytearray(64 << 20)\n"

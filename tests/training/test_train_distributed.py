@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # imported after a group was made, its defaults would hold that group
 
-from fastgpt import checkpoint
+from fastgpt.checkpoints import native as checkpoint
 from fastgpt.data import DatasetWriter
 from fastgpt.distributed import Processes
 from fastgpt.tokenizer import ByteTokenizer
@@ -273,7 +273,7 @@ def two_processes(options: dict, folder: Path, mischief: str) -> tuple[list[str]
 
 
 FULL_DISK = """
-from fastgpt import checkpoint
+from fastgpt.checkpoints import native as checkpoint
 save = checkpoint.save
 def save_where_there_is_no_room(out, step, *arguments, **options):
     if step == 8 and rank == {rank}:
@@ -302,7 +302,7 @@ def test_a_full_disk_of_one_process_ends_all_in_our_sentence(
 
 
 KILLED_BETWEEN_TWO_WRITES = """
-from fastgpt import checkpoint
+from fastgpt.checkpoints import native as checkpoint
 write_tensors = checkpoint.write_tensors
 def write_or_die(file, tensors):
     if rank == 1 and file.match(".writing-step-00000008/optimizer-00002-of-00002.safetensors"):

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import checkpoint
-from fastgpt.config import TrainConfig, read_toml
+from fastgpt.checkpoints import native as checkpoint
 from fastgpt.data import Batch, DatasetWriter
 from fastgpt.distributed import Processes
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.optimization import learning_rate, make_optimizers
-from fastgpt.start import config_from
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
-from fastgpt.train import Run, train
+from fastgpt.training.config import TrainConfig, read_toml, trained_with
+from fastgpt.training.initialize import config_from
+from fastgpt.training.optimizers import learning_rate, make_optimizers
+from fastgpt.training.trainer import Run, train
 
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(80)]
 
@@ -58,7 +58,7 @@ def test_a_prepared_dataset_is_packed_and_its_text_is_learned(options: dict, tmp
         writer.finish({})
     found, out = run(options, data=str(tmp_path / "set"), max_steps=60)
     assert found[-1] < found[0] - 1.5
-    assert checkpoint.open_checkpoint(out).train.packing == "auto"
+    assert trained_with(checkpoint.open_checkpoint(out)).packing == "auto"
     shard = tmp_path / "set" / "train-00000.npy"
     raw = bytearray(shard.read_bytes())
     raw[-3] ^= 1
@@ -192,7 +192,7 @@ def test_float16_scales_the_loss_and_resumes_with_its_scale(options: dict, tmp_p
 
 
 def test_patience_ends_a_run_without_progress_and_keeps_its_best(options: dict, capfd, monkeypatch):
-    from fastgpt import train as module
+    from fastgpt.training import trainer as module
 
     worse = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8])
     monkeypatch.setattr(module._Validation, "add", _with_losses(module._Validation.add, worse))
@@ -286,7 +286,7 @@ def test_a_run_starts_from_a_gpt2_of_hugging_face(options: dict, tmp_path: Path)
     train(config_from(start | rest | {"block_size": 32, "max_minutes": 1e-9}))
     train(config_from({"out": options["out"], "resume": True, "max_minutes": 9.0}))
     opened = checkpoint.open_checkpoint(options["out"])
-    assert opened.step == 2 and opened.train.block_size == 32
+    assert opened.step == 2 and trained_with(opened).block_size == 32
     assert (opened.model.block_size, opened.model.vocab_size, opened.model.n_layer) == (48, 300, 2)
     with pytest.raises(ValueError, match="block_size=64 is too long: 48 positions were learned"):
         train(config_from(start | rest | {"block_size": 64, "out": str(tmp_path / "third")}))
@@ -337,7 +337,7 @@ def test_the_state_of_another_optimizer_is_refused(options: dict):
 
 def test_a_run_that_patience_ended_does_not_go_on(options: dict, capfd, monkeypatch):
     """It got worse from the start: what it started from is the best, and is kept."""
-    from fastgpt import train as module
+    from fastgpt.training import trainer as module
 
     monkeypatch.setattr(
         module._Validation, "add", _with_losses(module._Validation.add, iter([1.0, 2.0, 3.0, 4.0]))

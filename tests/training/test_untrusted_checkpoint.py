@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastgpt import checkpoint
 from fastgpt.atomic_io import AtomicDirectory, fingerprint, inside, open_to_append, replace_file
-from fastgpt.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from fastgpt.checkpoints import native as checkpoint
+from fastgpt.checkpoints.native import Checkpoint, CheckpointError, open_checkpoint
+from fastgpt.checkpoints.tensor_files import TensorFiles
 from fastgpt.cli import main
-from fastgpt.config import TrainConfig
 from fastgpt.model import GPT
-from fastgpt.optimization import make_optimizers
-from fastgpt.tensor_files import TensorFiles
 from fastgpt.tokenizer import ByteTokenizer
+from fastgpt.training.config import TrainConfig, trained_with
+from fastgpt.training.optimizers import make_optimizers
 
 FILES = ("model.safetensors", "optimizer.safetensors", "tokenizer.json")
 CONFIG = TrainConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, max_steps=9, warmup_steps=1)
@@ -55,7 +55,7 @@ def trained(config: TrainConfig = CONFIG) -> tuple[GPT, list[torch.optim.Optimiz
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("good")
     model, optimizers = trained()
-    return checkpoint.save(out, 3, model, optimizers, ByteTokenizer(), CONFIG, {})
+    return checkpoint.save(out, 3, model, optimizers, ByteTokenizer(), CONFIG.as_dict(), {})
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def format_1(path: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
 
 def load_training(opened: Checkpoint) -> None:
     model = opened.load_model()
-    opened.load_training(model, make_optimizers(model, opened.train))
+    opened.load_training(model, make_optimizers(model, trained_with(opened)))
 
 
 def test_a_directory_beside_the_files_is_not_read(path: Path, tmp_path: Path):
@@ -197,7 +197,7 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(path: Path, tmp_path: Path
 def test_a_state_of_other_types_or_values_is_refused(path: Path, change: dict[str, Any]):
     rewrite(path, change)
     with pytest.raises(CheckpointError):
-        open_checkpoint(path)
+        trained_with(open_checkpoint(path))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_the_state_of_an_optimizer_is_of_its_parameters(path: Path, change: Any,
 def test_the_state_of_muon_is_of_its_parameters(tmp_path: Path):
     config = CONFIG.override({"optimizer": "muon"})
     model, optimizers = trained(config)
-    path = checkpoint.save(tmp_path, 3, model, optimizers, ByteTokenizer(), config, {})
+    path = checkpoint.save(tmp_path, 3, model, optimizers, ByteTokenizer(), config.as_dict(), {})
     load_training(open_checkpoint(path))
     moments = load_file(path / "optimizer.safetensors")
     moments["h.0.mlp.c_fc.weight.momentum_buffer"] = torch.ones(1)
@@ -305,7 +305,7 @@ def test_all_files_have_the_mode_that_the_umask_says(tmp_path: Path, mask: int):
     before = os.umask(mask)
     try:
         model, optimizers = trained()
-        path = checkpoint.save(tmp_path, 3, model, optimizers, ByteTokenizer(), CONFIG, {})
+        path = checkpoint.save(tmp_path, 3, model, optimizers, ByteTokenizer(), CONFIG.as_dict(), {})
         model.save_pretrained(tmp_path / "exported", ByteTokenizer())
         replace_file(tmp_path / "text", "text")
     finally:
@@ -360,7 +360,7 @@ def test_what_is_in_the_way_of_a_temporary_directory_stays(tmp_path: Path, kind:
         model.save_pretrained(tmp_path / "run" / "exported", ByteTokenizer())
     assert (precious / "model.safetensors").read_text() == "precious"
     assert kind != "foreign" or (way / "thesis.tex").read_text() == "precious"
-    checkpoint.save(tmp_path / "run", 3, model, [optimizer], ByteTokenizer(), CONFIG, {})
+    checkpoint.save(tmp_path / "run", 3, model, [optimizer], ByteTokenizer(), CONFIG.as_dict(), {})
 
 
 def test_a_directory_that_another_process_has_just_written_is_not_emptied(tmp_path: Path, monkeypatch):

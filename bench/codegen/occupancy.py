@@ -1,0 +1,57 @@
+"""What a multiprocessor has room for, by architecture, and cuobjdump, which reads what a kernel takes."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from bench.codegen.sass import Instruction
+
+# Registers, bytes of shared memory, threads and programs of a multiprocessor (compute capability tables of
+# NVIDIA's programming guide); a program takes 1 KiB of shared memory beside its own.
+MULTIPROCESSOR = {
+    "sm_80": (65536, 164 << 10, 2048, 32),
+    "sm_86": (65536, 100 << 10, 1536, 16),
+    "sm_89": (65536, 100 << 10, 1536, 24),
+    "sm_90a": (65536, 228 << 10, 2048, 32),
+    "sm_100a": (65536, 228 << 10, 2048, 32),
+    "sm_120": (65536, 100 << 10, 1536, 24),
+}
+SHARED_PER_BLOCK = {  # bytes
+    "sm_80": 163 << 10,
+    "sm_86": 99 << 10,
+    "sm_89": 99 << 10,
+    "sm_90a": 227 << 10,
+    "sm_100a": 227 << 10,
+    "sm_120": 99 << 10,
+}
+
+# Elements read and written per element of the result, at least.
+LEAST = {
+    "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
+    "geglu_bwd": (3, 2), "cross_entropy_fwd": (1, 0), "cross_entropy_bwd": (1, 1), "add_layer_norm_fwd": (2, 2),
+    "add_layer_norm_bwd": (3, 1), "add_layer_norm_bwd_rows": (2, 0),
+}  # fmt: skip
+
+
+def tool(option: str, path: str) -> str:
+    """What cuobjdump says of a cubin; Triton brings it along."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
+    """Programs (or blocks) that fit into a multiprocessor; registers are given to warps by 256."""
+    all_registers, all_shared, threads, most = MULTIPROCESSOR[arch]
+    a_warp = -(-registers * 32 // 256) * 256
+    return min(
+        all_registers // (a_warp * warps), all_shared // (shared + 1024), threads // (32 * warps), most
+    )
+
+
+def width(instruction: Instruction) -> int:
+    """Bytes a thread of a load or store."""
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    return next((widths[part] for part in instruction.opcode.split(".") if part in widths), 4)

@@ -1,0 +1,235 @@
+"""What each kernel takes of a GPU, read from its machine code:  python -m bench resources
+
+Every kernel × configuration in use × architecture is compiled ahead of time, on any machine; those in CUDA C++, of
+which `bench.codegen.cubins` reads the same, where nvcc is. From the cubin come
+registers, shared memory, stack and spills, and how many programs fit into a multiprocessor; from the innermost loop of
+the attention kernels the instructions per score element, from the whole of a linear layer's those per result, and the
+bounds they set on the share of the matrix units' peak (`bench.codegen.sass`); from the other kernels the bytes they
+move per element beside the least possible, and the share of the memory's bandwidth that their instructions leave time
+for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import chain
+from math import prod
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bench.codegen import cubins
+from bench.codegen.launches import Compiled, Configuration, compiled, configurations
+from bench.codegen.occupancy import LEAST, blocks, tool, width
+from bench.codegen.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
+from bench.harness.machine import ROOT
+from bench.harness.records import save
+
+PATH = ROOT / "bench" / "results" / "resources.json"
+
+# Matrix products over D and over DV for one tile of scores.
+PRODUCTS = {
+    "attention_fwd": (1, 1),
+    "attention_bwd": (3, 2),
+    "attention_bwd without dq": (2, 2),
+    "attention_bwd_dq": (2, 1),
+}
+
+
+def resources(
+    chosen: Iterable[Configuration], architectures: Iterable[str] = ARCHITECTURES
+) -> Iterator[list[dict[str, Any]]]:
+    """The records of each configuration and architecture as they come, from as many processes as there are cores."""
+    jobs = [(c.op, c.name, arch) for c in chosen for arch in architectures]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_records, *job) for job in jobs]):
+            yield done.result()
+
+
+def _records(op: str, name: str, arch: str) -> list[dict[str, Any]]:
+    configuration = next(c for c in configurations() if (c.op, c.name) == (op, name))
+    return [_record(configuration, kernel, arch) for kernel in compiled(configuration, arch)]
+
+
+def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.cubin)
+        file.flush()
+        usage = tool("--dump-resource-usage", file.name)
+        code = instructions(tool("--dump-sass", file.name))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    registers, stack = map(int, found.groups())
+    tiles = {k: v for k, v in kernel.constants.items() if k.startswith("BLOCK") and v is not None}
+    sizes = " ".join(f"{k}={v}" for k, v in tiles.items())
+    body = _streamed(code) if kernel.kernel in LEAST else []
+    record: dict[str, Any] = {
+        "kernel": kernel.kernel,
+        "op": configuration.op,
+        "direction": "fwd" if kernel.kernel.endswith("_fwd") else "bwd",
+        "source": "triton",
+        "config": f"{configuration.name}; {sizes}; {kernel.warps} warps, {kernel.stages} stages",
+        "arch": arch,
+        "registers": registers,
+        "spills": sum(i.opcode.startswith(("LDL", "STL")) for i in code),
+        "stack": stack,
+        "shared": kernel.shared,
+        "blocks_per_sm": blocks(registers, kernel.warps, kernel.shared, arch),
+        "hgmma": sum(i.opcode.startswith("HGMMA") for i in code),
+        "utchmma": sum(i.opcode.startswith("UTCHMMA") for i in code),
+        "hmma": sum(i.opcode.startswith("HMMA") for i in code),
+        "wide_loads": sum(i.opcode.startswith("LDG") and ".128" in i.opcode for i in code),
+        "wide_stores": sum(i.opcode.startswith("STG") and ".128" in i.opcode for i in code),
+        "loop": _streaming(kernel, body, arch) if body else _loop(kernel, code, arch),
+        "bytes_per_element": _moved(kernel, body) if body else None,
+    }
+    return record | {"exempt": _exempt(record)}
+
+
+def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
+    """The profile of attention's innermost loop without mask arithmetic: that with the fewest instructions.
+
+    Of those with an exponential for each score: around tcgen05 products there are smaller ones, of preparations.
+    """
+    name = kernel.kernel
+    if name == "linear_gelu_fwd":
+        return _product(kernel, code, arch)
+    if name not in PRODUCTS:
+        return None
+    products = PRODUCTS[name if kernel.constants.get("p_dq", 0) is not None else f"{name} without dq"]
+    over_d, over_dv = products
+    flops_of_element = 2 * (over_d * kernel.constants["BLOCK_D"] + over_dv * kernel.constants["BLOCK_DV"])
+    found = []
+    for body in loops(code, "matrix", "mufu"):
+        per_warp = sum(i.flops / (4 if i.opcode.startswith("HGMMA") else 1) for i in body)
+        # The shape of a tcgen05 product is not in its opcode: an iteration is one tile.
+        tile = kernel.constants["BLOCK_M"] * kernel.constants["BLOCK_N"]
+        flops = per_warp * kernel.warps or tile * flops_of_element
+        found.append(profile(body, kernel.warps, flops / flops_of_element, flops, arch))
+    whole = (p for p in found if p["mufu"] >= 1)
+    return min(whole, key=lambda p: p["fp32"] + p["int"], default=None)
+
+
+def _product(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
+    """The profile of a tile of a product, per result: its loop as often as K asks for, and what is around it once."""
+    found = loops(code, "matrix")
+    if not found:
+        return None
+    body, size, inner = found[0], kernel.constants, kernel.numbers["K"]
+    inside = {i.address for i in body}
+    once = [i for i in code if i.address not in inside]
+    tile = size["BLOCK_M"] * size["BLOCK_N"]
+    steps = -(-inner // size["BLOCK_K"])
+    return profile(body * steps + once, kernel.warps, tile, 2.0 * tile * inner, arch)
+
+
+def _streamed(code: list[Instruction]) -> list[Instruction]:
+    """The loop over a row or over rows, without masks: of those with the fewest instructions; without a loop, all."""
+    found = [b for b in loops(code, "memory") if any(i.opcode.startswith("LDG") for i in b)]
+    return min(found, key=len, default=code)
+
+
+def _streaming(kernel: Compiled, body: list[Instruction], arch: str) -> dict[str, float]:
+    """The profile of a kernel that is bound by memory, per element: what a tile has beyond a row is none."""
+    elements = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
+    width, row = kernel.constants.get("BLOCK_D", 0), kernel.numbers.get("D", 0)
+    if width >= row > 0:
+        elements *= row / width
+    return streaming(body, kernel.warps, elements, sum(LEAST[kernel.kernel]) * kernel.itemsize, arch)
+
+
+def _moved(kernel: Compiled, body: list[Instruction]) -> dict[str, float]:
+    """Bytes that a kernel moves per element, parameters of its rows included, and the least that it could."""
+    moved = sum(width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
+    tile = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
+    return {"moved": moved / tile, "least": float(sum(LEAST[kernel.kernel]) * kernel.itemsize)}
+
+
+def _exempt(record: dict[str, Any]) -> str | None:
+    """Why a kernel may do without the matrix instruction of its architecture; None if it may not."""
+    config, kernel = record["config"], record["kernel"]
+    if not kernel.startswith("attention") or kernel.endswith(("_rows", "_combine_fwd")):
+        return None
+    if "fp32" in config:
+        return "IEEE fp32 has no matrix instruction"
+    if "tf32" in config:
+        return "fp32 operands leave room for tiles of 32 rows, the matrix instruction of a warpgroup wants 64"
+    if "decoding" in config:
+        return "decoding: 16 rows are a tile of a warp's matrix instruction, and k and v are read once"
+    return None
+
+
+# ---- the command ----
+
+
+def run(
+    chosen: list[Configuration],
+    files: list[Path],
+    ops: Sequence[str],
+    architectures: Sequence[str],
+    *,
+    as_json: bool,
+    write: bool,
+) -> int:
+    """Compile, show progress, print the table or the records; with `write` also into the results.
+
+    Args:
+        chosen: what of the Triton kernels.
+        files: what of csrc/cuda.
+        ops: whose kernels in these files, or all.
+        write: the records of a source ("triton", "cuda") that nothing was chosen of stay as they were.
+    """
+    from tqdm import tqdm
+
+    records: list[dict[str, Any]] = []
+    with tqdm(total=(len(chosen) + len(files)) * len(architectures), unit="config", disable=None) as bar:
+        for found in chain(resources(chosen, architectures), cubins.records(files, architectures, ops)):
+            records += found
+            bar.update()
+    records = in_order(records)
+    if write:
+        new = {"triton": bool(chosen), "cuda": bool(files)}
+        kept = [r for r in json.loads(PATH.read_text()) if not new[r["source"]]] if PATH.exists() else []
+        save(PATH, in_order([*kept, *records]))
+    print(json.dumps(records, indent=1) if as_json else table(records))
+    return 0
+
+
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """In an order that does not depend on which was compiled first: Triton's kernels, then those in CUDA C++."""
+    order = {(c.op, c.name): n for n, c in enumerate(configurations())}
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        if r["source"] == "cuda":
+            return (1, r["kernel"], r["config"], r["arch"])
+        return (0, order[r["op"], r["config"].split(";")[0]], r["arch"], r["kernel"])
+
+    return sorted(records, key=place)
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """For people: a line a record."""
+    head = f"{'kernel':<22}{'config':<78}{'arch':<9}{'regs':>5}{'spills':>7}{'shared':>8}{'a SM':>5}"
+    lines = [head + "  inner loop, per element"]
+    for r in records:
+        loop, moved = r["loop"], r["bytes_per_element"]
+        said = ""
+        if loop:
+            said = f"mufu {loop['mufu']:.2f} fp32 {loop['fp32']:.2f} int {loop['int']:.2f}"
+        if moved:
+            said += (
+                f" of {loop['issue']:.1f}; {moved['moved']:g} bytes, at least {moved['least']:g};"
+                f" at most {loop['bandwidth']:.0%} of the bandwidth"
+            )
+        elif loop:
+            said += f"; at most {loop['overlapped']:.0%} of peak overlapped, {loop['serial']:.0%} serial"
+        lines.append(
+            f"{r['kernel']:<22}{r['config']:<78}{r['arch']:<9}{r['registers']:>5}{r['spills']:>7}{r['shared']:>8}"
+            f"{r['blocks_per_sm']:>5}  {said}" + (f"  exempt: {r['exempt']}" if r["exempt"] else "")
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Timing: cases, contenders, peers, the machine, records."""

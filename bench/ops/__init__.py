@@ -1,0 +1,1 @@
+"""The benchmark of each op as data: shapes, operations, bytes and peers."""

@@ -1,0 +1,72 @@
+"""GEGLU, GELU as a gate, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as T
+from torch import Tensor
+
+from bench.harness.cases import Case, Function, Op, Peer
+from bench.harness.peers import MissingError, compiled, eager, require
+from bench.ops.bench_gelu import SHAPES
+from fastgpt import ops
+
+
+def inputs(case: Case, device: torch.device) -> list[Tensor]:
+    return [case.randn("N", "C", device=device), case.randn("N", "C", device=device)]
+
+
+def ours(case: Case) -> Function:
+    return lambda a, b: ops.geglu(a, b, case.options["approximate"])
+
+
+def pytorch(case: Case) -> Function:
+    return lambda a, b: T.gelu(a, approximate=case.options["approximate"]) * b
+
+
+def liger(case: Case) -> Function:
+    if case.options["approximate"] != "tanh":
+        raise MissingError("it has the tanh form only")
+    # Its tanh is libdevice's, which Triton's interpreter has not.
+    return require("liger_kernel.transformers.functional", "liger-kernel", gpu=True).liger_geglu
+
+
+def flops(case: Case) -> tuple[float, float]:
+    """About 6 operations forward and 13 backward, erf, tanh and exp counted as one each."""
+    size = case.dims["N"] * case.dims["C"]
+    return 6 * size, 19 * size
+
+
+def moved(case: Case) -> tuple[float, float]:
+    """Two reads and one write forward; three reads and two writes backward."""
+    size = case.dims["N"] * case.dims["C"] * case.itemsize
+    return 3 * size, 8 * size
+
+
+def held(case: Case) -> float:
+    """The result and the two gradients."""
+    return 3 * case.dims["N"] * case.dims["C"] * case.itemsize
+
+
+OP = Op(
+    name="geglu",
+    shapes=SHAPES,
+    inputs=inputs,
+    ours=ours,
+    pytorch=pytorch,
+    peers=[
+        eager(pytorch),
+        compiled(pytorch),
+        Peer("Liger-Kernel", "liger-kernel", liger, mutates=True),
+    ],
+    flops=flops,
+    bytes=moved,
+    held=held,
+    options=[{"approximate": "none"}, {"approximate": "tanh"}],
+)
+
+
+def bench_geglu(case: Case, run: Any) -> None:
+    run(OP, case)

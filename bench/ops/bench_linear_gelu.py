@@ -1,0 +1,69 @@
+"""A linear layer with GELU behind it, the first half of a GPT's MLP, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as T
+from torch import Tensor
+
+from bench.harness.cases import Case, Function, Op
+from bench.harness.peers import compiled, eager
+from fastgpt import ops
+
+
+def inputs(case: Case, device: torch.device) -> list[Tensor]:
+    weight = case.randn("F", "C", scale=case.dims["C"] ** -0.5, device=device)
+    return [case.randn("N", "C", device=device), weight, case.randn("F", device=device)]
+
+
+def ours(case: Case) -> Function:
+    return lambda x, w, b: ops.linear_gelu(x, w, b, **case.options)
+
+
+def pytorch(case: Case) -> Function:
+    return lambda x, w, b: T.gelu(T.linear(x, w, b), **case.options)
+
+
+def flops(case: Case) -> tuple[float, float]:
+    """One product forward, two more backward."""
+    product = 2 * case.dims["N"] * case.dims["C"] * case.dims["F"]
+    return product, 3 * product
+
+
+def moved(case: Case) -> tuple[float, float]:
+    """x and weight are read and the result written; backward both are read again, with the pre-activation, which
+    the forward then writes, and the upstream gradient, and a gradient is written for each."""
+    layer = (case.dims["N"] + case.dims["F"]) * case.dims["C"] * case.itemsize
+    size = case.dims["N"] * case.dims["F"] * case.itemsize
+    return layer + size, 3 * layer + 4 * size
+
+
+def held(case: Case) -> float:
+    """The result and the gradients of x and weight."""
+    n, c, f = (case.dims[letter] for letter in "NCF")
+    return (n * f + (n + f) * c) * case.itemsize
+
+
+OP = Op(
+    name="linear_gelu",
+    shapes={
+        "tiny": [{"N": 8, "C": 32, "F": 64}],
+        "quick": [{"N": 1024, "C": 768, "F": 3072}],
+        "cpu": [{"N": 4096, "C": 768, "F": 3072}],
+        "gpu": [{"N": 16384, "C": 768, "F": 3072}, {"N": 8192, "C": 4096, "F": 16384}],
+    },
+    inputs=inputs,
+    ours=ours,
+    pytorch=pytorch,
+    peers=[eager(pytorch), compiled(pytorch)],
+    flops=flops,
+    bytes=moved,
+    held=held,
+    options=[{"approximate": "none"}, {"approximate": "tanh"}],
+)
+
+
+def bench_linear_gelu(case: Case, run: Any) -> None:
+    run(OP, case)

@@ -1,0 +1,1 @@
+"""Benchmarks of whole training steps, of generation and of the data pipeline."""

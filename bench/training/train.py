@@ -1,0 +1,133 @@
+"""Whole training steps:  python -m bench train
+
+The same GPT-2, from the same weights, on the same batches: ours, plain PyTorch (eager and compiled) and
+transformers' (plain, and with what Liger-Kernel offers for it). Plain PyTorch is the reference of the losses.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastgpt
+from bench.harness.machine import Machine
+from bench.harness.measure import Plan
+from bench.harness.peers import require
+from bench.harness.records import Record
+from bench.training.plain_gpt import PlainGPT
+from bench.training.steps import Peer, name, run_steps, tokens_and_targets
+from fastgpt.model import GPT, GPTConfig
+
+# Layers, heads, width, length, sequences a step, vocabulary.
+SIZES = {
+    "tiny": [{"L": 1, "H": 2, "C": 32, "T": 16, "B": 2, "V": 256}],
+    "quick": [{"L": 6, "H": 6, "C": 384, "T": 256, "B": 8, "V": 256}],
+    "cpu": [
+        {"L": 6, "H": 6, "C": 384, "T": 256, "B": 8, "V": 256},
+        {"L": 6, "H": 6, "C": 384, "T": 256, "B": 4, "V": 50304},
+        {"L": 4, "H": 12, "C": 768, "T": 1024, "B": 1, "V": 50304},
+    ],
+    "gpu": [{"L": 12, "H": 12, "C": 768, "T": 1024, "B": 16, "V": 50304}],  # GPT-2 124M
+}
+PEERS = ("PyTorch", "torch.compile", "transformers", "transformers + Liger-Kernel")
+
+
+def run_train(
+    size: dict[str, int], dtype: str, machine: Machine, plan: Plan, compared: int = 8
+) -> list[Record]:
+    """Check and time every contender on one size; one record each, ours first.
+
+    Args:
+        compared: how many steps' losses are compared before timing.
+    """
+    torch.manual_seed(0)
+    config = GPTConfig(
+        vocab_size=size["V"], block_size=size["T"], n_layer=size["L"], n_head=size["H"], n_embd=size["C"]
+    )
+    model = GPT(config)
+    weights = model.state_dict()
+    flops = model.flops_per_token() * size["B"] * size["T"]
+    facts = {"op": "train", "case": name(size), "dims": size, "dtype": dtype, "flops": flops}
+    plain = partial(_plain, config, weights)
+    peers = [
+        Peer(PEERS[0], "torch", plain),
+        Peer(PEERS[1], "torch", plain, compiled=True),
+        Peer(PEERS[2], "transformers", lambda: TransformersLoss(transformers_model(config, weights))),
+        Peer(PEERS[3], "liger-kernel", lambda: LigerLoss(transformers_model(config, weights))),
+    ]
+    batches = tokens_and_targets(size, compared)
+    return run_steps(facts, partial(_Ours, config, weights), peers, plain, batches, machine, plan)
+
+
+def _plain(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
+    model = PlainGPT(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def transformers_model(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
+    """transformers' GPT-2 with our weights, in training mode; it keeps no cache unless it is told to."""
+    library = require("transformers", "transformers")
+    model = library.GPT2LMHeadModel(
+        library.GPT2Config(
+            vocab_size=config.vocab_size, n_positions=config.block_size, n_embd=config.n_embd, n_layer=config.n_layer,
+            n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+            bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    # Its Conv1D keeps weights as (in, out).
+    turned = {
+        k: v.T if v.dim() == 2 and k.split(".")[-2] in ("c_attn", "c_proj", "c_fc") else v
+        for k, v in weights.items()
+    }
+    model.load_state_dict(
+        {k if k.startswith("lm_head") else f"transformer.{k}": v for k, v in turned.items()}
+    )
+    return model.train()
+
+
+class TransformersLoss(nn.Module):
+    """(tokens, targets) to the loss, through the model's own loss function."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.model(input_ids=idx, labels=targets, shift_labels=targets).loss
+
+
+class LigerLoss(TransformersLoss):
+    """The same with Liger's LayerNorm and its fused projection and loss; it has no patch for GPT-2 itself."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        liger = require("liger_kernel.transformers", "liger-kernel", triton=True)
+        self.loss = liger.LigerFusedLinearCrossEntropyLoss()
+        for parent in list(model.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, nn.LayerNorm):
+                    norm = liger.LigerLayerNorm(child.normalized_shape[0], eps=child.eps)
+                    norm.weight, norm.bias = child.weight, child.bias
+                    setattr(parent, child_name, norm)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.model.transformer(input_ids=idx).last_hidden_state
+        return self.loss(self.model.lm_head.weight, hidden.flatten(0, 1), targets.flatten())
+
+
+class _Ours(nn.Module):
+    """Our GPT with a backend pinned."""
+
+    def __init__(self, config: GPTConfig, weights: dict[str, Tensor], backend: str) -> None:
+        super().__init__()
+        self.model = GPT(config)
+        self.model.load_state_dict(weights)
+        self.backend = backend
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        with fastgpt.use_backend(self.backend):
+            return self.model(idx, targets)[1]

@@ -1,0 +1,1 @@
+"""Checkpoints in the native and in Hugging Face formats."""

@@ -1,0 +1,50 @@
+"""Devices and dtypes by their option names, and the peak FLOP/s of a device."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device for `device`; "auto" is a GPU where there is one. Raises ValueError for one that is
+    not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products for `dtype`; "auto" is bfloat16 where the hardware multiplies in it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if fast else torch.float32
+
+
+@torch.no_grad()
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure the peak rate of matrix products, in FLOP/s: the best of eight square products.
+
+    It is the denominator of MFU (model FLOPs utilization, Chowdhery et al. 2022, PaLM, appendix B).
+    """
+    n = 8192 if device.type != "cpu" else 128 if dtype == torch.float16 else 1024  # many CPUs have no float16
+    # Not ones, which take a GPU less power; nor random numbers, which would change those of the run.
+    a = torch.arange(n * n, device=device, dtype=torch.float32).sin().view(n, n).to(dtype)
+    best = math.inf
+    for _ in range(8):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, learning in context, tasks."""

@@ -1,0 +1,168 @@
+"""The pictures of a run: its loss over the steps, over the position in the context, and what it learns in context."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from fastgpt.atomic_io import replace_file, writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fastgpt.evaluation.bootstrap import Estimate
+    from fastgpt.evaluation.in_context import InContext
+
+F = TypeVar("F", bound=Callable[..., None])
+_TRAIN, _VAL, _ENTROPY = "#9db8d9", "#c8442d", "#666666"
+
+
+class PlotError(ValueError):
+    """matplotlib could not draw; the message says which file and why."""
+
+
+def _drawing(draw: F) -> F:
+    """Hide MPLBACKEND from a function that draws, and name its file when it fails.
+
+    A notebook sets that variable for its own process. Where the backend is not installed, matplotlib cannot be
+    imported, although no backend is needed.
+    """
+
+    @functools.wraps(draw)
+    def drawn(path: str | Path, *arguments: Any, **options: Any) -> None:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            draw(path, *arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise PlotError(f"the plot {path} could not be drawn: {reason[0]}") from error
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+
+    return cast(F, drawn)
+
+
+@_drawing
+def loss_curve(
+    path: str | Path,
+    train: Sequence[tuple[int, float]],
+    val: Sequence[tuple[int, float]],
+    entropy: float,
+    entropy_name: str,
+) -> None:
+    """Write the (step, loss) curves as a PNG, with the loss of the best model without context as a dashed
+    line.
+    """
+    train, val = ([point for point in curve if math.isfinite(point[1])] for curve in (train, val))
+    figure, axes = _canvas("step", "loss, nats a token")
+    if train:
+        axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1, label="training")
+    if val:
+        axes.plot(
+            *zip(*val, strict=True), color=_VAL, linewidth=2, marker="o", markersize=3.5, label="validation"
+        )
+        axes.annotate(
+            f"{val[-1][1]:.3f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="center", color=_VAL
+        )
+    axes.axhline(entropy, color=_ENTROPY, linestyle="--", linewidth=1, label=f"{entropy_name} {entropy:.2f}")
+    axes.legend(frameon=False)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    replace_file(Path(path), drawn.getvalue())
+
+
+@_drawing
+def loss_by_position(path: str | Path, buckets: Sequence[tuple[int, int, float]], mean: float) -> None:
+    """Write the loss of each (first, last, loss) range of positions as a PNG, positions on a logarithmic
+    axis.
+    """
+    figure, axes = _canvas("position in the context", "loss, nats a token")
+    axes.plot([(first * last) ** 0.5 for first, last, _ in buckets], [loss for *_, loss in buckets],
+              color=_VAL, linewidth=2, marker="o", markersize=3.5)  # fmt: skip
+    axes.axhline(mean, color=_ENTROPY, linestyle="--", linewidth=1, label=f"mean {mean:.3f}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False)
+    _write(figure, path)
+
+
+@_drawing
+def in_context_panels(path: str | Path, found: InContext) -> None:
+    """Write what `fastgpt.evaluation.in_context` found as a PNG, a panel for each measurement, with its intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4 * (3 if found.positions else 2), 3.8), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3 if found.positions else 2)
+    induction = found.induction
+    _frame(panels[0], "length of the repeated word", "accuracy")
+    for name, estimates, color in (
+        ("second pass", [item.second for item in induction], _VAL),
+        ("first pass", [item.first for item in induction], _TRAIN),
+    ):
+        _with_interval(panels[0], [item.length for item in induction], estimates, color, name)
+    _frame(panels[1], "examples in the context", "accuracy")
+    for number, name in enumerate(dict.fromkeys(item.functions for item in found.shots)):
+        of = [item for item in found.shots if item.functions == name]
+        _with_interval(panels[1], [item.shots for item in of], [i.accuracy for i in of], f"C{number}", name)
+    for panel, title in zip(panels, ("induction", "k-shot"), strict=False):
+        panel.axhline(found.chance, color=_ENTROPY, linestyle="--", linewidth=1, label="chance")
+        panel.set_title(title)
+        panel.set_ylim(-0.03, 1.03)
+        panel.legend(frameon=False)
+    panels[0].set_xscale("log", base=2)
+    panels[0].xaxis.set_major_formatter("{x:g}")
+    panels[1].set_xscale("symlog", base=2, linthresh=1)
+    panels[1].xaxis.set_major_formatter("{x:g}")
+    if found.positions:
+        _frame(panels[2], "position in the context", "loss, nats a token")
+        middle = [(item.first * item.last) ** 0.5 for item in found.positions]
+        _with_interval(panels[2], middle, [item.loss for item in found.positions], _VAL, None)
+        panels[2].set_xscale("log", base=2)
+        panels[2].xaxis.set_major_formatter("{x:g}")
+        panels[2].set_title("loss by position")
+    _write(figure, path)
+
+
+def _with_interval(
+    axes: Axes, x: Sequence[float], estimates: Sequence[Estimate], color: str, label: str | None
+) -> None:
+    means = [item.value for item in estimates]
+    bars = [[i.value - i.low for i in estimates], [i.high - i.value for i in estimates]]
+    axes.errorbar(
+        x, means, yerr=bars, color=color, linewidth=2, marker="o", markersize=3.5, capsize=2, label=label
+    )
+
+
+def _canvas(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _frame(axes, xlabel, ylabel)
+    return figure, axes
+
+
+def _frame(axes: Axes, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _write(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with writing(Path(path)):
+        figure.savefig(path)

@@ -1,0 +1,215 @@
+"""How well a model does a task: `fastgpt eval --task`, and answers to inputs: `fastgpt generate --task`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.checkpoints.load import open_model
+from fastgpt.data import name_of
+from fastgpt.device import resolve_device
+from fastgpt.evaluation.bootstrap import Estimate
+from fastgpt.evaluation.tasks.examples import EMBEDDED, Example, load_examples, read_examples
+from fastgpt.evaluation.tasks.metrics import METRICS, Answered, score
+from fastgpt.evaluation.tasks.template import Template, load_template
+from fastgpt.generation.sampling import Sampling
+from fastgpt.generation.text import Generated, continue_texts, generate_texts
+from fastgpt.model import GPT
+from fastgpt.tokenizer import Tokenizer
+
+_SHOWN = 5  # examples in the table
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What a model reached, in percent.
+
+    source:    where the examples are from; `examples` of them were answered, with `num_shots` shown before each.
+    cut:       examples of which the context could not hold all: the model did not see their beginning.
+    scores:    by the name of the metric.
+    untrained: the same of a model with new weights, and the margin above it; None unless asked for.
+    answered:  all examples with their answers.
+    """
+
+    task: str
+    source: str
+    examples: int
+    num_shots: int
+    cut: int
+    scores: dict[str, Estimate]
+    untrained: dict[str, Estimate] | None
+    margin: dict[str, Estimate] | None
+    answered: list[Answered]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """The same for people, with some of the answers."""
+        shots = f", {self.num_shots} shown before each" if self.num_shots else ""
+        lines = [f"{self.task}: {self.examples:,} examples, {self.source}{shots}"]
+        if self.cut:
+            lines.append(f"{self.cut:,} are longer than the context: the model did not see their beginning")
+        columns = {"model": self.scores}
+        if self.untrained is not None and self.margin is not None:
+            columns |= {"untrained": self.untrained, "margin": self.margin}
+        lines += ["", "metric, % (95% interval)" + "".join(f"{name:>22}" for name in columns)]
+        for metric in self.scores:
+            cells = (scores[metric] for scores in columns.values())
+            lines.append(f"{metric:<24}" + "".join(f"{_cell(cell):>22}" for cell in cells))
+        for one in self.answered[:_SHOWN]:
+            lines += ["", f"input     {_row(one.input)}"]
+            lines += [f"expected  {_row(one.expected)}", f"got       {_row(one.got)}"]
+        return "\n".join(lines)
+
+
+def evaluate_task(
+    checkpoint: str | Path,
+    task: str,
+    source: str,
+    *,
+    held_out: bool = False,
+    shots: str | None = None,
+    num_shots: int = 0,
+    limit: int | None = None,
+    baseline: bool = False,
+    max_new_tokens: int | None = None,
+    batch_size: int = _BATCH,
+    skip_broken: bool = False,
+    device: str = "auto",
+    backend: str = "auto",
+) -> TaskEvaluation:
+    """The likeliest answers of a model to examples of a task, and the task's metrics.
+
+    source:         a JSON Lines file, evaluated whole or, with `held_out`, the part that training on it leaves out; or
+                    "embedded", of which the held-out part is evaluated.
+    num_shots:      examples shown before each input: the first of the file `shots`, or else of those that are not
+                    evaluated; of a file that is evaluated whole, its first, which then are not.
+    limit:          evaluate no more than so many examples.
+    baseline:       evaluate a model of the same configuration with new weights too.
+    max_new_tokens: the longest answer; None makes room for the longest expected one.
+
+    Raises ValueError for the checkpoint, the task or an option, OSError and ValueError for the examples, ImportError
+    where a metric needs a package.
+    """
+    for name, value, least in (("num_shots", num_shots, 0), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    template = load_template(task)
+    model, tokenizer = open_model(checkpoint)
+    if source == EMBEDDED or held_out:
+        examples = load_examples(task, source, skip_broken=skip_broken)
+        name, spare, evaluated = f"held out of {examples.name}", examples.train, examples.held_out
+    else:
+        whole, _ = read_examples(source, skip_broken=skip_broken)
+        own = 0 if shots else num_shots
+        name, spare, evaluated = name_of(source), whole[:own], whole[own:]
+    shown = _first(read_examples(shots)[0] if shots else spare, num_shots)
+    evaluated = evaluated[:limit]
+    if not evaluated:
+        raise ValueError(f"no example of {name} is left to evaluate")
+    prompts = [template.prompt(example.input, shown) for example in evaluated]
+    sizes = [len(tokenizer.encode(template.answer(example.output))) for example in evaluated]
+    room = max(sizes) + 1 if max_new_tokens is None else max_new_tokens
+    block = model.config.block_size
+    cut = sum(
+        len(tokenizer.encode(prompt)) + size > block for prompt, size in zip(prompts, sizes, strict=True)
+    )
+    models = [model]
+    if baseline:
+        torch.manual_seed(0)
+        models.append(GPT(model.config))
+    where = resolve_device(device)
+    answers = []
+    for one in models:
+        got = _answers(one.to(where), tokenizer, template, prompts, room, batch_size, backend)
+        pairs = zip(evaluated, got, strict=True)
+        answers.append([Answered(example.input, example.output, text) for example, text in pairs])
+    scores = {metric: score(METRICS[metric], template, *answers) for metric in template.metrics}
+    columns = [{metric: found[i] for metric, found in scores.items()} for i in range(3 if baseline else 1)]
+    return TaskEvaluation(
+        task=task,
+        source=name,
+        examples=len(evaluated),
+        num_shots=num_shots,
+        cut=cut,
+        scores=columns[0],
+        untrained=columns[1] if baseline else None,
+        margin=columns[2] if baseline else None,
+        answered=answers[0],
+    )
+
+
+def answer_inputs(
+    checkpoint: str | Path,
+    task: str,
+    inputs: Sequence[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    shots: str = EMBEDDED,
+    num_shots: int = 0,
+    stop: Sequence[str] = (),
+    **options: Any,
+) -> Iterator[Generated]:
+    """Answers to inputs: `generate_texts` with prompts of the task's template; the prompt of each is its input.
+
+    shots: the JSON Lines file whose first num_shots examples are shown before each input, or "embedded".
+
+    Raises as `generate_texts` and `load_examples`.
+    """
+    template = load_template(task)
+    if num_shots < 0:
+        raise ValueError(f"num_shots must not be negative, not {num_shots}")
+    shown: list[Example] = []
+    if num_shots:
+        spare = load_examples(task, shots).train if shots == EMBEDDED else read_examples(shots)[0]
+        shown = _first(spare, num_shots)
+    prompts = [template.prompt(text, shown) for text in inputs]
+    ends = (*stop, template.separator)
+    texts = generate_texts(checkpoint, prompts, max_new_tokens, sampling, stop=ends, **options)
+    for number, text in enumerate(texts):
+        own = inputs[number // options.get("num_samples", 1)]
+        yield replace(text, prompt=own, continuation=template.output(text.continuation))
+
+
+def _answers(
+    model: GPT,
+    tokenizer: Tokenizer,
+    template: Template,
+    prompts: list[str],
+    max_new_tokens: int,
+    batch_size: int,
+    backend: str,
+) -> list[str]:
+    """The likeliest answer to each prompt; prompts of like length are computed at once."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts = continue_texts(
+        *(model, tokenizer, [prompts[number] for number in order], max_new_tokens, Sampling(temperature=0.0)),
+        batch_size=batch_size,
+        backend=backend,
+        stop=(template.separator,),
+    )
+    found = {number: template.output(text.continuation) for number, text in zip(order, texts, strict=True)}
+    return [found[number] for number in range(len(prompts))]
+
+
+def _first(examples: Sequence[Example], count: int) -> list[Example]:
+    if len(examples) < count:
+        raise ValueError(f"{count} examples cannot be shown: there are {len(examples)}")
+    return list(examples[:count])
+
+
+def _cell(score: Estimate) -> str:
+    return f"{score.value:.1f} ({score.low:.1f} to {score.high:.1f})"
+
+
+def _row(text: str) -> str:
+    """A text of many lines in a table."""
+    return text.strip("\n").replace("\n", "\n          ")

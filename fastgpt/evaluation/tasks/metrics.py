@@ -1,0 +1,148 @@
+"""How good answers are, in percent, with 95% bootstrap confidence intervals.
+
+rouge1, rouge2, rougeL  F1 of shared words, word pairs, longest common subsequence (Lin 2004), by `rouge_score`; its
+                        words are of ASCII letters and digits, so that it sees nothing of other scripts
+bleu                    of the corpus (Papineni et al. 2002), by `sacrebleu` with its defaults
+exact_match, f1         of SQuAD (Rajpurkar et al. 2016): without case, punctuation, articles; F1 of shared words
+identical               the same text but for white space at its ends
+parses                  for code: the example with the answer in it is a Python program, and the answer not empty
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import string
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastgpt.evaluation.bootstrap import Estimate, Floats, estimates, resampled_sums
+from fastgpt.evaluation.tasks.examples import Example
+from fastgpt.evaluation.tasks.template import Template
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An example, and what a model wrote for it."""
+
+    input: str
+    expected: str
+    got: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score of many answers that is a function of a sum over them.
+
+    statistics: what each answer adds, (answers, k).
+    combine:    the score of a sum (k,) over n answers.
+    """
+
+    statistics: Callable[[Template, Sequence[Answered]], Floats]
+    combine: Callable[[Floats, int], float]
+
+
+def score(metric: Metric, template: Template, *answered: Sequence[Answered]) -> list[Estimate]:
+    """The score of each list of answers to the same examples; of two, also how much the first is above the second.
+
+    The interval is the middle 95% of 1,000 resamples of the examples (Efron 1979), always the same ones; a difference
+    is of two scores of one resample. Raises ValueError where there are no answers.
+    """
+    n = len(answered[0])
+    if not n:
+        raise ValueError("there is nothing to score")
+    statistics = [metric.statistics(template, answers) for answers in answered]
+    parts = np.split(resampled_sums(np.hstack(statistics)), len(answered), axis=1)
+    scores = np.array([[metric.combine(total, n) for total in part] for part in parts]).T
+    if len(answered) == 2:
+        scores = np.column_stack((scores, scores[:, 0] - scores[:, 1]))
+    return estimates(scores)
+
+
+def normalized(text: str) -> str:
+    """A text as SQuAD compares it: lower case, without punctuation and articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
+
+
+def token_f1(expected: str, got: str) -> float:
+    """The harmonic mean of precision and recall of the words of `got`, in [0, 1]; 1 where both have none."""
+    wanted, found = (normalized(text).split() for text in (expected, got))
+    if not wanted or not found:
+        return float(wanted == found)
+    shared = (Counter(wanted) & Counter(found)).total()
+    return 2 * shared / (len(wanted) + len(found))
+
+
+def is_python(source: str) -> bool:
+    """Whether a text is a Python program, as far as its syntax goes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in strings
+            ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two from deep nesting
+        return False
+    return True
+
+
+def _mean(share: Callable[[Template, Answered], float]) -> Metric:
+    """100 times the mean of a number in [0, 1]."""
+
+    def statistics(template: Template, answered: Sequence[Answered]) -> Floats:
+        return np.array([[100.0 * share(template, one)] for one in answered])
+
+    return Metric(statistics, lambda total, n: float(total[0]) / n)
+
+
+def _parses(template: Template, one: Answered) -> float:
+    program = template.example(Example(one.input, one.got))
+    return bool(one.got.strip()) and is_python(program)
+
+
+def _rouge(name: str) -> Metric:
+    def statistics(template: Template, answered: Sequence[Answered]) -> Floats:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError:
+            raise ImportError("ROUGE is measured by rouge-score: pip install 'fastgpt[tasks]'") from None
+        scorer = RougeScorer([name])
+        return np.array([[100.0 * scorer.score(one.expected, one.got)[name].fmeasure] for one in answered])
+
+    return Metric(statistics, lambda total, n: float(total[0]) / n)
+
+
+def _sacrebleu() -> Any:
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError:
+        raise ImportError("BLEU is measured by sacrebleu: pip install 'fastgpt[tasks]'") from None
+    return BLEU
+
+
+def _bleu_statistics(template: Template, answered: Sequence[Answered]) -> Floats:
+    """The matches and n-grams for n from 1 to 4, and the lengths of answer and reference: (answers, 10)."""
+    bleu = _sacrebleu()(effective_order=True)  # it only matters to the score of a sentence, which is not used
+    scores = [bleu.sentence_score(one.got, [one.expected]) for one in answered]
+    return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], np.float64)
+
+
+def _bleu(total: Floats, n: int) -> float:
+    whole = [int(number) for number in total]
+    return float(_sacrebleu().compute_bleu(whole[:4], whole[4:8], *whole[8:], smooth_method="exp").score)
+
+
+METRICS = {
+    **{name: _rouge(name) for name in ("rouge1", "rouge2", "rougeL")},
+    "bleu": Metric(_bleu_statistics, _bleu),
+    "exact_match": _mean(lambda _, one: normalized(one.expected) == normalized(one.got)),
+    "f1": _mean(lambda _, one: token_f1(one.expected, one.got)),
+    "identical": _mean(lambda _, one: one.expected.strip() == one.got.strip()),
+    "parses": _mean(_parses),
+}

@@ -1,0 +1,1 @@
+"""Generation of tokens and text: the key-value cache, sampling, decoding."""

@@ -1,0 +1,1 @@
+"""Training runs: configuration, data, optimizers, the training loop, the run directory."""
