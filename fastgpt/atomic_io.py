@@ -98,7 +98,7 @@ def flush(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def naming_errors(path: Path) -> Iterator[None]:
     """Name the file in an OSError that does not, as that of a write to a full disk."""
     try:
         yield
@@ -115,7 +115,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
     Raises OSError if it cannot be written; nothing temporary remains.
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
-    with writing(path):
+    with naming_errors(path):
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
         try:
             with open(descriptor, "wb") as stream:

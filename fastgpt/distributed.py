@@ -31,7 +31,7 @@ class ProcessLostError(RuntimeError):
     """Another process of this run is gone, and this one cannot go on."""
 
 
-class Processes:
+class DistributedContext:
     """This process among those of a run: `rank` of `world`, and where it computes; by default it is alone.
 
     sharded: whether each process holds a part of the model (FSDP2) instead of the whole (DDP).
@@ -41,10 +41,10 @@ class Processes:
         self, device: torch.device | None = None, rank: int = 0, world: int = 1, *, sharded: bool = False
     ) -> None:
         self.device = device or torch.device("cpu")
-        self.rank, self.world, self.sharded = rank, world, sharded
+        self.rank, self.world_size, self.sharded = rank, world, sharded
 
     @classmethod
-    def meet(cls, device: torch.device, parallel: str) -> Processes:
+    def from_env(cls, device: torch.device, parallel: str) -> DistributedContext:
         """Join the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process; `parallel` is
         what they do then. Raises ProcessLostError where they do not come, ValueError and OSError where the launcher's
         variables or the port are not usable.
@@ -57,7 +57,7 @@ class Processes:
             device = torch.device("cuda", _local_gpu(rank))
             torch.cuda.set_device(device)
         self = cls(device, rank, world, sharded=parallel == "fsdp")
-        with self.together(), _naming_the_cause(world):
+        with self.detecting_lost_processes(), _naming_the_cause(world):
             # torchrun keeps its store over a restart, and with it the addresses of the processes before.
             store, *_ = next(rendezvous("env://", rank, world, timeout=_PATIENCE))
             dist.init_process_group(
@@ -73,20 +73,20 @@ class Processes:
         return self
 
     def __str__(self) -> str:
-        if self.world == 1 and not self.sharded:
+        if self.world_size == 1 and not self.sharded:
             return str(self.device)
-        return f"{self.world} processes ({'fsdp' if self.sharded else 'ddp'}), {self.device.type}"
+        return f"{self.world_size} processes ({'fsdp' if self.sharded else 'ddp'}), {self.device.type}"
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that prints and writes."""
         return self.rank == 0
 
-    def share(self, rows: int) -> slice:
+    def local_rows(self, rows: int) -> slice:
         """The rows of a batch that this process computes. Raises ValueError if they cannot be shared evenly."""
-        if rows % self.world:
-            raise ValueError(f"batch_size={rows} is not divisible by the {self.world} processes")
-        return slice(self.rank, None, self.world)
+        if rows % self.world_size:
+            raise ValueError(f"batch_size={rows} is not divisible by the {self.world_size} processes")
+        return slice(self.rank, None, self.world_size)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients that are means over the processes; FSDP2 changes it in place."""
@@ -96,12 +96,12 @@ class Processes:
 
             # Nothing here writes into what a block returns, which is a view where there is no dropout.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-            mesh = init_device_mesh(self.device.type, (self.world,))
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for block in model.h:  # type: ignore[union-attr]
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
             return model
-        if self.world > 1:
+        if self.world_size > 1:
             wrapped = DistributedDataParallel(model)
             # The last attribute is the last to go. A group that DDP's reducer held last would wait for gloo's threads
             # and hold the GIL, which they need to let go of a tensor; one that Python held last waits without it.
@@ -119,9 +119,9 @@ class Processes:
                 wrapped.set_requires_gradient_sync(last)  # type: ignore[operator]
             yield
 
-    def total(self, *numbers: float) -> list[float]:
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Each number summed over the processes."""
-        if self.world == 1:
+        if self.world_size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
         dist.all_reduce(sums)
@@ -129,10 +129,10 @@ class Processes:
 
     def barrier(self) -> None:
         """Wait for all."""
-        self.total(0)
+        self.all_reduce_sum(0)
 
     @contextlib.contextmanager
-    def agreeing(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Where each process works by itself, and waits for no other: all wait at the end, and if one of them raised
         ValueError, OSError or ImportError, the others raise the same.
         """
@@ -140,23 +140,23 @@ class Processes:
         try:
             yield
         except (ValueError, OSError, ImportError) as error:
-            if self.world == 1:
+            if self.world_size == 1:
                 raise
             failure = error
-        if self.world > 1:
-            failures: list[Exception | None] = [None] * self.world
+        if self.world_size > 1:
+            failures: list[Exception | None] = [None] * self.world_size
             dist.all_gather_object(failures, failure)
             for raised in (failure, *failures):
                 if raised is not None:
                     raise raised
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def detecting_lost_processes(self) -> Iterator[None]:
         """Where all processes must take part: the failure of another one becomes a ProcessLostError."""
         try:
             yield
         except RuntimeError as error:
-            if self.world == 1 or not _lost(error):
+            if self.world_size == 1 or not _lost(error):
                 raise
             raise ProcessLostError(
                 "another process of this run is gone; start the same command again with --resume"

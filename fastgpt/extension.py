@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-MEND = (
+REBUILD_HINT = (
     "pip install --no-build-isolation -e . (in the checkout), or reinstall fastgpt with --no-build-isolation"
 )
 
@@ -36,12 +36,12 @@ def _load() -> tuple[str | None, str]:
     try:
         import fastgpt._C as _C
     except ImportError as error:
-        return None, f"the compiled extension is missing ({error}); build it with: {MEND}"
+        return None, f"the compiled extension is missing ({error}); build it with: {REBUILD_HINT}"
     built = str(_C.build_info()["torch"])
     if built != torch.__version__:
         return None, (
             f"the compiled extension was built for torch {built} and this is torch {torch.__version__}; "
-            f"rebuild it with: {MEND}"
+            f"rebuild it with: {REBUILD_HINT}"
         )
     allowed = _CAPS.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), VARIANTS)
     usable = set(_C.cpu_variants())
@@ -56,7 +56,7 @@ def _load() -> tuple[str | None, str]:
             problem = f"{library.name} does not load ({error})"
             continue
         return variant, ""
-    return None, f"{problem}; rebuild with: {MEND}"
+    return None, f"{problem}; rebuild with: {REBUILD_HINT}"
 
 
 def loaded() -> bool:
@@ -115,7 +115,7 @@ def _driver_problem(capability: tuple[int, int], architectures: tuple[str, ...])
     ptx = ", as PTX for this GPU," if from_ptx else ""
     return (
         f"the CUDA kernels are compiled{ptx} with CUDA {versions[0]} and the driver is for CUDA {versions[1]}; "
-        f"update the driver, or rebuild with a toolkit of the driver's version: {MEND}"
+        f"update the driver, or rebuild with a toolkit of the driver's version: {REBUILD_HINT}"
     )
 
 
@@ -156,13 +156,11 @@ def has_kernels_for(capability: tuple[int, int], architectures: tuple[str, ...])
 def _cuda_problem_of_machine() -> str:
     """Why no GPU here can have CUDA kernels, or nothing."""
     if not CUDA_LIBRARY.exists():
-        return (
-            f"the CUDA kernels are not built; where nvcc and a PyTorch with CUDA are, build them with: {MEND}"
-        )
+        return f"the CUDA kernels are not built; with nvcc and a PyTorch with CUDA, build them with: {REBUILD_HINT}"
     if torch.version.cuda is None:
         return (
             f"torch {torch.__version__} is a build without CUDA; install one with it (https://pytorch.org), "
-            f"then: {MEND}"
+            f"then: {REBUILD_HINT}"
         )
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
@@ -175,7 +173,7 @@ def _load_cuda() -> str:
     try:
         torch.ops.load_library(str(CUDA_LIBRARY))
     except OSError as error:
-        return f"{CUDA_LIBRARY.name} does not load ({error}); rebuild with: {MEND}"
+        return f"{CUDA_LIBRARY.name} does not load ({error}); rebuild with: {REBUILD_HINT}"
     return ""
 
 
@@ -197,7 +195,9 @@ def cuda_problem(device: int | None = None) -> str:
             return _driver_problem(capability, built) or _load_cuda()
         unfit = unfit or f"{torch.cuda.get_device_name(i)} is sm_{capability[0]}{capability[1]}"
     mend = "rebuild with TORCH_CUDA_ARCH_LIST naming it (8.0 and later): "
-    return f"{unfit} and the CUDA kernels are compiled for {', '.join(built) or 'nothing'}; {mend}{MEND}"
+    return (
+        f"{unfit} and the CUDA kernels are compiled for {', '.join(built) or 'nothing'}; {mend}{REBUILD_HINT}"
+    )
 
 
 def cuda_loaded(device: int | None = None) -> bool:

@@ -224,7 +224,7 @@ def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> Tokenize
     return load_tokenizer(Path(name))
 
 
-def is_meant(own: Tokenizer, name: str) -> bool:
+def matches_option(own: Tokenizer, name: str) -> bool:
     """Whether `--tokenizer name` means the tokenizer that a model or a dataset has: "auto" always does, "bpe", which
     learns one, never.
     """

@@ -172,12 +172,12 @@ def _device(pytestconfig):
         torch.set_default_device("cuda")
         return
     try:
-        from tests.support.interpreter_bf16 import mend_bf16
-        from tests.support.interpreter_descriptors import mend_descriptors
+        from tests.support.interpreter_bf16 import patch_interpreter_bf16
+        from tests.support.interpreter_descriptors import patch_interpreter_descriptors
     except ImportError:  # no Triton: tests of its kernels are skipped
         return
-    mend_bf16()
-    mend_descriptors()
+    patch_interpreter_bf16()
+    patch_interpreter_descriptors()
 
 
 @pytest.fixture(scope="session", autouse=True)

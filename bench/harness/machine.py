@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from bench.harness.gpu_clock import Call, GpuClock, Times
-from fastgpt.malloc import keep_heap
+from fastgpt.malloc import disable_malloc_trimming
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +56,7 @@ class Machine:
         self.roof_sizes = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
         self._roofs: dict[str, tuple[float, float]] = {}
         if not self.is_gpu:
-            keep_heap()
+            disable_malloc_trimming()
 
     def synchronize(self) -> None:
         """Wait until the device has done what it was given."""
@@ -102,7 +102,7 @@ class Machine:
         except OSError:
             return None
         finally:
-            keep_heap()
+            disable_malloc_trimming()
 
     def cache_bytes(self) -> int:
         """The size of the last cache before memory; 32 MiB where it is not known."""
@@ -202,7 +202,7 @@ def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> Times:
 
 def _heap() -> str:
     kept = "kept (glibc gives no freed memory back), for all contenders"
-    return kept if keep_heap() else "as the C library has it"
+    return kept if disable_malloc_trimming() else "as the C library has it"
 
 
 def _status_bytes(field: str) -> int:

@@ -124,7 +124,7 @@ def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
             one.clear()
         for contender in contenders:
             if contender.status == "ok":
-                weigh(contender, _turn("fwd+bwd", sets, contender, 0), machine)
+                measure_peak_memory(contender, _turn("fwd+bwd", sets, contender, 0), machine)
                 sets[0].clear()
     gc.collect()
     return [
@@ -301,7 +301,7 @@ def race(
         one_round(number)
 
 
-def weigh(contender: Contender, turn: Turn, machine: Machine) -> None:
+def measure_peak_memory(contender: Contender, turn: Turn, machine: Machine) -> None:
     """Peak memory of a turn."""
     before, call = turn
     before()

@@ -20,7 +20,16 @@ from torch import Tensor
 
 import fastgpt
 from bench.harness.machine import DTYPES, Machine
-from bench.harness.measure import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, weigh
+from bench.harness.measure import (
+    OUR_FACTOR,
+    PEER_FACTOR,
+    Contender,
+    Plan,
+    Turn,
+    measure_peak_memory,
+    race,
+    ratio,
+)
 from bench.harness.peers import MissingError, require
 from bench.harness.records import Record
 from bench.training.steps import name, tokens_and_targets
@@ -70,7 +79,7 @@ def run_generate(
         race("generate", contenders, turn, machine, plan, whole=True)
         for contender in contenders:
             if contender.status == "ok":
-                weigh(contender, turn(contender, 0), machine)
+                measure_peak_memory(contender, turn(contender, 0), machine)
     facts = {"op": "generate", "case": name(size), "dims": size, "dtype": dtype} | _roof(model, size, dtype)
     return [_record(facts, contender, contenders, machine) for contender in contenders]
 

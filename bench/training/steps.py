@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness.machine import DTYPES, Machine
-from bench.harness.measure import OUR_FACTOR, PEER_FACTOR, Contender, Plan, Turn, race, ratio, weigh
+from bench.harness.measure import (
+    OUR_FACTOR,
+    PEER_FACTOR,
+    Contender,
+    Plan,
+    Turn,
+    measure_peak_memory,
+    race,
+    ratio,
+)
 from bench.harness.peers import MissingError
 from bench.harness.records import Record
 from fastgpt import data
@@ -104,7 +113,7 @@ def run_steps(
         race("step", found, turn, machine, plan, whole=True)
         for contender in found:
             if contender.status == "ok":
-                weigh(contender, turn(contender, 0), machine)
+                measure_peak_memory(contender, turn(contender, 0), machine)
     records = [_record(facts, c, found, curve, machine) for c, curve in zip(found, losses, strict=True)]
     del found
     gc.collect()

@@ -30,10 +30,10 @@ from bench.harness.machine import Machine, percentile
 from bench.training.steps import trainer
 from fastgpt import data
 from fastgpt.data.batches import IGNORED, Batch
-from fastgpt.distributed import Processes
+from fastgpt.distributed import DistributedContext
 from fastgpt.model import GPT
 from fastgpt.training.config import TrainConfig
-from fastgpt.training.trainer import Run
+from fastgpt.training.trainer import Trainer
 
 SIZES = {
     "tiny": {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 64, "batch_size": 2},
@@ -59,17 +59,17 @@ def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
     )
     config = config.override(size)
     with contextlib.redirect_stdout(io.StringIO()):
-        whole = Run(config, Processes(machine.device))
+        whole = Trainer(config, DistributedContext(machine.device))
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[whole.dtype]
     torch.manual_seed(config.seed)
     model = _Loss(GPT(config.model(256))).to(machine.device)
     step = trainer(model, machine, dtype)
-    stream = whole.material.train.batch(0, slice(None))
+    stream = whole.data.train.batch(0, slice(None))
     packed, padded = (itertools.cycle(batches) for batches in _documents(size, 16))
 
     def advance() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            whole.advance()
+            whole.train_step()
 
     found: dict[str, list[float]] = {name: [] for pair in COMPARISONS.values() for name in pair}
     for number in range(rounds + 1):  # the first one warms up
@@ -81,7 +81,7 @@ def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
         names = list(found) if number % 2 else list(reversed(found))
         times = machine.time_round([(lambda: None, calls[name]) for name in names], whole=True)
         for name, taken in zip(names, times, strict=True):
-            counted = batches.get(name, stream).counted
+            counted = batches.get(name, stream).num_targets
             found[name] += [counted / taken.seconds] if number else []
     whole.close()
     return {"size": size, "dtype": dtype, "tokens_per_second": found}

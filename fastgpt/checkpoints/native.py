@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastgpt.atomic_io import AtomicDirectory, check_files, fingerprint
 from fastgpt.checkpoints.tensor_files import TensorFiles, write_tensors
-from fastgpt.distributed import Processes, local
+from fastgpt.distributed import DistributedContext, local
 from fastgpt.json_io import dumps, read_json, shown
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import FILE, Tokenizer, load_tokenizer
@@ -207,7 +207,7 @@ def save(
     options: dict[str, Any],
     extra: dict[str, Any],
     *,
-    processes: Processes | None = None,
+    distributed: DistributedContext | None = None,
     best: int | None = None,
 ) -> Path:
     """Write OUT/step-…, then remove all but the newest KEEP checkpoints and that of step `best`; return its path.
@@ -224,14 +224,14 @@ def save(
             are untouched.
     """
     path = step_path(out, step)
-    processes = processes or Processes()
-    first = processes.first
-    if processes.total(first and (path / _STATE).exists()) != [0]:
+    distributed = distributed or DistributedContext()
+    first = distributed.is_main
+    if distributed.all_reduce_sum(first and (path / _STATE).exists()) != [0]:
         return path
-    parts = processes.world if processes.sharded else 1
+    parts = distributed.world_size if distributed.sharded else 1
     writing: AtomicDirectory | None = None
     try:
-        with processes.agreeing():
+        with distributed.raise_on_all_ranks():
             if first:
                 sweep(out)
                 writing = AtomicDirectory(path, _OWN)
@@ -239,10 +239,10 @@ def save(
             "model": _parameters(model, model.config.tie_head),
             "optimizer": dict(_moments(model, optimizers)),
         }
-        with processes.agreeing():
-            if first or processes.sharded:
-                _write_part(out / f"{_TEMPORARY}{path.name}", tensors, processes.rank, parts)
-        with processes.agreeing():
+        with distributed.raise_on_all_ranks():
+            if first or distributed.sharded:
+                _write_part(out / f"{_TEMPORARY}{path.name}", tensors, distributed.rank, parts)
+        with distributed.raise_on_all_ranks():
             if writing is not None:
                 tokenizer.save(writing.path)
                 state = {
@@ -272,7 +272,7 @@ def save(
             if best is None or old != step_path(out, best):
                 old.rename(out / f"{_TEMPORARY}{old.name}")
         sweep(out)
-    processes.barrier()
+    distributed.barrier()
     return path
 
 

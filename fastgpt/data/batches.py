@@ -39,12 +39,12 @@ class Batch:
     cu_seqlens: Tensor | None = None
 
     @property
-    def counted(self) -> int:
+    def num_targets(self) -> int:
         """How many targets count."""
         return int((self.targets != IGNORED).sum())
 
     @property
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """(B, T) int64, the place of each token in its document, from 0; without documents in its row."""
         if self.cu_seqlens is None:
             return torch.arange(self.idx.shape[1], device=self.idx.device).expand_as(self.idx)
@@ -71,7 +71,7 @@ class Source(Protocol):
         """Those rows of training batch `number`, 0, 1, …"""
         ...
 
-    def even(self, count: int, rows: slice) -> list[Batch]:
+    def validation_batches(self, count: int, rows: slice) -> list[Batch]:
         """Those rows of each of `count` batches, or of as many as there are, spread evenly: always the same."""
         ...
 
@@ -90,7 +90,7 @@ class Stream:
         starts = [draw.randrange(len(self.tokens) - self.block_size) for _ in range(self.batch_size)]
         return Batch(*windows(self.tokens, starts[rows], self.block_size))
 
-    def even(self, count: int, rows: slice = slice(None)) -> list[Batch]:
+    def validation_batches(self, count: int, rows: slice = slice(None)) -> list[Batch]:
         last = len(self.tokens) - self.block_size - 1
         total = count * self.batch_size
         starts = [i * last // max(1, total - 1) for i in range(total)]
@@ -99,7 +99,7 @@ class Stream:
             for i in range(0, total, self.batch_size)
         ]
 
-    def each(self) -> Iterator[Batch]:
+    def sequential(self) -> Iterator[Batch]:
         """Windows side by side, the last one shorter: every token but the first is a target once."""
         whole, rest = divmod(len(self.tokens) - 1, self.block_size)
         starts = [self.block_size * i for i in range(whole)]
@@ -120,13 +120,13 @@ class Packed:
         batch_size: int,
         block_size: int,
         seed: int = 0,
-        counted: Tensor | None = None,
+        is_target: Tensor | None = None,
     ) -> None:
-        """ends (documents,): where each document ends; counted (N,): whether a token counts as a target.
+        """ends (documents,): where each document ends; is_target (N,) bool: whether a token counts as a target.
 
         Raises ValueError where no document has two tokens.
         """
-        self.tokens, self.counted = tokens, counted
+        self.tokens, self.is_target = tokens, is_target
         self.batch_size, self.seed = batch_size, seed
         self.packing = pack(ends, block_size)
         if not len(self.packing):
@@ -136,13 +136,13 @@ class Packed:
         places = range(number * self.batch_size, (number + 1) * self.batch_size)[rows]
         return self._blocks([self._shuffled(place) for place in places])
 
-    def even(self, count: int, rows: slice = slice(None)) -> list[Batch]:
+    def validation_batches(self, count: int, rows: slice = slice(None)) -> list[Batch]:
         blocks, size = len(self.packing), self.batch_size
         total = min(count * size, blocks)
         chosen = [i * blocks // total for i in range(total)] + [_EMPTY] * (-total % size)
         return [self._blocks(chosen[i : i + size][rows]) for i in range(0, total, size)]
 
-    def each(self) -> Iterator[Batch]:
+    def sequential(self) -> Iterator[Batch]:
         """Every block once; the last batch may have fewer."""
         blocks = range(len(self.packing))
         for i in range(0, len(blocks), self.batch_size):
@@ -164,8 +164,8 @@ class Packed:
                 read = self.tokens[start : start + length + 1].long()
                 idx[row, end : end + length] = read[:-1]
                 wanted = read[1:]
-                if self.counted is not None:
-                    wanted = wanted.masked_fill(~self.counted[start + 1 : start + length + 1], IGNORED)
+                if self.is_target is not None:
+                    wanted = wanted.masked_fill(~self.is_target[start + 1 : start + length + 1], IGNORED)
                 targets[row, end : end + length] = wanted
                 lengths.append(length)
                 end += length

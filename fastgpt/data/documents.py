@@ -21,19 +21,19 @@ class Documents:
 
     tokens: Tokens
     ends: Integers
-    counted: Tensor | None = None
+    is_target: Tensor | None = None
 
     @property
     def entropy(self) -> float:
         """The unigram entropy of the targets, in nats a token."""
         targets = self.tokens[: min(len(self.tokens), _ENTROPY_TOKENS)]
-        return unigram_entropy(targets if self.counted is None else targets[self.counted[: len(targets)]])
+        return unigram_entropy(targets if self.is_target is None else targets[self.is_target[: len(targets)]])
 
     def source(self, packed: bool, *, batch_size: int, block_size: int, seed: int = 0) -> Packed | Stream:
         """Their batches. Raises ValueError where there are too few tokens for one."""
         sizes = {"batch_size": batch_size, "block_size": block_size, "seed": seed}
         if packed:
-            return Packed(self.tokens, self.ends, counted=self.counted, **sizes)
+            return Packed(self.tokens, self.ends, is_target=self.is_target, **sizes)
         return Stream(self.tokens, **sizes)
 
 

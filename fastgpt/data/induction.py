@@ -42,7 +42,7 @@ class Repeats:
     def batch(self, number: int, rows: slice = slice(None)) -> Batch:
         return self._rows((self.seed, number), rows)
 
-    def even(self, count: int, rows: slice = slice(None)) -> list[Batch]:
+    def validation_batches(self, count: int, rows: slice = slice(None)) -> list[Batch]:
         return [self._rows((self.seed, number, _VALIDATION), rows) for number in range(count)]
 
     def _rows(self, key: tuple[int, ...], rows: slice) -> Batch:

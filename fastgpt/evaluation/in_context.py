@@ -194,7 +194,7 @@ def loss_by_position(model: GPT, tokens: Tensor, *, windows: int = SEQUENCES) ->
     count = windows // source.batch_size
     device = model.wte.weight.device
     losses = []
-    for batch in source.even(count):
+    for batch in source.validation_batches(count):
         loss = model(batch.idx.to(device), batch.targets.to(device), reduction="none")[1]
         losses.append(loss.double().cpu())
     by_window = torch.cat(losses)

@@ -118,7 +118,7 @@ def evaluate(
     except ValueError as error:
         raise ValueError(f"{data.name_of(source)} cannot be evaluated: {error}") from None
     with use_backend(backend):
-        sums, counts = losses_by_position(model.to(where).eval(), batches.each())
+        sums, counts = losses_by_position(model.to(where).eval(), batches.sequential())
     loss = float(sums.sum() / counts.sum())
     check_loss(loss, checkpoint)
     return Evaluation(
@@ -229,7 +229,7 @@ def losses_by_position(model: GPT, batches: Iterable[Batch]) -> tuple[Tensor, Te
         there = batch.to(model.wte.weight.device)
         loss = model(there.idx, there.targets, cu_seqlens=there.cu_seqlens, reduction="none")[1]
         counted = batch.targets != IGNORED
-        places = batch.places[counted]
+        places = batch.positions[counted]
         sums += torch.bincount(places, loss.double().cpu()[counted], block_size)
         counts += torch.bincount(places, minlength=block_size)
     return sums, counts

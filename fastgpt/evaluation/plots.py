@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from fastgpt.atomic_io import replace_file, writing
+from fastgpt.atomic_io import naming_errors, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,5 +164,5 @@ def _frame(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 def _write(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with writing(Path(path)):
+    with naming_errors(Path(path)):
         figure.savefig(path)

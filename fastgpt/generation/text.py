@@ -23,7 +23,7 @@ _MOST_HELD = 64  # tokens without a whole character at their end: more are not w
 
 
 @dataclass
-class Continuation:
+class IncrementalDetokenizer:
     """The text behind a prompt, as its tokens come: whole characters alone, cut before the first stop string.
 
     What may be the beginning of a stop string, or of a character, is held back until that is decided. The pieces that
@@ -186,7 +186,7 @@ def continue_texts(
     texts = ((sample, *pair) for pair in encoded for sample in range(1, num_samples + 1))
     first = 0
     while some := list(islice(texts, batch_size)):
-        rows = [Continuation(tokenizer, tokens.tolist(), stop) for _, _, tokens in some]
+        rows = [IncrementalDetokenizer(tokenizer, tokens.tolist(), stop) for _, _, tokens in some]
         say = _with_prompts(on_text, first, [prompt for _, prompt, _ in some])
         with use_backend(backend):
             _continue(model, rows, max_new_tokens, sampling, None if seed is None else seed + first, say)
@@ -212,7 +212,7 @@ def read_prompts(path: str | Path) -> list[str]:
 
 def _continue(
     model: GPT,
-    rows: Sequence[Continuation],
+    rows: Sequence[IncrementalDetokenizer],
     max_new_tokens: int,
     sampling: Sampling,
     seed: int | None,

@@ -17,12 +17,12 @@ from fastgpt.evaluation import in_context
 from fastgpt.evaluation.tasks.examples import Example, load_examples
 from fastgpt.evaluation.tasks.template import Template, load_template
 from fastgpt.model import GPT
-from fastgpt.tokenizer import Tokenizer, is_meant, make_tokenizer
+from fastgpt.tokenizer import Tokenizer, make_tokenizer, matches_option
 from fastgpt.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """Training and held-out data of a run.
 
     name:    of the data and of how they become batches.
@@ -60,7 +60,7 @@ def check_source(config: TrainConfig, processes: int) -> None:
         raise FileNotFoundError(f"there is no file or directory {config.data}")
 
 
-def open_material(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Material:
+def open_training_data(config: TrainConfig, tokenizer: Tokenizer | None = None) -> TrainingData:
     """The data of a configuration, in a checkpoint's tokenizer if it goes on from one.
 
     Raises OSError for what cannot be read, ValueError for what cannot be trained on.
@@ -80,7 +80,9 @@ def open_material(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Ma
     )
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
     name = data.name_of(corpus.name)
-    return replace(_material(config, name, packed, tokenizer, train, val, digest), left_out=corpus.left_out)
+    return replace(
+        _training_data(config, name, packed, tokenizer, train, val, digest), left_out=corpus.left_out
+    )
 
 
 def _new_tokenizer(config: TrainConfig, texts: list[str]) -> Tokenizer:
@@ -88,7 +90,7 @@ def _new_tokenizer(config: TrainConfig, texts: list[str]) -> Tokenizer:
     return make_tokenizer(name, texts, config.vocab_size)
 
 
-def _repeats(config: TrainConfig, tokenizer: Tokenizer) -> Material:
+def _repeats(config: TrainConfig, tokenizer: Tokenizer) -> TrainingData:
     """Random words, repeated; the induction score is recorded."""
     words = in_context.alphabet(tokenizer, tokenizer.vocab_size)
     source = data.Repeats(words, batch_size=config.batch_size, block_size=config.block_size, seed=config.seed)
@@ -97,7 +99,7 @@ def _repeats(config: TrainConfig, tokenizer: Tokenizer) -> Material:
         score = in_context.induction(model, words, source.longest, seed=config.seed).second
         return {"induction": score.value, "induction_low": score.low, "induction_high": score.high}
 
-    return Material(
+    return TrainingData(
         name="repeats",
         tokenizer=tokenizer,
         train=source,
@@ -109,12 +111,12 @@ def _repeats(config: TrainConfig, tokenizer: Tokenizer) -> Material:
     )
 
 
-def _prepared(config: TrainConfig, tokenizer: Tokenizer | None) -> Material:
+def _prepared(config: TrainConfig, tokenizer: Tokenizer | None) -> TrainingData:
     dataset = data.open_dataset(config.data)
     own = dataset.tokenizer()
     if tokenizer is not None and tokenizer.serialized() != own.serialized():
         raise ValueError(f"{config.data} was prepared with another tokenizer than the model has")
-    if tokenizer is None and config.tokenizer != own.name and not is_meant(own, config.tokenizer):
+    if tokenizer is None and config.tokenizer != own.name and not matches_option(own, config.tokenizer):
         raise ValueError(
             f"--tokenizer {config.tokenizer} is not the one that {config.data} was prepared with: "
             "omit --tokenizer, or prepare the text again"
@@ -123,10 +125,10 @@ def _prepared(config: TrainConfig, tokenizer: Tokenizer | None) -> Material:
         data.Documents(split, split.document_ends) for split in map(dataset.split, ("train", "val"))
     )
     digest = hashlib.sha256(json.dumps(dataset.facts["files"], sort_keys=True).encode()).hexdigest()
-    return _material(config, config.data, config.packing != "stream", own, train, val, digest)
+    return _training_data(config, config.data, config.packing != "stream", own, train, val, digest)
 
 
-def _examples(config: TrainConfig, template: Template, tokenizer: Tokenizer | None) -> Material:
+def _examples(config: TrainConfig, template: Template, tokenizer: Tokenizer | None) -> TrainingData:
     if config.packing == "stream":
         raise ValueError("packing='stream' would show a task's examples one another; omit --packing")
     examples = load_examples(template.task, config.data, skip_broken=config.skip_broken)
@@ -147,7 +149,7 @@ def _examples(config: TrainConfig, template: Template, tokenizer: Tokenizer | No
         parts.append(part)
     train, val = parts
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
-    return _material(config, examples.name + note, True, tokenizer, train, val, digest)
+    return _training_data(config, examples.name + note, True, tokenizer, train, val, digest)
 
 
 def _encode_examples(
@@ -167,7 +169,7 @@ def _encode_examples(
     return data.Documents(torch.cat(tokens), ends, torch.cat(counted))
 
 
-def _material(
+def _training_data(
     config: TrainConfig,
     name: str,
     packed: bool,
@@ -175,7 +177,7 @@ def _material(
     train: data.Documents,
     val: data.Documents,
     digest: str,
-) -> Material:
+) -> TrainingData:
     sources = []
     sizes = {"batch_size": config.batch_size, "block_size": config.block_size, "seed": config.seed}
     for kind, documents in (("training", train), ("held-out", val)):
@@ -183,7 +185,7 @@ def _material(
             sources.append(documents.source(packed, **sizes))
         except ValueError as error:
             raise ValueError(f"the {kind} text of {name} cannot be used: {error}") from None
-    return Material(
+    return TrainingData(
         name=f"{name}, {'packed documents' if packed else 'one stream'}",
         tokenizer=tokenizer,
         train=sources[0],

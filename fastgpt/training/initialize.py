@@ -1,30 +1,32 @@
-"""What a run starts from: nothing, a checkpoint that it resumes, or a model whose weights it takes."""
+"""Initialize a run: from scratch, from the checkpoint that it resumes, or from the weights of a model."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt.checkpoints import native as checkpoint
 from fastgpt.checkpoints.load import open_model
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
 from fastgpt.distributed import restarted
-from fastgpt.model import GPT
-from fastgpt.tokenizer import Tokenizer, is_meant
+from fastgpt.model import GPT, GPTConfig
+from fastgpt.tokenizer import Tokenizer, matches_option
 from fastgpt.training.config import ARCHITECTURE, MODEL_FIELDS, TrainConfig, trained_with
 from fastgpt.training.directory_lock import check_run_directory, in_use, is_locked
 from fastgpt.training.optimizers import learning_rate
 
 
 def config_from(options: dict[str, Any]) -> TrainConfig:
-    """The configuration for the options a user gave; with `resume`, the checkpoint's own where none are
-    given. With `init_from`, the architecture of that model. A process that torchrun started again resumes if the
-    checkpoint is of the same options: what another run left there, for which the first start ended, is not touched.
+    """Build the configuration for the options that a user gave.
+
+    With `resume`, the checkpoint's options are the defaults; with `init_from`, the architecture of that model. A
+    process that torchrun restarted resumes if the checkpoint has the same options.
     """
     config = TrainConfig()
     out = str(options.get("out", config.out))
@@ -49,52 +51,41 @@ def config_from(options: dict[str, Any]) -> TrainConfig:
     return config
 
 
-class Start:
-    """The beginning of the run that a configuration describes.
+@dataclass(frozen=True)
+class Initialization:
+    """The initial state of a run.
 
-    resumed:   the checkpoint that it goes on from, if any.
-    tokenizer: that of the checkpoint or of the model it starts from, if any.
+    Attributes:
+        config: of the run.
+        resumed: the checkpoint that the run resumes, if any.
+        tokenizer: that of the checkpoint or model, if any.
+        architecture: that of the checkpoint or model, if any.
+        weights: of the model that the run starts from, if any.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        """Raises CheckpointError for a directory with a checkpoint that is not to be resumed, for one without that
-        is, and for one of another model; ValueError for another tokenizer than that of the model; as `open_model` for
-        what the weights are to be taken from.
-        """
-        self._config = config
-        self._weights: GPT | None = None
-        self._model = None
-        self.tokenizer = None
-        self.resumed = _checkpoint_to_resume(config.out) if config.resume else None
-        if self.resumed is not None:
-            self._model, self.tokenizer = self.resumed.model, self.resumed.load_tokenizer()
-            _check_model_fields(config, self.resumed, self.tokenizer)
-        elif checkpoint.exists(Path(config.out)):
-            raise CheckpointError(
-                f"{config.out} holds a checkpoint: pass --resume to go on, or another --out to start anew"
-            )
-        elif config.init_from:
-            self._weights, self.tokenizer = open_model(config.init_from)
-            self._model = self._weights.config
-            if not is_meant(self.tokenizer, config.tokenizer):
-                raise ValueError(
-                    f"--tokenizer {config.tokenizer} would be another than that of {config.init_from}, whose tokens "
-                    "the model knows: omit --tokenizer, or start without --init-from"
-                )
+    config: TrainConfig
+    resumed: Checkpoint | None = None
+    tokenizer: Tokenizer | None = None
+    architecture: GPTConfig | None = None
+    weights: dict[str, Tensor] | None = None
 
     @property
-    def loaded(self) -> Path | None:
-        """Where the weights are from, if they are not new."""
+    def loaded_from(self) -> Path | None:
+        """The path of the weights, if they are not new."""
         if self.resumed is not None:
             return self.resumed.path
-        return Path(self._config.init_from) if self._config.init_from else None
+        return Path(self.config.init_from) if self.config.init_from else None
 
     def make_model(self, vocab_size: int) -> GPT:
-        """The model on the CPU, with new weights or those it starts from; `vocab_size` is a new one's.
+        """Make the model on the CPU, with new weights or those of the model that the run starts from.
 
-        Raises ValueError for options that are not those of the model it starts from.
+        Args:
+            vocab_size: of a new model.
+
+        Raises:
+            ValueError: an option differs from the model that the run starts from.
         """
-        config, start = self._config, self._model
+        config, start = self.config, self.architecture
         wanted = config.model(start.vocab_size if start else vocab_size)
         if start is not None:
             for name in ARCHITECTURE:
@@ -103,16 +94,51 @@ class Start:
                     raise ValueError(f"{name} is {theirs!r} in the model to start from, not {ours!r}")
             if start.position == "learned" and wanted.block_size > start.block_size:
                 raise ValueError(
-                    f"block_size={wanted.block_size} is too long: {start.block_size} positions were learned"
+                    f"block_size={wanted.block_size} is too long: the model has {start.block_size} learned positions"
                 )
             longest = max(wanted.block_size, start.block_size)
             wanted = replace(start, dropout=wanted.dropout, block_size=longest)
         torch.manual_seed(config.seed)
         model = GPT(wanted)
-        if self._weights is not None:
-            model.load_state_dict(self._weights.state_dict())
+        if self.weights is not None:
+            model.load_state_dict(self.weights)
         model.checkpoint_activations = config.checkpoint_activations
         return model
+
+
+def initialize(config: TrainConfig) -> Initialization:
+    """Find the initial state of a run.
+
+    Raises:
+        CheckpointError: the directory has a checkpoint and `resume` is false, or has none and it is true, or the
+            checkpoint is of another model.
+        ValueError: the tokenizer differs from that of the model, or `init_from` cannot be opened.
+        OSError: a file cannot be read.
+    """
+    if config.resume:
+        return _resume(config)
+    if checkpoint.exists(Path(config.out)):
+        raise CheckpointError(
+            f"{config.out} holds a checkpoint: pass --resume to continue it, or another --out to start from scratch"
+        )
+    return _from_model(config, config.init_from) if config.init_from else Initialization(config)
+
+
+def _resume(config: TrainConfig) -> Initialization:
+    resumed = _checkpoint_to_resume(config.out)
+    tokenizer = resumed.load_tokenizer()
+    _check_model_fields(config, resumed, tokenizer)
+    return Initialization(config, resumed, tokenizer, resumed.model)
+
+
+def _from_model(config: TrainConfig, source: str) -> Initialization:
+    model, tokenizer = open_model(source)
+    if not matches_option(tokenizer, config.tokenizer):
+        raise ValueError(
+            f"--tokenizer {config.tokenizer} differs from the tokenizer of {source}. "
+            "Omit --tokenizer, or drop --init-from"
+        )
+    return Initialization(config, None, tokenizer, model.config, model.state_dict())
 
 
 def _checkpoint_to_resume(out: str) -> Checkpoint:
@@ -120,11 +146,11 @@ def _checkpoint_to_resume(out: str) -> Checkpoint:
         return checkpoint.open_checkpoint(out)
     except CheckpointError as error:
         found = checkpoint.exists(Path(out))
-        problem = f"cannot go on from {out}" if found else "has nothing to go on from"
+        problem = f"cannot continue {out}" if found else "found nothing to continue"
         raise CheckpointError(f"--resume {problem}: {error}") from None
 
 
-# Options that a resumed run may change, with what the steps that follow then differ in from those of an unbroken run.
+# Options that a resumed run may change; they change the batches, the learning rate, or the updates of later steps.
 _BATCHES = ("batch_size", "grad_accum", "packing", "seed", "task", "text_key", "skip_broken")
 _SCHEDULE = ("max_steps", "lr", "min_lr", "warmup_steps", "schedule", "decay_steps")
 _UPDATES = (
@@ -134,7 +160,7 @@ _UPDATES = (
 
 
 def changes(config: TrainConfig, resumed: Checkpoint) -> list[str]:
-    """A note for each way in which a resumed run differs from the one that saved the checkpoint."""
+    """Describe how a resumed run differs from the one that saved the checkpoint, a line for each kind of option."""
     before, step, notes = trained_with(resumed), resumed.step, []
 
     def changed(names: Sequence[str]) -> str:
@@ -142,7 +168,7 @@ def changes(config: TrainConfig, resumed: Checkpoint) -> list[str]:
         return ", ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
 
     if found := changed(_BATCHES):
-        notes.append(f"{found}: the batches are not those that the run would have gone on with")
+        notes.append(f"{found}: later batches differ from those of the uninterrupted run")
     if config.max_steps <= step:
         notes.append(
             f"max_steps {config.max_steps} is reached at step {step}: nothing is left to train; raise --max-steps"
@@ -152,25 +178,27 @@ def changes(config: TrainConfig, resumed: Checkpoint) -> list[str]:
         rate = f"from {old:.2e} to {new:.2e} at step {step}" if old != new else f"after step {step}"
         notes.append(f"{found}: the learning rate changes {rate}")
     if found := changed(_UPDATES):
-        notes.append(f"{found}: the steps are not those that the run would have gone on with")
+        notes.append(f"{found}: later updates differ from those of the uninterrupted run")
     return notes
 
 
 def check_same_data(config: TrainConfig, resumed: Checkpoint, digest: str) -> None:
-    """Raise CheckpointError for data that a checkpoint names and was not trained on: it may be from anybody, and what a
-    run learns can be read in its weights and its sample.
+    """Raise CheckpointError if a checkpoint was not trained on the data that it names.
+
+    A checkpoint may be from anybody. It must not choose which file of the user is read: weights and sample of a run
+    show what it was trained on.
     """
     if resumed.extra.get("data") != digest:
         raise CheckpointError(
-            f"{resumed.path} was not trained on {config.data}, which it names as its data: "
-            "give --data to train on that or on other data"
+            f"{resumed.path} names {config.data} as its data, but was not trained on that. "
+            "Pass --data to choose the data"
         )
 
 
 def _check_model_fields(config: TrainConfig, resumed: Checkpoint, tokenizer: Tokenizer) -> None:
     for name in MODEL_FIELDS:
         wanted, saved = getattr(config, name), getattr(trained_with(resumed), name)
-        if wanted != saved and not (name == "tokenizer" and is_meant(tokenizer, wanted)):
+        if wanted != saved and not (name == "tokenizer" and matches_option(tokenizer, wanted)):
             raise CheckpointError(
                 f"--resume cannot change the model: {name} is {saved!r} in {resumed.path}, not {wanted!r}"
             )

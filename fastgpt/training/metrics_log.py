@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastgpt.atomic_io import open_to_append, replace_file, writing
+from fastgpt.atomic_io import naming_errors, open_to_append, replace_file
 from fastgpt.json_io import dumps, loads
 
 
-class RunLog:
+class MetricsLog:
     """Records with a "step", and "train_loss" or "val_loss" among their values; append-only but for a
     resumption.
 
@@ -30,7 +30,7 @@ class RunLog:
     def add(self, step: int, **values: float) -> None:
         """Append a record, and hand it to the operating system at once."""
         self.records.append({"step": step, **values})
-        with writing(self.path):
+        with naming_errors(self.path):
             self._stream.write(_line(self.records[-1]))
             self._stream.flush()
 
@@ -40,12 +40,12 @@ class RunLog:
 
     def sync(self) -> None:
         """Have the records on the disk: before the checkpoint that they lead up to."""
-        with writing(self.path):
+        with naming_errors(self.path):
             os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""
-        with writing(self.path):  # what could not be written is tried again
+        with naming_errors(self.path):  # what could not be written is tried again
             self._stream.close()
 
 

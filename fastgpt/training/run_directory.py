@@ -1,11 +1,11 @@
-"""What a run leaves for people, so that its directory explains itself.
+"""The files of a training run in its directory, `config.out`, beside the checkpoints.
 
-OUT/config.toml        every option; `fastgpt train --config` takes it
+OUT/config.toml        every option, as `fastgpt train --config` reads it
     environment.json   versions, machine and command of each start
     log.jsonl          the losses
     loss.png           their curve
-    sample.txt         what the model wrote at the end
-    tensorboard/       where asked for
+    sample.txt         text that the model generated at the end
+    tensorboard/       with --tensorboard
 """
 
 from __future__ import annotations
@@ -22,26 +22,28 @@ from typing import Any
 
 import torch
 
-from fastgpt.atomic_io import open_to_append, replace_file, writing
+from fastgpt.atomic_io import naming_errors, open_to_append, replace_file
 from fastgpt.console import one_line
 from fastgpt.env_report import package_version
 from fastgpt.evaluation.plots import loss_curve
 from fastgpt.json_io import dumps
 from fastgpt.training.config import TrainConfig
-from fastgpt.training.metrics_log import RunLog
+from fastgpt.training.metrics_log import MetricsLog
 
 _FILES = ("config.toml", "log.jsonl", "loss.png", "sample.txt")
 
 
-class Papers:
-    """The papers of a run, in `config.out`. loss.png, sample.txt and TensorBoard's files are optional: a failure to
-    write one of them is reported once and does not end the run.
+class RunDirectory:
+    """Writes the files of a run.
+
+    loss.png, sample.txt and TensorBoard's files are optional: a failure to write one of them is reported once and does
+    not end the run.
     """
 
     def __init__(
         self, config: TrainConfig, resumed_at: int | None, warn: Callable[[str, str], object]
     ) -> None:
-        """Write what is known at the start; a resumed run goes on with what is there, up to its step.
+        """Write config.toml and environment.json, and open the log; a resumed run continues its log at its step.
 
         Args:
             resumed_at: the step that the run goes on from, None for a new run.
@@ -67,13 +69,13 @@ class Papers:
                     )
         # First, because it shows that the other files are those of a run.
         if resumed_at:
-            with writing(environment), open_to_append(environment) as stream:
+            with naming_errors(environment), open_to_append(environment) as stream:
                 stream.write(dumps(_environment()) + "\n")
         else:
             replace_file(environment, dumps(_environment()) + "\n")
         if resumed_at is None or resumed_at <= config.max_steps:  # else nothing is trained with these options
             replace_file(options, _toml(config))
-        self.log = RunLog(self.out / "log.jsonl", resume_at=resumed_at)
+        self.log = MetricsLog(self.out / "log.jsonl", resume_at=resumed_at)
         self._board: Any = None
         if config.tensorboard:
             with self.optional("TensorBoard"):
@@ -92,7 +94,7 @@ class Papers:
             self._warn(name, f"{name} could not be written ({one_line(error)}); the run goes on without it")
 
     def record(self, step: int, **values: float) -> None:
-        """Write the values of a step to log.jsonl, and the losses and the rate for TensorBoard."""
+        """Write the values of a step to log.jsonl, and losses and learning rate to TensorBoard."""
         self.log.add(step, **values)
         if self._board is not None:
             with self.optional("TensorBoard"):
@@ -107,16 +109,33 @@ class Papers:
             loss_curve(self.out / "loss.png", train, val, entropy, entropy_name)
 
     def write_sample(self, text: str) -> None:
-        """Keep a sample."""
+        """Write sample.txt."""
         with self.optional("sample.txt"):
             replace_file(self.out / "sample.txt", text)
 
+    def sync(self) -> None:
+        """Flush the log to the disk."""
+        self.log.sync()
+
     def close(self) -> None:
-        """Close what is open."""
+        """Close the log and TensorBoard."""
         self.log.close()
         if self._board is not None:
             with self.optional("TensorBoard"):
                 self._board.close()
+
+
+class NullRunDirectory:
+    """The run directory of processes other than the main one: writes nothing."""
+
+    def optional(self, name: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def record(self, step: int, **values: float) -> None: ...
+    def draw(self, entropy: float, entropy_name: str) -> None: ...
+    def write_sample(self, text: str) -> None: ...
+    def sync(self) -> None: ...
+    def close(self) -> None: ...
 
 
 def _toml(config: TrainConfig) -> str:

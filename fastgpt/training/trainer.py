@@ -1,15 +1,14 @@
 """The training loop: accumulation, autocast, schedules, checkpoints, resumption, on one process or many.
 
-A step is a pure function of the state before it: its batches and its random numbers follow from (seed, step). So a
-run that was killed and resumed has the losses of one that was not, and on any number of processes those of one
-process, but for rounding, and for dropout, which each process draws for its own rows.
+A step is a pure function of the state before it: its batches and random numbers follow from (seed, step). A run that
+was killed and resumed has the losses of one that was not. On any number of processes it has those of one process, up to
+rounding and dropout, which each process draws for its own rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,20 +19,19 @@ from torch import Tensor, nn
 from fastgpt.backends import kernels_off, use_backend
 from fastgpt.checkpoints import native as checkpoint
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
-from fastgpt.console import Progress, show
 from fastgpt.data import Batch
 from fastgpt.data.report import left_out_lines
 from fastgpt.device import peak_flops, resolve_device, resolve_dtype
-from fastgpt.distributed import Processes
-from fastgpt.malloc import keep_heap
+from fastgpt.distributed import DistributedContext
+from fastgpt.malloc import disable_malloc_trimming
 from fastgpt.options import check_types
 from fastgpt.training.config import TrainConfig
-from fastgpt.training.datasets import check_source, open_material
+from fastgpt.training.datasets import check_source, open_training_data
 from fastgpt.training.directory_lock import DirectoryLock
 from fastgpt.training.divergence import are_numbers, diverged
-from fastgpt.training.initialize import Start, changes, check_same_data
+from fastgpt.training.initialize import changes, check_same_data, initialize
+from fastgpt.training.logger import Logger, warn
 from fastgpt.training.optimizers import learning_rate, make_optimizers
-from fastgpt.training.run_directory import Papers
 from fastgpt.training.signals import StopSignal
 
 _SAMPLE_TEMPERATURE = 0.8
@@ -41,7 +39,14 @@ _SAMPLE_TEMPERATURE = 0.8
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Where a run stands at its end: val_loss (the last one, if any) and unigram_entropy in nats a token."""
+    """The end of a run.
+
+    Attributes:
+        step: the last step.
+        val_loss: the last validation loss, in nats a token; None without one.
+        unigram_entropy: the loss of the best model without context on the same text, in nats a token.
+        finished: false if a signal ended the run.
+    """
 
     step: int
     val_loss: float | None
@@ -50,43 +55,44 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
-    """Train as the configuration says, from the start or from the newest checkpoint in `config.out`.
+    """Train as the configuration says, from scratch or from the newest checkpoint in `config.out`.
 
-    Prints its progress, writes checkpoints and its papers (`fastgpt.training.run_directory`) to `config.out`, which no
-    other run can write to meanwhile. SIGINT, SIGTERM, SIGHUP and a reader of its output that goes away (`| head`) save
-    and end the run (`finished` is false then). Started by torchrun, each process takes its share.
+    Prints progress, and writes checkpoints and the files of a `RunDirectory` to `config.out`, which is locked against
+    other runs. SIGINT, SIGTERM, SIGHUP and a closed stdout (`| head`) save a checkpoint and end the run. Under torchrun
+    each process computes its rows of every batch.
 
-    With `same_data` a resumed run refuses data that the checkpoint was not trained on, which its files may name.
+    Args:
+        config: all options.
+        same_data: whether a resumed run refuses data that the checkpoint was not trained on.
 
-    Raises ValueError for options, data or checkpoints that do not go together, OSError for what cannot be
-    read or written, FloatingPointError if the loss stops being a number, ProcessLostError if another process is gone.
+    Raises:
+        ValueError: options, data or checkpoints contradict each other.
+        OSError: a file cannot be read or written.
+        FloatingPointError: the loss is NaN or infinite.
+        ProcessLostError: another process of the run is gone.
     """
-    processes = Processes.meet(resolve_device(config.device), config.parallel)
+    distributed = DistributedContext.from_env(resolve_device(config.device), config.parallel)
     try:
-        with use_backend(config.backend), processes.together():
-            with processes.agreeing():
-                check_source(config, processes.world)  # before the lock makes a directory
-                lock = DirectoryLock(Path(config.out), _warn) if processes.first else None
+        with use_backend(config.backend), distributed.detecting_lost_processes():
+            with distributed.raise_on_all_ranks():
+                check_source(config, distributed.world_size)  # before the lock makes a directory
+                lock = DirectoryLock(Path(config.out), warn) if distributed.is_main else None
             try:
-                run = Run(config, processes, same_data)
+                trainer = Trainer(config, distributed, same_data)
                 try:
-                    return run.go()
+                    return trainer.train()
                 finally:
-                    run.close()
+                    trainer.close()
             finally:
                 if lock is not None:
                     lock.release()
     finally:
-        processes.close()
-
-
-def _warn(text: str) -> None:
-    show(f"fastgpt: warning: {text}", file=sys.stderr)
+        distributed.close()
 
 
 @dataclass
-class _Validation:
-    """The validation losses so far: the last, the best, and how many have come since that."""
+class ValidationHistory:
+    """The last and the best validation loss, and the number of validations since the best."""
 
     step: int = -1
     loss: float = math.inf
@@ -100,52 +106,44 @@ class _Validation:
             self.best_step, self.best_loss, self.since_best = step, loss, 0
 
 
-class Run:
-    """One run of `train`: everything it holds, set up, and the loop over it."""
+class Trainer:
+    """One run of `train`: its model, data, optimizers and state, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, processes: Processes, same_data: bool = False) -> None:
-        self.config, self.processes, self.device = config, processes, processes.device
+    def __init__(self, config: TrainConfig, distributed: DistributedContext, same_data: bool = False) -> None:
+        self.config, self.distributed, self.device = config, distributed, distributed.device
         self.out = Path(config.out)
-        self.rows = processes.share(config.batch_size)
+        self.rows = distributed.local_rows(config.batch_size)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        heap_kept = keep_heap()
-        with processes.agreeing():  # one of them may read from another disk
-            start = Start(config)
-            self.material = open_material(config, start.tokenizer)
+        self.malloc_trimming_disabled = disable_malloc_trimming()
+        with distributed.raise_on_all_ranks():  # one of them may read from another disk
+            start = initialize(config)
+            self.data = open_training_data(config, start.tokenizer)
             if same_data and start.resumed is not None:
-                check_same_data(config, start.resumed, self.material.digest)
-            self.val_batches = self.material.val.even(config.eval_batches, self.rows)
-            self.model = start.make_model(self.material.tokenizer.vocab_size).to(self.device)
+                check_same_data(config, start.resumed, self.data.digest)
+            self.val_batches = self.data.val.validation_batches(config.eval_batches, self.rows)
+            self.model = start.make_model(self.data.tokenizer.vocab_size).to(self.device)
         self.forward = self._wrap()
         self.optimizers = make_optimizers(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step, self.validation = 0, _Validation()
-        self.loaded = start.loaded
-        self.stop, self.stopped = StopSignal(), False
+        self.step, self.validation = 0, ValidationHistory()
+        self.loaded_from = start.loaded_from
+        self.stop_signal, self.stopped = StopSignal(), False
         self.deadline, self.late = math.inf, False
         if start.resumed is not None:
             self._restore(start.resumed)
         self.first_step = self.step
-        self.peak = peak_flops(self.device, self.dtype)
-        bar = {"total": config.max_steps, "initial": self.step, "unit": "step", "dynamic_ncols": True}
-        self.progress = Progress(shown=processes.first, reader_gone=self.stop.set, **bar)
-        try:
-            with processes.agreeing():
-                resumed_at = self.step if config.resume else None
-                warn = self.progress.warn_once
-                self.papers = Papers(config, resumed_at, warn) if processes.first else None
-        except BaseException:
-            self.progress.close()
-            raise
-        self._introduce(heap_kept, start.resumed)
-        self._restart_clock()
+        self.peak_flops = peak_flops(self.device, self.dtype)
+        with distributed.raise_on_all_ranks():
+            options = {"resumed": config.resume, "is_main": distributed.is_main}
+            self.logger = Logger(config, self.step, **options, reader_gone=self.stop_signal.set)
+        self._describe(start.resumed)
 
     def _wrap(self) -> nn.Module:
-        """The model, compiled, in what exchanges its gradients."""
+        """Return the model, compiled if configured, with gradients that are reduced over the processes."""
         if self.config.compile:  # FSDP2 gathers a block's parameters before it runs: a block is a graph then
-            for module in self.model.h if self.processes.sharded else [self.model]:
+            for module in self.model.h if self.distributed.sharded else [self.model]:
                 module.compile()
-        return self.processes.wrap(self.model)
+        return self.distributed.wrap(self.model)
 
     def _restore(self, resumed: Checkpoint) -> None:
         self.step = resumed.step
@@ -153,95 +151,101 @@ class Run:
         resumed.load_training(self.model, self.optimizers)
         try:
             found = resumed.extra["validation"].items()
-            self.validation = _Validation(**{name: value for name, value in found if value is not None})
+            self.validation = ValidationHistory(**{name: value for name, value in found if value is not None})
             check_types(self.validation)
             if resumed.extra["scaler"]:
                 self.scaler.load_state_dict(resumed.extra["scaler"])
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"the state in {resumed.path} is not that of a run: {error!r}") from None
 
-    def _introduce(self, heap_kept: bool, resumed: Checkpoint | None) -> None:
-        config, material, heap = self.config, self.material, ", heap kept" if heap_kept else ""
-        self.say(f"data: {material.name}; {material.size}, vocabulary of {material.tokenizer.vocab_size:,}")
-        for line in left_out_lines(material.left_out):
-            self.say(f"data: {line}")
-        self.say(
+    def _describe(self, resumed: Checkpoint | None) -> None:
+        """Log data, model and machine, and in what a resumed run differs from the one before."""
+        config, data, log = self.config, self.data, self.logger.log
+        log(f"data: {data.name}; {data.size}, vocabulary of {data.tokenizer.vocab_size:,}")
+        for line in left_out_lines(data.left_out):
+            log(f"data: {line}")
+        log(
             f"model: {self.model.num_parameters():,} parameters; {config.n_layer} layers, "
             f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}"
         )
         dtype = str(self.dtype).removeprefix("torch.")
-        self.say(
-            f"machine: {self.processes}, {dtype}, backend {config.backend}, "
-            f"GEMM peak {self.peak / 1e9:,.0f} GFLOP/s{heap}"
+        malloc = ", malloc trimming disabled" if self.malloc_trimming_disabled else ""
+        log(
+            f"machine: {self.distributed}, {dtype}, backend {config.backend}, "
+            f"matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s{malloc}"
         )
         if off := kernels_off(self.device):
-            self.say(f"note: {off}")
+            log(f"note: {off}")
         if resumed is not None:
-            self.say(f"resumed at step {self.step}")
+            log(f"resumed at step {self.step}")
             for note in changes(config, resumed):
-                self.say(f"note: {note}")
-            if resumed.extra.get("data") != material.digest:
-                self.say("note: the training text is not the one this checkpoint was trained on")
+                log(f"note: {note}")
+            if resumed.extra.get("data") != data.digest:
+                log("note: the training text is not the one this checkpoint was trained on")
 
-    def go(self) -> TrainResult:
-        """Loop to the end of the schedule, of the time, of patience, or to a signal."""
+    def train(self) -> TrainResult:
+        """Train until max_steps, the time limit, early stopping or a signal."""
         config, validation = self.config, self.validation
         self.deadline = time.perf_counter() + 60 * (config.max_minutes or math.inf)
         if validation.step < 0:
             self.evaluate()
-            if config.patience is not None:  # it may be the best there will be
-                self.save(torch.zeros(()))
-        with self.stop:
-            while self.step < config.max_steps and not self.stopped and not self.late and not self.impatient:
-                self.advance()
-        self.progress.close()
+            if config.patience is not None:  # the first validation may stay the best
+                self.save_checkpoint(torch.zeros(()))
+        with self.stop_signal:
+            while self.step < config.max_steps and not (self.stopped or self.late or self.should_stop_early):
+                self.train_step()
+        self.logger.progress.close()
         if self.stopped:
-            self.say(f"stopped at step {self.step}: saved; pass --resume to go on")
-            return TrainResult(self.step, self.val_loss, self.material.entropy, finished=False)
-        if self.impatient:
+            self.logger.log(f"stopped at step {self.step}: saved; pass --resume to go on")
+            return TrainResult(self.step, self.val_loss, self.data.entropy, finished=False)
+        if self.should_stop_early:
             best_path = checkpoint.step_path(self.out, validation.best_step)
-            self.say(
+            self.logger.log(
                 f"stopped early at step {self.step}: no better validation loss in {validation.since_best} evaluations; "
                 f"the best, {validation.best_loss:.4f}, {'is' if best_path.exists() else 'was'} {best_path}"
             )
         return self.finish()
 
-    def advance(self) -> None:
-        """One step, and whatever is due behind it: reports, validation, a checkpoint, a look at clock and signals."""
+    def train_step(self) -> None:
+        """Run one optimizer step, then log, validate and save a checkpoint where they are due."""
         config = self.config
-        loss = self.update()
+        loss = self.optimizer_step()
         self.step += 1
-        self.progress.advance()
+        self.logger.progress.advance()
         last = self.step == config.max_steps
         if self.step == self.first_step + 1:  # the loss of the weights as they were loaded
-            self._finite(loss)
+            self._check_loss(loss)
         if self.step % config.log_every == 0 or last:
-            self.report(loss)
+            self.log_step(loss)
         if self.step % config.eval_every == 0 or last:
             self.evaluate()
         late = time.perf_counter() > self.deadline
-        self.stopped, self.late = self.agree(self.stop.received and not last, late)
+        self.stopped, self.late = self._any_rank(self.stop_signal.received and not last, late)
         best = config.patience is not None and self.validation.best_step == self.step
-        ends = last or self.stopped or self.late or self.impatient
+        ends = last or self.stopped or self.late or self.should_stop_early
         if self.step % config.save_every == 0 or ends or best:
-            self.save(loss)
+            self.save_checkpoint(loss)
 
-    def update(self) -> Tensor:
-        """One optimizer step; returns this process's part of the mean training loss, a scalar on the device."""
+    def optimizer_step(self) -> Tensor:
+        """Accumulate the gradients of a step and update the parameters.
+
+        Returns:
+            This process's part of the mean training loss, a scalar on the device.
+        """
         config = self.config
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.step, config)
-        torch.manual_seed(_step_seed(config.seed, self.step, self.processes.rank))
+        torch.manual_seed(_step_seed(config.seed, self.step, self.distributed.rank))
         numbers = range(self.step * config.grad_accum, (self.step + 1) * config.grad_accum)
-        batches = [self.material.train.batch(number, self.rows) for number in numbers]
-        (counted,) = self.processes.total(sum(batch.counted for batch in batches))
+        batches = [self.data.train.batch(number, self.rows) for number in numbers]
+        (num_targets,) = self.distributed.all_reduce_sum(sum(batch.num_targets for batch in batches))
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            with self.processes.accumulating(self.forward, last=batch is batches[-1]):
-                loss = self.loss_sum(batch, config.label_smoothing, config.z_loss) / max(1, counted)
-                # The exchange takes the mean of the processes' gradients; their losses are parts of one sum.
-                self.scaler.scale(loss * self.processes.world).backward()
+            with self.distributed.accumulating(self.forward, last=batch is batches[-1]):
+                loss = self.loss_sum(batch, config.label_smoothing, config.z_loss) / max(1, num_targets)
+                # The reduction averages over the processes, whose losses are parts of one sum.
+                self.scaler.scale(loss * self.distributed.world_size).backward()
             total += loss.detach()
         for optimizer in self.optimizers if self.scaler.is_enabled() else []:
             self.scaler.unscale_(optimizer)
@@ -256,15 +260,17 @@ class Run:
         return total
 
     def _overflowed(self) -> bool:
-        """Whether float16 overflowed in the gradients of any optimizer; then none takes the step."""
+        """Return whether float16 overflowed in the gradients of any optimizer; then none takes the step."""
         if not self.scaler.is_enabled():
             return False
         found = [self.scaler._found_inf_per_device(optimizer) for optimizer in self.optimizers]
-        (count,) = self.processes.total(sum(flag.item() for flags in found for flag in flags.values()))
+        (count,) = self.distributed.all_reduce_sum(
+            sum(flag.item() for flags in found for flag in flags.values())
+        )
         return count > 0
 
     def loss_sum(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
-        """The sum of the losses of a batch's targets, computed in the dtype of the run."""
+        """Compute the sum of the losses of a batch's targets, in the dtype of the run."""
         batch = batch.to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.forward(
@@ -278,82 +284,85 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Print and record the loss on the held-out text."""
+        """Compute, log and record the validation loss."""
         self.model.eval()
-        # The only place to wait for a GPU.
+        # The only synchronization with a GPU.
         losses = torch.stack([self.loss_sum(b).double() for b in self.val_batches]).sum().item()
-        losses, counted = self.processes.total(losses, sum(batch.counted for batch in self.val_batches))
-        usable = math.isfinite(losses) and not self.processes.sharded
-        measured = self.material.measure(self.model) if usable else {}
+        losses, num_targets = self.distributed.all_reduce_sum(
+            losses, sum(batch.num_targets for batch in self.val_batches)
+        )
+        usable = math.isfinite(losses) and not self.distributed.sharded
+        measured = self.data.measure(self.model) if usable else {}
         self.model.train()
-        self.record(val_loss=losses / counted, **measured)
-        self._check_finite("validation loss", losses / counted)
-        self.validation.add(self.step, losses / counted)
-        self.say(f"step {self.step}: val loss {self.validation.loss:.4f} ({self.unigram})")
+        loss = losses / num_targets
+        self.logger.directory.record(self.step, val_loss=loss, **measured)
+        self._check_finite("validation loss", loss)
+        self.validation.add(self.step, loss)
+        self.logger.log(f"step {self.step}: val loss {loss:.4f} ({self.unigram})")
         if measured:
             found = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
-            self.say(f"step {self.step}: {found}")
+            self.logger.log(f"step {self.step}: {found}")
         if self.device.type == "cpu":  # which may have been busy before
-            self.peak = max(self.peak, peak_flops(self.device, self.dtype))
-        self._restart_clock()
+            self.peak_flops = max(self.peak_flops, peak_flops(self.device, self.dtype))
+        self.logger.restart_clock(self.step)
 
-    def report(self, loss: Tensor) -> None:
-        """Print and record the training loss and the speed since the last report."""
-        config, value, rate = self.config, self._finite(loss), learning_rate(self.step - 1, self.config)
-        tokens = (self.step - self._marked_step) * config.batch_size * config.grad_accum * config.block_size
-        speed = tokens / (time.perf_counter() - self._mark)
-        share = speed * self.model.flops_per_token() / (self.peak * self.processes.world)
-        self.record(train_loss=value, lr=rate, tokens_per_second=round(speed))
-        self.progress.note(f"loss {value:.3f}, {speed:,.0f} tokens/s, {share:.0%} of the GEMM peak")
-        self.say(
+    def log_step(self, loss: Tensor) -> None:
+        """Log and record the training loss, and throughput and MFU since the last time."""
+        config, value, rate = self.config, self._check_loss(loss), learning_rate(self.step - 1, self.config)
+        speed = self.logger.tokens_per_second(self.step)
+        mfu = speed * self.model.flops_per_token() / (self.peak_flops * self.distributed.world_size)
+        self.logger.directory.record(self.step, train_loss=value, lr=rate, tokens_per_second=round(speed))
+        self.logger.progress.note(f"loss {value:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
+        self.logger.log(
             f"step {self.step}/{config.max_steps}  train loss {value:.4f}  lr {rate:.2e}  "
-            f"{speed:,.0f} tokens/s  {share:.0%} of the GEMM peak"
+            f"{speed:,.0f} tokens/s  MFU {mfu:.0%}"
         )
-        self._restart_clock()
+        self.logger.restart_clock(self.step)
 
-    def save(self, loss: Tensor) -> None:
-        """Write a checkpoint of this step, and the picture of the run so far.
+    def save_checkpoint(self, loss: Tensor) -> None:
+        """Write a checkpoint of this step, and draw the loss curve.
 
-        Raises FloatingPointError for weights that cannot be used, which would replace an older checkpoint.
+        Raises:
+            FloatingPointError: the weights are NaN or infinite, and would replace an older checkpoint.
         """
-        self._finite(loss)
+        self._check_loss(loss)
         self._check_weights()
-        if self.papers is not None:
-            self.papers.log.sync()
+        self.logger.directory.sync()
         validation, scaler = asdict(self.validation), self.scaler.state_dict()
         checkpoint.save(
             self.out,
             self.step,
             self.model,
             self.optimizers,
-            self.material.tokenizer,
+            self.data.tokenizer,
             self.config.as_dict(),
-            {"data": self.material.digest, "validation": validation, "scaler": scaler},
-            processes=self.processes,
+            {"data": self.data.digest, "validation": validation, "scaler": scaler},
+            distributed=self.distributed,
             best=self.validation.best_step if self.config.patience is not None else None,
         )
-        self.draw()
-        self._restart_clock()
+        self.logger.directory.draw(self.data.entropy, self.unigram)
+        self.logger.restart_clock(self.step)
 
     def finish(self) -> TrainResult:
-        """The last words: validation loss, sample, picture."""
+        """Log the last validation loss and a sample, and draw the loss curve."""
+        directory, log = self.logger.directory, self.logger.log
         if self.validation.step != self.step:
             self.evaluate()
-        self.draw()
-        if self.config.sample_tokens and self.papers is not None:
-            with self.papers.optional("the sample"):
+        directory.draw(self.data.entropy, self.unigram)
+        if self.config.sample_tokens and self.distributed.is_main:
+            with directory.optional("the sample"):
                 text = self.sample()
-                self.say(f"--- sample ---{text}\n--- end of sample ---")
-                self.papers.write_sample(text)
+                log(f"--- sample ---{text}\n--- end of sample ---")
+                directory.write_sample(text)
         curve = f"; the curve is {self.out / 'loss.png'}" if (self.out / "loss.png").exists() else ""
         loss = f"{self.validation.loss:.4f} nats/token"
-        self.say(f"done at step {self.step}: val loss {loss}, {self.unigram}{curve}")
-        return TrainResult(self.step, self.val_loss, self.material.entropy, finished=True)
+        log(f"done at step {self.step}: val loss {loss}, {self.unigram}{curve}")
+        return TrainResult(self.step, self.val_loss, self.data.entropy, finished=True)
 
     def sample(self) -> str:
-        """What the model writes behind a line break."""
-        model, tokenizer = self.model, self.material.tokenizer
-        if self.processes.sharded:  # this process has but a part of the model: the whole one is on the disk
+        """Generate text that follows a line break."""
+        model, tokenizer = self.model, self.data.tokenizer
+        if self.distributed.sharded:  # this process has a part of the model; the whole one is on the disk
             saved = checkpoint.open_checkpoint(checkpoint.step_path(self.out, self.step))
             model = saved.load_model().to(self.device)
         prompt = tokenizer.encode("\n")[None].to(self.device)
@@ -372,68 +381,50 @@ class Run:
         return None if self.validation.step < 0 else self.validation.loss
 
     @property
-    def impatient(self) -> bool:
-        """Whether the validation loss has not become better for as long as the run is to wait."""
+    def should_stop_early(self) -> bool:
+        """Whether the validation loss has not improved for `patience` validations."""
         return self.config.patience is not None and self.validation.since_best >= self.config.patience
 
     @property
     def unigram(self) -> str:
         """The loss of the best model without context, with its name."""
-        unit = "byte" if self.material.tokenizer.name == "bytes" else "token"
-        return f"{unit}-unigram entropy of the same text {self.material.entropy:.4f} nats/token"
-
-    def agree(self, *flags: object) -> list[bool]:
-        """For each flag whether any process raises it."""
-        return [raised > 0 for raised in self.processes.total(*(float(bool(flag)) for flag in flags))]
-
-    def record(self, **values: float) -> None:
-        """Have the values of this step on record."""
-        if self.papers is not None:
-            self.papers.record(self.step, **values)
-
-    def draw(self) -> None:
-        """Draw the curve of the run so far."""
-        if self.papers is not None:
-            self.papers.draw(self.material.entropy, self.unigram)
-
-    def say(self, line: str) -> None:
-        """Print a line to stdout, past the progress bar."""
-        self.progress.line(line)
+        unit = "byte" if self.data.tokenizer.name == "bytes" else "token"
+        return f"{unit}-unigram entropy of the same text {self.data.entropy:.4f} nats/token"
 
     def close(self) -> None:
-        """Close what is open."""
-        self.progress.close()
-        if self.papers is not None:
-            self.papers.close()
+        """Close the progress bar and the files of the run."""
+        self.logger.close()
 
-    def _finite(self, loss: Tensor) -> float:
-        (value,) = self.processes.total(loss.item())
+    def _any_rank(self, *flags: object) -> list[bool]:
+        """Return for each flag whether it is set on any process."""
+        return [count > 0 for count in self.distributed.all_reduce_sum(*(float(bool(f)) for f in flags))]
+
+    def _check_loss(self, loss: Tensor) -> float:
+        """Return the training loss of all processes. Raises FloatingPointError if it is NaN or infinite."""
+        (value,) = self.distributed.all_reduce_sum(loss.item())
         self._check_finite("training loss", value)
         return value
 
     def _check_finite(self, name: str, value: float) -> None:
-        """Raise FloatingPointError for a loss that is no number."""
+        """Raise FloatingPointError for a loss that is NaN or infinite."""
         if math.isfinite(value):
             return
         measured_at = self.step - (name == "training loss")  # that of a step is of the weights before it
-        loaded = self.loaded if measured_at == self.first_step else None
-        raise FloatingPointError(diverged(name, value, self.step, checkpoint.steps(self.out), loaded))
+        loaded_from = self.loaded_from if measured_at == self.first_step else None
+        raise FloatingPointError(diverged(name, value, self.step, checkpoint.steps(self.out), loaded_from))
 
     @torch.no_grad()
     def _check_weights(self) -> None:
-        """Raise FloatingPointError unless weights and optimizer are numbers, and give a loss that is one."""
+        """Raise FloatingPointError unless weights, optimizer states and loss are finite numbers."""
         odd, loss = float(not are_numbers(self.model, self.optimizers)), 0.0
         if self.validation.step != self.step:
             self.model.eval()
             loss = self.loss_sum(self.val_batches[0]).item()
             self.model.train()
-        odd, loss = self.processes.total(odd, loss)
+        odd, loss = self.distributed.all_reduce_sum(odd, loss)
         self._check_finite("validation loss", math.nan if odd else loss)
-
-    def _restart_clock(self) -> None:
-        self._mark, self._marked_step = time.perf_counter(), self.step
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Where torch's generators stand at the beginning of a step."""
+    """Compute the seed of torch's generators for a step of one process."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "little")

@@ -28,6 +28,6 @@ def test_every_contender_is_timed(tmp_path: Path):
 @pytest.mark.slow
 def test_packed_and_padded_batches_are_of_the_same_documents():
     packed, padded = _documents(SIZES["cpu"], 4)
-    assert sum(batch.counted for batch in packed) > 0.95 * sum(batch.targets.numel() for batch in packed)
-    assert all(batch.counted < batch.targets.numel() for batch in padded)
+    assert sum(batch.num_targets for batch in packed) > 0.95 * sum(batch.targets.numel() for batch in packed)
+    assert all(batch.num_targets < batch.targets.numel() for batch in padded)
     assert all(batch.cu_seqlens is None and batch.idx.shape[0] == 8 for batch in padded)

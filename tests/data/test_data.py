@@ -97,12 +97,15 @@ def test_batches_reach_every_window_and_no_further():
 
 
 def test_even_batches_span_the_text():
-    batches = data.Stream(torch.arange(1000), batch_size=4, block_size=10).even(3)
+    batches = data.Stream(torch.arange(1000), batch_size=4, block_size=10).validation_batches(3)
     starts = torch.cat([batch.idx[:, 0] for batch in batches])
     assert len(starts) == 12 and starts[0] == 0 and starts[-1] == 989
     gaps = starts.diff()
     assert gaps.max() - gaps.min() <= 1
-    assert data.Stream(torch.arange(11), batch_size=1, block_size=10).even(2)[1].targets[0, -1] == 10
+    assert (
+        data.Stream(torch.arange(11), batch_size=1, block_size=10).validation_batches(2)[1].targets[0, -1]
+        == 10
+    )
 
 
 def test_unigram_entropy_of_known_distributions():

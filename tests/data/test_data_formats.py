@@ -30,7 +30,7 @@ from fastgpt.data.formats import format_of
 from fastgpt.evaluation.tasks.examples import read_examples
 from fastgpt.generation.text import read_prompts
 from fastgpt.training.config import TrainConfig, read_toml
-from fastgpt.training.datasets import open_material
+from fastgpt.training.datasets import open_training_data
 
 TEXTS = [
     f"Text {i}, with a “quote”, a comma;\ta tab\nand {i} lines {{}}[]\\ of naïve שלום 😀" for i in range(14)
@@ -335,9 +335,13 @@ def test_records_are_packed_as_documents_and_text_is_a_stream(tmp_path: Path):
     options = {"block_size": 8, "batch_size": 2}
     path = written(tmp_path, "jsonl")
     (tmp_path / "text.txt").write_text("\n".join(TEXTS))
-    assert open_material(TrainConfig(data=str(path), **options)).name.endswith("packed documents")
-    assert open_material(TrainConfig(data=str(path), packing="stream", **options)).name.endswith("one stream")
-    assert open_material(TrainConfig(data=str(tmp_path / "text.txt"), **options)).name.endswith("one stream")
+    assert open_training_data(TrainConfig(data=str(path), **options)).name.endswith("packed documents")
+    assert open_training_data(TrainConfig(data=str(path), packing="stream", **options)).name.endswith(
+        "one stream"
+    )
+    assert open_training_data(TrainConfig(data=str(tmp_path / "text.txt"), **options)).name.endswith(
+        "one stream"
+    )
 
 
 def test_broken_records_are_left_out_of_training_on_request(tmp_path: Path):

@@ -60,7 +60,7 @@ def test_an_epoch_has_every_target_once(lengths: list[int], seed: int):
         targets = torch.cat([b.targets.flatten() for b in batches])
         inputs = torch.cat([b.idx.flatten() for b in batches])
         counted = targets != -100
-        assert sum(b.counted for b in batches) == int(counted.sum())
+        assert sum(b.num_targets for b in batches) == int(counted.sum())
         assert torch.equal(inputs[counted] + 1, targets[counted])
         begins = {1, *(ends[:-1] + 1).tolist()}
         assert sorted(targets[counted].tolist()) == [t for t in tokens.tolist() if t not in begins]
@@ -91,26 +91,26 @@ def test_processes_share_the_rows_of_a_batch(processes: int):
         assert torch.equal(part.idx, whole.idx[rank::processes])
         assert torch.equal(part.targets, whole.targets[rank::processes])
         assert part.cu_seqlens is not None and int(part.cu_seqlens[-1]) == part.idx.numel()
-    assert sum(part.counted for part in parts) == whole.counted
+    assert sum(part.num_targets for part in parts) == whole.num_targets
 
 
 def test_validation_blocks_are_spread_and_not_repeated():
     tokens, ends = stream([9] * 64)
     source = Packed(tokens, ends, batch_size=8, block_size=8)
-    batches = source.even(3)
+    batches = source.validation_batches(3)
     seen = torch.cat([b.idx for b in batches])
     assert len(batches) == 3 and len(seen.unique(dim=0)) == len(seen)
-    assert len(source.even(100)) == 8  # all there are
-    (few,) = Packed(tokens[:18], ends[:2], batch_size=8, block_size=8).even(5)
-    assert few.idx.shape == (8, 8) and few.counted == 16  # empty blocks make up the number
+    assert len(source.validation_batches(100)) == 8  # all there are
+    (few,) = Packed(tokens[:18], ends[:2], batch_size=8, block_size=8).validation_batches(5)
+    assert few.idx.shape == (8, 8) and few.num_targets == 16  # empty blocks make up the number
 
 
 def test_tokens_that_do_not_count_are_no_targets():
     tokens, ends = stream([6, 6])
     counted = torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1], dtype=torch.bool)
-    batch = Packed(tokens, ends, batch_size=1, block_size=10, counted=counted).batch(0)
+    batch = Packed(tokens, ends, batch_size=1, block_size=10, is_target=counted).batch(0)
     assert sorted(batch.targets[batch.targets != -100].tolist()) == [5, 6, 9, 10, 11, 12]
-    assert torch.equal((batch.targets != -100).sum(), torch.tensor(batch.counted))
+    assert torch.equal((batch.targets != -100).sum(), torch.tensor(batch.num_targets))
 
 
 @pytest.mark.parametrize("ends", [[], [1], [1, 2, 3]])
@@ -126,7 +126,7 @@ def test_the_loss_of_packed_documents_is_that_of_separate_ones(position: str):
     lengths = [5, 17, 3, 2, 25, 9, 1, 12, 20]
     tokens = torch.randint(50, (sum(lengths),))
     source = Packed(tokens, ends_of(lengths), batch_size=len(lengths), block_size=24)
-    batch = source.even(1)[0]  # each block once, and empty ones
+    batch = source.validation_batches(1)[0]  # each block once, and empty ones
     loss = model(batch.idx, batch.targets, cu_seqlens=batch.cu_seqlens)[1]
     loss.backward()
     packed = [p.grad.clone() for p in model.parameters()]

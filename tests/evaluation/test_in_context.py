@@ -142,7 +142,7 @@ def test_a_repeated_word_counts_where_its_context_tells(number: int, block_size:
 def test_validation_words_are_others_than_those_of_training():
     source = Repeats(TOKENS, batch_size=32, block_size=64)
     train = torch.cat([source.batch(i).idx for i in range(20)])
-    val = torch.cat([batch.idx for batch in source.even(20)])
+    val = torch.cat([batch.idx for batch in source.validation_batches(20)])
     assert not (train[:, None, :8] == val[None, :, :8]).all(-1).any()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fastgpt.cli import main
 from fastgpt.generation.sampling import Sampling
-from fastgpt.generation.text import Continuation, generate_texts, read_prompts
+from fastgpt.generation.text import IncrementalDetokenizer, generate_texts, read_prompts
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
@@ -35,7 +35,7 @@ def test_pieces_make_up_the_text_and_are_whole_characters(kind, prompt, text, da
     start = tokenizer.encode(prompt).tolist()
     noise = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=8)
     tokens = tokenizer.encode(text).tolist() + data.draw(noise)
-    row = Continuation(tokenizer, list(start))
+    row = IncrementalDetokenizer(tokenizer, list(start))
     pieces = []
     for token in tokens:
         pieces.append(row.add(token))
@@ -53,7 +53,7 @@ def test_pieces_make_up_the_text_and_are_whole_characters(kind, prompt, text, da
 )
 def test_text_ends_before_the_first_stop_string_however_tokens_fall(kind, text, stop):
     tokenizer = TOKENIZERS[kind]
-    row, pieces, read = Continuation(tokenizer, [1], stop), [], 0
+    row, pieces, read = IncrementalDetokenizer(tokenizer, [1], stop), [], 0
     for token in tokenizer.encode(text).tolist():
         pieces.append(row.add(token))
         read += 1
@@ -85,19 +85,19 @@ def test_tokens_that_never_make_a_character_are_decoded_in_linear_time(noise: li
     tokenizer, decoded = ByteTokenizer(), []
     tokens = [*often * 100, *noise, *"€".encode(), *often * 50]
     spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
-    row = Continuation(spy, [65])
+    row = IncrementalDetokenizer(spy, [65])
     pieces = [*map(row.add, tokens), row.close()]
     assert "".join(pieces) == row.text == whole(tokenizer, [65], tokens)
     assert max(decoded) <= 80
 
 
 def test_what_may_become_a_stop_string_is_held_back():
-    row = Continuation(ByteTokenizer(), [10], ["\n\n", "end"])
+    row = IncrementalDetokenizer(ByteTokenizer(), [10], ["\n\n", "end"])
     pieces = [row.add(token) for token in b"a\nb een\n"]
     assert pieces == ["a", "", "\nb", " ", "", "e", "", "en\n"[:2]]
     assert row.close() == "\n" and row.text == "a\nb een\n"
     with pytest.raises(ValueError, match="a stop string must not be empty"):
-        Continuation(ByteTokenizer(), [10], ["x", ""])
+        IncrementalDetokenizer(ByteTokenizer(), [10], ["x", ""])
 
 
 # ---- from a checkpoint -----------------------------------------------------------------------------

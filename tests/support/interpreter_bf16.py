@@ -3,7 +3,7 @@
 The interpreter (triton 3.6 to 3.9) keeps bf16 as the uint16 of its bits, since numpy has no such type. Moving
 such blocks about is right: loads, stores, reshapes and selections copy bits. Computing with them is not: a
 product multiplies the bits as integers, `tl.dot` as well, and the cast from fp32 cuts the low bits off where
-a GPU rounds to nearest even. `mend_bf16()` wraps the interpreter's arithmetic: operands become fp32, results
+a GPU rounds to nearest even. `patch_interpreter_bf16()` wraps the arithmetic: operands become fp32, results
 are rounded back.
 """
 
@@ -98,7 +98,7 @@ def _narrowed(x: tl.tensor) -> tl.tensor:
     return tl.tensor(TensorHandle(narrow(x.handle.data), tl.bfloat16), kind)
 
 
-def mend_bf16() -> None:
+def patch_interpreter_bf16() -> None:
     """Patches the interpreter of this process; calling it again changes nothing."""
     if hasattr(InterpreterBuilder.create_dot, "__wrapped__"):
         return

@@ -26,6 +26,6 @@ def _create_descriptor_reduce(
     self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, m, ir.MEM_SEMANTIC.RELAXED, None)
 
 
-def mend_descriptors() -> None:
+def patch_interpreter_descriptors() -> None:
     """Patches the interpreter of this process; calling it again changes nothing."""
     InterpreterBuilder.create_descriptor_reduce = _create_descriptor_reduce

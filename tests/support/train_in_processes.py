@@ -20,7 +20,7 @@ def main(*arguments):
     train(*arguments)  # lets go of DDP's reducer, which would wait for gloo's threads holding the GIL
     dist.barrier()
     dist.destroy_process_group()
-    time.sleep(0.1)  # for gloo's threads, which FSDP2 keeps beyond this: as in Processes.meet
+    time.sleep(0.1)  # for gloo's threads, which FSDP2 keeps beyond this: as in DistributedContext.meet
 
 
 def train(how, out, untied=None):

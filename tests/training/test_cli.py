@@ -244,7 +244,7 @@ def test_losses_by_position_are_those_of_the_logits():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=1, n_head=1, n_embd=16)).eval()
     tokens = torch.randint(11, (8 * 3 + 4,))
-    sums, counts = losses_by_position(model, Stream(tokens, batch_size=2, block_size=8).each())
+    sums, counts = losses_by_position(model, Stream(tokens, batch_size=2, block_size=8).sequential())
     assert counts.tolist() == [4.0] * 3 + [3.0] * 5
     expected = torch.zeros(8, dtype=torch.float64)
     for start in range(0, 27, 8):
@@ -259,7 +259,7 @@ def test_errors_are_one_sentence_and_status_2(run: Path, tmp_path: Path, capsys:
     toml = tmp_path / "bad.toml"
     assert "there is no file or directory" in fails(["train", "--data", absent, "--out", absent], capsys)
     assert "pass --resume" in fails(["train", "--config", str(run / "options.toml"), "--out", out], capsys)
-    assert "nothing to go on from" in fails(["train", "--resume", "--out", absent], capsys)
+    assert "found nothing to continue" in fails(["train", "--resume", "--out", absent], capsys)
     assert "n_embd=384 is not divisible by n_head=7" in fails(["train", "--n-head", "7"], capsys)
     assert "batch_size must be at least 1" in fails(["train", "--batch-size", "0"], capsys)
     assert "min_lr=1.0 must not be above lr" in fails(["train", "--min-lr", "1"], capsys)

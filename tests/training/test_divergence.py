@@ -20,7 +20,7 @@ from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.initialize import config_from
 from fastgpt.training.optimizers import make_optimizers
-from fastgpt.training.trainer import Run, train
+from fastgpt.training.trainer import Trainer, train
 
 SMALL = {"block_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 32}
 
@@ -37,9 +37,9 @@ def options(tmp_path: Path) -> dict:
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
     """Have the weights, or the optimizer's state, change behind step `at`, whose own loss is a number."""
-    update = Run.update
+    update = Trainer.optimizer_step
 
-    def updated(self: Run) -> torch.Tensor:
+    def updated(self: Trainer) -> torch.Tensor:
         loss = update(self)
         if self.step + 1 == at:
             with torch.no_grad():
@@ -55,7 +55,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
                     state["exp_avg"][0] = math.nan
         return loss
 
-    monkeypatch.setattr(Run, "update", updated)
+    monkeypatch.setattr(Trainer, "optimizer_step", updated)
 
 
 @pytest.mark.parametrize("what", ["one weight", "infinity", "huge weights", "moment"])

@@ -17,7 +17,7 @@ from fastgpt.evaluation.tasks.examples import load_examples
 from fastgpt.evaluation.tasks.template import TASKS, load_template
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt.training.config import TrainConfig, trained_with
-from fastgpt.training.datasets import open_material
+from fastgpt.training.datasets import open_training_data
 from fastgpt.training.initialize import config_from
 from fastgpt.training.trainer import train
 
@@ -76,13 +76,13 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_the_loss_is_on_answers_and_ends_of_text_alone(options: dict, examples: str, tokenizer: str):
     config = TrainConfig().override(options | {"tokenizer": tokenizer, "vocab_size": 300})
-    material = open_material(config)
+    material = open_training_data(config)
     assert isinstance(material.tokenizer, ByteTokenizer if tokenizer == "bytes" else BPETokenizer)
     template, end = load_template("answer"), material.tokenizer.end_of_text
     split = load_examples("answer", examples)
     for source, some in ((material.train, split.train), (material.val, split.held_out)):
         counted, seen = [], []
-        for batch in source.even(100, slice(None)):
+        for batch in source.validation_batches(100, slice(None)):
             assert batch.cu_seqlens is not None
             idx, targets = batch.idx.flatten(), batch.targets.flatten()
             for start, stop in zip(
@@ -126,11 +126,14 @@ def test_an_example_as_long_as_a_block_is_kept(options: dict, tmp_path: Path):
         path.write_text("\n".join(map(json.dumps, lines)))
         config = TrainConfig().override(options | {"data": str(path)})
         if kept:
-            counted = sum(batch.counted for batch in open_material(config).train.even(9, slice(None)))
+            counted = sum(
+                batch.num_targets
+                for batch in open_training_data(config).train.validation_batches(9, slice(None))
+            )
             assert counted == len(" y\0") * len(load_examples("answer", str(path)).train)
         else:
             with pytest.raises(ValueError, match=r"none of the \d examples of .* fits a block of 64"):
-                open_material(config)
+                open_training_data(config)
 
 
 def test_what_cannot_be_trained_on_is_refused(options: dict, tmp_path: Path, capsys: pytest.CaptureFixture):

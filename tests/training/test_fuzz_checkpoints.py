@@ -16,7 +16,7 @@ from fastgpt.checkpoints.load import open_model
 from fastgpt.checkpoints.native import open_checkpoint
 from fastgpt.tokenizer import ByteTokenizer
 from fastgpt.training.config import TrainConfig, trained_with
-from fastgpt.training.metrics_log import RunLog
+from fastgpt.training.metrics_log import MetricsLog
 from fastgpt.training.optimizers import make_optimizers
 from tests.data.test_fuzz_files import COUNTS, _nothing_outside_is_touched, fuzz  # noqa: F401  (a fixture)
 from tests.support.fuzz import Case, Files
@@ -121,7 +121,7 @@ def test_log(tmp_path: Path, count: int):
     lines = "".join(json.dumps({"step": step, "train_loss": 5.5 - step}) + "\n" for step in range(9))
 
     def read(path: Path, case: Case) -> object:
-        log = RunLog(path / "log.jsonl", resume_at=5)
+        log = MetricsLog(path / "log.jsonl", resume_at=5)
         try:
             return log.curve("train_loss")
         finally:

@@ -37,7 +37,7 @@ def test_a_damaged_checkpoint_names_the_newest_whole_one(
     (newest / file).write_bytes(b"{")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     whole = f"{older} is whole: to use it, move {newest} to another place, or name {older} itself"
-    with pytest.raises(CheckpointError, match=f"--resume cannot go on from {out}: .*{whole}"):
+    with pytest.raises(CheckpointError, match=f"--resume cannot continue {out}: .*{whole}"):
         config_from({"out": str(out), "resume": True})
     assert main(["generate", "--checkpoint", str(out)]) == 2
     error = capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_no_whole_checkpoint_is_promised_where_there_is_none(options: dict):
             {"max_steps": 6, "eval_every": 2, "save_every": 3, "log_every": 9, "sample_tokens": 1},
             ["max_steps 4 -> 6"],
         ),
-        ({"batch_size": 8, "grad_accum": 2}, ["batch_size 4 -> 8, grad_accum 1 -> 2: the batches"]),
+        ({"batch_size": 8, "grad_accum": 2}, ["batch_size 4 -> 8, grad_accum 1 -> 2: later batches"]),
         (
             {"lr": 2e-3, "max_steps": 9},
             ["max_steps 4 -> 9, lr 0.001 -> 0.002: the learning rate changes from"],
@@ -77,7 +77,10 @@ def test_no_whole_checkpoint_is_promised_where_there_is_none(options: dict):
             {"weight_decay": 0.0, "dropout": 0.1, "optimizer": "adam"},
             ["optimizer adamw -> adam, weight_decay 0.1 -> 0.0"],
         ),
-        ({"batch_size": 2, "seed": 1, "z_loss": 1e-3}, ["seed 1337 -> 1", "z_loss 0.0 -> 0.001: the steps"]),
+        (
+            {"batch_size": 2, "seed": 1, "z_loss": 1e-3},
+            ["seed 1337 -> 1", "z_loss 0.0 -> 0.001: later updates"],
+        ),
     ],
 )
 def test_what_a_resumed_run_changes_is_noted(

@@ -22,7 +22,7 @@ import torch.distributed.nn.functional  # imported after a group was made, its d
 
 from fastgpt.checkpoints import native as checkpoint
 from fastgpt.data import DatasetWriter
-from fastgpt.distributed import Processes
+from fastgpt.distributed import DistributedContext
 from fastgpt.tokenizer import ByteTokenizer
 from tests.support.forked import python
 
@@ -109,7 +109,7 @@ def test_the_reducer_never_holds_the_group_last(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # a group puts its own there
     died: list[str] = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    wrapped = Processes(world=2).wrap(torch.nn.Linear(2, 2))
+    wrapped = DistributedContext(world=2).wrap(torch.nn.Linear(2, 2))
     group = weakref.ref(wrapped.process_group, lambda _: died.append("group"))
     reducer = weakref.ref(wrapped.reducer, lambda _: died.append("reducer"))
     dist.destroy_process_group()
@@ -123,9 +123,9 @@ def test_tensor_held_by_gloo_does_not_abort_the_process_at_its_end():
 import sys
 import torch
 import torch.distributed as dist
-from fastgpt.distributed import Processes
+from fastgpt.distributed import DistributedContext
 
-processes = Processes.meet(torch.device("cpu"), "ddp")
+processes = DistributedContext.from_env(torch.device("cpu"), "ddp")
 dist.held_to_the_end = dist.group.WORLD  # as PyTorch's own caches hold it under FSDP2
 sys.setswitchinterval(100)  # a thread that asks for the GIL does not get it: it must be given
 dist.all_reduce(torch.ones(1), async_op=True)

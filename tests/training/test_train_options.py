@@ -11,13 +11,13 @@ import torch
 
 from fastgpt.checkpoints import native as checkpoint
 from fastgpt.data import Batch, DatasetWriter
-from fastgpt.distributed import Processes
+from fastgpt.distributed import DistributedContext
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 from fastgpt.training.config import TrainConfig, read_toml, trained_with
 from fastgpt.training.initialize import config_from
 from fastgpt.training.optimizers import learning_rate, make_optimizers
-from fastgpt.training.trainer import Run, train
+from fastgpt.training.trainer import Trainer, train
 
 DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(80)]
 
@@ -195,7 +195,7 @@ def test_patience_ends_a_run_without_progress_and_keeps_its_best(options: dict, 
     from fastgpt.training import trainer as module
 
     worse = iter([5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 3.8])
-    monkeypatch.setattr(module._Validation, "add", _with_losses(module._Validation.add, worse))
+    monkeypatch.setattr(module.ValidationHistory, "add", _with_losses(module.ValidationHistory.add, worse))
     result = train(TrainConfig().override(options | {"eval_every": 2, "patience": 3, "save_every": 3}))
     printed = capfd.readouterr().out
     assert result.finished and result.step == 10
@@ -246,7 +246,7 @@ def test_the_tokenizer_of_the_model_to_start_from_is_the_only_one(options: dict,
     written = read_toml(tmp_path / "second-0" / "config.toml")
     run(written | {"out": str(tmp_path / "again")})
     for name in ("bpe", str(other), *(["bytes"] if kind == "bpe" else [])):
-        with pytest.raises(ValueError, match=f"--tokenizer {name} would be another than that of .*: omit"):
+        with pytest.raises(ValueError, match=f"--tokenizer {name} differs from the tokenizer of .*. Omit"):
             run(start, tokenizer=name, out=str(tmp_path / "third"))
         with pytest.raises(checkpoint.CheckpointError, match="cannot change the model: tokenizer is"):
             run({"out": str(tmp_path / "second-0"), "resume": True, "tokenizer": name})
@@ -288,11 +288,11 @@ def test_a_run_starts_from_a_gpt2_of_hugging_face(options: dict, tmp_path: Path)
     opened = checkpoint.open_checkpoint(options["out"])
     assert opened.step == 2 and trained_with(opened).block_size == 32
     assert (opened.model.block_size, opened.model.vocab_size, opened.model.n_layer) == (48, 300, 2)
-    with pytest.raises(ValueError, match="block_size=64 is too long: 48 positions were learned"):
+    with pytest.raises(ValueError, match="block_size=64 is too long: the model has 48 learned positions"):
         train(config_from(start | rest | {"block_size": 64, "out": str(tmp_path / "third")}))
 
 
-def test_the_papers_of_a_run_explain_it(options: dict, tmp_path: Path):
+def test_the_files_of_a_run_explain_it(options: dict, tmp_path: Path):
     losses, out = run(options, label_smoothing=0.1, max_steps=4)
     written = tomllib.loads((Path(out) / "config.toml").read_text())
     assert written["label_smoothing"] == 0.1 and "resume" not in written
@@ -322,7 +322,7 @@ def test_options_that_make_no_run_are_refused(wrong: dict, message: str):
 
 def test_batches_know_how_many_targets_count():
     targets = torch.tensor([[1, -100, 3], [-100, -100, 0]])
-    assert Batch(targets, targets).counted == 3
+    assert Batch(targets, targets).num_targets == 3
 
 
 def test_the_state_of_another_optimizer_is_refused(options: dict):
@@ -340,7 +340,9 @@ def test_a_run_that_patience_ended_does_not_go_on(options: dict, capfd, monkeypa
     from fastgpt.training import trainer as module
 
     monkeypatch.setattr(
-        module._Validation, "add", _with_losses(module._Validation.add, iter([1.0, 2.0, 3.0, 4.0]))
+        module.ValidationHistory,
+        "add",
+        _with_losses(module.ValidationHistory.add, iter([1.0, 2.0, 3.0, 4.0])),
     )
     assert (
         train(TrainConfig().override(options | {"eval_every": 2, "patience": 2, "save_every": 1})).step == 4
@@ -357,15 +359,15 @@ def test_a_run_that_patience_ended_does_not_go_on(options: dict, capfd, monkeypa
 def test_no_optimizer_takes_a_step_in_which_float16_overflowed(options: dict):
     """AdamW's gradients are finite sooner than Muon's; a checkpoint without a step so far can be resumed."""
     options |= {"dtype": "float16", "optimizer": "muon", "block_size": 16, "sample_tokens": 0}
-    whole = Run(config_from(options), Processes())
+    whole = Trainer(config_from(options), DistributedContext())
     whole.scaler = torch.amp.GradScaler("cpu", init_scale=1e9)
     changed = []
     for _ in range(16):
         before = {name: tensor.clone() for name, tensor in whole.model.state_dict().items()}
-        loss = whole.update()
+        loss = whole.optimizer_step()
         whole.step += 1
         if whole.step == 1:
-            whole.save(loss)
+            whole.save_checkpoint(loss)
         after = whole.model.state_dict()
         changed.append({name: not torch.equal(before[name], after[name]) for name in before})
     whole.close()
