@@ -260,15 +260,15 @@ UNWRITTEN = r"a read before any write"
 # (case of an op with its rows and columns, file, what stands there, what is planted, what is said of it)
 PLANTED = [
     ("bias_gelu", "gelu.cu", "  sync_block();\n", "", f"{RACE}|{UNWRITTEN}"),
-    ("gelu", "gelu.cu", "if (i + N <= n)", "if (i < n)", OUTSIDE),
-    ("gelu", "gelu.cu", "j = i; j < n;", "j = i; j <= n;", OUTSIDE),
+    ("gelu", "gelu.cu", "if (i + N <= numel)", "if (i < numel)", OUTSIDE),
+    ("gelu", "gelu.cu", "j = i; j < numel;", "j = i; j <= numel;", OUTSIDE),
     ("bias_gelu", "gelu.cu", "if (column < columns) store(partial", "store(partial", f"{OUTSIDE}|another thread"),
     ("bias_gelu", "gelu.cu", "(w * WARP + l + k * THREADS)", "(w * WARP + l + k * WARP)", WRONG),
     ("add_layer_norm 9 700", "team.cuh", "      sync_named(barrier, threads);", "      ;", f"{RACE}|{UNWRITTEN}"),
     ("add_layer_norm 3100 290", "add_layer_norm.cu", ", turn ^= 1)", ")", RACE),
     ("add_layer_norm", "add_layer_norm.cu", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
     ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is on its way"),
-    ("cross_entropy cluster", "cross_entropy.cu", "    meet(blocks);", "", RACE),
+    ("cross_entropy cluster", "cross_entropy.cu", "    sync_row(blocks);", "", RACE),
     (
         "cross_entropy cluster", "cross_entropy.cu", "  if (blocks > 1) sync_cluster();  // before", "  // before",
         "done with its shared memory|a block that has ended",

@@ -8,7 +8,7 @@
 #include "gemm.h"
 #include "kernel.h"
 #include "philox.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace fastgpt {
 
@@ -236,7 +236,7 @@ inline void score_tile(const Problem& p, const Tile& t, const Mask<A>& mask, con
         if (slope) store<A, A>(slope + c * ROWS + r, A(1) - y * y);
       }
       if (alibi) {
-        const Vector<A> distance = lane_numbers<A>() + A(r - below);
+        const Vector<A> distance = lane_indices<A>() + A(r - below);
         x -= alibi[p.number * p.heads + t.h] * (distance < A(0) ? -distance : distance);
       }
       store<A, A>(row + r, x);
