@@ -264,9 +264,9 @@ PLANTED = [
     ("gelu", "gelu.cu", "j = i; j < numel;", "j = i; j <= numel;", OUTSIDE),
     ("bias_gelu", "gelu.cu", "if (column < columns) store(partial", "store(partial", f"{OUTSIDE}|another thread"),
     ("bias_gelu", "gelu.cu", "(w * WARP + l + k * THREADS)", "(w * WARP + l + k * WARP)", WRONG),
-    ("add_layer_norm 9 700", "team.cuh", "      sync_named(barrier, threads);", "      ;", f"{RACE}|{UNWRITTEN}"),
-    ("add_layer_norm 3100 290", "add_layer_norm.cu", ", turn ^= 1)", ")", RACE),
-    ("add_layer_norm", "add_layer_norm.cu", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
+    ("add_layer_norm 9 700", "row_threads.cuh", "sync_named(barrier, threads);", ";", f"{RACE}|{UNWRITTEN}"),
+    ("add_layer_norm 3100 290", "add_layer_norm.cuh", ", turn ^= 1)", ")", RACE),
+    ("add_layer_norm", "add_layer_norm.cuh", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
     ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is on its way"),
     ("cross_entropy cluster", "cross_entropy.cu", "    sync_row(blocks);", "", RACE),
     (

@@ -155,7 +155,7 @@ MUTATIONS = [
     ("mlp cuda: without a bias the derivative is tanh's", "csrc/cuda/mlp.cu",
      'call<Tensor>("fastgpt::gelu_bwd_cuda", dy, z, tanh)',
      'call<Tensor>("fastgpt::gelu_bwd_cuda", dy, z, true)'),
-    ("add_layer_norm cuda: the variance is the unbiased one", "csrc/cuda/add_layer_norm.cu",
+    ("add_layer_norm cuda: the variance is the unbiased one", "csrc/cuda/add_layer_norm.cuh",
      "moments[1] / static_cast<float>(columns) - fminf",
      "moments[1] / static_cast<float>(columns - 1) - fminf"),
     # ---- fastgpt/reference ----
