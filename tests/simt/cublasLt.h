@@ -1,4 +1,4 @@
-// What csrc/cuda/product.cuh asks of cuBLASLt, with a meaning for the host: names and values of NVIDIA's header,
+// What csrc/cuda/cublaslt.cuh asks of cuBLASLt, with a meaning for the host: names and values of NVIDIA's header,
 // done as its documentation says, for 16-bit numbers. What the real one refuses is refused.
 #pragma once
 

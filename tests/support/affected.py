@@ -57,7 +57,7 @@ TABLE = [
     ("csrc/cuda/add_layer_norm*", "add_layer_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/row_threads.cuh", "add_layer_norm simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu op_sizes cuda_compile", EMULATED),
-    ("csrc/cuda/product.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp cuda_compile", EMULATED),
+    ("csrc/cuda/cublaslt.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp cuda_compile", EMULATED),
     ("csrc/cuda/mlp*", "mlp_cuda mlp op_sizes cuda_compile", EMULATED),
     ("csrc/cuda/*", f"{OPS} simt simt_profiles cuda_compile", EMULATED),
     ("csrc/*", OPS, "cpp or cuda"),
