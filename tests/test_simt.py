@@ -279,15 +279,14 @@ PLANTED = [
     ("attention", "attention.cuh", "x >= low && x <= high", "x >= low && x < high", WRONG),
     ("attention", "tiles.cuh", "pass * STEP < rows", "pass * STEP <= rows", OUTSIDE),
     ("attention", "tiles.cuh", "+ pass * STEP, chunk() + right)", "+ pass * STEP, (chunk() ^ 1) + right)", WRONG),
-    ("attention", "attention_bwd.cu", "sync_block();\n\n        const SharedAddress down", "const SharedAddress down",
-     f"{RACE}|{UNWRITTEN}"),
-    ("attention", "attention_bwd.cu", "++h)\n            if (!edge || start + y + 8 * h < place.Lq) {",
-     "++h) {", OUTSIDE),
-    ("attention 300 64", "attention_bwd.cu", "work(std::false_type{}, stage, start);\n          arrive();",
-     "work(std::false_type{}, stage, start);\n          wait_copies<0>();", RACE),
+    ("attention", "attention_bwd.cu", "sync_block();\n\n        const SharedAddress grad_lane",
+     "const SharedAddress grad_lane", f"{RACE}|{UNWRITTEN}"),
+    ("attention", "attention_bwd.cuh", "if (!EDGE || start + y + 8 * h < Lq) {", "{", OUTSIDE),
+    ("attention 300 64", "attention_bwd.cu", "stage, start);\n          wait_for_tile();",
+     "stage, start);\n          wait_copies<0>();", RACE),
     ("attention 400 64", "tiles.cuh", "to + i * STEP * Shape::PITCH", "to + i * Shape::PITCH",
      f"{RACE}|{UNWRITTEN}|way"),
-    ("attention 400 64", "tiles.cuh", "behind(piece, pitch_, STEP * 16)", "behind(piece, pitch_, STEP * 8)", WRONG),
+    ("attention 400 64", "tiles.cuh", "advance(piece, pitch_, STEP * 16)", "advance(piece, pitch_, STEP * 8)", WRONG),
 ]  # fmt: skip
 
 
