@@ -204,7 +204,7 @@ inline void load_matrices_as(uint32_t (&r)[4], SharedAddress row, bool transpose
     uint32_t r[4];
   } mine{};
   std::memcpy(mine.row, Machine::get().shared(Machine::get().self().rank, row, 16, Access::READ), 16);
-  mine = Machine::get().together(name, mine, [&](Slot** lanes) {
+  mine = Machine::get().warp_operation(name, mine, [&](Slot** lanes) {
     for (int l = 0; l < WARP; ++l)
       for (int i = 0; i < 4; ++i) {
         const auto element = [&](int y, int x) -> uint32_t { return lanes[8 * i + y]->row[x]; };
@@ -259,7 +259,7 @@ template <int K, int PER_REGISTER, typename Value>
 inline void multiply_add_as(
     float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* name, Value value) {
   const Fragments mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const Fragments result = Machine::get().together(name, mine, [&](Fragments** lanes) {
+  const Fragments result = Machine::get().warp_operation(name, mine, [&](Fragments** lanes) {
     float left[16][K], right[K][8];
     for (int l = 0; l < WARP; ++l) {
       const int group = l >> 2, in_group = l % 4;
@@ -316,7 +316,7 @@ inline T shuffle_xor(T value, int mask) {
     T value;
     int mask;
   };
-  const Slot result = Machine::get().together("a shuffle", Slot{value, mask}, [&](Slot** lanes) {
+  const Slot result = Machine::get().warp_operation("a shuffle", Slot{value, mask}, [&](Slot** lanes) {
     T all[WARP];
     for (int l = 0; l < WARP; ++l) all[l] = lanes[l]->value;
     for (int l = 0; l < WARP; ++l) {
@@ -328,12 +328,12 @@ inline T shuffle_xor(T value, int mask) {
   return result.value;
 }
 inline int warp_uniform(int x) {
-  return Machine::get().together("a shuffle from lane 0", x, [&](int** lanes) {
+  return Machine::get().warp_operation("a shuffle from lane 0", x, [&](int** lanes) {
     for (int l = 1; l < WARP; ++l) *lanes[l] = *lanes[0];
   });
 }
 inline bool any_lane(bool x) {
-  return Machine::get().together("a vote", x, [&](bool** lanes) {
+  return Machine::get().warp_operation("a vote", x, [&](bool** lanes) {
     bool any = false;
     for (int l = 0; l < WARP; ++l) any |= *lanes[l];
     for (int l = 0; l < WARP; ++l) *lanes[l] = any;
