@@ -1,6 +1,5 @@
-// The pybind11 module fastgpt._C: how the extension was built, and which of its CPU libraries this
-// CPU can run. It links nothing of PyTorch, so it can be imported to say what is wrong even if the
-// kernels were built for another version.
+// The pybind11 module fastgpt._C: how the extension was built, and which of its CPU libraries this CPU can run. It does
+// not link PyTorch, so it can be imported, and the problem reported, if the kernels were built for another version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,7 +25,7 @@ pybind11::dict build_info() {
   return info;
 }
 
-// The instruction-set variants that this CPU can run; see CPU_VARIANTS in setup.py.
+// The instruction-set variants that this CPU can run. CPU_VARIANTS in setup.py defines them.
 std::vector<std::string> cpu_variants() {
   std::vector<std::string> usable{"plain"};
 #if defined(__x86_64__)

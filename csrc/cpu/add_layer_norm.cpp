@@ -1,16 +1,16 @@
-// Residual addition + layer normalisation on the CPU.
+// LayerNorm of a sum, with the residual addition before it fused, on the CPU.
 //
 //   sum = x + residual, rounded;  n = (sum - mean)·rstd;  normed = n·weight + bias
 //   with g = grad·weight:  dsum = rstd·(g - mean(g) - n·mean(g·n)) + grad_sum
 //   dweight = Σ grad·n,  dbias = Σ grad over the rows
 //
-// Rows with a large offset keep their digits: with a pivot x_0 and m = x_0 + mean(sum - x_0), rounded,
+// A row with a large offset keeps its digits, with a pivot x_0 and m = x_0 + mean(sum - x_0), rounded:
 //   mean = m + c,  c = mean(sum - m);  variance = mean((sum - m)²) - c²;  n = ((sum - m) - c)·rstd
-// A constant row has m = x_0 and n = 0 exactly. The mean is saved in double and sum - mean taken in two steps. The
-// first sum is of halves over the row's size, so that it cannot overflow.
+// A constant row has m = x_0 and n = 0 exactly. The mean is saved in double, and the backward computes sum - mean in
+// two steps. The terms of the first sum are halved and divided by the number of columns, so that it cannot overflow.
 //
-// Bytes: the forward reads x and residual and writes sum and normed; the backward reads grad_normed,
-// grad_sum and sum and writes dsum. mean and rstd are kept, n is recomputed.
+// Bytes moved: the forward reads x and residual and writes sum and normed. The backward reads grad_normed, grad_sum and
+// sum and writes dsum. mean and rstd are saved, n is recomputed.
 #include "checks.h"
 #include "kernel.h"
 #include "vector.h"
@@ -31,10 +31,10 @@ void forward(
     double* mean,
     compute_t<T>* rstd,
     int64_t rows,
-    int64_t size,
+    int64_t columns,
     double eps) {
   using A = compute_t<T>;
-  // Reads the sum and stores it, rounded; the statistics are those of the rounded sum.
+  // Computes the sum, stores it rounded and returns the rounded value, from which the statistics are computed.
   const auto read = [&](int64_t i, auto... n) __attribute__((always_inline)) {
     Vector<A> v = load<A>(x + i, n...);
     if (!residual) return v;
@@ -42,32 +42,32 @@ void forward(
     store<T, A>(total + i, v, n...);
     return load<A>(total + i, n...);
   };
-  at::parallel_for(0, rows, GRAIN / std::max<int64_t>(size, 1) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> z(size);
+  at::parallel_for(0, rows, GRAIN / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> z(columns);
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t at = row * size;
-      const A inverse = A(1) / A(size), origin = size > 0 ? read(at, 1)[0] / 2 : A(0);
-      const A middle = 2 * (origin + sum_of<A>(size, [&](int64_t j, auto... n) {
+      const int64_t at = row * columns;
+      const A inverse = A(1) / A(columns), origin = columns > 0 ? read(at, 1)[0] / 2 : A(0);
+      const A middle = 2 * (origin + sum_of<A>(columns, [&](int64_t j, auto... n) {
                               const Vector<A> v = read(at + j, n...);
                               store<A, A>(&z[j], v, n...);
                               return first<A>(v * A(0.5) - origin, A(0), n...) * inverse;
                             }));
-      // Of neighbouring vectors apart, so that no addition waits for the one before.
+      // Two accumulators for neighbouring vectors, so that an addition does not wait for the previous one.
       Vector<A> sum[2] = {}, squares[2] = {};
-      const auto gather = [&](int of, int64_t j, auto... n) __attribute__((always_inline)) {
+      const auto accumulate = [&](int of, int64_t j, auto... n) __attribute__((always_inline)) {
         const Vector<A> d = first<A>(load<A>(&z[j], n...) - middle, A(0), n...);
         sum[of] += d * inverse;
         squares[of] += d * d;
       };
       int64_t j = 0;
-      for (; j + 2 * LANES<A> <= size; j += 2 * LANES<A>) gather(0, j), gather(1, j + LANES<A>);
-      over_vectors<A>(j, size, [&](int64_t i, auto... n) { gather(0, i, n...); });
-      const A rest = lane_sum<A>(sum[0] + sum[1]), square = lane_sum<A>(squares[0] + squares[1]) / A(size);
+      for (; j + 2 * LANES<A> <= columns; j += 2 * LANES<A>) accumulate(0, j), accumulate(1, j + LANES<A>);
+      over_vectors<A>(j, columns, [&](int64_t i, auto... n) { accumulate(0, i, n...); });
+      const A rest = lane_sum<A>(sum[0] + sum[1]), square = lane_sum<A>(squares[0] + squares[1]) / A(columns);
       const A variance = square - std::min(rest * rest, std::numeric_limits<A>::max());
       const A scale = A(1) / std::sqrt((variance < A(0) ? A(0) : variance) + A(eps));
       mean[row] = double(middle) + double(rest);
       rstd[row] = scale;
-      over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+      over_vectors<A>(0, columns, [&](int64_t j, auto... n) {
         Vector<A> v = ((load<A>(&z[j], n...) - middle) - rest) * scale;
         if (weight) v *= load<A>(weight + j, n...);
         if (bias) v += load<A>(bias + j, n...);
@@ -79,7 +79,7 @@ void forward(
 
 // ---- backward ----
 
-// partial (parts, 2, size): the sums of dweight and dbias over each of `parts` spans of rows.
+// partial (parts, 2, columns): the sums of dweight and of dbias over each of `parts` spans of rows.
 template <typename T>
 void backward(
     const T* grad_normed,
@@ -92,18 +92,18 @@ void backward(
     compute_t<T>* partial,
     int64_t parts,
     int64_t rows,
-    int64_t size) {
+    int64_t columns) {
   using A = compute_t<T>;
   const int64_t span = (rows + parts - 1) / parts;
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    std::vector<A> normed(size), g(size);
+    std::vector<A> normed(columns), g(columns);
     for (int64_t part = begin; part < end; ++part) {
-      A *dweight = partial + 2 * part * size, *dbias = dweight + size;
+      A *dweight = partial + 2 * part * columns, *dbias = dweight + columns;
       for (int64_t row = part * span; row < std::min(rows, (part + 1) * span); ++row) {
-        const int64_t at = row * size;
+        const int64_t at = row * columns;
         const A mu = A(mean[row]), low = A(mean[row] - double(mu)), scale = rstd[row];
         Vector<A> sum_g = {}, sum_gn = {};
-        over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+        over_vectors<A>(0, columns, [&](int64_t j, auto... n) {
           const Vector<A> x = first<A>((load<A>(total + at + j, n...) - mu) - low, A(0), n...), z = x * scale;
           const Vector<A> d = load<A>(grad_normed + at + j, n...);
           store<A, A>(dweight + j, load<A>(dweight + j, n...) + d * z, n...);
@@ -114,8 +114,8 @@ void backward(
           store<A, A>(&normed[j], z, n...);
           store<A, A>(&g[j], dw, n...);
         });
-        const A mean_g = lane_sum<A>(sum_g) / A(size), mean_gn = lane_sum<A>(sum_gn) / A(size);
-        over_vectors<A>(0, size, [&](int64_t j, auto... n) {
+        const A mean_g = lane_sum<A>(sum_g) / A(columns), mean_gn = lane_sum<A>(sum_gn) / A(columns);
+        over_vectors<A>(0, columns, [&](int64_t j, auto... n) {
           Vector<A> d = scale * (load<A>(&g[j], n...) - mean_g - load<A>(&normed[j], n...) * mean_gn);
           if (grad_sum) d += load<A>(grad_sum + at + j, n...);
           store<T, A>(dsum + at + j, d, n...);
@@ -127,7 +127,7 @@ void backward(
 
 // ---- launchers ----
 
-Tensor in(at::ScalarType type, const OptionalTensor& t) { return t ? t->to(type).contiguous() : Tensor(); }
+Tensor contiguous_as(at::ScalarType type, const OptionalTensor& t) { return t ? t->to(type).contiguous() : Tensor(); }
 
 template <typename A>
 const A* pointer(const Tensor& t) {
@@ -144,8 +144,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
       "weight", weight_, {x_.size(1)}, FLOATS)("bias", bias_, {x_.size(1)}, FLOATS);
   const auto type = residual_ ? c10::promoteTypes(x_.scalar_type(), residual_->scalar_type()) : x_.scalar_type();
   const auto acc = accumulator(type);
-  const Tensor x = in(type, x_), residual = in(type, residual_), weight = in(acc, weight_), bias = in(acc, bias_);
-  const int64_t rows = x.size(0), size = x.size(1);
+  const Tensor x = contiguous_as(type, x_), residual = contiguous_as(type, residual_),
+               weight = contiguous_as(acc, weight_), bias = contiguous_as(acc, bias_);
+  const int64_t rows = x.size(0), columns = x.size(1);
   Tensor normed = at::empty(x.sizes(), x.options());
   Tensor total = residual_ ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
   Tensor mean = at::empty({rows}, x.options().dtype(at::kDouble)), rstd = at::empty({rows}, x.options().dtype(acc));
@@ -162,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
         mean.mutable_data_ptr<double>(),
         rstd.mutable_data_ptr<A>(),
         rows,
-        size,
+        columns,
         eps);
   });
   return {normed, total, mean, rstd};
@@ -180,11 +181,13 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
   check.like("grad_normed", grad_normed_).like("grad_sum", grad_sum_);
   check("weight", weight_, {total_.size(1)}, FLOATS);
   check("mean", mean, {total_.size(0)}, at::kDouble)("rstd", rstd, {total_.size(0)}, acc);
-  const Tensor grad_normed = in(type, grad_normed_), grad_sum = in(type, grad_sum_), total = in(type, total_);
-  const Tensor weight = in(acc, weight_), mu = in(at::kDouble, mean), scale = in(acc, rstd);
-  const int64_t rows = total.size(0), size = total.size(1), parts = row_parts(rows);
+  const Tensor grad_normed = contiguous_as(type, grad_normed_), grad_sum = contiguous_as(type, grad_sum_),
+               total = contiguous_as(type, total_);
+  const Tensor weight = contiguous_as(acc, weight_), mu = contiguous_as(at::kDouble, mean),
+               scale = contiguous_as(acc, rstd);
+  const int64_t rows = total.size(0), columns = total.size(1), parts = row_parts(rows);
   Tensor dsum = at::empty(total.sizes(), total.options());
-  Tensor partial = at::zeros({parts, 2, size}, total.options().dtype(acc));
+  Tensor partial = at::zeros({parts, 2, columns}, total.options().dtype(acc));
   dispatch(type, "add_layer_norm", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -199,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
         partial.mutable_data_ptr<A>(),
         parts,
         rows,
-        size);
+        columns);
   });
   const Tensor sums = at::sum(partial, {0});
   return {dsum, sums.select(0, 0).clone(), sums.select(0, 1).clone()};

@@ -1,21 +1,22 @@
-// Scaled dot-product attention on the CPU, forward and launchers; the backward is in attention_bwd.h, the launchers
-// for packed documents in attention_varlen.cpp.
+// Scaled dot-product attention on the CPU: forward and launchers. The backward is in attention_bwd.h, the launchers for
+// packed documents are in attention_varlen.cpp.
 //
-//   s = scale·q·kᵀ;  s = c·tanh(s/c);  s -= slope·|i + offset - j|;  s += mask;  s = -inf outside the band
-//   m = max s,  l = log Σ exp(s - m);  p = exp((s - m) - l);  out = (p∘keep)·v
+//   s = scale·q·kᵀ;  s = c·tanh(s/c);  s -= slope·|i + diagonal - j|;  s += attn_mask;  s = -inf outside the window
+//   m = max s,  l = log Σ exp(s - m);  p = exp((s - m) - l);  out = (p∘dropout)·v
 //
-// m and l are two numbers: in their sum, the log-sum-exp, l would be lost beside large scores. m is a rounded product,
-// and so s is rounded before it is subtracted: where the compiler contracts the two, a large s - m is a rounding error.
+// m and l are kept as two numbers: in their sum, the log-sum-exp, l would be lost beside large scores. m is a rounded
+// product, so s is also rounded before m is subtracted. If the compiler contracted product and subtraction, s - m of
+// large scores would be a rounding error instead of 0.
 //
-// One task per (document, head, tile of queries) walks the keys with a running maximum and sum (online softmax,
-// arXiv:1805.02867); the scores of a tile are never stored beyond it. bfloat16 is multiplied as such where the
-// CPU can (factor_t), everything else in float; sums are float (double for double).
+// One task per (document, head, tile of queries) visits the keys with a running maximum and sum (online softmax,
+// arXiv:1805.02867). Only one tile of scores exists at a time. The factors are bfloat16 if the CPU can multiply it
+// (factor_t), otherwise float. Sums are float (double for double).
 //
-// FLOPs: 4·D a visible (query, key) pair, at the rate of the matrix product; a tile of 64 × 64 × 64 is 262,144
-// multiply-adds (16,384 vector instructions in float, half of that in bfloat16), beside which its 4,096
-// exponentials (256 vectors, 13 instructions each) are a fifth to two fifths, so all that remains is
-// kept small: v is packed once a tile, k not at all, q once. Tiles outside the band are skipped, and
-// within a tile on its edge strips of 16. Bytes: q, k, v, out once, k and v again a tile of queries, from the cache.
+// FLOPs: 4·D per visible (query, key) pair, at the rate of the matrix product. A tile of 64 × 64 × 64 takes 262,144
+// multiply-adds (16,384 vector instructions in float, half as many in bfloat16). Its 4,096 exponentials (256 vectors of
+// 13 instructions) take a fifth to two fifths of that. Other work is kept small: v is packed once per tile, q once, k
+// not at all. Tiles outside the window are skipped, and in edge tiles strips of 16. Bytes moved: q, k, v and out once;
+// k and v again for each tile of queries, from the cache.
 #include "attention.h"
 
 #include "attention_bwd.h"
@@ -25,99 +26,115 @@ namespace {
 
 // ---- forward ----
 
-// The softmax of a tile in its columns of queries: scores s to factors p, statistics brought up to date.
-// Returns whether out must be rescaled, by `rescale`.
-template <typename E, typename A>
-bool softmax_tile(const Tile& t, A scale, const A* s, Unit<E>* p, const A* keep, A* top, A* sum, A* rescale) {
-  bool moved = false;
-  for (int64_t r = 0; r < t.m; r += LANES<A>) {
-    const auto score = [&](int64_t c) { return rounded<A>(load<A>(s + c * ROWS + r) * scale); };
-    Vector<A> tile_top = broadcast(NOTHING<A>);
-    for (int64_t c = 0; c < t.n; ++c) tile_top = max(score(c), tile_top);
-    const Vector<A> old = load<A>(top + r), now = max(old, tile_top);
-    // Where nothing was seen yet, any finite origin makes exp(-inf) = 0 of the scores.
-    const Vector<A> origin = now == NOTHING<A> ? Vector<A>{} : now;
-    const Vector<A> factor = exp(old - origin);
-    Vector<A> total = {};  // of the tile, so that a sum of 2^24 grows by more than one at a time
-    for (int64_t c = 0; c < t.n; c += 2) {
-      Vector<A> e[2] = {};
-      for (int64_t i = 0; i < 2 && c + i < t.n; ++i) {
-        e[i] = exp<FOLD<E> == 1>(score(c + i) - origin);
-        total += e[i];
-        if (keep) e[i] *= load<A>(keep + (c + i) * ROWS + r);
-      }
-      store_keys<E, A>(p, c, r, e[0], e[1]);
-    }
-    moved |= any_above<A>(now, old);
-    store<A, A>(rescale + r, factor);
-    store<A, A>(top + r, now);
-    store<A, A>(sum + r, load<A>(sum + r) * factor + total);
+// The running maximum and sum of the ROWS queries of a tile.
+template <typename A>
+struct OnlineSoftmax {
+  A row_max[ROWS], row_sum[ROWS], factor[ROWS];  // factor: of out, for the last tile
+
+  void reset() {
+    std::fill(row_max, row_max + ROWS, MINUS_INFINITY<A>);
+    std::fill(row_sum, row_sum + ROWS, A(0));
   }
-  return moved;
-}
+
+  // Adds the scores s of a tile, which `scale` multiplies: updates the maximum and the sum, and writes the factors p of
+  // the product with v. dropout_scale may be null. Returns whether a maximum changed, so that out must be rescaled.
+  template <typename E>
+  bool add(const Tile& t, A scale, const A* s, Unit<E>* p, const A* dropout_scale) {
+    bool changed = false;
+    for (int64_t r = 0; r < t.m; r += LANES<A>) {
+      const auto score = [&](int64_t c) { return rounded<A>(load<A>(s + c * ROWS + r) * scale); };
+      Vector<A> tile_max = broadcast(MINUS_INFINITY<A>);
+      for (int64_t c = 0; c < t.n; ++c) tile_max = max(score(c), tile_max);
+      const Vector<A> old = load<A>(row_max + r), next = max(old, tile_max);
+      // For a row that has not seen any key, any finite origin gives exp(-inf) = 0.
+      const Vector<A> origin = next == MINUS_INFINITY<A> ? Vector<A>{} : next;
+      const Vector<A> rescale = exp(old - origin);
+      Vector<A> tile_sum = {};  // summed on its own, so that a row_sum of 2^24 still grows
+      for (int64_t c = 0; c < t.n; c += 2) {
+        Vector<A> e[2] = {};
+        for (int64_t i = 0; i < 2 && c + i < t.n; ++i) {
+          e[i] = exp<FOLD<E> == 1>(score(c + i) - origin);
+          tile_sum += e[i];
+          if (dropout_scale) e[i] *= load<A>(dropout_scale + (c + i) * ROWS + r);
+        }
+        store_keys<E, A>(p, c, r, e[0], e[1]);
+      }
+      changed |= any_above<A>(next, old);
+      store<A, A>(factor + r, rescale);
+      store<A, A>(row_max + r, next);
+      store<A, A>(row_sum + r, load<A>(row_sum + r) * rescale + tile_sum);
+    }
+    return changed;
+  }
+
+  // Multiplies the first m rows of out (ROWS, width) by the factors of the last tile.
+  void rescale(A* out, int64_t m, int64_t width) const {
+    for (int64_t r = 0; r < m; ++r)
+      for (A* x = out + r * width; x < out + (r + 1) * width; x += LANES<A>) store<A, A>(x, load<A>(x) * factor[r]);
+  }
+};
 
 template <typename T>
 void forward(
     const Problems& documents,
-    View<const T> q,
-    View<const T> k,
-    View<const T> v,
+    Matrices<const T> q,
+    Matrices<const T> k,
+    Matrices<const T> v,
     const Mask<compute_t<T>>& mask,
-    const compute_t<T>* alibi,
-    View<T> out,
-    View<compute_t<T>> stats) {
+    Matrices<T> out,
+    Matrices<compute_t<T>> stats) {
   using A = compute_t<T>;
   using E = factor_t<T>;
   using U = Unit<E>;
   const Problem& call = documents.front();
-  const int64_t depth = units<E>(call.size), width = padded<U>(depth), value_width = padded<U>(call.value_size);
-  const bool plain = call.softcap <= 0 && !alibi && !mask.seen && !mask.added, drops = call.dropout.active();
+  const int64_t depth = units<E>(call.D), width = padded<U>(depth), value_width = padded<U>(call.DV);
+  const bool plain = mask.is_plain(call), drops = call.dropout.active();
   Work work;
   for (const Problem& p : documents) work.add(p.heads * p.row_tiles(), p.cost() / std::max<int64_t>(1, p.row_tiles()));
 
   at::parallel_for(0, work.total(), work.longest(), [&](int64_t begin, int64_t end) {
     Buffer<U> rows(ROWS * width), qt(width * ROWS), k_space, v_space, factors(FOLD<E> > 1 ? COLUMNS / 2 * ROWS : 0);
-    Buffer<A> s(COLUMNS * ROWS), o(ROWS * value_width), keep(drops ? COLUMNS * ROWS : 0);
-    A top[ROWS], sum[ROWS], rescale[ROWS];
+    Buffer<A> s(COLUMNS * ROWS), o(ROWS * value_width), dropout_scale(drops ? COLUMNS * ROWS : 0);
+    OnlineSoftmax<A> softmax;
     work.each(begin, end, [&](int64_t document, int64_t task) {
       const Problem& p = documents[document];
-      // Light and heavy tiles of a causal triangle in turns, so that any stretch of tasks is as long as another.
+      // Alternates the short and the long tiles of a causal triangle, so that every range of tasks costs about the
+      // same.
       const int64_t tiles = p.row_tiles(), turn = task % tiles, tile = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
-      const int64_t h = task / tiles, kv = h / p.group(), first = tile * ROWS, m = std::min(ROWS, p.rows - first);
-      pack_queries<E>(qt.data(), rows.data(), width, q.at(p.queries, h, first), q.row, m, p.size);
+      const int64_t h = task / tiles, kv = h / p.group(), first = tile * ROWS, m = std::min(ROWS, p.Lq - first);
+      pack_queries<E>(qt.data(), rows.data(), width, q.at(p.q_begin, h, first), q.row, m, p.D);
       std::fill_n(o.begin(), m * value_width, A(0));
-      std::fill(top, top + ROWS, NOTHING<A>);
-      std::fill(sum, sum + ROWS, A(0));
+      softmax.reset();
 
-      const Span seen = p.columns_of(first, first + m);
-      for (int64_t j = seen.begin / COLUMNS * COLUMNS; j < seen.end; j += COLUMNS) {
-        const Tile t{h, first, m, j, std::min(COLUMNS, p.columns - j)};
-        const Operand<U> ks = first_factor<E>(k_space, k.at(p.keys, kv, j), k.row, t.n, p.size);
+      const BlockRange blocks(p, first, first + m);
+      for (int64_t n = blocks.n_block_min; n < blocks.n_block_max; ++n) {
+        const int64_t j = n * COLUMNS;
+        const Tile t{h, first, m, j, std::min(COLUMNS, p.Lk - j)};
+        const Operand<U> ks = first_factor<E>(k_space, k.at(p.k_begin, kv, j), k.row, t.n, p.D);
         product_of_keys(p, t, depth, ks, Operand<U>{qt.data(), ROWS}, s.data());
-        const bool simple = plain && is_whole(p, t);
-        if (!simple) score_tile(p, t, mask, alibi, s.data(), static_cast<A*>(nullptr));
-        if (drops) keep_tile(p, t, keep.data());
+        const bool unmasked = plain && is_full(p, t);
+        if (!unmasked) mask.apply(p, t, s.data(), nullptr);
+        if (drops) dropout_tile(p, t, dropout_scale.data());
         U* const ps = FOLD<E> > 1 ? factors.data() : reinterpret_cast<U*>(s.data());
-        const A scale = simple ? A(p.scale) : A(1);
-        if (softmax_tile<E>(t, scale, s.data(), ps, drops ? keep.data() : nullptr, top, sum, rescale))
-          for (int64_t r = 0; r < m; ++r)
-            for (A* x = o.data() + r * value_width; x < o.data() + (r + 1) * value_width; x += LANES<A>)
-              store<A, A>(x, load<A>(x) * rescale[r]);
-        const Operand<U> vs = second_factor<E>(v_space, v.at(p.keys, kv, j), v.row, t.n, p.value_size);
+        const A scale = unmasked ? A(p.scale) : A(1);
+        if (softmax.template add<E>(t, scale, s.data(), ps, drops ? dropout_scale.data() : nullptr))
+          softmax.rescale(o.data(), m, value_width);
+        const Operand<U> vs = second_factor<E>(v_space, v.at(p.k_begin, kv, j), v.row, t.n, p.DV);
         add_over_keys<E>(p, t, ps, vs, o.data(), value_width);
       }
 
       for (int64_t r = 0; r < m; ++r) {
-        const bool nothing = sum[r] == A(0);
-        const A inverse = nothing ? A(0) : A(1) / sum[r];
-        T* to = out.at(p.queries, h, first + r);
-        over_vectors<A>(0, p.value_size, [&](int64_t d, auto... n) {
+        const A row_max = softmax.row_max[r], row_sum = softmax.row_sum[r];
+        const bool is_empty = row_sum == A(0);
+        const A inverse = is_empty ? A(0) : A(1) / row_sum;
+        T* to = out.at(p.q_begin, h, first + r);
+        over_vectors<A>(0, p.DV, [&](int64_t d, auto... n) {
           const Vector<A> x = load<A>(&o[r * value_width + d]) * inverse;
-          store<T, A>(to + d, nothing ? Vector<A>{} : x, n...);
+          store<T, A>(to + d, is_empty ? Vector<A>{} : x, n...);
         });
-        A* const of_row = stats.at(p.queries, h, first + r);
-        of_row[0] = nothing ? NOTHING<A> : top[r];
-        of_row[1] = nothing ? A(0) : std::log(sum[r]);
+        A* const of_row = stats.at(p.q_begin, h, first + r);
+        of_row[0] = is_empty ? MINUS_INFINITY<A> : row_max;
+        of_row[1] = is_empty ? A(0) : std::log(row_sum);
       }
     });
   });
@@ -125,32 +142,32 @@ void forward(
 
 // ---- launchers ----
 
-// An empty (B, heads, L, D) laid out as (B, L, heads, D).
+// An empty (B, heads, L, size) tensor with the memory layout (B, L, heads, size).
 Tensor head_major(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t size) {
   return at::empty({batch, length, heads, size}, like.options()).transpose(1, 2);
 }
 
-// A floating mask in the compute type, converted before it is broadcast.
+// Converts a floating mask to the compute type, before it is broadcast.
 Tensor prepare_mask(const OptionalTensor& mask, at::ScalarType acc) {
   if (!mask || mask->scalar_type() == at::kBool || mask->scalar_type() == acc) return mask.value_or(Tensor());
-  Tensor least = *mask;
-  for (int64_t d = 0; d < least.dim(); ++d)
-    if (least.stride(d) == 0 && least.size(d) > 1) least = least.narrow(d, 0, 1);
-  return least.to(acc).expand(mask->sizes());
+  Tensor smallest = *mask;
+  for (int64_t d = 0; d < smallest.dim(); ++d)
+    if (smallest.stride(d) == 0 && smallest.size(d) > 1) smallest = smallest.narrow(d, 0, 1);
+  return smallest.to(acc).expand(mask->sizes());
 }
 
-// Every entry of the batch is a document.
-Problems entries(const Tensor& q, const Tensor& k, Problem p) {
+// The documents of a batch: each entry is one.
+Problems batch_documents(const Tensor& q, const Tensor& k, Problem p) {
   Problems documents;
-  p.rows = q.size(2), p.columns = k.size(2);
+  p.Lq = q.size(2), p.Lk = k.size(2);
   for (int64_t b = 0; b < q.size(0); ++b) {
-    p.number = b, p.queries = p.keys = {b, 0};
+    p.document = b, p.q_begin = p.k_begin = {b, 0};
     documents.push_back(p);
   }
   return documents;
 }
 
-// q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, Dv), attn_mask (B, H, Lq, Lk).
+// Checks q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV), attn_mask (B, H, Lq, Lk) and the other options.
 Checks check_inputs(
     const char* op,
     const Tensor& q,
@@ -168,7 +185,7 @@ Checks check_inputs(
       mask,
       {q.size(0), q.size(1), q.size(2), k.size(2)},
       {at::kBool, at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
-  check_extras(check, q, slopes, q.size(0), seed, dropout_p);
+  check_slopes_and_seed(check, q, slopes, q.size(0), seed, dropout_p);
   return check;
 }
 
@@ -187,12 +204,12 @@ std::tuple<Tensor, Tensor> attention_fwd(
     double dropout_p) {
   check_inputs("attention_fwd_cpp", q_, k_, v_, attn_mask, alibi_slopes, seed, dropout_p);
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
-  const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
+  const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const auto acc = accumulator(q.scalar_type());
-  Tensor out = head_major(q, q.size(0), p.heads, q.size(2), p.value_size);
+  Tensor out = head_major(q, q.size(0), p.heads, q.size(2), p.DV);
   Tensor stats = at::empty({q.size(0), p.heads, q.size(2), 2}, q.options().dtype(acc));
   const Tensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
-  attend(entries(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, stats);
+  forward_documents(batch_documents(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, stats);
   return {out, stats};
 }
 
@@ -215,21 +232,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     double dropout_p,
     bool mask_grad,
     bool /*deterministic: always*/) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask");
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask; use the backend \"reference\"");
   const Checks check = check_inputs("attention_bwd_cpp", q_, k_, v_, attn_mask, alibi_slopes, seed, dropout_p);
-  const int64_t batch = q_.size(0), heads = q_.size(1), rows = q_.size(2), value_size = v_.size(3);
+  const int64_t batch = q_.size(0), heads = q_.size(1), rows = q_.size(2), DV = v_.size(3);
   const auto type = q_.scalar_type(), acc = accumulator(type);
-  check("grad_out", grad_, {batch, heads, rows, value_size}, type)("out", out_, {batch, heads, rows, value_size}, type);
+  check("grad_out", grad_, {batch, heads, rows, DV}, type)("out", out_, {batch, heads, rows, DV}, type);
   check("grad_lse", grad_lse_, {batch, heads, rows}, acc)("stats", stats, {batch, heads, rows, 2}, acc);
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Tensor grad = rows_contiguous(grad_), out = rows_contiguous(out_);
-  const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
+  const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc) : Tensor();
-  Tensor dq = head_major(q, q.size(0), p.heads, q.size(2), p.size);
-  Tensor dk = head_major(k, q.size(0), p.kv_heads, k.size(2), p.size);
-  Tensor dv = head_major(v, q.size(0), p.kv_heads, k.size(2), p.value_size);
+  Tensor dq = head_major(q, q.size(0), p.heads, q.size(2), p.D);
+  Tensor dk = head_major(k, q.size(0), p.kv_heads, k.size(2), p.D);
+  Tensor dv = head_major(v, q.size(0), p.kv_heads, k.size(2), p.DV);
   const Tensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
-  attend_backward(entries(q, k, p), grad, grad_lse, q, k, v, out, stats.to(acc).contiguous(), mask, slopes, dq, dk, dv);
+  backward_documents(
+      batch_documents(q, k, p), grad, grad_lse, q, k, v, out, stats.to(acc).contiguous(), mask, slopes, dq, dk, dv);
   return {dq, dk, dv, at::empty({0}, q.options())};
 }
 
@@ -240,7 +259,7 @@ TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
 
 }  // namespace
 
-// ---- what attention_varlen.cpp shares ----
+// ---- functions of attention.h ----
 
 Tensor rows_contiguous(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
 
@@ -248,7 +267,7 @@ Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t h
   return slopes ? slopes->to(acc).expand({documents, heads}).contiguous() : Tensor();
 }
 
-void check_extras(
+void check_slopes_and_seed(
     const Checks& check,
     const Tensor& q,
     const OptionalTensor& slopes,
@@ -261,10 +280,10 @@ void check_extras(
   else
     check("alibi_slopes", slopes, {documents, q.size(1)}, acc);
   check("seed", seed, {1}, at::kLong);
-  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed");
+  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed; pass a tensor of one int64");
 }
 
-Problem describe(
+Problem common_problem(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
@@ -276,14 +295,19 @@ Problem describe(
     double softcap,
     double dropout_p) {
   Problem p{};
-  p.heads = q.size(1), p.kv_heads = k.size(1), p.size = q.size(3), p.value_size = v.size(3);
-  TORCH_CHECK(p.kv_heads > 0 && p.heads % p.kv_heads == 0, "attention: the heads of k must divide those of q");
+  p.heads = q.size(1), p.kv_heads = k.size(1), p.D = q.size(3), p.DV = v.size(3);
+  TORCH_CHECK(
+      p.kv_heads > 0 && p.heads % p.kv_heads == 0,
+      "attention: the heads of k must divide those of q, got ",
+      p.kv_heads,
+      " and ",
+      p.heads);
   p.scale = scale, p.softcap = softcap, p.lower_right = lower_right, p.left = left, p.right = right;
   if (dropout_p > 0) p.dropout = {static_cast<uint64_t>(seed->const_data_ptr<int64_t>()[0]), dropout_p};
   return p;
 }
 
-void attend(
+void forward_documents(
     const Problems& documents,
     const Tensor& q,
     const Tensor& k,
@@ -298,17 +322,16 @@ void attend(
     using A = compute_t<T>;
     forward<T>(
         documents,
-        View<const T>(q),
-        View<const T>(k),
-        View<const T>(v),
-        Mask<A>(mask),
-        slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
-        View<T>(out),
-        View<A>(stats));
+        Matrices<const T>(q),
+        Matrices<const T>(k),
+        Matrices<const T>(v),
+        Mask<A>(mask, slopes),
+        Matrices<T>(out),
+        Matrices<A>(stats));
   });
 }
 
-void attend_backward(
+void backward_documents(
     const Problems& documents,
     const Tensor& grad,
     const Tensor& grad_lse,
@@ -328,18 +351,17 @@ void attend_backward(
     using A = compute_t<T>;
     backward<T>(
         documents,
-        View<const T>(grad),
-        View<const A>(grad_lse),
-        View<const T>(q),
-        View<const T>(k),
-        View<const T>(v),
-        View<const T>(out),
-        View<const A>(stats),
-        Mask<A>(mask),
-        slopes.defined() ? slopes.const_data_ptr<A>() : nullptr,
-        View<T>(dq),
-        View<T>(dk),
-        View<T>(dv));
+        Matrices<const T>(grad),
+        Matrices<const A>(grad_lse),
+        Matrices<const T>(q),
+        Matrices<const T>(k),
+        Matrices<const T>(v),
+        Matrices<const T>(out),
+        Matrices<const A>(stats),
+        Mask<A>(mask, slopes),
+        Matrices<T>(dq),
+        Matrices<T>(dk),
+        Matrices<T>(dv));
   });
 }
 

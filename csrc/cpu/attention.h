@@ -1,5 +1,6 @@
-// What the launchers of attention.cpp and attention_varlen.cpp share. Tensors are (B, heads, L, D), rows contiguous,
-// and (B, heads, L) for one number a row; undefined where there is none. stats: (B, heads, L, 2), m and l of each row.
+// Functions that the launchers of attention.cpp and attention_varlen.cpp share. Tensors are (B, heads, L, D) with
+// contiguous rows, or (B, heads, L) with one number per row. Missing tensors are undefined. stats: (B, heads, L, 2), m
+// and l of each row.
 #pragma once
 
 #include "attention_tiles.h"
@@ -9,11 +10,11 @@ namespace fastgpt {
 
 Tensor rows_contiguous(const Tensor& t);
 
-// (documents, heads) of slopes that are that or (heads,).
+// Expands slopes (heads,) or (documents, heads) to (documents, heads).
 Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads, at::ScalarType acc);
 
-// What goes with the rows of q: slopes (H,) or (documents, H), and the seed of the dropout.
-void check_extras(
+// Checks alibi_slopes (H,) or (documents, H), and the seed of the dropout.
+void check_slopes_and_seed(
     const Checks& check,
     const Tensor& q,
     const OptionalTensor& slopes,
@@ -21,8 +22,8 @@ void check_extras(
     const OptionalTensor& seed,
     double dropout_p);
 
-// What all documents of a call have in common.
-Problem describe(
+// The sizes and options that all documents of a call share.
+Problem common_problem(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
@@ -34,8 +35,8 @@ Problem describe(
     double softcap,
     double dropout_p);
 
-// Writes out and stats of the documents.
-void attend(
+// Computes out and stats of the documents.
+void forward_documents(
     const Problems& documents,
     const Tensor& q,
     const Tensor& k,
@@ -45,8 +46,8 @@ void attend(
     const Tensor& out,
     const Tensor& stats);
 
-// Writes dq, dk and dv of the documents.
-void attend_backward(
+// Computes dq, dk and dv of the documents.
+void backward_documents(
     const Problems& documents,
     const Tensor& grad,
     const Tensor& grad_lse,

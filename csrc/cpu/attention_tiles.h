@@ -1,14 +1,16 @@
-// What both directions of attention share: the problems, how they are cut into tasks, and the scores of a tile.
+// Code that attention's forward and backward share: SeqlenInfo (where a document begins and how long it is), BlockRange
+// (which column blocks a row block visits), the division into tasks, Mask (scores with scale, softcap, ALiBi and
+// masks), and the products of a tile.
 //
-// A tile is COLUMNS keys × ROWS queries and lies transposed: a row of it is one key, so that a vector holds
-// one key and LANES queries. The statistics of the softmax, one number a query, are then vectors too, and
-// nothing is ever summed across a vector.
+// A tile of ROWS queries × COLUMNS keys is stored transposed: one key per row, so that a vector holds one key and LANES
+// queries. The statistics of the softmax, one number per query, are then vectors, and nothing is summed across a
+// vector.
 #pragma once
 
 #include "gemm.h"
 #include "kernel.h"
 #include "philox.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace fastgpt {
 
@@ -18,67 +20,83 @@ template <typename A>
 using Buffer = std::vector<A>;
 
 template <typename A>
-constexpr A NOTHING = -std::numeric_limits<A>::infinity();
+constexpr A MINUS_INFINITY = -std::numeric_limits<A>::infinity();
+
+// ---- the problem ----
 
 struct Span {
   int64_t begin, end;
   int64_t size() const { return std::max<int64_t>(0, end - begin); }
 };
 
-// Where the rows of a document begin in a (B, heads, L, D) tensor.
-struct Start {
-  int64_t entry, row;
+// The first row of a document in a (B, heads, L, D) tensor.
+struct RowOffset {
+  int64_t batch, row;
 };
 
-// Everything about one document but the element types: queries that see its keys and no others. A batch is as many
-// documents as it has entries; those of a call differ in the first three lines only.
-struct Problem {
-  int64_t number;  // among the documents
-  Start queries, keys;
-  int64_t rows, columns;
-  int64_t heads, kv_heads, size, value_size;  // size: of a head
+// Where the rows and columns of a document begin, and their lengths. In a batch each entry is a document.
+struct SeqlenInfo {
+  int64_t document;  // its number in the call: the batch index of ALiBi, attn_mask and dropout
+  RowOffset q_begin, k_begin;
+  int64_t Lq, Lk;
+};
+
+// One document: its SeqlenInfo, and the sizes and options that all documents of a call share.
+struct Problem : SeqlenInfo {
+  int64_t heads, kv_heads, D, DV;
   double scale, softcap;
   bool lower_right;
-  int64_t left, right;
+  int64_t left, right;  // columns visible on each side of the diagonal, -1 for all
   Dropout dropout;
 
   int64_t group() const { return heads / kv_heads; }
-  int64_t offset() const { return lower_right ? columns - rows : 0; }  // of the diagonal
-  int64_t row_tiles() const { return (rows + ROWS - 1) / ROWS; }
-  // The columns that any of the rows [first, last) sees, and the rows that see any of the columns.
+  int64_t diagonal() const { return lower_right ? Lk - Lq : 0; }  // row i is on the diagonal at column i + diagonal()
+  int64_t row_tiles() const { return (Lq + ROWS - 1) / ROWS; }
+  // The columns that any of the rows [first, last) sees, and the rows that see any of the columns [first, last).
   Span columns_of(int64_t first, int64_t last) const {
     return {
-        left < 0 ? 0 : std::clamp<int64_t>(first + offset() - left, 0, columns),
-        right < 0 ? columns : std::clamp<int64_t>(last + offset() + right, 0, columns)};
+        left < 0 ? 0 : std::clamp<int64_t>(first + diagonal() - left, 0, Lk),
+        right < 0 ? Lk : std::clamp<int64_t>(last + diagonal() + right, 0, Lk)};
   }
   Span rows_of(int64_t first, int64_t last) const {
     return {
-        right < 0 ? 0 : std::clamp<int64_t>(first - offset() - right, 0, rows),
-        left < 0 ? rows : std::clamp<int64_t>(last - offset() + left, 0, rows)};
+        right < 0 ? 0 : std::clamp<int64_t>(first - diagonal() - right, 0, Lq),
+        left < 0 ? Lq : std::clamp<int64_t>(last - diagonal() + left, 0, Lq)};
   }
-  // What a head of queries costs: the keys that each tile sees, and as much again as packing its queries takes.
+  // The cost of a head of queries: for each tile the keys that it sees, plus ROWS for packing its queries.
   int64_t cost() const {
     int64_t sum = 0;
-    for (int64_t first = 0; first < rows; first += ROWS)
-      sum += ROWS + columns_of(first, std::min(first + ROWS, rows)).size();
+    for (int64_t first = 0; first < Lq; first += ROWS)
+      sum += ROWS + columns_of(first, std::min(first + ROWS, Lq)).size();
     return sum;
   }
 };
 
 using Problems = std::vector<Problem>;
 
-// The tasks of all documents as one list, to be cut by what they cost: those of one document cost about the same,
+// The column blocks [n_block_min, n_block_max) that the rows [first, last) visit.
+struct BlockRange {
+  int64_t n_block_min, n_block_max;
+
+  BlockRange(const Problem& p, int64_t first, int64_t last) {
+    const Span seen = p.columns_of(first, last);
+    n_block_min = seen.begin / COLUMNS;
+    n_block_max = (seen.end + COLUMNS - 1) / COLUMNS;
+  }
+};
+
+// The tasks of all documents in one list, which is divided by cost: the tasks of one document cost about the same,
 // those of different documents do not.
 class Work {
  public:
-  // The tasks of the next document, and what one of them costs.
+  // Adds the tasks of the next document. `cost`: of one of them.
   void add(int64_t tasks, int64_t cost) {
     costs_.push_back(std::max<int64_t>(1, cost));
     starts_.push_back(starts_.back() + tasks * costs_.back());
     if (tasks > 0) longest_ = std::max(longest_, costs_.back());
   }
 
-  // What all cost, and the longest task: no thread is worth starting for less.
+  // The cost of all tasks, and of the longest task. Less work is not worth another thread.
   int64_t total() const { return starts_.back(); }
   int64_t longest() const { return longest_; }
 
@@ -99,57 +117,30 @@ class Work {
   int64_t longest_ = 1;
 };
 
-// A (B, heads, L, D) tensor of any strides but the last, or (B, heads, L).
+// A (B, heads, L, D) tensor with contiguous rows, or a (B, heads, L) tensor.
 template <typename T>
-struct View {
+struct Matrices {
   T* data = nullptr;
-  int64_t entry = 0, head = 0, row = 0;
+  int64_t batch = 0, head = 0, row = 0;  // strides
 
-  explicit View(const Tensor& t) {
+  explicit Matrices(const Tensor& t) {
     if (!t.defined()) return;
     data = const_cast<T*>(t.const_data_ptr<std::remove_const_t<T>>());
-    entry = t.stride(0), head = t.stride(1), row = t.stride(2);
+    batch = t.stride(0), head = t.stride(1), row = t.stride(2);
   }
-  T* at(Start s, int64_t h, int64_t i) const { return data + s.entry * entry + h * head + (s.row + i) * row; }
+  T* at(RowOffset o, int64_t h, int64_t i) const { return data + o.batch * batch + h * head + (o.row + i) * row; }
 };
 
-// The mask, of strides that may be 0: bool, or floating in the compute type.
-template <typename A>
-struct Mask {
-  const bool* seen = nullptr;
-  const A* added = nullptr;
-  int64_t stride[4] = {};
+// ---- tiles ----
 
-  explicit Mask(const Tensor& t) {
-    if (!t.defined()) return;
-    if (t.scalar_type() == at::kBool)
-      seen = t.const_data_ptr<bool>();
-    else
-      added = t.const_data_ptr<A>();
-    for (int d = 0; d < 4; ++d) stride[d] = t.stride(d);
-  }
-
-  // s (COLUMNS, ROWS): the scores of m queries from row i and n keys from column j.
-  void apply(A* s, int64_t b, int64_t h, int64_t i, int64_t m, int64_t j, int64_t n) const {
-    const int64_t at = b * stride[0] + h * stride[1] + i * stride[2] + j * stride[3];
-    for (int64_t r = 0; r < m; ++r)
-      for (int64_t c = 0; c < n; ++c) {
-        const int64_t here = at + r * stride[2] + c * stride[3];
-        A& score = s[c * ROWS + r];
-        if (seen) score = seen[here] ? score : NOTHING<A>;
-        if (added) score += added[here];
-      }
-  }
-};
-
-// One tile: queries [first, first + m) of head h, keys [j, j + n).
+// Queries [first, first + m) of head h, keys [j, j + n).
 struct Tile {
   int64_t h, first, m, j, n;
 };
 
-// The products of a tile leave out what lies outside the band: strips of STRIP keys or queries, each with
-// the part of the other side that it sees. Queries come in whole STEPs, so that every score that a strip of queries
-// may use has been computed from a strip of keys.
+// The products of a tile skip the scores outside the window. They are divided into strips of STRIP keys or queries,
+// each with the part of the other side that it sees. The queries are rounded to whole STEPs, so that every score that a
+// strip of queries uses was computed by a strip of keys.
 constexpr int64_t STRIP = 16;
 template <typename A>
 constexpr int64_t STEP = std::max(GEMM_N<A>, STRIP);
@@ -158,7 +149,7 @@ inline int64_t whole_steps(int64_t m) {
   return (m + STEP<A> - 1) / STEP<A> * STEP<A>;
 }
 
-// The queries of a tile (relative to its first) that see one of its keys [c, c + strip).
+// The queries of a tile, relative to its first one, that see any of its keys [c, c + strip).
 template <typename A>
 inline Span queries_of(const Problem& p, const Tile& t, int64_t c, int64_t strip) {
   const Span rows = p.rows_of(t.j + c, std::min(t.j + c + strip, t.j + t.n));
@@ -167,22 +158,22 @@ inline Span queries_of(const Problem& p, const Tile& t, int64_t c, int64_t strip
   return {begin / STEP<A> * STEP<A>, whole_steps<A>(end)};
 }
 
-// The keys of a tile (relative) that one of its queries [r, r + strip) sees.
+// The keys of a tile, relative to its first one, that any of its queries [r, r + strip) sees.
 inline Span keys_of(const Problem& p, const Tile& t, int64_t r, int64_t strip) {
   const Span columns = p.columns_of(t.first + r, std::min(t.first + r + strip, t.first + t.m));
   return {std::clamp<int64_t>(columns.begin - t.j, 0, t.n) / 2 * 2, std::clamp<int64_t>(columns.end - t.j, 0, t.n)};
 }
 
-// Whether all of a tile lies within the band.
-inline bool is_whole(const Problem& p, const Tile& t) {
-  return (p.right < 0 || t.j + t.n - 1 <= t.first + p.offset() + p.right) &&
-         (p.left < 0 || t.j >= t.first + t.m - 1 + p.offset() - p.left);
+// Whether every query of the tile sees every key of it.
+inline bool is_full(const Problem& p, const Tile& t) {
+  return (p.right < 0 || t.j + t.n - 1 <= t.first + p.diagonal() + p.right) &&
+         (p.left < 0 || t.j >= t.first + t.m - 1 + p.diagonal() - p.left);
 }
 
-// How wide strips are: all of a tile that lies within the band.
-inline int64_t strip_of(const Problem& p, const Tile& t) { return is_whole(p, t) ? std::max(ROWS, COLUMNS) : STRIP; }
+// The width of the strips: a full tile is one strip.
+inline int64_t strip_of(const Problem& p, const Tile& t) { return is_full(p, t) ? std::max(ROWS, COLUMNS) : STRIP; }
 
-// s (COLUMNS, ROWS) = a (keys, k) · b (k, queries) where the band lets them see each other.
+// s (COLUMNS, ROWS) = a (keys, k) · b (k, queries), within the window.
 template <typename U, typename A>
 inline void product_of_keys(const Problem& p, const Tile& t, int64_t k, Operand<U> a, Operand<U> b, A* s) {
   const int64_t strip = strip_of(p, t);
@@ -193,7 +184,7 @@ inline void product_of_keys(const Problem& p, const Tile& t, int64_t k, Operand<
   }
 }
 
-// out (queries, width) += aᵀ · b over the keys: a (keys, queries), b (keys, width).
+// out (queries, width) += aᵀ · b, summed over the keys: a (keys, queries), b (keys, width).
 template <typename E, typename A>
 inline void add_over_keys(
     const Problem& p, const Tile& t, const Unit<E>* a, Operand<Unit<E>> b, A* out, int64_t width) {
@@ -206,7 +197,7 @@ inline void add_over_keys(
   }
 }
 
-// out (keys, width) += a · b over the queries: a (keys, queries), b (queries, width).
+// out (keys, width) += a · b, summed over the queries: a (keys, queries), b (queries, width).
 template <typename E, typename A>
 inline void add_over_queries(
     const Problem& p, const Tile& t, const Unit<E>* a, Operand<Unit<E>> b, A* out, int64_t width) {
@@ -220,52 +211,90 @@ inline void add_over_queries(
   }
 }
 
-// From q·kᵀ to the scores where the band, a mask, ALiBi or a softcap have a say; `scale` is applied. With a
-// softcap the slope of tanh goes to `slope`.
+// ---- the scores of a tile ----
+
+// Turns products q·kᵀ into scores.
 template <typename A>
-inline void score_tile(const Problem& p, const Tile& t, const Mask<A>& mask, const A* alibi, A* s, A* slope) {
-  const A scale = A(p.scale), cap = A(p.softcap);
-  for (int64_t c = 0; c < t.n; ++c) {
-    A* row = s + c * ROWS;
-    const int64_t below = t.j + c - p.offset() - t.first;  // the query on the diagonal, relative to the tile
-    for (int64_t r = 0; r < ROWS; r += LANES<A>) {
-      Vector<A> x = load<A>(row + r) * scale;
-      if (cap > A(0)) {
-        const Vector<A> y = tanh(x / cap);
-        x = cap * y;
-        if (slope) store<A, A>(slope + c * ROWS + r, A(1) - y * y);
+struct Mask {
+  const A* alibi_slopes = nullptr;  // (documents, heads)
+  const bool* flags = nullptr;      // attn_mask: bool, or
+  const A* added = nullptr;         // added to the scores
+  int64_t stride[4] = {};           // of attn_mask; may be 0
+
+  // attn_mask: bool, or floating in the compute type. Either tensor may be undefined.
+  Mask(const Tensor& attn_mask, const Tensor& slopes) {
+    if (slopes.defined()) alibi_slopes = slopes.const_data_ptr<A>();
+    if (!attn_mask.defined()) return;
+    if (attn_mask.scalar_type() == at::kBool)
+      flags = attn_mask.const_data_ptr<bool>();
+    else
+      added = attn_mask.const_data_ptr<A>();
+    for (int d = 0; d < 4; ++d) stride[d] = attn_mask.stride(d);
+  }
+
+  // Whether the scores of a full tile are only scale · q·k. The caller then applies the scale instead of `apply`.
+  bool is_plain(const Problem& p) const { return p.softcap <= 0 && !alibi_slopes && !flags && !added; }
+
+  // Turns products s (COLUMNS, ROWS) into scores, the scale included; -inf where the query does not see the key.
+  // softcap_grad, if not null: the derivative of the softcap.
+  void apply(const Problem& p, const Tile& t, A* s, A* softcap_grad) const {
+    const A scale = A(p.scale), cap = A(p.softcap);
+    for (int64_t c = 0; c < t.n; ++c) {
+      A* row = s + c * ROWS;
+      const int64_t below = t.j + c - p.diagonal() - t.first;  // the query on the diagonal, relative to the tile
+      for (int64_t r = 0; r < ROWS; r += LANES<A>) {
+        Vector<A> x = load<A>(row + r) * scale;
+        if (cap > A(0)) {
+          const Vector<A> y = tanh(x / cap);
+          x = cap * y;
+          if (softcap_grad) store<A, A>(softcap_grad + c * ROWS + r, A(1) - y * y);
+        }
+        if (alibi_slopes) {
+          const Vector<A> distance = lane_indices<A>() + A(r - below);
+          x -= alibi_slopes[p.document * p.heads + t.h] * (distance < A(0) ? -distance : distance);
+        }
+        store<A, A>(row + r, x);
       }
-      if (alibi) {
-        const Vector<A> distance = lane_numbers<A>() + A(r - below);
-        x -= alibi[p.number * p.heads + t.h] * (distance < A(0) ? -distance : distance);
-      }
-      store<A, A>(row + r, x);
+    }
+    if (flags || added) apply_attn_mask(p, t, s);
+    if (is_full(p, t)) return;
+    for (int64_t c = 0; c < t.n; ++c) {
+      const int64_t below = t.j + c - p.diagonal() - t.first;
+      A* row = s + c * ROWS;
+      if (p.right >= 0) std::fill(row, row + std::clamp<int64_t>(below - p.right, 0, ROWS), MINUS_INFINITY<A>);
+      if (p.left >= 0) std::fill(row + std::clamp<int64_t>(below + p.left + 1, 0, ROWS), row + ROWS, MINUS_INFINITY<A>);
     }
   }
-  if (mask.seen || mask.added) mask.apply(s, p.number, t.h, t.first, t.m, t.j, t.n);
-  if (is_whole(p, t)) return;
-  for (int64_t c = 0; c < t.n; ++c) {
-    const int64_t below = t.j + c - p.offset() - t.first;
-    A* row = s + c * ROWS;
-    if (p.right >= 0) std::fill(row, row + std::clamp<int64_t>(below - p.right, 0, ROWS), NOTHING<A>);
-    if (p.left >= 0) std::fill(row + std::clamp<int64_t>(below + p.left + 1, 0, ROWS), row + ROWS, NOTHING<A>);
-  }
-}
 
-// Multipliers of dropout of a tile, (COLUMNS, ROWS).
+ private:
+  void apply_attn_mask(const Problem& p, const Tile& t, A* s) const {
+    const int64_t begin = p.document * stride[0] + t.h * stride[1] + t.first * stride[2] + t.j * stride[3];
+    for (int64_t r = 0; r < t.m; ++r)
+      for (int64_t c = 0; c < t.n; ++c) {
+        const int64_t at = begin + r * stride[2] + c * stride[3];
+        A& score = s[c * ROWS + r];
+        if (flags) score = flags[at] ? score : MINUS_INFINITY<A>;
+        if (added) score += added[at];
+      }
+  }
+};
+
+// Writes the dropout factors of a tile to dropout_scale (COLUMNS, ROWS).
 template <typename A>
-inline void keep_tile(const Problem& p, const Tile& t, A* keep) {
+inline void dropout_tile(const Problem& p, const Tile& t, A* dropout_scale) {
   A row[COLUMNS];
   for (int64_t r = 0; r < t.m; ++r) {
-    p.dropout.row(row, p.number, t.h, t.first + r, t.j, t.n);
-    for (int64_t c = 0; c < t.n; ++c) keep[c * ROWS + r] = row[c];
+    p.dropout.row(row, p.document, t.h, t.first + r, t.j, t.n);
+    for (int64_t c = 0; c < t.n; ++c) dropout_scale[c * ROWS + r] = row[c];
   }
 }
 
-// bfloat16 of a factor in the upper half of each lane: nearest, ties away from zero.
+// ---- factors of the products ----
+
+// bfloat16 of a factor in the upper half of each lane, rounded to nearest, ties away from zero.
 [[gnu::always_inline]] inline Bits nearest_half(Floats x) { return std::bit_cast<Bits>(x) + 0x8000u; }
 
-// Two keys of a tile as units of a product over keys: two rows, or one of bfloat16 side by side.
+// Stores two keys of a tile as units of a product over keys: as two rows, or in bfloat16 as one row of pairs.
 template <typename E, typename A>
 [[gnu::always_inline]] inline void store_keys(Unit<E>* out, int64_t c, int64_t r, Vector<A> even, Vector<A> odd) {
   if constexpr (FOLD<E> == 1) {
@@ -276,7 +305,7 @@ template <typename E, typename A>
   }
 }
 
-// One key of a tile as units of a product over queries.
+// Stores one key of a tile as units of a product over queries.
 template <typename E, typename A>
 [[gnu::always_inline]] inline void store_queries(Unit<E>* out, int64_t c, int64_t r, Vector<A> x) {
   E* row = reinterpret_cast<E*>(out) + c * ROWS + r;
@@ -286,8 +315,8 @@ template <typename E, typename A>
     *reinterpret_cast<Shorts*>(row) = narrowed(nearest_half(x) >> 16);
 }
 
-// n <= ROWS rows of queries as the second factor of a product over the size of a head, (units, ROWS); they
-// are packed into `rows` (ROWS, width) on the way. In whole STEPs, zero beyond n.
+// Packs n <= ROWS rows of queries as the second factor of a product over the size of a head: out (units, ROWS), in
+// whole STEPs, zero beyond n. `rows` (ROWS, width) receives the packed rows.
 template <typename E, typename T>
 inline void pack_queries(
     Unit<E>* out, Unit<E>* rows, int64_t width, const T* in, int64_t stride, int64_t n, int64_t size) {

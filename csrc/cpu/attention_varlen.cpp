@@ -1,17 +1,17 @@
 // Attention over packed documents on the CPU: launchers of the kernels in attention.cpp.
 //
-// Each document is a Problem that begins somewhere in the packed tensors; the tiles of all make up one list of tasks.
-// Rows past the last document belong to one more that has no keys, and keys past it to one that has no queries:
-// they get the zeros that a row gets that sees nothing, and a key that nobody sees.
+// Each document is a Problem with offsets in the packed tensors. The tiles of all documents are one list of tasks. Rows
+// past the last document form a document without keys, and keys past it a document without queries. Their outputs and
+// gradients are therefore zeros.
 #include "attention.h"
 
 namespace fastgpt {
 namespace {
 
-// (total, heads, D) as the one entry of a batch.
-Tensor entry(const Tensor& t) { return t.transpose(0, 1).unsqueeze(0); }
+// (total, heads, D) as a batch with one entry, (1, heads, total, D).
+Tensor as_batch(const Tensor& t) { return t.transpose(0, 1).unsqueeze(0); }
 
-// The document bounds, with the end of the tensor behind them.
+// The elements of cu_seqlens, checked, followed by the end of the tensor.
 std::vector<int64_t> bounds(const char* name, const Tensor& cu_seqlens, int64_t total) {
   const Tensor starts = cu_seqlens.to(at::kLong).contiguous();
   const int64_t* first = starts.const_data_ptr<int64_t>();
@@ -27,23 +27,23 @@ std::vector<int64_t> bounds(const char* name, const Tensor& cu_seqlens, int64_t 
   return found;
 }
 
-Problems documents_of(
+Problems packed_documents(
     const Tensor& q, const Tensor& k, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k, Problem p) {
   const std::vector<int64_t> q_starts = bounds("cu_seqlens_q", cu_seqlens_q, q.size(2));
   const std::vector<int64_t> k_starts = bounds("cu_seqlens_k", cu_seqlens_k, k.size(2));
   Problems documents;
   const auto add = [&](int64_t n, int64_t rows, int64_t columns) {
-    p.number = n, p.queries = {0, q_starts[n]}, p.keys = {0, k_starts[n]}, p.rows = rows, p.columns = columns;
+    p.document = n, p.q_begin = {0, q_starts[n]}, p.k_begin = {0, k_starts[n]}, p.Lq = rows, p.Lk = columns;
     documents.push_back(p);
   };
-  const int64_t rest = static_cast<int64_t>(q_starts.size()) - 2;
+  const int64_t rest = static_cast<int64_t>(q_starts.size()) - 2;  // the index of the remaining rows and keys
   for (int64_t n = 0; n < rest; ++n) add(n, q_starts[n + 1] - q_starts[n], k_starts[n + 1] - k_starts[n]);
   add(rest, q.size(2) - q_starts[rest], 0);
   add(rest, 0, k.size(2) - k_starts[rest]);
   return documents;
 }
 
-// q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, Dv), cu_seqlens (documents + 1,).
+// Checks q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), cu_seqlens (documents + 1,) and the options.
 Checks check_inputs(
     const char* op,
     const Tensor& q,
@@ -59,7 +59,7 @@ Checks check_inputs(
   check("cu_seqlens_q", cu_seqlens_q, {ANY}, {at::kInt, at::kLong});
   check("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.sizes(), {at::kInt, at::kLong});
   TORCH_CHECK(cu_seqlens_q.numel() > 0, op, ": cu_seqlens_q must have documents + 1 elements, got none");
-  check_extras(check, q, slopes, cu_seqlens_q.size(0) - 1, seed, dropout_p);
+  check_slopes_and_seed(check, q, slopes, cu_seqlens_q.size(0) - 1, seed, dropout_p);
   return check;
 }
 
@@ -80,14 +80,14 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     double softcap,
     double dropout_p) {
   check_inputs("attention_varlen_fwd_cpp", q_, k_, v_, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, dropout_p);
-  const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
-  const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
-  const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
+  const Tensor q = rows_contiguous(as_batch(q_)), k = rows_contiguous(as_batch(k_)), v = rows_contiguous(as_batch(v_));
+  const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
+  const Problems documents = packed_documents(q, k, cu_seqlens_q, cu_seqlens_k, p);
   const auto acc = accumulator(q.scalar_type());
-  Tensor out = at::empty({q.size(2), p.heads, p.value_size}, q.options());
+  Tensor out = at::empty({q.size(2), p.heads, p.DV}, q.options());
   Tensor stats = at::empty({p.heads, q.size(2), 2}, q.options().dtype(acc));
   const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
-  attend(documents, q, k, v, Tensor(), slopes, entry(out), stats.unsqueeze(0));
+  forward_documents(documents, q, k, v, Tensor(), slopes, as_batch(out), stats.unsqueeze(0));
   return {out, stats};
 }
 
@@ -114,21 +114,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
     bool /*deterministic: always*/) {
   const Checks check =
       check_inputs("attention_varlen_bwd_cpp", q_, k_, v_, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, dropout_p);
-  const int64_t rows = q_.size(0), heads = q_.size(1), value_size = v_.size(2);
+  const int64_t rows = q_.size(0), heads = q_.size(1), DV = v_.size(2);
   const auto type = q_.scalar_type(), acc = accumulator(type);
-  check("grad_out", grad_, {rows, heads, value_size}, type)("out", out_, {rows, heads, value_size}, type);
+  check("grad_out", grad_, {rows, heads, DV}, type)("out", out_, {rows, heads, DV}, type);
   check("grad_lse", grad_lse_, {heads, rows}, acc)("stats", stats_, {heads, rows, 2}, acc);
-  const Tensor q = rows_contiguous(entry(q_)), k = rows_contiguous(entry(k_)), v = rows_contiguous(entry(v_));
-  const Tensor grad = rows_contiguous(entry(grad_)), out = rows_contiguous(entry(out_));
-  const Problem p = describe(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
-  const Problems documents = documents_of(q, k, cu_seqlens_q, cu_seqlens_k, p);
+  const Tensor q = rows_contiguous(as_batch(q_)), k = rows_contiguous(as_batch(k_)), v = rows_contiguous(as_batch(v_));
+  const Tensor grad = rows_contiguous(as_batch(grad_)), out = rows_contiguous(as_batch(out_));
+  const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
+  const Problems documents = packed_documents(q, k, cu_seqlens_q, cu_seqlens_k, p);
   const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc).unsqueeze(0) : Tensor();
   const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
   Tensor dq = at::empty(q_.sizes(), q.options());
   Tensor dk = at::empty(k_.sizes(), k.options());
   Tensor dv = at::empty(v_.sizes(), v.options());
   const Tensor stats = stats_.to(acc).contiguous().unsqueeze(0);
-  attend_backward(documents, grad, grad_lse, q, k, v, out, stats, Tensor(), slopes, entry(dq), entry(dk), entry(dv));
+  backward_documents(
+      documents, grad, grad_lse, q, k, v, out, stats, Tensor(), slopes, as_batch(dq), as_batch(dk), as_batch(dv));
   return {dq, dk, dv};
 }
 

@@ -1,4 +1,4 @@
-// The checks of checks.h, out of line: compiled once, not in the file of every kernel.
+// The functions of checks.h, defined out of line: compiled once instead of once per kernel file.
 #include "checks.h"
 
 namespace fastgpt {

@@ -1,7 +1,7 @@
-// Softmax cross-entropy of each row on the CPU; the mathematics is in cross_entropy.h.
+// Softmax cross-entropy of each row on the CPU. The mathematics is in cross_entropy.h.
 //
-// Bytes: the forward reads the logits once, the backward reads them once and writes them once, past the
-// caches where they are large.
+// Bytes moved: the forward reads the logits once. The backward reads the logits once and writes the gradient once, with
+// streaming stores if it is large.
 #include "cross_entropy.h"
 
 #include "checks.h"
@@ -9,7 +9,7 @@
 namespace fastgpt {
 namespace {
 
-// What the forward and the backward take: logits (N, V) with contiguous rows, target (N,), weight (V,).
+// Checks logits (N, V) with contiguous rows, target (N,), weight (V,).
 Checks check_rows(const char* op, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
   const Checks check(op, "logits", logits, {ANY, ANY});
   const int64_t rows = logits.size(0), vocab = logits.size(1);
@@ -41,9 +41,9 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     const T* x = logits.const_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     A* losses = loss.mutable_data_ptr<A>();
-    A* both = statistics.mutable_data_ptr<A>();
+    A* row_statistics = statistics.mutable_data_ptr<A>();
     at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], both + 2 * i);
+      for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], row_statistics + 2 * i);
     });
   });
   return {loss, statistics};
@@ -64,7 +64,7 @@ void check_backward(
       "statistics", statistics, {rows, 2}, acc);
 }
 
-// The gradient into `out`, which may be the logits themselves.
+// Writes the gradient to `out`, which may be the logits themselves.
 void backward_into(
     const Tensor& out,
     const Tensor& grad_loss,
@@ -90,19 +90,24 @@ void backward_into(
     T* dx = out.mutable_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     const A* grads = g.const_data_ptr<A>();
-    const A* both = s.const_data_ptr<A>();
+    const A* row_statistics = s.const_data_ptr<A>();
     const A* lse_grads = grad_lse ? gl.const_data_ptr<A>() : nullptr;
-    const auto all = [&](auto past) {
+    const auto all = [&](auto streaming) {
       at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-          row.template backward<past.value>(
-              x + i * stride, dx + i * out_stride, targets[i], both + 2 * i, grads[i], lse_grads ? lse_grads[i] : A(0));
-        if (past.value) end_stream();
+          row.template backward<streaming.value>(
+              x + i * stride,
+              dx + i * out_stride,
+              targets[i],
+              row_statistics + 2 * i,
+              grads[i],
+              lse_grads ? lse_grads[i] : A(0));
+        if (streaming.value) end_streaming();
       });
     };
-    // In place, the lines are in the cache already.
-    const bool past = dx != x && streams<T>(rows * vocab);
-    past ? all(std::true_type{}) : all(std::false_type{});
+    // In place, the lines are already in the cache.
+    const bool streaming = dx != x && is_streamed<T>(rows * vocab);
+    streaming ? all(std::true_type{}) : all(std::false_type{});
   });
 }
 
@@ -138,7 +143,7 @@ void cross_entropy_bwd_inplace(
   check_backward("cross_entropy_bwd_inplace_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
   TORCH_CHECK(
       logits.size(0) <= 1 || logits.stride(0) >= logits.size(1),
-      "cross_entropy_bwd_inplace_cpp: the rows of logits must not overlap, because they are written");
+      "cross_entropy_bwd_inplace_cpp: the rows of logits must not overlap, because they are written; pass a copy");
   backward_into(
       logits,
       grad_loss,

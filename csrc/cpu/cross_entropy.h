@@ -1,21 +1,22 @@
-// The row mathematics of cross-entropy, shared by cross_entropy.cpp and linear_cross_entropy.cpp.
+// Cross-entropy of one row, for cross_entropy.cpp. linear_cross_entropy.cpp uses the same formulas.
 //
 // For a row of logits l, target y, class weights w, smoothing ε, z-loss ζ, softcap c:
 //   x = c·tanh(l/c) or l;  m = max x_j,  s = Σ exp(x_j - m),  lse = m + log s;  a = (1-ε)·w_y,  b = ε/V,  W = Σ w_j
-//   loss    = a·(log s + m - x_y) + b·(W·log s + Σ w_j·(m - x_j)) + ζ·lse²
-//   dl_j    = [g·((a + b·W + 2ζ·lse)·p_j - a·[j=y] - b·w_j) + g_lse·p_j]·(1 - (x_j/c)²),  p_j = exp(x_j - m)/s
+//   loss  = a·(log s + m - x_y) + b·(W·log s + Σ w_j·(m - x_j)) + ζ·lse²
+//   dl_j  = [c_p·exp(x_j - m) - c_y·[j=y] - c_w·w_j]·(1 - (x_j/c)²)
+//           c_p = (g·(a + b·W + 2ζ·lse) + g_lse)/s,  c_y = g·a,  c_w = g·b    (g: gradient of the loss, g_lse: of lse)
 //
-// m and s are two numbers, here and in what is saved for the backward: in their sum lse, log s would be lost beside a
-// large m. All terms of Σ w_j·(m - x_j) have one sign, so that none cancels. What an option of 0 switches off is not
-// computed: a class weight may be infinite, and 0·inf is NaN.
+// m and s are kept as two numbers, here and in what is saved for the backward: in the sum lse, log s would be lost
+// beside a large m. All terms of Σ w_j·(m - x_j) have one sign, so they do not cancel. A term that an option of 0
+// switches off is not computed, because a class weight may be infinite and 0·inf is NaN.
 //
-// Forward: one read of the row (maximum and sum of exponentials together, a few vectors at a time, the sum
-// rescaled when the maximum grows). Backward: one read and one write. All statistics stay in registers.
-// About 17 instructions a vector of either pass, what a core does while one vector of float32 travels.
+// The forward reads the row once: it computes the maximum and the sum of exponentials together, a few vectors at a
+// time, and rescales the sum when the maximum grows. The backward reads and writes the row once. All statistics stay in
+// registers. Both take about 17 instructions per vector, about as long as memory takes to deliver a vector of float32.
 #pragma once
 
 #include "kernel.h"
-#include "vector.h"
+#include "vector_math.h"
 
 namespace fastgpt {
 
@@ -24,7 +25,7 @@ struct LossOptions {
   double label_smoothing, z_loss, softcap;
 };
 
-// Raises PyTorch's own error before any row is read through a target.
+// Raises PyTorch's error for a target that is out of bounds.
 inline void check_targets(const Tensor& target, int64_t vocab, int64_t ignore_index) {
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i)
@@ -37,96 +38,94 @@ class CrossEntropyRow {
   // weight: (V,) or null.
   CrossEntropyRow(const A* weight, int64_t vocab, const LossOptions& options)
       : weight_(weight), vocab_(vocab), options_(options) {
-    total_ = weight ? sum_of<A>(vocab, [&](int64_t j, auto... n) { return load<A>(weight + j, n...); }) : A(vocab);
+    W_ = weight ? sum_of<A>(vocab, [&](int64_t j, auto... n) { return load<A>(weight + j, n...); }) : A(vocab);
   }
 
   // ---- forward ----
 
-  // The loss of one row; m and s into statistics[0] and [1].
+  // Returns the loss of one row. Writes m and s to statistics[0] and [1].
   template <typename T>
   A forward(const T* logits, int64_t y, A* statistics) const {
     Statistics s;
     int64_t i = 0;
-    for (; i + GROUP * LANES<A> <= vocab_; i += GROUP * LANES<A>) gather<T, GROUP>(s, logits, i);
-    over_vectors<A>(i, vocab_, [&](int64_t j, auto... n) { gather<T, 1>(s, logits, j, n...); });
-    statistics[0] = s.top, statistics[1] = lane_sum<A>(s.sum);
+    for (; i + GROUP * LANES<A> <= vocab_; i += GROUP * LANES<A>) accumulate<T, GROUP>(s, logits, i);
+    over_vectors<A>(i, vocab_, [&](int64_t j, auto... n) { accumulate<T, 1>(s, logits, j, n...); });
+    statistics[0] = s.row_max, statistics[1] = lane_sum<A>(s.sum);
     const A log_sum = std::log(statistics[1]);
     if (y == options_.ignore_index) return A(0);
     const A target = read<T>(logits + y, 1)[0];
-    const A hard = A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1));
-    A loss = hard * (log_sum - (target - s.top));
-    if (options_.label_smoothing > 0)
-      loss += smooth() * (std::isinf(total_) ? total_ : total_ * log_sum + lane_sum<A>(s.weighted));
-    if (options_.z_loss > 0) loss += z_loss(s.top + log_sum);
+    A loss = a(y) * (log_sum - (target - s.row_max));
+    if (options_.label_smoothing > 0) loss += b() * (std::isinf(W_) ? W_ : W_ * log_sum + lane_sum<A>(s.weighted));
+    if (options_.z_loss > 0) loss += z_loss(s.row_max + log_sum);
     return loss;
   }
 
   // ---- backward ----
 
-  // The gradient of one row into out, which may be the row itself. STREAM: past the caches.
-  template <bool STREAM, typename T>
+  // Writes the gradient of one row to out, which may be the row itself. STREAMING: with streaming stores.
+  template <bool STREAMING, typename T>
   void backward(const T* logits, T* out, int64_t y, const A* statistics, A grad, A grad_lse) const {
     const bool ignored = y == options_.ignore_index;
     if (ignored) grad = 0;
-    const A hard = ignored ? A(0) : A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1));
-    const A top = statistics[0], sum = statistics[1];
-    A on_p = grad_lse;
-    if (!ignored) on_p += grad * on_p_of_loss(hard, top + std::log(sum));
-    if (on_p == A(0) && (ignored || grad == A(0))) {
+    const A row_max = statistics[0], row_sum = statistics[1];
+    A c_p = grad_lse;  // divided by s below
+    if (!ignored) c_p += grad * loss_factor_of_p(a(y), row_max + std::log(row_sum));
+    if (c_p == A(0) && (ignored || grad == A(0))) {
       std::fill(out, out + vocab_, T(0));
       return;
     }
-    const A spread = grad * smooth(), cap = A(options_.softcap);
-    on_p /= sum;
-    const auto of_p = [&](Vector<A> x) { return on_p * exp<IS_FINE<T>>(x - top); };
-    const auto gradient = [&](Vector<A> x, Vector<A> w, A less) {
-      Vector<A> d = of_p(x) - less;
-      if (spread != A(0)) d -= spread * w;
+    const A c_y = ignored ? A(0) : grad * a(y), c_w = grad * b(), cap = A(options_.softcap);
+    c_p /= row_sum;
+    const auto term_of_p = [&](Vector<A> x) { return c_p * exp<IS_FINE<T>>(x - row_max); };
+    const auto gradient = [&](Vector<A> x, Vector<A> w, A c_target) {
+      Vector<A> d = term_of_p(x) - c_target;
+      if (c_w != A(0)) d -= c_w * w;
       return cap > A(0) ? d * (A(1) - (x / cap) * (x / cap)) : d;
     };
-    const auto plain = [&](int64_t i, auto... n) { return of_p(load<A>(logits + i, n...)); };
-    const auto any = [&](int64_t i, auto... n) {
+    const auto without_options = [&](int64_t i, auto... n) { return term_of_p(load<A>(logits + i, n...)); };
+    const auto with_options = [&](int64_t i, auto... n) {
       const Vector<A> w = weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1));
       return gradient(read<T>(logits + i, n...), w, A(0));
     };
-    A at_target = 0;  // taken before the row may be overwritten
+    A dl_y = 0;  // computed before the row may be overwritten
     if (!ignored) {
       const Vector<A> w = broadcast(weight_ ? weight_[y] : A(1));
-      at_target = gradient(read<T>(logits + y, 1), w, grad * hard)[0];
+      dl_y = gradient(read<T>(logits + y, 1), w, c_y)[0];
     }
-    // Up to the first whole line of the result's memory, where streaming begins.
-    const int64_t head = STREAM ? std::min(vocab_, to_whole_line(out)) : 0;
+    // Streaming stores start at the first whole cache line of the result.
+    const int64_t head = STREAMING ? std::min(vocab_, to_next_line(out)) : 0;
     const auto row = [&](const auto& piece) {
       fill<false, A>(out, 0, head, piece);
-      fill<STREAM, A>(out, head, vocab_, piece);
+      fill<STREAMING, A>(out, head, vocab_, piece);
     };
-    spread != A(0) || cap > A(0) ? row(any) : row(plain);
-    if (!ignored) out[y] = static_cast<T>(at_target);
+    c_w != A(0) || cap > A(0) ? row(with_options) : row(without_options);
+    if (!ignored) out[y] = static_cast<T>(dl_y);
   }
 
  private:
-  A smooth() const { return A(options_.label_smoothing) / A(vocab_); }  // b
+  A a(int64_t y) const { return A(1 - options_.label_smoothing) * (weight_ ? weight_[y] : A(1)); }
+  A b() const { return A(options_.label_smoothing) / A(vocab_); }
   A z_loss(A lse) const { return A(options_.z_loss) * lse * lse; }
   // a + b·W + 2ζ·lse
-  A on_p_of_loss(A hard, A lse) const {
-    A factor = hard;
-    if (options_.label_smoothing > 0) factor += smooth() * total_;
+  A loss_factor_of_p(A a, A lse) const {
+    A factor = a;
+    if (options_.label_smoothing > 0) factor += b() * W_;
     if (options_.z_loss > 0) factor += A(2 * options_.z_loss) * lse;
     return factor;
   }
 
-  static constexpr int64_t GROUP = 8;  // vectors between two looks at the maximum
+  static constexpr int64_t GROUP = 8;  // vectors per update of the maximum
 
-  // 16 bits need no finer exponential than they can hold.
+  // For 16-bit results the coarse exponential is accurate enough.
   template <typename T>
   static constexpr bool IS_FINE = sizeof(T) > 2;
 
   struct Statistics {
-    A top = std::numeric_limits<A>::lowest();         // finite, so that a first -inf adds exp(-inf) = 0
-    Vector<A> sum = {}, weighted = {}, weights = {};  // Σ exp(x - top), Σ w·(top - x), Σ w
-    Vector<A> lost = {};                              // the rounding errors of `weighted`, to be taken from it
+    A row_max = std::numeric_limits<A>::lowest();     // finite, so that a first -inf adds exp(-inf) = 0
+    Vector<A> sum = {}, weighted = {}, weights = {};  // Σ exp(x - row_max), Σ w·(row_max - x), Σ w
+    Vector<A> lost = {};                              // the rounding error of `weighted`
 
-    // One masked class of -1e9 must not absorb those after it: a compensated sum (Kahan, 1965).
+    // A compensated sum (Kahan, 1965): a masked class of -1e9 must not absorb the terms after it.
     [[gnu::always_inline]] void add_weighted(Vector<A> more) {
       const Vector<A> exact = more - lost, next = weighted + exact;
       lost = next - next == A(0) ? (next - weighted) - exact : Vector<A>{};  // 0 beside infinity
@@ -141,9 +140,9 @@ class CrossEntropyRow {
     return cap > A(0) ? cap * tanh(x / cap) : x;
   }
 
-  // Adds `COUNT` vectors from element i to the statistics; of the last one the first n elements.
+  // Adds `COUNT` vectors, starting at element i, to the statistics. Of the last vector only the first n elements count.
   template <typename T, int64_t COUNT, typename... N>
-  [[gnu::always_inline]] void gather(Statistics& s, const T* logits, int64_t i, N... n) const {
+  [[gnu::always_inline]] void accumulate(Statistics& s, const T* logits, int64_t i, N... n) const {
     Vector<A> x[COUNT];
 #pragma GCC unroll 8
     for (int64_t v = 0; v < COUNT; ++v) x[v] = read<T>(logits + i + v * LANES<A>, n...);
@@ -151,23 +150,23 @@ class CrossEntropyRow {
     Vector<A> largest = x[0];
 #pragma GCC unroll 8
     for (int64_t v = 1; v < COUNT; ++v) largest = max(largest, x[v]);
-    if (any_above<A>(largest, broadcast(s.top))) {
-      const A old = s.top;
-      for (int64_t lane = 0; lane < LANES<A>; ++lane) s.top = largest[lane] > s.top ? largest[lane] : s.top;
-      s.sum *= exp(broadcast(old - s.top));
-      if (options_.label_smoothing > 0 && i > 0) s.weighted += (s.top - old) * s.weights;
+    if (any_above<A>(largest, broadcast(s.row_max))) {
+      const A old = s.row_max;
+      for (int64_t l = 0; l < LANES<A>; ++l) s.row_max = largest[l] > s.row_max ? largest[l] : s.row_max;
+      s.sum *= exp(broadcast(old - s.row_max));
+      if (options_.label_smoothing > 0 && i > 0) s.weighted += (s.row_max - old) * s.weights;
     }
     if (options_.label_smoothing > 0) {
       Vector<A> weighted = {};
       for (int64_t v = 0; v < COUNT; ++v) {
         const Vector<A> w = weight_ ? load<A>(weight_ + i + v * LANES<A>, n...) : first<A>(broadcast(A(1)), A(0), n...);
-        weighted += first<A>(w * (s.top - x[v]), A(0), n...);
+        weighted += first<A>(w * (s.row_max - x[v]), A(0), n...);
         s.weights += w;
       }
       s.add_weighted(weighted);
     }
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < COUNT; ++v) x[v] = exp<IS_FINE<T>>(x[v] - s.top);
+    for (int64_t v = 0; v < COUNT; ++v) x[v] = exp<IS_FINE<T>>(x[v] - s.row_max);
 #pragma GCC unroll 4
     for (int64_t width = COUNT / 2; width > 0; width /= 2)
       for (int64_t v = 0; v < width; ++v) x[v] += x[v + width];
@@ -177,7 +176,7 @@ class CrossEntropyRow {
   const A* weight_;
   int64_t vocab_;
   LossOptions options_;
-  A total_;
+  A W_;
 };
 
 }  // namespace fastgpt

@@ -1,13 +1,14 @@
 // Small matrix products on buffers in the cache: C (m, n) (+)= A (m, k) · B (k, n), C in the compute type.
 //
-// A and B are made of units: one float or double, or with AVX512_BF16 a pair of bfloat16 that are neighbours
-// along k and are multiplied and added at once (vdpbf16ps). A may be transposed (any two strides, in
-// units); the rows of B and C are contiguous and padded to a multiple of GEMM_N units, so that there is no
-// tail to treat. A register tile of GEMM_M × GEMM_N stays in vector registers over the whole of k: per
-// step 16 multiply-adds, 8 broadcasts and 2 loads. It starts from zero and C is added last: a caller that adds up
-// many products then makes one rounding a product at the size of the sum, instead of k.
+// A and B consist of units. A unit is one float or double, or with AVX512_BF16 a pair of bfloat16 that are neighbours
+// along k and are multiplied and added by one instruction (vdpbf16ps). A has any two strides (in units), so it may be
+// transposed. The rows of B and C are contiguous and padded to a multiple of GEMM_N units, so there is no tail.
 //
-// `pack_rows`, `pack_pairs` and `transpose` bring rows of a tensor into these forms.
+// A register tile of GEMM_M × GEMM_N stays in vector registers over all of k. A step takes 16 multiply-adds, 8
+// broadcasts and 2 loads. The tile starts from zero, and C is added last. A caller that accumulates many products then
+// rounds once per product at the magnitude of the sum, instead of k times.
+//
+// `pack_rows`, `pack_pairs` and `transpose` convert rows of a tensor into these layouts.
 #pragma once
 
 #include "kernel.h"
@@ -23,7 +24,7 @@ constexpr int64_t GEMM_M = 6;
 constexpr int64_t GEMM_M = 4;
 #endif
 
-// The element in which tensors of T are multiplied.
+// The element type of the factors for tensors of T.
 template <typename T>
 struct FactorOf {
 #if defined(__AVX512BF16__)
@@ -52,9 +53,9 @@ constexpr int64_t units(int64_t n) {
   return (n + FOLD<E> - 1) / FOLD<E>;
 }
 
-// Rows of units, `row` apart, and columns, `column` apart; a bfloat16 pair may lie at any even address. A second
-// factor may lie in panels of GEMM_N columns each: GEMM_N units a row, so that a product reads it in order, and
-// `column` is then the length of a panel's columns.
+// A matrix of units. `row` and `column` are the strides between rows and between columns. A bfloat16 pair may be at any
+// even address. A second factor may be stored in panels of GEMM_N columns: each row of a panel has GEMM_N contiguous
+// units, so a product reads it in order. `column` is then the length of the columns of a panel.
 template <typename U>
 struct Operand {
   const U* data;
@@ -86,7 +87,7 @@ inline void gemm_tile(
   constexpr int64_t W = LANES<A>;
   Vector<A> c0[M] = {}, c1[M] = {};
   if (ADD)
-    for (int64_t i = 0; i < M; ++i) {  // C may have to come from far
+    for (int64_t i = 0; i < M; ++i) {  // C may not be in the cache
       __builtin_prefetch(c + i * c_row, 1);
       __builtin_prefetch(c + i * c_row + W, 1);
     }
@@ -108,36 +109,36 @@ inline void gemm_tile(
   }
 }
 
-// M rows of C. FAR: on the way the rows of A that come after these are called for, a few a tile.
-template <int64_t M, bool ADD, bool FAR, typename U, typename A>
+// Computes M rows of C. PREFETCH: also prefetches the next M rows of A, a few per tile.
+template <int64_t M, bool ADD, bool PREFETCH, typename U, typename A>
 inline void gemm_rows(int64_t n, int64_t k, Operand<U> a, Operand<U> b, A* c, int64_t c_row) {
   constexpr int64_t LINE = 64 / static_cast<int64_t>(sizeof(U));
   for (int64_t j = 0; j < n; j += GEMM_N<U>) {
-    if (FAR)
+    if (PREFETCH)
       for (int64_t p = 0; p < k; p += LINE) __builtin_prefetch(a.data + (M + j / GEMM_N<U> % M) * a.row + p);
     gemm_tile<M, ADD>(k, a.data, a.row, a.column, b.data + j * b.column, b.row, c + j, c_row);
   }
 }
 
-// C += A·B, or C = A·B without ADD. n is rounded up to whole register tiles.
+// C += A·B with ADD, otherwise C = A·B. n is rounded up to whole register tiles.
 template <bool ADD, typename U, typename A>
 inline void gemm(int64_t m, int64_t n, int64_t k, Operand<U> a, Operand<U> b, A* c, int64_t c_row) {
   const auto from = [&](int64_t i) { return Operand<U>{a.data + i * a.row, a.row, a.column}; };
-  const bool far = a.column == 1 && k > 64;
+  const bool prefetch = a.column == 1 && k > 64;
   int64_t i = 0;
   for (; i + GEMM_M <= m; i += GEMM_M)
-    far ? gemm_rows<GEMM_M, ADD, true>(n, k, from(i), b, c + i * c_row, c_row)
-        : gemm_rows<GEMM_M, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
+    prefetch ? gemm_rows<GEMM_M, ADD, true>(n, k, from(i), b, c + i * c_row, c_row)
+             : gemm_rows<GEMM_M, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
   for (; i + 2 <= m; i += 2) gemm_rows<2, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
   for (; i < m; ++i) gemm_rows<1, ADD, false>(n, k, from(i), b, c + i * c_row, c_row);
 }
 
 // ---- operands ----
 
-// n rows of `size` elements as rows of E, zero beyond `size`: out (n, width units).
+// Packs n rows of `size` elements as rows of E, padded with zeros: out (n, width units).
 template <typename E, typename T>
 inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, int64_t n, int64_t size) {
-  if (width == 0) return;  // memcpy and memset take no null pointers, not even for nothing
+  if (width == 0) return;  // memcpy and memset must not be given a null pointer, even for 0 bytes
   for (int64_t i = 0; i < n; ++i) {
     E* row = reinterpret_cast<E*>(out + i * width);
     if constexpr (std::is_same_v<E, T>)
@@ -150,7 +151,7 @@ inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, 
   }
 }
 
-// n rows that follow each other along k: out (units(n), width), neighbouring rows folded into units.
+// Packs n rows along k, two neighbouring rows per unit: out (units(n), width).
 inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int64_t stride, int64_t n, int64_t size) {
   if (width == 0) return;
   const auto* rows = reinterpret_cast<const uint16_t*>(in);
@@ -166,8 +167,8 @@ inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int
   }
 }
 
-// n rows as the first factor of a product over `size`: where they lie if they are in the element of the
-// products and made of whole units, else packed into `space`.
+// n rows as the first factor of a product over `size`. They are used in place if their type is E and they consist of
+// whole units. Otherwise they are packed into `space`.
 template <typename E, typename T>
 inline Operand<Unit<E>> first_factor(
     std::vector<Unit<E>>& space, const T* rows, int64_t stride, int64_t n, int64_t size) {
@@ -179,7 +180,7 @@ inline Operand<Unit<E>> first_factor(
   return {space.data(), width};
 }
 
-// n rows as the second factor of a product over n: where they lie if they can be multiplied there, else in panels.
+// n rows as the second factor of a product over n. They are used in place if possible, otherwise packed into panels.
 template <typename E, typename T>
 inline Operand<Unit<E>> second_factor(
     std::vector<Unit<E>>& space, const T* rows, int64_t stride, int64_t n, int64_t size) {
@@ -209,7 +210,7 @@ inline Operand<Unit<E>> second_factor(
   return {space.data(), GEMM_N<U>, depth};
 }
 
-// One square of LANES × LANES units, in registers: at step s the blocks of s × s trade places.
+// Transposes a square of LANES × LANES units in registers. Step s exchanges blocks of s × s.
 template <typename U>
 inline void transpose_square(U* out, int64_t to, const U* in, int64_t from) {
   constexpr int64_t W = LANES<U>;
@@ -237,7 +238,7 @@ inline void transpose_square(U* out, int64_t to, const U* in, int64_t from) {
   for (int64_t i = 0; i < W; ++i) *reinterpret_cast<Vector<U>*>(out + i * to) = r[i];
 }
 
-// The transpose of packed rows: (rows, columns) units into (columns, rows), both rounded up to whole squares.
+// Transposes packed rows: (rows, columns) units to (columns, rows). Both are rounded up to whole squares.
 template <typename U>
 inline void transpose(U* out, int64_t to, const U* in, int64_t from, int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; i += LANES<U>)

@@ -1,7 +1,7 @@
-// What the CPU kernels share: storage and compute types, how work is cut, and the dispatch on the element type.
+// Common code of the CPU kernels: storage and compute types, how work is divided, and the dispatch on the element type.
 //
-// Every kernel computes in A = float (double for double tensors) on vectors (vector.h) that are widened when they are
-// loaded and rounded when they are stored; never with -ffast-math: NaN and infinity keep their meaning.
+// Every kernel computes in A = float (double for double tensors) on vectors (vector.h). Vectors are widened when loaded
+// and rounded when stored. The kernels are never compiled with -ffast-math, so NaN and infinity keep their meaning.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -36,16 +36,16 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 inline at::ScalarType accumulator(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
-// Elements that a thread takes at a time, and so where its part of a tensor may begin.
+// The unit of work in elements: a thread processes whole blocks.
 constexpr int64_t BLOCK = 1024;
 
 inline int64_t blocks(int64_t numel) { return (numel + BLOCK - 1) / BLOCK; }
 
-// Work below this many elements is not worth another thread.
+// Less work than this many elements is not worth another thread.
 constexpr int64_t GRAIN = 16384;
 
-// Into how many spans a sum over rows is cut: from the number of rows alone, so that the bits of the
-// sum do not depend on the number of threads.
+// Into how many spans a sum over rows is cut. It depends only on the number of rows, so the bits of the sum do not
+// depend on the number of threads.
 inline int64_t row_parts(int64_t rows) { return std::clamp<int64_t>(rows / 16, 1, 64); }
 
 // Calls f with a value of the tensor's element type.
@@ -61,7 +61,8 @@ inline void dispatch(at::ScalarType type, const char* name, F&& f) {
     case at::kHalf:
       return f(at::Half{});
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(false, name, ": the C++ kernels do not compute in ", type);
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          false, name, ": the C++ kernels do not support ", type, "; use float32, float64, bfloat16 or float16");
   }
 }
 

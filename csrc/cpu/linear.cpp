@@ -1,18 +1,17 @@
 // A linear layer on the CPU:  y = x·Wᵀ + b,  dx = dy·W,  dW = dyᵀ·x,  db = Σ dy.
 //
-// x (M, K), W (N, K); 2·M·N·K FLOPs a product. Every second factor is packed once a call, into panels of
-// GEMM_N columns whose units lie in the order in which they are multiplied; 2·M FLOPs a packed element, so the
-// packing is lost in the product when M is some hundreds. The weight may be float beside bfloat16 x, as under
-// autocast: it is rounded while it is packed, is never in memory as bfloat16, and its gradient is not rounded.
-// A task multiplies BLOCK_M rows, which stay in the second-level cache, with some panels; sums are float and
-// rounded once.
+// x (M, K), W (N, K). A product takes 2·M·N·K FLOPs. The second factor is packed once per call into panels of GEMM_N
+// columns, in the order in which the units are multiplied. Each packed element is used for 2·M FLOPs, so the packing
+// costs little once M is a few hundred. The weight may be float while x is bfloat16, as under autocast. It is rounded
+// during packing and is never stored as bfloat16, and its gradient is not rounded. A task multiplies BLOCK_M rows,
+// which stay in the L2 cache, by several panels. Sums are float and are rounded once.
 //
-// Few rows, as in decoding, are bound by reading W: M·N·K multiply-adds for N·K elements. So W is read once, as it lies
-// in memory, without packing. A row of it is dotted with all rows of x, which lie in the first-level cache as float:
-// for 8 rows 8 multiply-adds and 9 loads a vector, 5 cycles for 64 bytes, which the memory does not deliver.
+// A product with few rows, as in decoding, is bound by reading W: M·N·K multiply-adds for N·K elements. Then W is read
+// once, in place, without packing. A row of W is multiplied with all rows of x, which are in the L1 cache as float. For
+// 8 rows a vector takes 8 multiply-adds and 9 loads, 5 cycles for 64 bytes, which is faster than memory delivers them.
 //
-// Where the CPU does not multiply bfloat16, for other types, and for odd sizes, whose rows do not divide into pairs,
-// PyTorch's product serves.
+// PyTorch computes the product for other types, for odd sizes (whose rows do not divide into pairs), and on CPUs
+// without bfloat16 multiplication.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
@@ -24,12 +23,12 @@
 namespace fastgpt {
 namespace {
 
-// Fewer rows are not worth packing the weight.
-constexpr int64_t LEAST_ROWS = 32;
+// With fewer rows, packing the weight does not pay.
+constexpr int64_t MIN_ROWS = 32;
 
-bool pairs_up(const Tensor& x, const Tensor& weight) {
+bool can_pack(const Tensor& x, const Tensor& weight) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  return FOLD<factor_t<at::BFloat16>> > 1 && x.scalar_type() == at::kBFloat16 && m >= LEAST_ROWS && n > 0 && k > 0 &&
+  return FOLD<factor_t<at::BFloat16>> > 1 && x.scalar_type() == at::kBFloat16 && m >= MIN_ROWS && n > 0 && k > 0 &&
          n % 2 == 0 && k % 2 == 0;
 }
 
@@ -39,36 +38,37 @@ using U = Unit<at::BFloat16>;
 constexpr int64_t PANEL = GEMM_N<U>, HALF = LANES<float>;
 static_assert(PANEL == 2 * HALF);
 
-// Rows of a task, and what they may take of the second-level cache, in bytes.
-constexpr int64_t BLOCK_M = 128, RESIDENT = 512 << 10;
+// Rows of a task, and the bytes of L2 cache that they may take.
+constexpr int64_t BLOCK_M = 128, L2_BYTES = 512 << 10;
 // Panels of a task.
 constexpr int64_t SPAN = 8;
-// Units along k after which the sums rest in memory, so that a panel of so many stays in the cache.
+// The product is split along k after this many units, so that this part of a panel stays in the cache.
 constexpr int64_t BLOCK_K = 1024;
 
 // ---- packing ----
 
-// A matrix of units in panels of PANEL columns.
+// A matrix of units, stored in panels of PANEL columns.
 struct Panels {
   Tensor space;
   U* data;
   int64_t depth;  // units of a column
   Panels(int64_t depth, int64_t columns)
-      : space(at::empty({padded<U>(columns) * depth}, at::kInt)),  // PyTorch's memory begins at a cache line
+      : space(at::empty({padded<U>(columns) * depth}, at::kInt)),  // PyTorch aligns to cache lines
         data(reinterpret_cast<U*>(space.mutable_data_ptr<int32_t>())),
         depth(depth) {}
   U* at(int64_t column) const { return data + column / PANEL * PANEL * depth; }
 };
 
-// Half a panel's units from a row and the one below, or from HALF pairs of a row.
-[[gnu::always_inline]] inline Bits below_each_other(Floats upper, Floats lower) {
+// Half a row of a panel, from two consecutive rows.
+[[gnu::always_inline]] inline Bits pair_rows(Floats upper, Floats lower) {
   return widened(to_bfloat16(upper)) | widened(to_bfloat16(lower)) << 16;
 }
-[[gnu::always_inline]] inline Bits side_by_side(Floats first, Floats second) {
+// Half a row of a panel, from 2 · HALF consecutive elements of a row.
+[[gnu::always_inline]] inline Bits pair_columns(Floats first, Floats second) {
   return std::bit_cast<Bits>(_mm512_cvtne2ps_pbh(second, first));
 }
 
-// Rows n of a matrix (rows, size) as columns: pairs lie along its rows.
+// Packs the transpose of a matrix (rows, size). Pairs are along its rows.
 template <typename W>
 Panels pack_rows_as_columns(const W* in, int64_t rows, int64_t size) {
   const Panels out(size / 2, rows);
@@ -81,9 +81,9 @@ Panels pack_rows_as_columns(const W* in, int64_t rows, int64_t size) {
           const W* from = in + (i + r) * size + 2 * k;
           Bits x = {};
           if (i + r < rows && units == HALF)
-            x = side_by_side(load<float>(from), load<float>(from + HALF));
+            x = pair_columns(load<float>(from), load<float>(from + HALF));
           else if (i + r < rows)
-            x = side_by_side(
+            x = pair_columns(
                 load<float>(from, std::min(HALF, 2 * units)),
                 load<float>(from + HALF, std::max<int64_t>(0, 2 * units - HALF)));
           *reinterpret_cast<Bits*>(square + r * HALF) = x;
@@ -96,7 +96,7 @@ Panels pack_rows_as_columns(const W* in, int64_t rows, int64_t size) {
   return out;
 }
 
-// A matrix (rows, size) as it is: pairs lie along its columns. Adds up each column into `sums` if it is given.
+// Packs a matrix (rows, size). Pairs are along its columns. Writes the sum of each column to `sums` if given.
 template <typename W>
 Panels pack_columns(const W* in, int64_t rows, int64_t size, float* sums) {
   const Panels out((rows + 1) / 2, size);
@@ -115,7 +115,7 @@ Panels pack_columns(const W* in, int64_t rows, int64_t size, float* sums) {
             };
             const Floats upper = part(i), lower = i + 1 < rows ? part(i + 1) : Floats{};
             sum[h] += upper + lower;
-            *reinterpret_cast<Bits*>(out.at(j) + i / 2 * PANEL + h * HALF) = below_each_other(upper, lower);
+            *reinterpret_cast<Bits*>(out.at(j) + i / 2 * PANEL + h * HALF) = pair_rows(upper, lower);
           }
         if (!sums) return;
         for (int64_t c = 0; c < std::min(PANEL, size - j); ++c) sums[j + c] = sum[c / HALF][c % HALF];
@@ -128,11 +128,11 @@ Panels pack_columns(const W* in, int64_t rows, int64_t size, float* sums) {
 
 // ---- products ----
 
-// C (m, n) = A·B in float, a tile at a time: finish(i, rows, j, columns, tile) for each, a tile (rows, PANEL).
-// `rows_from(i)` are the rows of A from i, a multiple of PANEL.
+// C (m, n) = A·B in float, tile by tile. Calls finish(i, rows, j, columns, tile) with each tile (rows, PANEL).
+// rows_from(i): the rows of A starting at i, a multiple of PANEL.
 template <typename A, typename F>
 void multiply(int64_t m, int64_t n, const Panels& b, A&& rows_from, F&& finish) {
-  const int64_t fitting = RESIDENT / (b.depth * static_cast<int64_t>(sizeof(U))) / PANEL * PANEL;
+  const int64_t fitting = L2_BYTES / (b.depth * static_cast<int64_t>(sizeof(U))) / PANEL * PANEL;
   const int64_t block = std::clamp<int64_t>(fitting, PANEL, BLOCK_M);
   const int64_t blocks = (m + block - 1) / block, width = SPAN * PANEL, spans = (n + width - 1) / width;
   at::parallel_for(0, blocks * spans, 1, [&](int64_t begin, int64_t end) {
@@ -157,7 +157,7 @@ void multiply(int64_t m, int64_t n, const Panels& b, A&& rows_from, F&& finish) 
   });
 }
 
-// The rows of a tile into those of a matrix of `size` columns, with a bias.
+// Writes the rows of a tile to a matrix of `size` columns, with the bias added.
 template <typename T>
 auto writer(T* out, int64_t size, const at::BFloat16* bias) {
   return [=](int64_t i, int64_t rows, int64_t j, int64_t columns, const float* tile) {
@@ -201,12 +201,12 @@ void backward_weight(const Tensor& grad, const Tensor& x, Tensor& dweight, float
 // ---- few rows ----
 
 constexpr int64_t FEW_ROWS = 8;
-// What x may take of the first-level cache, in bytes; beyond it some lines of W share a load of x.
-constexpr int64_t NEAR = 16 << 10;
-// Bytes between what is read and what is fetched: the CPU's own prefetching ends with every page.
-constexpr int64_t AHEAD = 2048;
+// Bytes of L1 cache that x may take. If x is larger, several rows of W share each load of x.
+constexpr int64_t L1_BYTES = 16 << 10;
+// Prefetch distance in bytes. The hardware prefetcher stops at each page.
+constexpr int64_t PREFETCH_DISTANCE = 2048;
 
-// y[r, c] = x[r]·w[c] + bias[c] for ROWS rows of x, `size` long, and LINES of w; rows of y are `stride` apart.
+// y[r, c] = x[r]·w[c] + bias[c] for ROWS rows of x and LINES rows of w, `size` long. `stride`: between rows of y.
 template <int ROWS, int LINES, typename T>
 void dot_rows(const float* x, const T* w, int64_t size, const T* bias, T* y, int64_t stride) {
   Floats sums[ROWS][LINES] = {};
@@ -215,7 +215,7 @@ void dot_rows(const float* x, const T* w, int64_t size, const T* bias, T* y, int
     for (int c = 0; c < LINES; ++c) {
       const T* from = w + c * size + k;
       line[c] = load<float>(from, n...);
-      __builtin_prefetch(from + AHEAD / sizeof(T));
+      __builtin_prefetch(from + PREFETCH_DISTANCE / sizeof(T));
     }
     for (int r = 0; r < ROWS; ++r) {
       const Floats row = load<float>(x + r * size + k, n...);
@@ -227,7 +227,7 @@ void dot_rows(const float* x, const T* w, int64_t size, const T* bias, T* y, int
       y[r * stride + c] = static_cast<T>(lane_sum<float>(sums[r][c]) + (bias ? static_cast<float>(bias[c]) : 0.0f));
 }
 
-// f of n, at most N, as a constant.
+// Calls f with n, at most N, as a compile-time constant.
 template <int N, typename F>
 void with_constant(int64_t n, F&& f) {
   if (n == N)
@@ -236,7 +236,7 @@ void with_constant(int64_t n, F&& f) {
     with_constant<N - 1>(n, f);
 }
 
-// LINES rows of W at a time, and at most ROWS of x.
+// Processes LINES rows of W and at most ROWS rows of x at a time.
 template <int ROWS, int LINES, typename T>
 void multiply_few(const float* x, int64_t m, const T* w, int64_t n, int64_t k, const T* bias, T* y) {
   at::parallel_for(0, n / LINES, std::max<int64_t>(1, GRAIN / (LINES * k)), [&](int64_t begin, int64_t end) {
@@ -257,7 +257,7 @@ void forward_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bi
     multiply_few<most.value, lines.value>(
         rows.const_data_ptr<float>(), m, weight.const_data_ptr<T>(), n, k, bias, y.mutable_data_ptr<T>());
   };
-  if (n % 4 || m * k * static_cast<int64_t>(sizeof(float)) <= NEAR)
+  if (n % 4 || m * k * static_cast<int64_t>(sizeof(float)) <= L1_BYTES)
     multiply(std::integral_constant<int, FEW_ROWS>{}, std::integral_constant<int, 1>{});
   else
     multiply(std::integral_constant<int, 4>{}, std::integral_constant<int, 4>{});
@@ -273,7 +273,7 @@ bool is_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
 
 // ---- launchers ----
 
-// x (M, K), weight (N, K) of x's dtype or of the one it is summed in.
+// x (M, K), weight (N, K). The weight has the dtype of x or of its accumulator.
 Checks check_layer(const char* op, const Tensor& x, const Tensor& weight) {
   const Checks check(op, "x", x, {ANY, ANY});
   return check("weight", weight, {ANY, x.size(1)}, {x.scalar_type(), accumulator(x.scalar_type())});
@@ -289,7 +289,7 @@ Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   const auto type = x_.scalar_type();
   check_layer("linear_fwd_cpp", x_, weight_)("bias", bias_, {weight_.size(0)}, {type, accumulator(type)});
 #if defined(__AVX512BF16__)
-  if (pairs_up(x_, weight_)) {
+  if (can_pack(x_, weight_)) {
     const Tensor x = x_.contiguous(), weight = weight_.contiguous();
     const Tensor bias = bias_ ? bias_->to(type).contiguous() : Tensor();
     Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
@@ -310,12 +310,12 @@ Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& grad_, const Tensor& x_, const Tensor& weight_, bool with_x, bool with_weight, bool with_bias) {
-  const auto type = x_.scalar_type(), kept = weight_.scalar_type();
+  const auto type = x_.scalar_type(), weight_type = weight_.scalar_type();
   check_layer("linear_bwd_cpp", x_, weight_)("grad", grad_, {x_.size(0), weight_.size(0)}, type);
   Tensor dx = at::empty({0}, x_.options()), dweight = at::empty({0}, weight_.options());
   Tensor dbias = at::empty({0}, weight_.options());
 #if defined(__AVX512BF16__)
-  if (pairs_up(x_, weight_)) {
+  if (can_pack(x_, weight_)) {
     const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
     if (with_x) dx = at::empty_like(x);
     if (with_weight) dweight = at::empty_like(weight);
@@ -325,13 +325,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(
       if (with_x) backward_x<W>(grad, weight, dx);
       if (with_weight) backward_weight<W>(grad, x, dweight, with_bias ? sums.mutable_data_ptr<float>() : nullptr);
     });
-    if (with_bias) dbias = (with_weight ? sums : at::sum(grad, {0}, false, at::kFloat)).to(kept);
+    if (with_bias) dbias = (with_weight ? sums : at::sum(grad, {0}, false, at::kFloat)).to(weight_type);
     return {dx, dweight, dbias};
   }
 #endif
   if (with_x) dx = at::mm(grad_, weight_.to(type));
-  if (with_weight) dweight = at::mm(grad_.t(), x_).to(kept);
-  if (with_bias) dbias = at::sum(grad_, {0}, false, accumulator(type)).to(kept);
+  if (with_weight) dweight = at::mm(grad_.t(), x_).to(weight_type);
+  if (with_bias) dbias = at::sum(grad_, {0}, false, accumulator(type)).to(weight_type);
   return {dx, dweight, dbias};
 }
 

@@ -1,4 +1,4 @@
-// Cross-entropy of a linear layer's output on the CPU: the launchers; the mathematics and the chunks are in
+// Cross-entropy of a linear layer's output on the CPU: launchers. The mathematics and the chunks are in
 // linear_cross_entropy.h.
 #include "linear_cross_entropy.h"
 
@@ -16,7 +16,7 @@ A* pointer(const Tensor& t) {
   return t.defined() && t.numel() > 0 ? t.mutable_data_ptr<A>() : nullptr;
 }
 
-// What the forward and the backward take: hidden (N, D), weight (V, D), bias (V,), target (N,), class_weight (V,).
+// Checks hidden (N, D), weight (V, D), bias (V,), target (N,), class_weight (V,).
 Checks check_layer(
     const char* op,
     const Tensor& hidden,
@@ -32,7 +32,7 @@ Checks check_layer(
   return check;
 }
 
-// Calls f(chunks) with what computes in the inputs' dtype.
+// Calls f(chunks, value of the compute type) for the dtype of the inputs.
 template <typename F>
 void with_chunks(
     const Tensor& hidden,
@@ -55,7 +55,7 @@ void with_chunks(
   });
 }
 
-// dweight needs no zeros, the first chunk writes it whole; without a chunk there is nothing but zeros.
+// dweight is not initialized, because the first chunk writes all of it. If there are no chunks, it is zero.
 Gradients empty_gradients(const Tensor& hidden, const Tensor& weight, bool has_bias) {
   const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
   return {

@@ -1,4 +1,4 @@
-// Dropout's multipliers of a row of scores, from Philox (formulas.h); fastgpt/reference/philox.py is the specification.
+// Dropout factors of a row of scores, from Philox (formulas.h). fastgpt/reference/philox.py is the specification.
 #pragma once
 
 #include "../formulas.h"
@@ -10,10 +10,10 @@ struct Dropout {
   double p = 0;
 
   bool active() const { return p > 0; }
-  // Multipliers of n neighbouring columns from `column`, a multiple of four: 0 or 1/(1-p).
+  // The factors, 0 or 1/(1-p), of n neighbouring columns starting at `column`, a multiple of four.
   template <typename A>
   void row(A* out, int64_t batch, int64_t head, int64_t row, int64_t column, int64_t n) const {
-    const uint32_t limit = dropout_threshold(p);
+    const uint32_t threshold = dropout_threshold(p);
     const A scale = static_cast<A>(dropout_scale(p));
     for (int64_t j = 0; j < n; j += 4) {
       const Words words = philox(
@@ -22,7 +22,7 @@ struct Dropout {
           static_cast<uint32_t>(row),
           static_cast<uint32_t>(head),
           static_cast<uint32_t>(batch));
-      for (int64_t w = 0; w < 4 && j + w < n; ++w) out[j + w] = words.at[w] >= limit ? scale : A(0);
+      for (int64_t w = 0; w < 4 && j + w < n; ++w) out[j + w] = words.at[w] >= threshold ? scale : A(0);
     }
   }
 };

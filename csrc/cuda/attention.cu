@@ -1,35 +1,38 @@
-// Attention, forward: out = dropout(softmax(mask(softcap(scale q kᵀ) - alibi))) v, the scores never stored.
+// Attention, forward: out = dropout(softmax(mask(softcap(scale q kᵀ) - alibi))) v. The scores are never stored.
 //
 //   s_ij = scale q_i·k_j, capped, masked;   m_i = max_j s_ij;   l_i = log Σ_j exp(s_ij - m_i)
-//   out_i = Σ_j exp(s_ij - m_i - l_i) v_j                       0 (m -inf, l 0) for a row that sees nothing
+//   out_i = Σ_j exp(s_ij - m_i - l_i) v_j                       0 (with m -inf, l 0) for a row that sees no column
 //
 // (Vaswani et al., arXiv:1706.03762; tiled as in FlashAttention-2, Dao, arXiv:2307.08691.) Shapes: q (B, H, Lq, D), k
-// (B, Hk, Lk, D), v (B, Hk, Lk, DV), out (B, H, Lq, DV), stats (B, H, Lq, 2) float32, m and l: two numbers, because in
-// their sum, the log-sum-exp, l would be lost beside large scores.
+// (B, Hk, Lk, D), v (B, Hk, Lk, DV), out (B, H, Lq, DV), stats (B, H, Lq, 2) float32. stats holds m and l as two
+// numbers: in their sum, the log-sum-exp, l would be lost beside large scores.
 //
-// A block takes ROWS rows of a head, a warp 16 of them, and walks over the tiles of COLUMNS columns that its rows see:
-// first those that all rows see whole, whose loop has no mask arithmetic, then the others. The next tile of k and v is
-// copied while the matrix units work on this one. Scores become probabilities in the registers where the first product
-// leaves them, which is where the second one wants its left factor. exp is exp2 with the scale folded into its
-// argument: (s - max s) u with the scale or 1 for u, and never s u - m, in which m is a rounded product. What rounding
-// leaves of m is in l.
+// A block processes ROWS rows of a head, a warp 16 of them. It visits the tiles of COLUMNS columns that its rows see:
+// first the full tiles, in a loop without mask arithmetic, then the edge tiles. The next tile of k and v is copied
+// while the tensor cores process the current one. The first product leaves the scores in the registers where the second
+// product needs its left factor.
 //
-// Three kinds of kernel: plain ones for bfloat16 and float16, of 64 or 128 columns a head, causal or windowed or
-// packed; with OPTIONS for masks, softcap, slopes, dropout, other sizes (padded with zeros) and whatever does not begin
-// at multiples of 16 bytes; and that for float32 in three products of tf32.
+// exp is computed as exp2, with the scale folded into its argument: (s - max s) u, where u is the deferred scale. It is
+// never s u - m, because m is a rounded product. What the rounding of m removed is added to l.
+//
+// There are three kinds of kernels. Plain ones: bfloat16 and float16, heads of 64 or 128 columns, causal, windowed or
+// packed. OPTIONS: attn_mask, softcap, ALiBi, dropout, other sizes (padded with zeros), and tensors that are not
+// aligned to 16 bytes. float32: OPTIONS with three tf32 products for each product.
 #include "attention_launch.cuh"
 #include "tiles.cuh"
 
 namespace fastgpt {
 namespace {
 
-// Warps that share rows, each with a part of the columns of out: as many of float32 as 256 have no room in one.
+// ---- constants ----
+
+// Warps that share rows, each with a part of the columns of out: 256 columns of float32 do not fit into one warp.
 template <typename T, int HEAD>
 constexpr int PARTS = sizeof(T) == 4 && HEAD == 256 ? 2 : 1;
 template <typename T, int HEAD, int ROWS>
 constexpr int THREADS_OF = ROWS / 16 * PARTS<T, HEAD> * WARP;
 
-// Rows and columns of a tile. The largest that compile without spills and, with options, fit into 99 KiB.
+// Rows and columns of a tile: the largest that compile without spills and, with OPTIONS, fit into 99 KiB.
 template <typename T, int HEAD, bool OPTIONS>
 struct Sizes {
   static constexpr bool SPLIT = sizeof(T) == 4;
@@ -37,11 +40,14 @@ struct Sizes {
   static constexpr int COLUMNS = SPLIT ? (HEAD == 64 ? 32 : 16) : HEAD == 256 ? 32 : OPTIONS ? 64 : 128;
 };
 
+// The shared memory of a block: q, then two stages of k and v.
 template <typename T, int HEAD, int ROWS, int COLUMNS>
 struct Shared {
   static constexpr int ROW = HEAD * sizeof(T), K = ROWS * ROW, V = K + COLUMNS * ROW, STAGE = 2 * COLUMNS * ROW;
   static constexpr int BYTES = K + 2 * STAGE;
 };
+
+// ---- forward ----
 
 template <typename T, int HEAD, int ROWS, int COLUMNS, bool OPTIONS>
 __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_kernel(
@@ -54,170 +60,151 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
     const int64_t stats_batch,
     const int64_t stats_head,
     const int row_tiles) {
-  using U = Unit<T>;
+  using U = Mma<T>;
   using S = Shared<T, HEAD, ROWS, COLUMNS>;
   using Wide = Tile<T, HEAD>;
   constexpr int THREADS = THREADS_OF<T, HEAD, ROWS>, OWN = HEAD / PARTS<T, HEAD>, STEPS = HEAD / U::K, PITCH = S::ROW,
                 N = COLUMNS / 8;
-  // Addresses of factors are kept for all tiles, or made anew for each, where registers are short.
-  constexpr bool KEPT = !OPTIONS && HEAD <= 128;
+  // The addresses of factors stay in registers for all tiles, or are computed for each tile if registers are scarce.
+  constexpr bool ADDRESSES_IN_REGISTERS = !OPTIONS && HEAD <= 128;
   constexpr bool Q_IN_REGISTERS = !OPTIONS && HEAD == 64;
-  constexpr bool SPLIT = sizeof(T) == 4;  // whose products leave no registers for the loads of a second step
+  constexpr bool SPLIT = sizeof(T) == 4;  // the products leave no registers for the loads of a second step
 
-  // The longest first: under a causal mask the last rows see most.
-  const int tile = row_tiles - 1 - block_x() % row_tiles, of_head = block_x() / row_tiles;
-  const int head = of_head % p.heads, batch = of_head / p.heads, key_head = head / p.group;
-  const Place place(p, batch);
+  // The longest tiles first: under a causal mask the last rows see most columns.
+  const int tile = row_tiles - 1 - block_x() % row_tiles, matrix = block_x() / row_tiles;
+  const int head = matrix % p.heads, batch = matrix / p.heads, kv_head = head / p.group;
+  const SeqlenInfo seqlens(p, batch);
   const int first = tile * ROWS;
-  if (first >= place.Lq) return;
+  if (first >= seqlens.Lq) return;
 
-  const Copier<T, ROWS, HEAD, THREADS> q(qs.of(batch, head, place.first_row), qs.strides.row, p.D);
-  const Copier<T, COLUMNS, HEAD, THREADS, true> k(ks.of(batch, key_head, place.first_column), ks.strides.row, p.D);
-  const Copier<T, COLUMNS, HEAD, THREADS, true> v(vs.of(batch, key_head, place.first_column), vs.strides.row, p.DV);
+  const Copier<T, ROWS, HEAD, THREADS> q(qs.of(batch, head, seqlens.q_begin), qs.strides.row, p.D);
+  const Copier<T, COLUMNS, HEAD, THREADS, true> k(ks.of(batch, kv_head, seqlens.k_begin), ks.strides.row, p.D);
+  const Copier<T, COLUMNS, HEAD, THREADS, true> v(vs.of(batch, kv_head, seqlens.k_begin), vs.strides.row, p.DV);
   const SharedAddress memory = shared_memory();
   const bool aligned = !OPTIONS || p.aligned;
 
-  const int last = (first + ROWS < place.Lq ? first + ROWS : place.Lq) - 1;
-  const Visited<COLUMNS> tiles(
-      first, last, place.Lk, p.left >= 0, place.offset - p.left, p.right >= 0, place.offset + p.right);
+  const int last = (first + ROWS < seqlens.Lq ? first + ROWS : seqlens.Lq) - 1;
+  const BlockRange<COLUMNS> blocks(
+      first, last, seqlens.Lk, p.left >= 0, seqlens.diagonal - p.left, p.right >= 0, seqlens.diagonal + p.right);
 
-  q.some(memory, first, place.Lq, aligned);
-  const auto fetch = [&](int i) {
+  q.copy_partial(memory, first, seqlens.Lq, aligned);
+  const auto copy_tile = [&](int i) {
     const SharedAddress stage = memory + i % 2 * S::STAGE;
-    k.some(stage + S::K, tiles.start(i), place.Lk, aligned);
-    v.some(stage + S::V, tiles.start(i), place.Lk, aligned);
+    k.copy_partial(stage + S::K, blocks.begin_of(i), seqlens.Lk, aligned);
+    v.copy_partial(stage + S::V, blocks.begin_of(i), seqlens.Lk, aligned);
   };
-  if (tiles.count > 0) fetch(0);
+  if (blocks.count > 0) copy_tile(0);
   commit_copies();
 
-  const int me = same_in_warp(warp());
-  const int of_rows = me / PARTS<T, HEAD> * 16, of_columns = me % PARTS<T, HEAD> * OWN;
-  const int row = of_rows + lane() / 4, column = lane() % 4 * 2;
-  const Scores<OPTIONS> scores(p, place, batch, head);
-  const float unit = scores.unit(), unit_2 = unit * static_cast<float>(LOG2E);
-  float out[OWN / 8][4] = {}, top[2] = {-INFINITE, -INFINITE}, sum[2] = {};
-  const SharedAddress q_first = made_anew(U::template left<Wide>()), k_first = made_anew(U::template right<Wide>());
-  const SharedAddress v_first =
-      made_anew(Wide::right_of(U::template right_down<Wide>(), of_columns * static_cast<int>(sizeof(T))));
-  const SharedAddress q_base = memory + of_rows * PITCH;
-  typename U::Left q_kept[Q_IN_REGISTERS ? STEPS : 1];
+  // The rows of this warp, and its columns of out.
+  const int warp_index = warp_uniform(warp());
+  const int warp_row = warp_index / PARTS<T, HEAD> * 16, warp_column = warp_index % PARTS<T, HEAD> * OWN;
+  const int row = warp_row + lane() / 4, column = lane() % 4 * 2;
+  const Mask<OPTIONS> mask(p, seqlens, batch, head);
+  const float scale = mask.deferred_scale(), scale_log2 = scale * static_cast<float>(LOG2E);
+  float out[OWN / 8][4] = {};
+  OnlineSoftmax softmax;
+  const SharedAddress q_address = opaque(U::template left<Wide>()), k_address = opaque(U::template right<Wide>());
+  const SharedAddress v_address =
+      opaque(Wide::right_of(U::template right_transposed<Wide>(), warp_column * static_cast<int>(sizeof(T))));
+  const SharedAddress q_warp = memory + warp_row * PITCH;
+  typename U::Left q_registers[Q_IN_REGISTERS ? STEPS : 1];
 
-  // One tile, which has landed; `start` is its first column, for those who ask.
-  const auto work = [&](auto edge, SharedAddress stage, int start) {
-    const auto kept = [](SharedAddress a) { return KEPT ? a : made_anew(a); };
-    const SharedAddress q_lane = kept(q_first), k_lane = kept(k_first), v_lane = kept(v_first);
+  // Processes a tile whose copy is complete. `start`: its first column, which only masks need.
+  const auto process_tile = [&](auto edge, SharedAddress stage, int start) {
+    const auto lane_address = [](SharedAddress a) { return ADDRESSES_IN_REGISTERS ? a : opaque(a); };
+    const SharedAddress q_lane = lane_address(q_address), k_lane = lane_address(k_address),
+                        v_lane = lane_address(v_address);
     float s[N][4] = {};
     const auto q_factor = [&](int step) {
       if constexpr (Q_IN_REGISTERS)
-        return q_kept[step];
+        return q_registers[step];
       else
-        return left_at<U, Wide>(q_lane, q_base)(step);
+        return left_at<U, Wide>(q_lane, q_warp)(step);
     };
     add_product<U, STEPS, SPLIT ? 1 : STEPS>(s, q_factor, right_at<U, Wide>(k_lane, memory + stage + S::K));
-    scores.template shape<edge>(s, first + row, start + column);
-
-    // The maximum grows, what was summed so far shrinks.
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float next = top[h];
-#pragma unroll
-      for (int n = 0; n < N; ++n) next = fmaxf(next, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-      next = fmaxf(next, shuffle_xor(next, 1));
-      next = fmaxf(next, shuffle_xor(next, 2));
-      // A row that has seen nothing yet: -inf - 0 instead of -inf - -inf.
-      const float origin = (edge || OPTIONS) && next == -INFINITE ? 0.0f : next;
-      const float factor = exp2_fast((top[h] - origin) * unit_2);
-      top[h] = next;
-      float part = 0;
-#pragma unroll
-      for (int n = 0; n < N; ++n)
-#pragma unroll
-        for (int i = 2 * h; i < 2 * h + 2; ++i) {
-          s[n][i] = exp2_fast((s[n][i] - origin) * unit_2);
-          part += s[n][i];
-        }
-      sum[h] = sum[h] * factor + part;
-#pragma unroll
-      for (int d = 0; d < OWN / 8; ++d) out[d][2 * h] *= factor, out[d][2 * h + 1] *= factor;
-    }
+    mask.template apply<edge>(s, first + row, start + column);
+    softmax.template add<edge || OPTIONS>(s, out, scale_log2);
     if constexpr (OPTIONS)
       if (p.seed) {
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const auto keep = scores.kept(first + row + 8 * h, start + column + 8 * n);
-            s[n][2 * h] *= keep.at[0], s[n][2 * h + 1] *= keep.at[1];
+            const auto factors = mask.dropout_scale(first + row + 8 * h, start + column + 8 * n);
+            s[n][2 * h] *= factors.at[0], s[n][2 * h + 1] *= factors.at[1];
           }
       }
-
     add_product<U, COLUMNS / U::K, COLUMNS / U::K>(
-        out, [&](int step) { return U::left_of(s, step); }, right_down_at<U, Wide>(v_lane, memory + stage + S::V));
+        out,
+        [&](int step) { return U::left_of(s, step); },
+        right_transposed_at<U, Wide>(v_lane, memory + stage + S::V));
   };
 
   int i = 0;
-  const auto arrive = [&] {
+  const auto wait_for_tile = [&] {
     wait_copies<0>();
     sync_block();
   };
-  arrive();
+  wait_for_tile();
   if constexpr (Q_IN_REGISTERS)
 #pragma unroll
     for (int step = 0; step < STEPS; ++step)
-      q_kept[step] = U::template load_left<Wide>(Wide::right_of(q_first, step * 32) + q_base);
-  // All full tiles but the last, whose successor may be an edge.
+      q_registers[step] = U::template load_left<Wide>(Wide::right_of(q_address, step * 32) + q_warp);
+  // All full tiles but the last, because the tile after it may be an edge tile.
   if constexpr (!OPTIONS) {
-    Global<const T> next_k = k.tile(tiles.full + COLUMNS), next_v = v.tile(tiles.full + COLUMNS);
+    Global<const T> next_k = k.source(blocks.full_begin + COLUMNS), next_v = v.source(blocks.full_begin + COLUMNS);
 #pragma unroll 1
-    for (; i + 1 < tiles.full_count; ++i) {
+    for (; i + 1 < blocks.full_count; ++i) {
       const SharedAddress stage = i % 2 * S::STAGE, other = memory + (i + 1) % 2 * S::STAGE;
-      k.whole(other + S::K, next_k);
-      v.whole(other + S::V, next_v);
+      k.copy_full(other + S::K, next_k);
+      v.copy_full(other + S::V, next_v);
       commit_copies();
-      work(std::false_type{}, stage, 0);
-      arrive();
+      process_tile(std::false_type{}, stage, 0);
+      wait_for_tile();
     }
   }
 #pragma unroll 1
-  for (; i < tiles.count; ++i) {
-    if (i + 1 < tiles.count) fetch(i + 1);
+  for (; i < blocks.count; ++i) {
+    if (i + 1 < blocks.count) copy_tile(i + 1);
     commit_copies();
-    if (sizeof(T) == 2 && i < tiles.full_count)
-      work(std::false_type{}, i % 2 * S::STAGE, tiles.start(i));
+    if (sizeof(T) == 2 && i < blocks.full_count)
+      process_tile(std::false_type{}, i % 2 * S::STAGE, blocks.begin_of(i));
     else
-      work(std::true_type{}, i % 2 * S::STAGE, tiles.start(i));
-    arrive();
+      process_tile(std::true_type{}, i % 2 * S::STAGE, blocks.begin_of(i));
+    wait_for_tile();
   }
 
+  // Divides out by the sums and writes m and l.
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    sum[h] += shuffle_xor(sum[h], 1);
-    sum[h] += shuffle_xor(sum[h], 2);
+    softmax.merge_lanes(h);
+    const float row_max = softmax.row_max[h], row_sum = softmax.row_sum[h];
     const int y = first + row + 8 * h;
-    const float scale = sum[h] > 0.0f || sum[h] != sum[h] ? 1.0f / sum[h] : 0.0f;  // NaN stays
-#pragma unroll
-    for (int d = 0; d < OWN / 8; ++d) out[d][2 * h] *= scale, out[d][2 * h + 1] *= scale;
-    if (lane() % 4 == 0 && of_columns == 0 && y < place.Lq) {
-      const Global<float> of_row = stats + (batch * stats_batch + head * stats_head + 2 * (place.first_row + y));
-      const bool none = sum[h] == 0.0f;
-      const float high = multiply_rounded(top[h], unit);
-      store(of_row, none ? -INFINITE : high);
-      store(of_row + 1, none ? 0.0f : fmaf(top[h], unit, -high) + logf(sum[h]));
+    OnlineSoftmax::rescale(out, h, row_sum > 0.0f || row_sum != row_sum ? 1.0f / row_sum : 0.0f);  // NaN stays NaN
+    if (lane() % 4 == 0 && warp_column == 0 && y < seqlens.Lq) {
+      const Global<float> of_row = stats + (batch * stats_batch + head * stats_head + 2 * (seqlens.q_begin + y));
+      const bool is_empty = row_sum == 0.0f;
+      const float m = multiply_rounded(row_max, scale);
+      store(of_row, is_empty ? -INFINITE : m);
+      store(of_row + 1, is_empty ? 0.0f : fmaf(row_max, scale, -m) + logf(row_sum));
     }
   }
-  // Through the shared memory where q was.
-  const SharedAddress own = memory + Wide::element(row, of_columns + column);
+  // Writes out through the shared memory of q.
+  const SharedAddress out_lane = memory + Wide::element(row, warp_column + column);
 #pragma unroll
   for (int d = 0; d < OWN / 8; ++d)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       U::store_pair(
-          Wide::right_of(own, d * 8 * static_cast<int>(sizeof(T))) + h * 8 * PITCH, out[d][2 * h], out[d][2 * h + 1]);
+          Wide::right_of(out_lane, d * 8 * static_cast<int>(sizeof(T))) + h * 8 * PITCH,
+          out[d][2 * h],
+          out[d][2 * h + 1]);
   sync_block();
   write_rows<T, HEAD>(
       memory,
       last - first + 1,
-      outs.of(batch, head, place.first_row + first),
+      outs.of(batch, head, seqlens.q_begin + first),
       outs.strides.row,
       p.DV,
       aligned,
@@ -225,12 +212,14 @@ __global__ void __launch_bounds__(THREADS_OF<T, HEAD, ROWS>, 1) attention_fwd_ke
       THREADS);
 }
 
+// ---- launchers ----
+
 template <typename T, int HEAD, bool OPTIONS>
 void launch_fwd(
     const Attention& a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats) {
   using Z = Sizes<T, HEAD, OPTIONS>;
   using S = Shared<T, HEAD, Z::ROWS, Z::COLUMNS>;
-  const int64_t row_tiles = cdiv(a.longest_q, Z::ROWS);
+  const int64_t row_tiles = cdiv(a.max_seqlen_q, Z::ROWS);
   const Device device = device_of(q);
   check_shared_memory(device, "attention_fwd", S::BYTES);
   launch<attention_fwd_kernel<T, HEAD, Z::ROWS, Z::COLUMNS, OPTIONS>>(
@@ -249,7 +238,7 @@ void launch_fwd(
 }
 
 void forward(Attention a, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats) {
-  if (a.longest_q == 0 || a.batches == 0 || a.problem.heads == 0) return;
+  if (a.max_seqlen_q == 0 || a.batches == 0 || a.problem.heads == 0) return;
   with_kernel(a, q, {q, k, v, out}, [&](auto element, auto head, auto options) {
     launch_fwd<decltype(element), head, options>(a, q, k, v, out, stats);
   });
@@ -259,8 +248,8 @@ std::tuple<Tensor, Tensor> attention_fwd(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const OptionalTensor& mask,
-    const OptionalTensor& slopes,
+    const OptionalTensor& attn_mask,
+    const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed,
     double scale,
     bool lower_right,
@@ -268,7 +257,7 @@ std::tuple<Tensor, Tensor> attention_fwd(
     int64_t right,
     double softcap,
     double dropout_p) {
-  const Options options{mask, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
+  const Options options{attn_mask, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
   check_inputs("attention_fwd_cuda", q, k, v, options);
   Tensor out = head_major(q, q.size(1), q.size(2), v.size(3));
   Tensor stats = empty(q, {q.size(0), q.size(1), q.size(2), 2}, ScalarType::Float);
@@ -280,27 +269,27 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& cu_q,
-    const Tensor& cu_k,
-    const OptionalTensor& slopes,
+    const Tensor& cu_seqlens_q,
+    const Tensor& cu_seqlens_k,
+    const OptionalTensor& alibi_slopes,
     const OptionalTensor& seed,
-    int64_t longest_q,
-    int64_t longest_k,
+    int64_t max_seqlen_q,
+    int64_t max_seqlen_k,
     double scale,
     bool lower_right,
     int64_t left,
     int64_t right,
     double softcap,
     double dropout_p) {
-  const Options options{std::nullopt, slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
-  const Documents documents{cu_q, cu_k, longest_q, longest_k};
-  check_inputs("attention_varlen_fwd_cuda", q, k, v, options, documents);
-  // What lies past the last document is 0, and sees nothing.
+  const Options options{std::nullopt, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
+  const PackedSeqlens packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
+  check_inputs("attention_varlen_fwd_cuda", q, k, v, options, packed);
+  // Rows past the last document are 0, with the stats of an empty row.
   Tensor out = zeros(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   Tensor stats = zeros(q, {q.size(1), q.size(0), 2}, ScalarType::Float);
   Tensor maxima = torch::stable::select(stats, 2, 0);
   torch::stable::fill_(maxima, -INFINITE);
-  forward(Attention(q, k, v, options, documents), q, k, v, out, stats);
+  forward(Attention(q, k, v, options, packed), q, k, v, out, stats);
   return {out, stats};
 }
 

@@ -1,6 +1,6 @@
-// The checks of an op's tensors, called first in every launcher: torch.ops.fastgpt can be called by anyone, and a
-// kernel reads and writes as far as the sizes of one tensor reach in all of them. Parallel to csrc/cpu/checks.h and to
-// `Checks` of fastgpt/ops/_checks.py; the kernels here also rely on strides.
+// Checks of the tensors of an op. Every launcher calls them first, because torch.ops.fastgpt can be called directly and
+// a kernel takes the sizes of all tensors from one of them. Parallel to csrc/cpu/checks.h and to `Checks` of
+// fastgpt/ops/_checks.py. The kernels here also rely on strides.
 #pragma once
 
 #include <span>
@@ -19,8 +19,8 @@ inline constexpr Dtypes FLOATS_OR_DOUBLE{ScalarType::Float, ScalarType::BFloat16
 
 class Checks {
  public:
-  // The op by its full name, and the argument that the others are compared with: of a dtype that the kernels compute
-  // in.
+  // `op`: the full name of the op. `main`: the argument that the others are compared with, of a dtype that the kernels
+  // support.
   Checks(const char* op, const char* name, const Tensor& main) : op_(op), main_(main), sizes_(sizes_of(main)) {
     check(name, main, sizes_, FLOATS);
   }
@@ -29,24 +29,25 @@ class Checks {
     (*this)(name, main, sizes, FLOATS);
   }
 
-  // An argument is on the main one's device, has these sizes (ANY for any) and one of these dtypes.
+  // Checks that an argument is on the device of the main one and has these sizes (ANY matches any) and one of these
+  // dtypes.
   const Checks& operator()(
       const char* name, const Tensor& t, std::initializer_list<int64_t> sizes, Dtypes dtypes) const {
     return check(name, t, {sizes.begin(), sizes.size()}, dtypes);
   }
 
-  // An optional argument, if it is given.
+  // The same for an optional argument, if given.
   const Checks& operator()(
       const char* name, const OptionalTensor& t, std::initializer_list<int64_t> sizes, Dtypes dtypes) const {
     return t.has_value() ? (*this)(name, *t, sizes, dtypes) : *this;
   }
 
-  // An argument, if it is given, has the sizes and the dtype of the main one.
+  // Checks that an argument, if given, has the sizes and the dtype of the main one.
   const Checks& like(const char* name, const OptionalTensor& t) const {
     return t.has_value() ? check(name, *t, sizes_, {main_.scalar_type()}) : *this;
   }
 
-  // Names and arguments: each, if it is given, is contiguous.
+  // Checks pairs of a name and an argument: each argument, if given, is contiguous.
   template <typename... Rest>
   const Checks& contiguous(const char* name, const OptionalTensor& t, const Rest&... rest) const {
     STD_TORCH_CHECK(!t.has_value() || t->is_contiguous(), op_, ": ", name, " must be contiguous");
@@ -54,7 +55,7 @@ class Checks {
     return *this;
   }
 
-  // Names and arguments: the last dimension of each is contiguous.
+  // Checks pairs of a name and an argument: the last dimension of each argument is contiguous.
   template <typename... Rest>
   const Checks& rows_contiguous(const char* name, const Tensor& t, const Rest&... rest) const {
     STD_TORCH_CHECK(

@@ -1,16 +1,16 @@
-// A row of cross-entropy, as the kernels of cross_entropy.cu take it: its 16-byte vectors, statistics and gradient.
+// Cross-entropy of one row, for the kernels of cross_entropy.cu: its 16-byte vectors, statistics, loss and gradient.
 //
 //   x_j = logit_j, or softcap tanh(logit_j / softcap)
 //   m = max_j x_j;   s = Σ_j exp(x_j - m);   lse = m + log s;   p_j = exp(x_j - m) / s
 //   w_j = class weights, or 1;   W = Σ_j w_j;   a = (1 - eps) w_y;   b = eps / V   (eps: label smoothing)
 //
 //   loss = a (log s + m - x_y) + b (W log s + Σ_j w_j (m - x_j)) + z lse²                  0 for an ignored row
-//   dx_j = grad_loss [(a + b W + 2 z lse) p_j - a [j = y] - b w_j] + grad_lse p_j
-//          (with a softcap, times 1 - (x_j / softcap)²)
+//   dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j        (with a softcap, times 1 - (x_j / softcap)²)
+//          c_p = (grad_loss (a + b W + 2 z lse) + grad_lse) / s,  c_y = grad_loss a,  c_w = grad_loss b
 //
-// m and s are two numbers, here and in what is saved for the backward, because in their sum lse, log s would be lost
-// beside a large m. All terms of Σ_j w_j (m - x_j) have one sign, so that none cancels. What an option of 0 switches
-// off is not computed: a class weight may be infinite, and 0 inf is NaN.
+// m and s are kept as two numbers, here and in what is saved for the backward, because log s would be lost beside a
+// large m in their sum lse. All terms of Σ_j w_j (m - x_j) have one sign, so they do not cancel. A term that an option
+// of 0 switches off is not computed, because a class weight may be infinite and 0 inf is NaN.
 #pragma once
 
 #include "../formulas.h"
@@ -18,7 +18,7 @@
 
 namespace fastgpt {
 
-constexpr int ROW_THREADS = 512;  // of a block, at most
+constexpr int MAX_THREADS = 512;  // of a block, which processes a row
 constexpr float LOG2E_32 = static_cast<float>(LOG2E);
 
 struct LossOptions {
@@ -26,7 +26,7 @@ struct LossOptions {
   float label_smoothing, z_loss, softcap;
 };
 
-// The loss' tensors beside the logits. weight_sum is W, where there are weights and smoothing.
+// The tensors of the loss beside the logits. weight_sum is W, if there are weights and smoothing.
 struct LossTensors {
   Global<const int64_t> target;
   Global<const float> weight, weight_sum;
@@ -34,8 +34,8 @@ struct LossTensors {
 
 // ---- a row's elements ----
 //
-// Rows of an odd length (V = 50257) start at odd addresses, where 16 bytes cannot be moved at once. So a row is its
-// whole aligned vectors of N elements, and up to 2 (N - 1) edges before and behind them, one for a thread.
+// Rows of an odd length (V = 50257) start at addresses that are not aligned to 16 bytes. A row is therefore split into
+// its aligned vectors of N elements and up to 2 (N - 1) single elements at the two edges, at most one per thread.
 
 template <int N>
 struct Row {
@@ -43,8 +43,8 @@ struct Row {
 
   template <typename T>
   __device__ Row(Global<T> row, int columns) {
-    const int past = static_cast<int>(address(row) / sizeof(T) % N);
-    head = past ? N - past : 0;
+    const int misaligned = static_cast<int>(address(row) / sizeof(T) % N);
+    head = misaligned ? N - misaligned : 0;
     head = head < columns ? head : columns;
     vectors = (columns - head) / N;
     edges = columns - vectors * N;
@@ -53,7 +53,7 @@ struct Row {
   __device__ int edge(int e) const { return e < head ? e : e + vectors * N; }
 };
 
-// Calls f(j, vector) for this thread's elements from j on; COUNT vectors are on their way at once.
+// Calls f(j, vector) for each vector of this thread; its first element is j. COUNT loads are in flight at once.
 template <int COUNT, int N, typename T, typename F>
 __device__ inline void over_row(Global<T> row, const Row<N>& r, F&& f) {
   const int step = threads();
@@ -69,7 +69,7 @@ __device__ inline void over_row(Global<T> row, const Row<N>& r, F&& f) {
   if (thread() < r.edges) f(r.edge(thread()), load_vector<1>(row + r.edge(thread())));
 }
 
-// Their values in float32. OPTIONS: there may be a softcap, smoothing or both.
+// x: the elements in float32, with the softcap applied. OPTIONS: softcap or smoothing may be set.
 template <bool OPTIONS, typename T, int N>
 __device__ inline Vector<float, N> values(const Vector<T, N>& v, const LossOptions& options) {
   Vector<float, N> x;
@@ -89,108 +89,109 @@ __device__ inline float weight_of(const LossTensors& tensors, int j) {
 
 // ---- statistics ----
 
-// Of some of a row's numbers: their maximum, top, Σ exp(x - top), Σ w (top - x) and Σ w. Σ [j = y] x_y where the row is
-// read in parts.
+// Statistics of a part of a row: row_max, Σ exp(x - row_max), Σ w (row_max - x), Σ w, and x_y if y is in the part.
 struct alignas(16) Statistics {
-  Softmax<float> softmax;
-  float smooth = 0, weights = 0, x_target = 0;
+  RunningSoftmax<float> softmax;
+  float weighted = 0, weights = 0, x_target = 0;
 
   __device__ static float exp(float x) { return exp2_fast(x * LOG2E_32); }
 
   template <int N>
   __device__ void add(const Vector<float, N>& x) {
-    float top = x.at[0];
+    float largest = x.at[0];
 #pragma unroll
-    for (int k = 1; k < N; ++k) top = fmaxf(top, x.at[k]);
-    raise(fmaxf(softmax.top, top));
+    for (int k = 1; k < N; ++k) largest = fmaxf(largest, x.at[k]);
+    rescale(fmaxf(softmax.row_max, largest));
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < N; ++k) sum += exp(x.at[k] - softmax.top);
-    softmax.sum += sum;
+    for (int k = 0; k < N; ++k) sum += exp(x.at[k] - softmax.row_max);
+    softmax.row_sum += sum;
   }
-  // After `add` of the same numbers.
+  // Adds Σ w (row_max - x) and Σ w. Call it after `add` of the same numbers.
   template <int N>
-  __device__ void add_smooth(const Vector<float, N>& x, int j, const LossTensors& tensors) {
+  __device__ void add_weighted(const Vector<float, N>& x, int j, const LossTensors& tensors) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const float w = weight_of(tensors, j + k);
-      smooth += w * (softmax.top - x.at[k]);
+      weighted += w * (softmax.row_max - x.at[k]);
       weights += w;
     }
   }
-  __device__ void raise(float top) {
-    smooth += raised(top);
-    softmax.raise(top, exp);
+  __device__ void rescale(float row_max) {
+    weighted += weighted_increase(row_max);
+    softmax.rescale(row_max, exp);
   }
-  // What `smooth` grows by with the maximum; 0 where there is no number yet, whose maximum is LOWEST.
-  __device__ float raised(float top) const { return weights == 0 ? 0.0f : weights * (top - softmax.top); }
-  __device__ void join(Statistics other) {
-    const float top = fmaxf(softmax.top, other.softmax.top);
-    raise(top);
-    other.raise(top);
-    softmax.sum += other.softmax.sum;
-    smooth += other.smooth;
+  // The increase of `weighted` with the maximum. It is 0 for an empty part, whose maximum is LOWEST.
+  __device__ float weighted_increase(float row_max) const {
+    return weights == 0 ? 0.0f : weights * (row_max - softmax.row_max);
+  }
+  __device__ void merge(Statistics other) {
+    const float row_max = fmaxf(softmax.row_max, other.softmax.row_max);
+    rescale(row_max);
+    other.rescale(row_max);
+    softmax.row_sum += other.softmax.row_sum;
+    weighted += other.weighted;
     weights += other.weights;
     x_target += other.x_target;
   }
-  __device__ void join_lanes() {
+  __device__ void merge_lanes() {
 #pragma unroll
     for (int mask = WARP / 2; mask > 0; mask /= 2) {
       Statistics other;
-      other.softmax.top = shuffle_xor(softmax.top, mask);
-      other.softmax.sum = shuffle_xor(softmax.sum, mask);
-      other.smooth = shuffle_xor(smooth, mask);
+      other.softmax.row_max = shuffle_xor(softmax.row_max, mask);
+      other.softmax.row_sum = shuffle_xor(softmax.row_sum, mask);
+      other.weighted = shuffle_xor(weighted, mask);
       other.weights = shuffle_xor(weights, mask);
       other.x_target = shuffle_xor(x_target, mask);
-      join(other);
+      merge(other);
     }
   }
 };
 
-constexpr int SLOTS = ROW_THREADS / WARP * sizeof(Statistics);  // bytes of shared memory: a warp's statistics each
+constexpr int SLOTS = MAX_THREADS / WARP * sizeof(Statistics);  // bytes of shared memory: one Statistics per warp
 
-// Until all threads of the row's blocks are here; what they wrote to shared memory is then seen.
-__device__ inline void meet(int blocks) {
+// A barrier for all threads of the row, which `blocks` blocks of a cluster share.
+__device__ inline void sync_row(int blocks) {
   if (blocks > 1)
     sync_cluster();
   else
     sync_block();
 }
 
-// All threads get the statistics of the row, which `blocks` blocks of a cluster have read.
-__device__ inline Statistics join_row(Statistics mine, SharedAddress slots, int blocks) {
+// Merges the statistics of all threads of the row. Every thread gets the result.
+__device__ inline Statistics merge_row(Statistics mine, SharedAddress slots, int blocks) {
   constexpr int SLOT = sizeof(Statistics);
-  mine.join_lanes();
+  mine.merge_lanes();
   if (lane() == 0) store_shared(slots + SLOT * warp(), mine);
-  meet(blocks);
+  sync_row(blocks);
   Statistics all;
   const int warps = threads() / WARP;
   for (int i = lane(); i < blocks * warps; i += WARP) {
     const SharedAddress slot = slots + SLOT * (i % warps);
-    all.join(blocks > 1 ? load_shared_of<Statistics>(i / warps, slot) : load_shared<Statistics>(slot));
+    all.merge(blocks > 1 ? load_shared_of<Statistics>(i / warps, slot) : load_shared<Statistics>(slot));
   }
-  all.join_lanes();
+  all.merge_lanes();
   return all;
 }
 
 // ---- a row's target and loss ----
 
-// What the row's target says, checked before anything is read through it. The loss and the gradient of a target that is
-// no class are NaN: an error would have to wait for the GPU.
+// The target of a row. It is checked before it is used as an index. If it is out of bounds, the loss and the gradient
+// are NaN, because raising an error would need to synchronize with the GPU.
 struct Target {
-  bool counts, is_class;
-  int y = -1;      // the class, if it counts
-  float hard = 0;  // a
+  bool counts, is_class;  // not ignored; within bounds
+  int y = -1;             // the class, or -1
+  float a = 0;
 
   __device__ Target(int64_t target, int columns, const LossTensors& tensors, const LossOptions& options)
       : counts(target != options.ignore_index), is_class(target >= 0 && target < columns) {
     if (!counts || !is_class) return;
     y = static_cast<int>(target);
-    hard = (1.0f - options.label_smoothing) * weight_of(tensors, y);
+    a = (1.0f - options.label_smoothing) * weight_of(tensors, y);
   }
 };
 
-// W, which only smoothing asks for.
+// W, which only smoothing needs.
 __device__ inline float sum_of_weights(const LossTensors& tensors, int columns) {
   return tensors.weight_sum ? load(tensors.weight_sum) : static_cast<float>(columns);
 }
@@ -200,13 +201,13 @@ __device__ inline float loss_of(
     const Statistics& s, const Target& target, int columns, const LossTensors& tensors, const LossOptions& options) {
   if (!target.counts) return 0.0f;
   if (!target.is_class) return NAN;
-  const float log_sum = logf(s.softmax.sum), lse = s.softmax.top + log_sum;
-  float loss = target.hard * (log_sum - (s.x_target - s.softmax.top));
+  const float log_sum = logf(s.softmax.row_sum), lse = s.softmax.row_max + log_sum;
+  float loss = target.a * (log_sum - (s.x_target - s.softmax.row_max));
   if (options.z_loss != 0.0f) loss += options.z_loss * lse * lse;
   if (OPTIONS && options.label_smoothing != 0.0f) {
-    const float total = sum_of_weights(tensors, columns);
-    loss += options.label_smoothing / static_cast<float>(columns) *
-            (fabsf(total) == INFINITY ? total : total * log_sum + s.smooth);
+    const float W = sum_of_weights(tensors, columns);
+    loss +=
+        options.label_smoothing / static_cast<float>(columns) * (fabsf(W) == INFINITY ? W : W * log_sum + s.weighted);
   }
   return loss;
 }
@@ -215,51 +216,51 @@ __device__ inline float loss_of(
 
 // dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j
 struct Gradient {
-  float top;  // m
+  float row_max;  // m
   float c_p = 0, c_y = 0, c_w = 0;
   int y;
-  bool any = false;  // else it is 0, even where the logits are NaN
+  bool is_nonzero = false;  // otherwise all of it is 0, even if the logits are NaN
 
-  // grad_lse: 0 where there is none, which `any_lse` says.
+  // grad_lse: 0 if there is none. has_grad_lse: whether there is one.
   template <bool OPTIONS>
   __device__ static Gradient of(
       const Target& target,
-      float top,
-      float sum,
+      float row_max,
+      float row_sum,
       float grad,
       float grad_lse,
-      bool any_lse,
+      bool has_grad_lse,
       int columns,
       const LossTensors& tensors,
       const LossOptions& options) {
     Gradient g;
-    g.top = top;
+    g.row_max = row_max;
     g.y = target.y;
-    g.any = target.counts || any_lse;
+    g.is_nonzero = target.counts || has_grad_lse;
     g.c_p = grad_lse;
     if (target.counts) {
       if (!target.is_class) grad = NAN;
-      g.c_y = grad * target.hard;
+      g.c_y = grad * target.a;
       g.c_p += g.c_y;
-      if (options.z_loss != 0.0f) g.c_p += grad * 2.0f * options.z_loss * (top + logf(sum));
+      if (options.z_loss != 0.0f) g.c_p += grad * 2.0f * options.z_loss * (row_max + logf(row_sum));
       if (OPTIONS && options.label_smoothing != 0.0f) {
         g.c_w = grad * options.label_smoothing / static_cast<float>(columns);
         g.c_p += g.c_w * sum_of_weights(tensors, columns);
       }
     }
-    g.c_p /= sum;
+    g.c_p /= row_sum;
     return g;
   }
 
-  // Of the elements from j on, whose values are x.
+  // The gradient of N elements, starting at j, whose values are x.
   template <bool OPTIONS, typename T, int N>
   __device__ Vector<T, N> at(
       const Vector<float, N>& x, int j, const LossTensors& tensors, const LossOptions& options) const {
     Vector<T, N> out;
     float dx[N] = {};
-    if (any) {
+    if (is_nonzero) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) dx[k] = c_p * exp2_fast((x.at[k] - top) * LOG2E_32);
+      for (int k = 0; k < N; ++k) dx[k] = c_p * exp2_fast((x.at[k] - row_max) * LOG2E_32);
       if (OPTIONS && c_w != 0.0f) {
 #pragma unroll
         for (int k = 0; k < N; ++k) dx[k] -= c_w * weight_of(tensors, j + k);

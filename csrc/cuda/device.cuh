@@ -1,10 +1,10 @@
-// The machine as the kernels see it: every instruction that C++ has no word for, by a name.
+// Wrappers of PTX and CUDA intrinsics (emulated in tests/simt).
 //
-// Kernels touch memory, other threads and the matrix units through these names alone, which tests/simt/device.cuh has
-// too, with a meaning for the host: the same sources then run without a GPU, each access checked. Which of the two
-// is meant by <device.cuh> the include path says. Nothing here is of one op.
+// Kernels access memory, other threads and the tensor cores only through these functions. tests/simt/device.cuh defines
+// the same functions for the host. The same kernel sources then run on a CPU, and every access is checked. The include
+// path decides which file <device.cuh> is. Nothing here belongs to a single op.
 //
-// Shared memory is named by addresses (bytes from the beginning of the block's), as the instructions want them.
+// Shared memory is addressed in bytes from the start of the block's shared memory, as the PTX instructions require.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -22,7 +22,7 @@
 
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
-#define FASTGPT_DISPATCH_KEY CUDA  // whose implementations STABLE_TORCH_LIBRARY_IMPL registers
+#define FASTGPT_DISPATCH_KEY CUDA  // the key under which STABLE_TORCH_LIBRARY_IMPL registers the ops
 
 namespace fastgpt {
 
@@ -37,7 +37,7 @@ __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(fp16 x) { return __half2float(x); }
 
-// Rounded to nearest even.
+// Rounds to nearest even.
 template <typename T>
 __device__ inline T from_float(float x) {
   if constexpr (sizeof(T) == 4) return x;
@@ -45,7 +45,7 @@ __device__ inline T from_float(float x) {
   if constexpr (std::is_same_v<T, fp16>) return __float2half_rn(x);
 }
 
-// Two 16-bit numbers in a register, the first in its low half.
+// Packs two 16-bit numbers into a register, the first into its low half.
 template <typename T>
 __device__ inline uint32_t pack(float first, float second) {
   if constexpr (std::is_same_v<T, bf16>) {
@@ -60,10 +60,10 @@ __device__ inline uint32_t pack(float first, float second) {
 __device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
 __device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-// A product that is not contracted with an addition.
+// A product that the compiler does not contract with an addition.
 __device__ inline float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 
-// One instruction each, to 2 ulp; subnormal results are 0.
+// One instruction each, accurate to 2 ulp. Subnormal results are flushed to 0.
 __device__ inline float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -75,7 +75,7 @@ __device__ inline float rsqrt_fast(float x) {
   return y;
 }
 
-// The same as formulas.h asks for them.
+// The parameter M of formulas.h.
 struct Fast {
   __device__ static float exp2(float x) { return exp2_fast(x); }
   __device__ static float rsqrt(float x) { return rsqrt_fast(x); }
@@ -91,7 +91,7 @@ Global<T> global_memory(T* begin, int64_t elements) {
   return begin;
 }
 
-// Where a pointer points to, in bytes.
+// The address that a pointer holds, in bytes.
 template <typename T>
 __device__ inline uintptr_t address(const T* p) {
   return reinterpret_cast<uintptr_t>(p);
@@ -111,8 +111,8 @@ __device__ inline void store(T* p, V value) {
   *p = value;
 }
 
-// N neighbours at once; p is a multiple of their size. 16 bytes are stored by an instruction that is asked for by name:
-// left to itself, the compiler makes four of them in some loops.
+// Moves N neighbours at once. p is aligned to their size. 16 bytes are stored by an intrinsic, because the compiler
+// otherwise emits four stores in some loops.
 template <int N, typename T>
 __device__ inline Vector<T, N> load_vector(const T* p) {
   return *reinterpret_cast<const Vector<T, N>*>(p);
@@ -125,16 +125,16 @@ __device__ inline void store_vector(T* p, const Vector<T, N>& value) {
     *reinterpret_cast<Vector<T, N>*>(p) = value;
 }
 
-// count · size bytes behind p.
+// p plus count · size bytes.
 template <typename T>
-__device__ inline T* behind(T* p, uint32_t count, uint32_t size) {
+__device__ inline T* advance(T* p, uint32_t count, uint32_t size) {
   using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(p) + uint64_t{count} * size);
 }
 
-// Others add to the number as well, in any order.
+// Threads add in any order.
 __device__ inline void atomic_add(float* p, float value) { atomicAdd(p, value); }
-// To two neighbours, the first at a multiple of 8 bytes.
+// Adds to two neighbours. The first is aligned to 8 bytes.
 __device__ inline void atomic_add_pair(float* p, float first, float second) {
 #if __CUDA_ARCH__ >= 900
   atomicAdd(reinterpret_cast<float2*>(p), make_float2(first, second));
@@ -148,14 +148,14 @@ __device__ inline void atomic_add_pair(float* p, float first, float second) {
 
 using SharedAddress = uint32_t;
 
-// The same number or pointer, of which the compiler knows nothing: what is made of it is made there, and not kept in
-// registers from before a loop on.
-__device__ inline uint32_t made_anew(uint32_t a) {
+// An optimization barrier: returns its argument, but hides the value from the compiler. Addresses computed from the
+// result are then computed at the place of use and not hoisted out of a loop into registers.
+__device__ inline uint32_t opaque(uint32_t a) {
   asm volatile("" : "+r"(a));
   return a;
 }
 template <typename T>
-__device__ inline T* made_anew(T* p) {
+__device__ inline T* opaque(T* p) {
   asm volatile("" : "+l"(p));
   __builtin_assume(__isGlobal(p));
   return p;
@@ -175,27 +175,27 @@ __device__ inline void store_shared(SharedAddress a, const T& value) {
   *static_cast<T*>(__cvta_shared_to_generic(a)) = value;
 }
 
-// 16 bytes from global to shared memory, or zeros instead; there once waited for.
+// Copies 16 bytes from global to shared memory asynchronously; zeros if not `valid`. wait_copies waits for the copy.
 template <typename T>
-__device__ inline void copy_async(SharedAddress to, const T* from, bool wanted) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(wanted ? 16 : 0) : "memory");
+__device__ inline void copy_async(SharedAddress to, const T* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
 template <typename T>
 __device__ inline void copy_async(SharedAddress to, const T* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
-// Closes a group of this thread's copies.
+// Closes a group of copies of this thread.
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all groups but the last N have landed. Other threads see them after a barrier.
+// Waits for all groups of this thread but the last N. Other threads see the copies after a barrier.
 template <int N>
 __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// ---- the matrix units ----
+// ---- tensor cores ----
 
-// Four 8×8 matrices of 16-bit numbers: lane l names the 16 bytes of row l % 8 of matrix l / 8, and gets of matrix i
-// in register i the elements (l / 4, 2 (l % 4)) and the one right of it; transposed, the one below it of the transpose.
+// Loads four 8×8 matrices of 16-bit numbers. Lane l passes the address of row l % 8 (16 bytes) of matrix l / 8.
+// Register i then holds the elements (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of matrix i, or of its transpose.
 __device__ inline void load_matrices(uint32_t (&r)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -209,7 +209,7 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], SharedAddress 
                : "memory");
 }
 
-// c (16×8) += a (16×16) b (16×8), in 16-bit numbers; the lanes hold the elements as the PTX ISA's figures say.
+// c (16×8) += a (16×16) b (16×8) of 16-bit numbers. The figures of the PTX ISA define which lane holds which element.
 template <typename T>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, bf16>)
@@ -225,7 +225,7 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint3
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// c (16×8) += a (16×8) b (8×8), of which the unit sees the upper 19 bits (tf32).
+// c (16×8) += a (16×8) b (8×8) in tf32: the tensor core reads the upper 19 bits of each element of a and b.
 __device__ inline void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -246,20 +246,21 @@ __device__ inline int blocks_x() { return gridDim.x; }
 
 __device__ inline void sync_block() { __syncthreads(); }
 __device__ inline void sync_warp() { __syncwarp(); }
-// Of `count` threads of the block, a multiple of 32, that meet at barrier 1 to 15.
+// Synchronizes `count` threads of the block (a multiple of 32) at a barrier from 1 to 15.
 __device__ inline void sync_named(int barrier, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// The value of lane 0, which is everybody's: the compiler then keeps it once a warp, beside the threads' registers.
-__device__ inline int same_in_warp(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
-// Another lane's value: that of lane() ^ mask.
+// x, which has the same value in all lanes. The shuffle tells the compiler so, and x moves to a uniform register.
+__device__ inline int warp_uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+// The value of lane() ^ mask.
 template <typename T>
 __device__ inline T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
 __device__ inline bool any_lane(bool x) { return __any_sync(0xFFFFFFFFu, x); }
 
-// The blocks of a cluster (sm_90 and later; a block alone before): this one's place, a barrier, their shared memory.
+// Thread block clusters (sm_90 and later; one block before): the rank of this block, a barrier, distributed shared
+// memory.
 __device__ inline int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   return cooperative_groups::this_cluster().block_rank();
@@ -284,13 +285,13 @@ __device__ inline T load_shared_of(int rank, SharedAddress a) {
 #endif
 }
 
-// ---- the host's side ----
+// ---- host side ----
 
 inline void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "fastgpt: ", what, " failed: ", cudaGetErrorString(error));
 }
 
-// A function of cuBLASLt, which PyTorch has loaded, as a member of that name; null where it has not.
+// A member that points to a function of the cuBLASLt that PyTorch has loaded, or null.
 #define FASTGPT_CUBLASLT(name)     \
   decltype(&cublasLt##name) name = \
       reinterpret_cast<decltype(&cublasLt##name)>(cublaslt(CUBLAS_VER_MAJOR, "cublasLt" #name))
@@ -301,12 +302,14 @@ inline void* cublaslt(int version, const char* name) {
   return library ? dlsym(library, name) : nullptr;
 }
 
-// The device of a tensor, current for as long as this lives, and the stream that PyTorch works in there.
+// Makes a device current for its own lifetime. Has the current PyTorch stream of the device.
 class Device {
  public:
   explicit Device(int index) : index_(index), guard_(index) {
     STD_TORCH_CHECK(
-        aoti_torch_get_current_cuda_stream(index, &stream_) == 0, "fastgpt: device ", index, " has no current stream");
+        aoti_torch_get_current_cuda_stream(index, &stream_) == 0,
+        "fastgpt: PyTorch has no current stream on CUDA device ",
+        index);
   }
   int index() const { return index_; }
   cudaStream_t stream() const { return static_cast<cudaStream_t>(stream_); }
@@ -315,8 +318,9 @@ class Device {
     check(cudaDeviceGetAttribute(&value, which, index_), "cudaDeviceGetAttribute");
     return value;
   }
-  // Bytes of shared memory that a block may have, whether blocks form clusters, how many multiprocessors there are.
+  // The largest dynamic shared memory of a block, in bytes.
   int shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+  // Whether the device has thread block clusters.
   bool has_clusters() const { return attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
   int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
 
@@ -329,26 +333,26 @@ class Device {
 struct Launch {
   int64_t x = 1, y = 1, z = 1;  // blocks
   int threads = 0;
-  int shared = 0;   // bytes a block
+  int shared = 0;   // bytes per block
   int cluster = 1;  // blocks along x
 };
 
-// Runs the kernel in the device's stream:  launch<kernel>(device, "its name", shape, arguments...).
+// Launches a kernel in the stream of the device:  launch<kernel>(device, "kernel name", shape, arguments...).
 template <auto KERNEL, typename... Arguments>
 void launch(const Device& device, const char* name, const Launch& shape, Arguments... arguments) {
   STD_TORCH_CHECK(
       shape.x < (int64_t{1} << 31) && shape.y < 65536 && shape.z < 65536,
       "fastgpt: ",
       name,
-      " would take a grid of ",
+      " needs a grid of ",
       shape.x,
       " × ",
       shape.y,
       " × ",
       shape.z,
-      " blocks, more than CUDA has");
-  // More than 48 KiB have to be asked for, once a kernel and device: all that there is, so that launches of different
-  // sizes in several threads take nothing from each other.
+      " blocks, more than CUDA allows; split the batch");
+  // More than 48 KiB of shared memory needs an opt-in per kernel and device. The opt-in is for the maximum, so that
+  // concurrent launches with different sizes do not lower each other's limit.
   constexpr int DEVICES = 64;
   static std::atomic<bool> granted[DEVICES];
   if (shape.shared > 48 * 1024 && (device.index() >= DEVICES || !granted[device.index()])) {

@@ -1,11 +1,11 @@
-// GELU, alone, behind a bias and as a gate, forward and backward; the formulas are in formulas.h.
+// GELU, GELU of a biased input, and GEGLU: forward and backward. The formulas are in formulas.h.
 //
-//   gate:  y = gelu(a) b,  da = dy b gelu'(a),  db = dy gelu(a)
+//   geglu:  y = gelu(a) b,  da = dy b gelu'(a),  db = dy gelu(a)
 //
-// Shapes: x (..., D) contiguous, bias (D,); a and b contiguous, of one shape. The arithmetic is float32. Bytes moved
-// per element: forward one read and one write, backward two reads and one write (the gate: two and one, three and two).
-// Nothing but the inputs is kept. dbias is summed in two stages, so that its bits do not depend on a race: a block sums
-// ROWS_PER_PARTIAL rows, PyTorch sums the partial sums.
+// Shapes: x (..., columns) contiguous, bias (columns,); a and b contiguous, of the same shape. The arithmetic is
+// float32. Bytes moved per element: forward one read and one write, backward two reads and one write (geglu: two and
+// one, three and two). Only the inputs are saved for the backward. dbias is summed in two stages, so its bits do not
+// depend on a race: a block sums ROWS_PER_PARTIAL rows, then PyTorch sums the partial sums.
 #include "../formulas.h"
 #include "checks.cuh"
 #include "tensors.cuh"
@@ -14,61 +14,61 @@ namespace fastgpt {
 namespace {
 
 constexpr int THREADS = 256;
-constexpr int VECTORS = 2;            // a thread: 16 bytes each, two on their way at once
-constexpr int ROWS_PER_PARTIAL = 64;  // dbias' partial sums are then 1/64 of the elements
+constexpr int VECTORS = 2;            // per thread; both loads of 16 bytes are in flight at once
+constexpr int ROWS_PER_PARTIAL = 64;  // so the partial sums of dbias have 1/64 of the elements
 
-// Elements in a vector: 16 bytes, or one element where the tensors do not begin at multiples of that.
+// Elements in a vector: 16 bytes, or one element if the tensors are not aligned to 16 bytes.
 template <typename T, bool WIDE>
 constexpr int WIDTH = WIDE ? 16 / sizeof(T) : 1;
 
 template <bool TANH>
-__device__ inline float gelu_of(float x) {
-  return x * share_and_slope<TANH, Fast>(x).share;
+__device__ inline float gelu(float x) {
+  return x * gelu_cdf_and_grad<TANH, Fast>(x).cdf;
 }
 template <bool TANH>
-__device__ inline float slope(float x) {
-  return share_and_slope<TANH, Fast>(x).slope;
+__device__ inline float gelu_grad(float x) {
+  return gelu_cdf_and_grad<TANH, Fast>(x).grad;
 }
 
-// Calls f(i, constant N) for this thread's vectors of N elements from i on, and once for each element behind them.
+// Calls f(i, constant N) for each vector of N elements of this thread, and f(j, constant 1) for each remaining element.
 template <int N, typename F>
-__device__ inline void over_elements(int64_t n, F&& f) {
+__device__ inline void over_elements(int64_t numel, F&& f) {
   const int64_t first = (int64_t{block_x()} * VECTORS * THREADS + thread()) * N;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) {
     const int64_t i = first + int64_t{v} * THREADS * N;
-    if (i + N <= n)
+    if (i + N <= numel)
       f(i, std::integral_constant<int, N>{});
     else
-      for (int64_t j = i; j < n; ++j) f(j, std::integral_constant<int, 1>{});
+      for (int64_t j = i; j < numel; ++j) f(j, std::integral_constant<int, 1>{});
   }
 }
 
 // ---- forward ----
 
 template <typename T, bool TANH, bool WIDE>
-__global__ void __launch_bounds__(THREADS) gelu_fwd_kernel(Global<const T> x, Global<T> y, int64_t n) {
-  over_elements<WIDTH<T, WIDE>>(n, [&](int64_t i, auto width) {
+__global__ void __launch_bounds__(THREADS) gelu_fwd_kernel(Global<const T> x, Global<T> y, int64_t numel) {
+  over_elements<WIDTH<T, WIDE>>(numel, [&](int64_t i, auto width) {
     auto v = load_vector<width>(x + i);
 #pragma unroll
-    for (int k = 0; k < width; ++k) v.at[k] = from_float<T>(gelu_of<TANH>(to_float(v.at[k])));
+    for (int k = 0; k < width; ++k) v.at[k] = from_float<T>(gelu<TANH>(to_float(v.at[k])));
     store_vector(y + i, v);
   });
 }
 
 template <typename T, bool TANH, bool WIDE>
 __global__ void __launch_bounds__(THREADS)
-    geglu_fwd_kernel(Global<const T> a, Global<const T> b, Global<T> y, int64_t n) {
-  over_elements<WIDTH<T, WIDE>>(n, [&](int64_t i, auto width) {
+    geglu_fwd_kernel(Global<const T> a, Global<const T> b, Global<T> y, int64_t numel) {
+  over_elements<WIDTH<T, WIDE>>(numel, [&](int64_t i, auto width) {
     auto v = load_vector<width>(a + i);
     const auto gate = load_vector<width>(b + i);
 #pragma unroll
-    for (int k = 0; k < width; ++k) v.at[k] = from_float<T>(gelu_of<TANH>(to_float(v.at[k])) * to_float(gate.at[k]));
+    for (int k = 0; k < width; ++k) v.at[k] = from_float<T>(gelu<TANH>(to_float(v.at[k])) * to_float(gate.at[k]));
     store_vector(y + i, v);
   });
 }
 
-// A warp takes a stripe of columns, 16 bytes a lane, and every eighth row: the bias stays in registers.
+// A warp processes a stripe of columns, 16 bytes per lane, in every eighth row. The bias stays in registers.
 template <typename T, bool WIDE>
 struct Stripe {
   static constexpr int N = WIDTH<T, WIDE>, ROWS = THREADS / WARP;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int64_t row = s.first_row; row < s.end_row; row += S::ROWS) {
     auto v = load_vector<S::N>(x + (row * columns + s.column));
 #pragma unroll
-    for (int k = 0; k < S::N; ++k) v.at[k] = from_float<T>(gelu_of<TANH>(to_float(v.at[k]) + to_float(b.at[k])));
+    for (int k = 0; k < S::N; ++k) v.at[k] = from_float<T>(gelu<TANH>(to_float(v.at[k]) + to_float(b.at[k])));
     store_vector(y + (row * columns + s.column), v);
   }
 }
@@ -100,35 +100,35 @@ __global__ void __launch_bounds__(THREADS)
 
 template <typename T, bool TANH, bool WIDE>
 __global__ void __launch_bounds__(THREADS)
-    gelu_bwd_kernel(Global<const T> grad, Global<const T> x, Global<T> dx, int64_t n) {
-  over_elements<WIDTH<T, WIDE>>(n, [&](int64_t i, auto width) {
+    gelu_bwd_kernel(Global<const T> grad, Global<const T> x, Global<T> dx, int64_t numel) {
+  over_elements<WIDTH<T, WIDE>>(numel, [&](int64_t i, auto width) {
     auto v = load_vector<width>(x + i);
     const auto g = load_vector<width>(grad + i);
 #pragma unroll
-    for (int k = 0; k < width; ++k) v.at[k] = from_float<T>(to_float(g.at[k]) * slope<TANH>(to_float(v.at[k])));
+    for (int k = 0; k < width; ++k) v.at[k] = from_float<T>(to_float(g.at[k]) * gelu_grad<TANH>(to_float(v.at[k])));
     store_vector(dx + i, v);
   });
 }
 
 template <typename T, bool TANH, bool WIDE>
 __global__ void __launch_bounds__(THREADS) geglu_bwd_kernel(
-    Global<const T> grad, Global<const T> a, Global<const T> b, Global<T> da, Global<T> db, int64_t n) {
-  over_elements<WIDTH<T, WIDE>>(n, [&](int64_t i, auto width) {
+    Global<const T> grad, Global<const T> a, Global<const T> b, Global<T> da, Global<T> db, int64_t numel) {
+  over_elements<WIDTH<T, WIDE>>(numel, [&](int64_t i, auto width) {
     auto v = load_vector<width>(a + i), gate = load_vector<width>(b + i);
     const auto g = load_vector<width>(grad + i);
 #pragma unroll
     for (int k = 0; k < width; ++k) {
       const float value = to_float(v.at[k]), dy = to_float(g.at[k]);
-      const ShareAndSlope both = share_and_slope<TANH, Fast>(value);
-      v.at[k] = from_float<T>(dy * to_float(gate.at[k]) * both.slope);
-      gate.at[k] = from_float<T>(dy * (value * both.share));
+      const GeluCdfAndGrad both = gelu_cdf_and_grad<TANH, Fast>(value);
+      v.at[k] = from_float<T>(dy * to_float(gate.at[k]) * both.grad);
+      gate.at[k] = from_float<T>(dy * (value * both.cdf));
     }
     store_vector(da + i, v);
     store_vector(db + i, gate);
   });
 }
 
-// dx, and its sum over the block's rows: partial (blocks, columns).
+// Writes dx, and its sum over the rows of the block to partial (blocks, columns).
 template <typename T, bool TANH, bool WIDE>
 __global__ void __launch_bounds__(THREADS) bias_gelu_bwd_kernel(
     Global<const T> grad,
@@ -149,14 +149,14 @@ __global__ void __launch_bounds__(THREADS) bias_gelu_bwd_kernel(
       const auto g = load_vector<S::N>(grad + (row * columns + s.column));
 #pragma unroll
       for (int k = 0; k < S::N; ++k) {
-        const float d = to_float(g.at[k]) * slope<TANH>(to_float(v.at[k]) + to_float(b.at[k]));
+        const float d = to_float(g.at[k]) * gelu_grad<TANH>(to_float(v.at[k]) + to_float(b.at[k]));
         sum[k] += d;
         v.at[k] = from_float<T>(d);
       }
       store_vector(dx + (row * columns + s.column), v);
     }
   }
-  // The warps' sums meet in shared memory: sums (warps, lanes × N).
+  // Adds up the sums of the warps through shared memory: sums (warps, lanes × N).
   const SharedAddress sums = shared_memory();
 #pragma unroll
   for (int k = 0; k < S::N; ++k) store_shared(sums + 4 * (thread() + k * THREADS), sum[k]);
@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(THREADS) bias_gelu_bwd_kernel(
 
 // ---- launchers ----
 
-// Calls f with the kernels' compile-time arguments: element type, formula, width.
+// Calls f with the compile-time arguments of the kernels: element type, formula, width.
 template <typename F>
 void with_variant(const char* op, const Tensor& x, bool tanh, bool wide, F&& f) {
   dispatch(x.scalar_type(), op, [&](auto element) {
@@ -181,8 +181,8 @@ void with_variant(const char* op, const Tensor& x, bool tanh, bool wide, F&& f) 
 }
 
 template <typename T, bool WIDE>
-Launch over(int64_t n) {
-  return {.x = cdiv(n, int64_t{THREADS} * VECTORS * WIDTH<T, WIDE>), .threads = THREADS};
+Launch over(int64_t numel) {
+  return {.x = cdiv(numel, int64_t{THREADS} * VECTORS * WIDTH<T, WIDE>), .threads = THREADS};
 }
 
 template <typename T, bool WIDE>
@@ -191,17 +191,17 @@ Launch over_rows(int64_t rows, int64_t columns) {
   return {.x = cdiv(rows, ROWS_PER_PARTIAL), .y = cdiv(columns, WARP * S::N), .threads = THREADS};
 }
 
-// Whether the rows, too, begin at multiples of 16 bytes.
+// Whether rows are a multiple of 16 bytes long, so that each begins aligned if the tensor does.
 bool wide_rows(const Tensor& x) { return x.size(-1) * static_cast<int64_t>(x.element_size()) % 16 == 0; }
 
 Tensor gelu_fwd(const Tensor& x, bool tanh) {
   Checks("gelu_fwd_cuda", "x", x).contiguous("x", x);
   Tensor y = torch::stable::empty_like(x);
-  if (const int64_t n = x.numel())
+  if (const int64_t numel = x.numel())
     with_variant("gelu", x, tanh, aligned(x, y), [&](auto element, auto t, auto wide) {
       using T = decltype(element);
       launch<gelu_fwd_kernel<T, t, wide>>(
-          device_of(x), "gelu_fwd", over<T, wide>(n), global<const T>(x), global<T>(y), n);
+          device_of(x), "gelu_fwd", over<T, wide>(numel), global<const T>(x), global<T>(y), numel);
     });
   return y;
 }
@@ -209,11 +209,17 @@ Tensor gelu_fwd(const Tensor& x, bool tanh) {
 Tensor gelu_bwd(const Tensor& grad, const Tensor& x, bool tanh) {
   Checks("gelu_bwd_cuda", "x", x).like("grad", grad).contiguous("grad", grad, "x", x);
   Tensor dx = torch::stable::empty_like(x);
-  if (const int64_t n = x.numel())
+  if (const int64_t numel = x.numel())
     with_variant("gelu", x, tanh, aligned(grad, x, dx), [&](auto element, auto t, auto wide) {
       using T = decltype(element);
       launch<gelu_bwd_kernel<T, t, wide>>(
-          device_of(x), "gelu_bwd", over<T, wide>(n), global<const T>(grad), global<const T>(x), global<T>(dx), n);
+          device_of(x),
+          "gelu_bwd",
+          over<T, wide>(numel),
+          global<const T>(grad),
+          global<const T>(x),
+          global<T>(dx),
+          numel);
     });
   return dx;
 }
@@ -270,11 +276,11 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad, const Tensor& x, co
 Tensor geglu_fwd(const Tensor& a, const Tensor& b, bool tanh) {
   Checks("geglu_fwd_cuda", "a", a).like("b", b).contiguous("a", a, "b", b);
   Tensor y = torch::stable::empty_like(a);
-  if (const int64_t n = a.numel())
+  if (const int64_t numel = a.numel())
     with_variant("geglu", a, tanh, aligned(a, b, y), [&](auto element, auto t, auto wide) {
       using T = decltype(element);
       launch<geglu_fwd_kernel<T, t, wide>>(
-          device_of(a), "geglu_fwd", over<T, wide>(n), global<const T>(a), global<const T>(b), global<T>(y), n);
+          device_of(a), "geglu_fwd", over<T, wide>(numel), global<const T>(a), global<const T>(b), global<T>(y), numel);
     });
   return y;
 }
@@ -282,19 +288,19 @@ Tensor geglu_fwd(const Tensor& a, const Tensor& b, bool tanh) {
 std::tuple<Tensor, Tensor> geglu_bwd(const Tensor& grad, const Tensor& a, const Tensor& b, bool tanh) {
   Checks("geglu_bwd_cuda", "a", a).like("b", b).like("grad", grad).contiguous("grad", grad, "a", a, "b", b);
   Tensor da = torch::stable::empty_like(a), db = torch::stable::empty_like(b);
-  if (const int64_t n = a.numel())
+  if (const int64_t numel = a.numel())
     with_variant("geglu", a, tanh, aligned(grad, a, b, da, db), [&](auto element, auto t, auto wide) {
       using T = decltype(element);
       launch<geglu_bwd_kernel<T, t, wide>>(
           device_of(a),
           "geglu_bwd",
-          over<T, wide>(n),
+          over<T, wide>(numel),
           global<const T>(grad),
           global<const T>(a),
           global<const T>(b),
           global<T>(da),
           global<T>(db),
-          n);
+          numel);
     });
   return {da, db};
 }

@@ -1,10 +1,11 @@
-// GELU of a linear layer's output: z = x Wᵀ + b, y = gelu(z). The backward is gelu.cu's, from z.
+// GELU of a linear layer's output: z = x Wᵀ + b, y = gelu(z). The backward, from z, is in gelu.cu.
 //
-// GELU by tanh of 16-bit numbers stands in the epilogue of cuBLASLt's product: y is made of z as it comes out of the
-// sums, and z written only where a backward wants it. Everything else, and what cuBLASLt has no kernel for, is
-// PyTorch's product and a pass over z.
+// For tanh GELU in 16 bits, GELU is the epilogue of a cuBLASLt product: y is computed from the sums before they are
+// rounded, and z is written only if a backward needs it. Otherwise, and if cuBLASLt has no kernel, PyTorch computes the
+// product and gelu.cu makes a pass over z.
+#include "call_op.cuh"
 #include "checks.cuh"
-#include "product.cuh"
+#include "cublaslt.cuh"
 
 namespace fastgpt {
 namespace {
@@ -15,17 +16,17 @@ std::tuple<Tensor, Tensor> linear_gelu_fwd(
       "bias", bias, {weight.size(0)}, {x.scalar_type()});
   const Tensor none = empty(x, {0}, x.scalar_type());
 #ifdef FASTGPT_EPILOGUE
-  if (tanh && Product::takes(x, weight) && (!bias.has_value() || (bias->stride(0) == 1 && aligned(*bias)))) {
+  if (tanh && CublasLtProduct::supports(x, weight) && (!bias.has_value() || (bias->stride(0) == 1 && aligned(*bias)))) {
     const Tensor y = empty(x, {x.size(0), weight.size(0)}, x.scalar_type());
     const Tensor z = with_z ? torch::stable::empty_like(y) : none;
     Epilogue epilogue{CUBLASLT_EPILOGUE_GELU, nullptr, nullptr};
     if (with_z) epilogue.kind |= CUBLASLT_EPILOGUE_GELU_AUX, epilogue.z = &z;
     if (bias.has_value()) epilogue.kind |= CUBLASLT_EPILOGUE_BIAS, epilogue.vector = &*bias;
-    if (Product(x, weight, y, epilogue).run()) return {y, z};
+    if (CublasLtProduct(x, weight, y, epilogue).run()) return {y, z};
   }
 #endif
-  const auto [z] = call<Tensor>("fastgpt::linear_fwd_cuda", x, weight, bias);
-  const auto [y] = call<Tensor>("fastgpt::gelu_fwd_cuda", z, tanh);
+  const auto [z] = call_op<Tensor>("fastgpt::linear_fwd_cuda", x, weight, bias);
+  const auto [y] = call_op<Tensor>("fastgpt::gelu_fwd_cuda", z, tanh);
   return {y, with_z ? z : none};
 }
 

@@ -1,4 +1,5 @@
-// PyTorch's tensors at the kernels' door: through the stable ABI (2.11 and later), so that one library serves them all.
+// Tensor helpers at the launch boundary. They use PyTorch's stable ABI (2.11 and later), so one library works with
+// every later PyTorch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -23,7 +24,7 @@ inline int64_t cdiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Device device_of(const Tensor& x) { return Device(x.get_device_index()); }
 
-// The memory that the elements of a tensor lie in.
+// The memory of a tensor, from its first element to its last.
 template <typename T>
 Global<T> global(const Tensor& x) {
   int64_t extent = 1;
@@ -39,13 +40,13 @@ Global<T> global(const OptionalTensor& x) {
   return x.has_value() ? global<T>(*x) : Global<T>{};
 }
 
-// A contiguous (N, 4) of float32 as N vectors.
+// A contiguous float32 tensor (N, 4) as N vectors.
 inline Global<Vector<float, 4>> vectors_of_four(const Tensor& x) {
   return global_memory(static_cast<Vector<float, 4>*>(x.data_ptr()), x.numel() / 4);
 }
 
-// A tensor that `create` makes. PyTorch's stable ABI drops the reason of a failure: fastgpt.ops finds it by these
-// words.
+// Returns create(sizes). The stable ABI drops the type of an exception. fastgpt.ops recognizes running out of memory by
+// this message.
 template <typename F>
 Tensor allocated(std::initializer_list<int64_t> shape, ScalarType dtype, F&& create) {
   const std::vector<int64_t> sizes(shape);
@@ -73,13 +74,13 @@ inline Tensor sum_rows(const Tensor& x) {
   return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(first, 1));
 }
 
-// Whether 16 bytes can be moved at once from where the tensors begin.
+// Whether the tensors begin at multiples of 16 bytes, as vector loads and stores require.
 template <typename... Tensors>
 bool aligned(const Tensors&... x) {
   return ((reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0) && ...);
 }
 
-// Calls f with a number of the tensor's element type.
+// Calls f with a value of the element type.
 template <typename F>
 auto dispatch(ScalarType dtype, const char* op, F&& f) {
   switch (dtype) {
@@ -90,11 +91,11 @@ auto dispatch(ScalarType dtype, const char* op, F&& f) {
     case ScalarType::Half:
       return f(fp16{});
     default:
-      STD_TORCH_CHECK(false, "fastgpt: ", op, " takes float32, bfloat16 and float16");
+      STD_TORCH_CHECK(false, "fastgpt: ", op, " supports float32, bfloat16 and float16; convert the tensor");
   }
 }
 
-// Calls f with a constant of the value, std::true_type or std::false_type.
+// Calls f with std::true_type or std::false_type.
 template <typename F>
 auto choose(bool value, F&& f) {
   return value ? f(std::true_type{}) : f(std::false_type{});

@@ -134,5 +134,5 @@ def test_out_of_memory_in_cpp_is_pytorchs_out_of_memory_error(monkeypatch):
 def test_sizes_whose_sums_would_overflow_are_refused():
     """Positions are 32-bit integers in the kernels, and so are sums of two of them."""
     q, k = torch.zeros(1, 1, 2, 64), torch.zeros(64).expand(1, 1, 2**30, 64)
-    with pytest.raises(RuntimeError, match=r"attention takes less than 2\^30 columns, not 1073741824"):
+    with pytest.raises(RuntimeError, match=r"attention supports less than 2\^30 columns, got 1073741824"):
         ops.attention(q, k, k)

@@ -1,4 +1,4 @@
-// Kernels that Python calls by a name, each from some floats to some floats.
+// Runs kernels by name from Python. Each kernel reads and writes floats.
 #pragma once
 
 #include <cstring>
@@ -28,21 +28,21 @@ inline void finish() {
 #endif
 }
 
-// What was wrong with the case of that name; nothing if all is well.
+// Runs the case of this name. Returns the error message, or an empty string.
 template <size_t N>
 const char* run_case(
     const Case (&cases)[N], const char* name, const float* in, int64_t in_size, float* out, int64_t out_size) {
-  static std::string said;
-  said = "there is no such case";
+  static std::string message;
+  message = "there is no such case";
   for (const Case& c : cases)
     if (std::strcmp(c.name, name) == 0) try {
         c.run(c, global_memory(in, in_size), global_memory(out, out_size));
         finish();
-        said.clear();
+        message.clear();
       } catch (const std::exception& error) {
-        said = error.what();
+        message = error.what();
       }
-  return said.c_str();
+  return message.c_str();
 }
 
 }  // namespace fastgpt

@@ -1,5 +1,5 @@
-// What csrc/cuda/product.cuh asks of cuBLASLt, with a meaning for the host: names and values of NVIDIA's header,
-// done as its documentation says, for 16-bit numbers. What the real one refuses is refused.
+// A host implementation of the part of cuBLASLt that csrc/cuda/cublaslt.cuh uses, for 16-bit numbers. Names and values
+// are those of NVIDIA's header, the behaviour is that of its documentation. It refuses what cuBLASLt refuses.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -56,7 +56,7 @@ struct cublasLtMatmulDescOpaque_t {
 struct cublasLtMatrixLayoutOpaque_t {
   cudaDataType_t type;
   uint64_t rows, columns;
-  int64_t stride;  // from column to column
+  int64_t stride;  // between columns
 };
 struct cublasLtMatmulPreferenceOpaque_t {
   uint64_t workspace = 0;
@@ -74,12 +74,12 @@ using cublasLtMatmulDesc_t = cublasLtMatmulDescOpaque_t*;
 using cublasLtMatrixLayout_t = cublasLtMatrixLayoutOpaque_t*;
 using cublasLtMatmulPreference_t = cublasLtMatmulPreferenceOpaque_t*;
 
-inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* made) {
-  *made = new cublasLtContext;
+inline cublasStatus_t cublasLtCreate(cublasLtHandle_t* created) {
+  *created = new cublasLtContext;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* made, cublasComputeType_t, cudaDataType_t) {
-  *made = new cublasLtMatmulDescOpaque_t;
+inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* created, cublasComputeType_t, cudaDataType_t) {
+  *created = new cublasLtMatmulDescOpaque_t;
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
@@ -110,16 +110,16 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(
   return CUBLAS_STATUS_INVALID_VALUE;
 }
 inline cublasStatus_t cublasLtMatrixLayoutCreate(
-    cublasLtMatrixLayout_t* made, cudaDataType_t type, uint64_t rows, uint64_t columns, int64_t stride) {
-  *made = new cublasLtMatrixLayoutOpaque_t{type, rows, columns, stride};
+    cublasLtMatrixLayout_t* created, cudaDataType_t type, uint64_t rows, uint64_t columns, int64_t stride) {
+  *created = new cublasLtMatrixLayoutOpaque_t{type, rows, columns, stride};
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
   delete l;
   return CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* made) {
-  *made = new cublasLtMatmulPreferenceOpaque_t;
+inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* created) {
+  *created = new cublasLtMatmulPreferenceOpaque_t;
   return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
@@ -141,7 +141,7 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(
   return CUBLAS_STATUS_INVALID_VALUE;
 }
 
-// Whether there is a kernel for any product: what the real one has depends on the GPU.
+// Whether there is a kernel for any product. In cuBLASLt that depends on the GPU.
 inline bool simt_has_products = true;
 extern "C" inline __attribute__((used, visibility("default"))) void simt_set_has_products(bool has) {
   simt_has_products = has;
@@ -157,8 +157,8 @@ inline bool simt_is(const cublasLtMatmulDescOpaque_t& d, cublasLtEpilogue_t what
   return (d.epilogue & what) == what;
 }
 
-// Shapes and strides that agree, and pointers as in the products that will follow; what the epilogue reads and writes
-// is there, in columns of a multiple of eight.
+// Finds an algorithm if shapes and strides agree and the tensors of the epilogue are set, with a stride that is a
+// multiple of eight. The algorithm stores the alignment of the pointers, which cublasLtMatmul checks.
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t,
     cublasLtMatmulDesc_t d,
@@ -167,14 +167,14 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtMatrixLayout_t c,
     cublasLtMatrixLayout_t out,
     cublasLtMatmulPreference_t p,
-    int asked,
+    int requested,
     cublasLtMatmulHeuristicResult_t* best,
     int* found) {
   *found = 0;
   const bool transposed = d->transpose_a == CUBLAS_OP_T;
   const uint64_t m = transposed ? a->columns : a->rows, k = transposed ? a->rows : a->columns;
-  bool sound =
-      simt_has_products && asked > 0 && b->rows == k && out->rows == m && out->columns == b->columns && c->rows == m;
+  bool sound = simt_has_products && requested > 0 && b->rows == k && out->rows == m && out->columns == b->columns &&
+               c->rows == m;
   for (const auto* l : {a, b, out}) sound = sound && l->stride >= static_cast<int64_t>(l->rows) && l->type == a->type;
   if (simt_is(*d, CUBLASLT_EPILOGUE_BIAS) || simt_is(*d, CUBLASLT_EPILOGUE_DGELU_BGRAD))
     sound = sound && d->bias != nullptr;
@@ -187,7 +187,7 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// GELU by tanh over z, and its derivative.
+// gelu(z) / z and gelu'(z), for tanh GELU.
 inline std::pair<double, double> simt_gelu(double z) {
   const double root = std::sqrt(2 / M_PI), t = std::tanh(root * (z + 0.044715 * z * z * z));
   return {0.5 * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * root * (1 + 3 * 0.044715 * z * z)};
@@ -214,7 +214,7 @@ void simt_multiply(
       for (uint64_t l = 0; l < lb.rows; ++l) {
         y += double{static_cast<float>(a[transposed ? l + i * la.stride : i + l * la.stride])} *
              double{static_cast<float>(b[l + j * lb.stride])};
-        if (rounds && l % 4 == 3) y = static_cast<float>(to(y));  // cut along K, and put together where it may be
+        if (rounds && l % 4 == 3) y = static_cast<float>(to(y));  // a split along K whose partial sums are rounded
       }
       if (simt_is(d, CUBLASLT_EPILOGUE_BIAS)) y += static_cast<float>(bias[i]);
       if (simt_is(d, CUBLASLT_EPILOGUE_GELU_AUX)) aux[i + j * d.aux_stride] = to(y);

@@ -1,8 +1,7 @@
-// The names of csrc/cuda/device.cuh with a meaning for the host: what they do to simt::Machine.
+// The host versions of the functions in csrc/cuda/device.cuh. They act on simt::Machine.
 //
-// Matrix instructions are written from the figures of the PTX ISA (sections "mma" and "ldmatrix"), not from what the
-// kernels expect of them; their sums are truncated as tensor cores truncate them. The place for TMA, mbarrier and wgmma
-// is here too, once kernels use them.
+// The matrix instructions are implemented from the figures of the PTX ISA (sections "mma" and "ldmatrix"), not from
+// what the kernels expect. Their sums are truncated as tensor cores truncate them.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -66,9 +65,9 @@ inline float float_of(uint32_t bits) {
 
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.0f * x : x; }
 inline float multiply_rounded(float a, float b) { return a * b; }
-// With SIMT_INEXACT up to 2 ulp beside the exact result, a pure function of the argument, as the GPU's units (MUFU)
-// are. 1 and other powers of two stay, as do 0 and infinity.
-inline float of_unit(float exact, float x) {
+// With SIMT_INEXACT the result is up to 2 ulp away from the exact one, as that of the GPU's MUFU unit. The error is a
+// pure function of the argument. 0, infinity and powers of two stay exact.
+inline float mufu(float exact, float x) {
 #ifdef SIMT_INEXACT
   const uint32_t mixed = (bits_of(x) ^ bits_of(x) >> 15) * 2654435761u, mantissa = bits_of(exact) & 0x7FFFFFu;
   if (std::isnormal(exact) && mantissa >= 2 && mantissa < 0x7FFFFEu)
@@ -76,8 +75,8 @@ inline float of_unit(float exact, float x) {
 #endif
   return flushed(exact);
 }
-inline float exp2_fast(float x) { return of_unit(std::exp2(flushed(x)), x); }
-inline float rsqrt_fast(float x) { return of_unit(1.0f / std::sqrt(flushed(x)), x); }
+inline float exp2_fast(float x) { return mufu(std::exp2(flushed(x)), x); }
+inline float rsqrt_fast(float x) { return mufu(1.0f / std::sqrt(flushed(x)), x); }
 
 struct Fast {
   static float exp2(float x) { return exp2_fast(x); }
@@ -86,7 +85,7 @@ struct Fast {
 
 // ---- global memory ----
 
-// A pointer that knows its tensor.
+// A pointer with the bounds of its tensor.
 template <typename T>
 class Global {
  public:
@@ -97,7 +96,7 @@ class Global {
     return other + (at_ - reinterpret_cast<intptr_t>(begin_)) / static_cast<int64_t>(sizeof(T));
   }
   explicit operator bool() const { return begin_ != nullptr; }
-  // No pointer arithmetic of the host's: an address outside is one only once it is used.
+  // Integer arithmetic: computing an address outside the tensor is allowed, accessing it is a fault.
   Global operator+(int64_t n) const {
     Global moved = *this;
     moved.at_ += n * static_cast<int64_t>(sizeof(T));
@@ -150,7 +149,7 @@ inline void store_vector(Global<T> p, const Vector<T, N>& value) {
   std::memcpy(p.touch(N, Access::WRITE), &value, sizeof(value));
 }
 template <typename T>
-inline Global<T> behind(Global<T> p, uint32_t count, uint32_t size) {
+inline Global<T> advance(Global<T> p, uint32_t count, uint32_t size) {
   return p + static_cast<int64_t>(uint64_t{count} * size / sizeof(T));
 }
 inline void atomic_add(Global<float> p, float value) { *p.touch(1, Access::ADD) += value; }
@@ -166,7 +165,7 @@ using SharedAddress = uint32_t;
 
 inline SharedAddress shared_memory() { return Machine::SHARED_BEGIN; }
 template <typename T>
-inline T made_anew(T a) {
+inline T opaque(T a) {
   return a;
 }
 
@@ -186,9 +185,9 @@ inline void store_shared(SharedAddress a, const T& value) {
 }
 
 template <typename T>
-inline void copy_async(SharedAddress to, Global<T> from, bool wanted = true) {
+inline void copy_async(SharedAddress to, Global<T> from, bool valid = true) {
   constexpr int COUNT = 16 / sizeof(T);
-  Machine::get().copy(to, wanted ? from.touch(COUNT, Access::READ) : nullptr);
+  Machine::get().copy(to, valid ? from.touch(COUNT, Access::READ) : nullptr);
 }
 inline void commit_copies() { Machine::get().commit(); }
 template <int N>
@@ -196,16 +195,16 @@ inline void wait_copies() {
   Machine::get().wait_for_copies(N);
 }
 
-// ---- the matrix units ----
+// ---- tensor cores ----
 
 inline void load_matrices_as(uint32_t (&r)[4], SharedAddress row, bool transposed, const char* name) {
-  // Each lane reads its own row; the elements are then handed out.
+  // Each lane reads its own row. The warp then distributes the elements.
   struct Slot {
     uint16_t row[8];
     uint32_t r[4];
   } mine{};
   std::memcpy(mine.row, Machine::get().shared(Machine::get().self().rank, row, 16, Access::READ), 16);
-  mine = Machine::get().together(name, mine, [&](Slot** lanes) {
+  mine = Machine::get().warp_operation(name, mine, [&](Slot** lanes) {
     for (int l = 0; l < WARP; ++l)
       for (int i = 0; i < 4; ++i) {
         const auto element = [&](int y, int x) -> uint32_t { return lanes[8 * i + y]->row[x]; };
@@ -225,10 +224,10 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
-// c plus products as a tensor core adds them (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor
-// cores", PeerJ CS 7:e330, 2021; Ootomo, Yokota, IJHPCA 36(4), 2022): the terms of one addition are aligned to the
-// largest exponent and truncated, and so is their sum. An addition has c and as many products as 16 bytes of a row
-// hold, as on an A100; 25 bits of a term are kept, the fewest that were found there.
+// Adds products to c as a tensor core does (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor
+// cores", PeerJ CS 7:e330, 2021; Ootomo, Yokota, IJHPCA 36(4), 2022). The terms of one addition are aligned to the
+// largest exponent and truncated, and so is their sum. As on an A100, one addition takes c and the products of 16 bytes
+// of a row. 25 bits of a term are kept, the smallest number that these papers found.
 template <int K, int TERMS>
 inline float tensor_core_sum(double c, const double (&products)[K]) {
   constexpr int BITS = 25;
@@ -255,12 +254,12 @@ inline float tensor_core_sum(double c, const double (&products)[K]) {
   return static_cast<float>(c);
 }
 
-// c += a b for matrices of 16×K and K×8; `a_at` and `b_at` say which element a lane's register (and half of it) holds.
+// c += a b for matrices of 16×K and K×8. value(bits, h) is element h of a register.
 template <int K, int PER_REGISTER, typename Value>
 inline void multiply_add_as(
     float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* name, Value value) {
   const Fragments mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  const Fragments result = Machine::get().together(name, mine, [&](Fragments** lanes) {
+  const Fragments result = Machine::get().warp_operation(name, mine, [&](Fragments** lanes) {
     float left[16][K], right[K][8];
     for (int l = 0; l < WARP; ++l) {
       const int group = l >> 2, in_group = l % 4;
@@ -317,7 +316,7 @@ inline T shuffle_xor(T value, int mask) {
     T value;
     int mask;
   };
-  const Slot result = Machine::get().together("a shuffle", Slot{value, mask}, [&](Slot** lanes) {
+  const Slot result = Machine::get().warp_operation("a shuffle", Slot{value, mask}, [&](Slot** lanes) {
     T all[WARP];
     for (int l = 0; l < WARP; ++l) all[l] = lanes[l]->value;
     for (int l = 0; l < WARP; ++l) {
@@ -328,22 +327,22 @@ inline T shuffle_xor(T value, int mask) {
   });
   return result.value;
 }
-inline int same_in_warp(int x) {
-  return Machine::get().together("a shuffle from lane 0", x, [&](int** lanes) {
+inline int warp_uniform(int x) {
+  return Machine::get().warp_operation("a shuffle from lane 0", x, [&](int** lanes) {
     for (int l = 1; l < WARP; ++l) *lanes[l] = *lanes[0];
   });
 }
 inline bool any_lane(bool x) {
-  return Machine::get().together("a vote", x, [&](bool** lanes) {
+  return Machine::get().warp_operation("a vote", x, [&](bool** lanes) {
     bool any = false;
     for (int l = 0; l < WARP; ++l) any |= *lanes[l];
     for (int l = 0; l < WARP; ++l) *lanes[l] = any;
   });
 }
 
-// ---- the host's side ----
+// ---- host side ----
 
-// cuBLASLt's functions are those of the header beside this one.
+// The functions of cublasLt.h in this folder.
 #define FASTGPT_CUBLASLT(name) decltype(&cublasLt##name) name = &cublasLt##name
 
 class Device {

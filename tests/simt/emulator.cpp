@@ -1,4 +1,4 @@
-// What Python asks of the emulator.
+// The C functions that Python calls.
 #include "machine.h"
 
 extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) { simt::Machine::get().seed = seed; }

@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU: csrc/cuda compiled by the host's compiler against the emulator in this folder.
+"""The CUDA kernels on the CPU: csrc/cuda, compiled by g++ against the emulator in this folder. Only for tests.
 
-For tests alone. Inside `running()` the backend "cuda" takes CPU tensors, whose ops are then those of the emulator; what
-it finds wrong with a kernel is a RuntimeError that begins with "simt:".
+Inside `running()` the backend "cuda" accepts CPU tensors and runs their ops in the emulator. A fault in a kernel raises
+a RuntimeError that begins with "simt:".
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ SOURCES = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
 FLAGS = (
     *("-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-Wno-unknown-pragmas"),
-    # A register array has bounds too; what is outside of one ends the process, with a sentence.
+    # Checks the bounds of register arrays. An access outside ends the process with a message.
     *("-fsanitize=bounds", "-fno-sanitize-recover=bounds"),
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{FOLDER}", f"-isystem{TORCH}/include"),
 )
 EXACT = ("-ffp-contract=off",)
-# As nvcc contracts multiplications and additions, and the GPU approximates exponentials and reciprocal roots.
+# Contracts multiplications and additions, as nvcc does, and approximates exponentials and reciprocal roots, as GPUs do.
 INEXACT = ("-mfma", "-ffp-contract=fast", "-DSIMT_INEXACT")
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """A GPU to emulate: KiB of shared memory that a block may have, clusters, arithmetic."""
+    """A GPU to emulate: KiB of shared memory per block, clusters, arithmetic."""
 
     shared: int
     clusters: bool
@@ -59,7 +59,7 @@ _chosen = ["h100"]  # the profile
 
 
 def problem() -> str:
-    """Why kernels cannot be emulated here, or nothing."""
+    """Return why kernels cannot be emulated on this machine, or an empty string."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return "the emulator switches stacks in x86-64 assembly"
     if shutil.which("g++") is None:
@@ -68,30 +68,30 @@ def problem() -> str:
 
 
 def profile() -> Profile:
-    """The GPU that is emulated."""
+    """Return the emulated GPU."""
     return PROFILES[_chosen[0]]
 
 
 def choose(profile: str) -> None:
-    """Emulate the GPU of that name in `PROFILES` from now on; before the library of this process is loaded."""
+    """Emulate this GPU of `PROFILES` from now on. Other arithmetic must be chosen before the library is loaded."""
     assert PROFILES[profile].flags == PROFILES[_chosen[0]].flags or not library.cache_info().currsize
     _chosen[0] = profile
 
 
 def build(folder: Path, sources: list[Path], flags: tuple[str, ...] = EXACT) -> Path:
-    """Compiles what has changed; returns the library.
+    """Compile the sources that have changed and return the path of the library.
 
     Raises:
-        RuntimeError: the compiler refuses a source; its words are in the message.
+        RuntimeError: A source does not compile. The message has the output of the compiler.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several test processes one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)  # only one test process builds at a time
         return _build(folder, sources, flags)
 
 
 def _with_checked_bounds(folder: Path, source: Path) -> Path:
-    """A copy of a source and the headers beside it whose kernels check their launch bounds first."""
+    """Copy a source and its headers, and make their kernels check their launch bounds."""
     copies = folder / "sources"
     for path in (
         source,
@@ -136,7 +136,7 @@ def _build(folder: Path, sources: list[Path], more: tuple[str, ...]) -> Path:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """All of csrc/cuda, compiled at the first call of a process and registered for CPU tensors."""
+    """Return the library of all csrc/cuda sources, registered for CPU tensors. The first call compiles it."""
     flags = PROFILES[_chosen[0]].flags
     folder = ROOT / "build" / ("simt" if flags == EXACT else "simt-inexact")
     path = build(folder, [FOLDER / "emulator.cpp", *sorted(SOURCES.glob("*.cu"))], flags)
@@ -145,19 +145,19 @@ def library() -> ctypes.CDLL:
 
 
 def seed(number: int) -> None:
-    """Of the order in which warps run in the next launches."""
+    """Set the seed of the order in which warps run."""
     library().simt_seed(ctypes.c_uint64(number % 2**64))
 
 
 def launches() -> int:
-    """How many kernels have run in this process."""
+    """Return the number of kernel launches in this process."""
     library().simt_launches.restype = ctypes.c_uint64
     return int(library().simt_launches())
 
 
 @contextlib.contextmanager
 def running(profile: str | None = None) -> Iterator[Profile]:
-    """The backend "cuda" serves CPU tensors, on the GPU of that name in `PROFILES` or else the chosen one: this one."""
+    """Let the backend "cuda" accept CPU tensors. Emulates a GPU of `PROFILES`, by default the chosen one."""
     before = _chosen[0]
     choose(profile or before)
     gpu = PROFILES[_chosen[0]]

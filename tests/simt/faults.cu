@@ -1,4 +1,4 @@
-// Kernels with one fault each, which the emulator must find; tests/simt/test_simt.py has the sentences.
+// Kernels with one fault each, which the emulator must find. The expected messages are in test_simt.py.
 #include "cases.h"
 
 namespace fastgpt {
@@ -7,7 +7,7 @@ namespace {
 float number(int i) { return static_cast<float>(i); }
 SharedAddress place(int i) { return shared_memory() + 4 * i; }
 
-// ---- places ----
+// ---- addresses ----
 
 void past_a_tensor(In in, Out out) { store(out + thread(), load(in + (thread() + 1))); }
 void before_a_tensor(In in, Out out) { store(out + (thread() - 1), load(in + thread())); }
@@ -87,7 +87,7 @@ void copy_of_the_last_group_read(In in, Out out) {
   copy_async(own() + 16 * threads(), in);
   commit_copies();
   wait_copies<1>();
-  store(out + thread(), load_shared<float>(own()));  // landed
+  store(out + thread(), load_shared<float>(own()));  // complete
   store(out + thread(), load_shared<float>(own() + 16 * threads()));
 }
 void copy_never_committed(In in, Out out) {
@@ -112,12 +112,12 @@ void write_over_a_copy(In in, Out) {
   commit_copies();
   store_shared(own(), 1.0f);
 }
-void copy_left_on_its_way(In in, Out) {
+void copy_left_in_flight(In in, Out) {
   copy_async(own(), in);
   commit_copies();
 }
 
-// ---- together ----
+// ---- barriers and warp-wide operations ----
 
 void barrier_for_some(In, Out) {
   if (warp() == 0) sync_block();
@@ -131,10 +131,10 @@ void one_lane_has_ended(In, Out) {
   if (lane() == 7) return;
   shuffle_xor(1, 1);
 }
-void lanes_at_different_things(In, Out) { lane() < 16 ? static_cast<void>(shuffle_xor(1, 1)) : sync_warp(); }
+void lanes_at_different_operations(In, Out) { lane() < 16 ? static_cast<void>(shuffle_xor(1, 1)) : sync_warp(); }
 void lanes_at_different_barriers(In, Out) { sync_named(lane() < 16 ? 1 : 2, 32); }
 void barrier_of_two_counts(In, Out) { sync_named(1, warp() == 0 ? 64 : 96); }
-void barrier_that_is_none(In, Out) { sync_named(16, 64); }
+void barrier_out_of_range(In, Out) { sync_named(16, 64); }
 void barrier_of_half_a_warp(In, Out) { sync_named(1, 48); }
 void shuffle_from_nowhere(In, Out) { shuffle_xor(1, 32); }
 
@@ -199,14 +199,14 @@ const Case CASES[] = {
      run<copy_seen_by_others_without_a_barrier>},
     {"copy over what is read", {.threads = 64, .shared = 1024}, run<copy_over_what_is_read>},
     {"write over a copy", {.threads = 32, .shared = 512}, run<write_over_a_copy>},
-    {"copy left on its way", {.threads = 32, .shared = 512}, run<copy_left_on_its_way>},
+    {"copy left in flight", {.threads = 32, .shared = 512}, run<copy_left_in_flight>},
     {"barrier for some", {.x = 2, .threads = 96}, run<barrier_for_some>},
     {"one warp has ended", {.threads = 64}, run<one_warp_has_ended>},
     {"one lane has ended", {.threads = 32}, run<one_lane_has_ended>},
-    {"lanes at different things", {.threads = 32}, run<lanes_at_different_things>},
+    {"lanes at different operations", {.threads = 32}, run<lanes_at_different_operations>},
     {"lanes at different barriers", {.threads = 32}, run<lanes_at_different_barriers>},
     {"barrier of two counts", {.threads = 96}, run<barrier_of_two_counts>},
-    {"barrier that is none", {.threads = 64}, run<barrier_that_is_none>},
+    {"barrier out of range", {.threads = 64}, run<barrier_out_of_range>},
     {"barrier of half a warp", {.threads = 64}, run<barrier_of_half_a_warp>},
     {"shuffle from nowhere", {.threads = 32}, run<shuffle_from_nowhere>},
     {"blocks write one place", {.x = 2, .threads = 32}, run<blocks_write_one_place>},

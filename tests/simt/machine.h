@@ -1,110 +1,59 @@
-// A machine of threads, warps, blocks and clusters on one thread of the host, that checks what kernels do.
+// The emulated machine: threads, warps, blocks and clusters on one thread of the host, with checks of every access.
 //
-// Each CUDA thread is a fiber. Warps take turns in a random order that a seed decides; a fiber runs until it waits for
-// others: for the lanes of its warp at what a warp does together, for a barrier. Clusters run one after another, the
-// blocks of one together. A fault ends the launch with a sentence:
-//   - a launch that CUDA would refuse;
-//   - an access outside a tensor or outside the block's shared memory, or not aligned to its size;
-//   - a read of shared memory that no one has written, or a touch where an asynchronous copy is on its way; copies that
-//     were never waited for;
-//   - a race: two accesses of one location, one of them a write, that no barrier puts in an order. Of global memory:
-//     a location that one thread writes and another touches in the same launch, unless both add atomically;
-//   - another block's shared memory touched when that block may have ended;
-//   - a deadlock, with who waits for what; lanes of a warp that do different things together.
+// Each CUDA thread is a fiber. Warps run in a random order, which a seed determines. A fiber runs until it waits: for
+// the lanes of its warp at a warp-wide operation, or at a barrier. Clusters run one after another, the blocks of a
+// cluster concurrently. A fault ends the launch with a message:
+//   - a launch that CUDA would refuse
+//   - an access outside a tensor or outside the block's shared memory, or not aligned to its size
+//   - a read of shared memory that was never written
+//   - an access where an asynchronous copy is in flight, and copies that are never waited for
+//   - a race: two accesses of one location, at least one of them a write, that no barrier orders. For global memory: a
+//     location that one thread writes and another accesses in the same launch, unless both add atomically
+//   - an access of the shared memory of another block that may have ended
+//   - a deadlock, with the list of who waits for what, and lanes of a warp that reach different warp-wide operations
 //
-// Stricter than the hardware: at every barrier the lanes of a warp have to come all, which those that have ended
-// cannot. What it does not see: how long anything takes, and values that two lanes would need from one register.
+// The emulator is stricter than the hardware: all lanes of a warp must reach every barrier, so no lane may have ended.
+// It does not model time.
 #pragma once
-
-#include <sys/mman.h>
 
 #include <functional>
 #include <map>
 #include <mutex>
 #include <random>
 
-#include "memory.h"
+#include "fibers.h"
 
 namespace simt {
 
-// ---- fibers ----
+// ---- state of a cluster ----
 
-// Saves the registers that a call must keep on the stack of `from`, and goes on with the stack `to`.
-extern "C" void simt_switch(void** from, void* to);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.weak simt_switch
-.type simt_switch, @function
-simt_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size simt_switch, .-simt_switch
-)");
-#else
-#error "the SIMT emulator switches stacks in x86-64 assembly; add the same few lines for this machine"
-#endif
-
-// Stacks are kept for the next launch. Below each lies a page that no one may touch: who needs more dies there.
-class Stacks {
- public:
-  static constexpr size_t BYTES = 128 << 10, GUARD = 4096;
-
-  void* take() {
-    if (free_.empty()) {
-      void* fresh = mmap(nullptr, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (fresh == MAP_FAILED || mprotect(fresh, GUARD, PROT_NONE)) fault("no memory for a thread's stack");
-      return fresh;
-    }
-    void* kept = free_.back();
-    free_.pop_back();
-    return kept;
-  }
-  void give_back(void* stack) { free_.push_back(stack); }
-
- private:
-  std::vector<void*> free_;
-};
-
+// An asynchronous copy of 16 bytes.
 struct Copy {
   uint32_t to;
   const void* from;  // null: zeros
 };
 
-struct Thread : Who {
+struct Thread : ThreadId {
   void* stack = nullptr;
   void* stack_pointer = nullptr;
   const char* waits_for = nullptr;  // null while it can run
-  int barrier = 0, count = 0;       // where that is a named one
+  int barrier = 0, count = 0;       // of the named barrier that it waits for
   bool done = false;
-  std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last one is open
+  std::vector<std::vector<Copy>> groups;  // of asynchronous copies; the last group is open
 };
 
-// What lanes do together: each leaves a value, the last to come works on all of them.
+// A warp-wide operation: each lane stores a value, and the last lane to arrive processes all of them.
 struct Warp {
   static constexpr size_t SLOT = 64;
   alignas(16) unsigned char slots[WARP][SLOT];
-  const char* meeting = nullptr;
+  const char* operation = nullptr;
   int arrived = 0, running = 0;
   std::vector<Thread*> lanes;
 };
 
 struct Barrier {
-  int count = 0;           // of threads that it is for this time
-  std::vector<int> warps;  // that wait there
+  int count = 0;           // threads of the current use
+  std::vector<int> warps;  // that have arrived
 };
 
 struct Block {
@@ -128,10 +77,10 @@ class Machine {
     int64_t x, y, z;
     int threads, shared, cluster;
   };
-  // Where a block's dynamic shared memory begins: from sm_90 on the first KiB is the system's.
+  // The address of the dynamic shared memory. Since sm_90 the first KiB is reserved for the system.
   static constexpr uint32_t SHARED_BEGIN = 1024;
 
-  // The GPU that is emulated: bytes of shared memory that a block may have, and whether blocks form clusters.
+  // The emulated GPU: bytes of shared memory per block, and whether it has clusters.
   struct {
     int shared_bytes = 227 << 10;
     bool has_clusters = true;
@@ -158,24 +107,24 @@ class Machine {
     if (!problem_.empty()) throw std::runtime_error(std::string("simt: ") + name + ": " + problem_);
   }
 
-  // -- of the running thread --
+  // -- operations of the running thread --
 
   const Thread& self() const { return *self_; }
   const Block& block() const { return blocks_[self_->rank]; }
   const Shape& shape() const { return shape_; }
 
-  // What __launch_bounds__ promises of a kernel: CUDA refuses to launch it with more threads.
+  // Checks __launch_bounds__: CUDA refuses to launch the kernel with more threads.
   void check_launch_bounds(int threads, int = 0) const {
     if (shape_.threads > threads)
       fault("a block of ", shape_.threads, " threads, and its __launch_bounds__ are ", threads);
   }
 
-  // Shared memory of the block with this rank; `size` bytes that are read or written.
+  // Accesses `size` bytes of the shared memory of the block with this rank.
   unsigned char* shared(int rank, uint32_t address, uint32_t size, Access access) {
     if (rank < 0 || rank >= shape_.cluster) fault("block ", rank, " of a cluster of ", shape_.cluster);
     return blocks_[rank].shared.touch(*self_, within_shared(address), size, access);
   }
-  // `size` bytes of global memory at p, which belongs to a tensor from begin to end.
+  // Accesses `size` bytes of global memory at p, in a tensor [begin, end).
   void global(const void* p, size_t size, const void* begin, const void* end, Access access) {
     global_.touch(*self_, p, size, begin, end, access);
   }
@@ -190,18 +139,18 @@ class Machine {
     if (self_->groups.empty()) self_->groups.emplace_back();
     self_->groups.emplace_back();
   }
-  // The copies of all closed groups but the last `left` land now, and not before.
-  void wait_for_copies(int left) {
+  // Completes the copies of all closed groups but the last `remaining`, as late as the hardware could.
+  void wait_for_copies(int remaining) {
     const int closed = static_cast<int>(self_->groups.size()) - 1;
-    for (int g = 0; g < closed - left; ++g) {
+    for (int g = 0; g < closed - remaining; ++g) {
       for (const Copy& c : self_->groups.front()) blocks_[self_->rank].shared.copy_lands(*self_, c.to, c.from);
       self_->groups.erase(self_->groups.begin());
     }
   }
 
-  // What the lanes of a warp do together, `work` on all their values; returns this lane's.
+  // A warp-wide operation: calls `work` with the values of all lanes and returns the value of this lane.
   template <typename T, typename F>
-  T together(const char* what, const T& mine, F&& work) {
+  T warp_operation(const char* what, const T& mine, F&& work) {
     static_assert(sizeof(T) <= Warp::SLOT);
     Warp& w = warps_[self_->warp];
     Thread* const me = self_;
@@ -219,15 +168,16 @@ class Machine {
   }
 
   void sync_warp() {
-    together("__syncwarp", 0, [&](int**) { order_.end_period(self_->warp); });
+    warp_operation("__syncwarp", 0, [&](int**) { order_.end_period(self_->warp); });
   }
-  void sync_block() { meet(self_->rank, 0, shape_.threads, "__syncthreads"); }
+  void sync_block() { barrier(self_->rank, 0, shape_.threads, "__syncthreads"); }
   void sync_named(int number, int count) {
     if (number < 1 || number > 15 || count < WARP || count % WARP || count > shape_.threads)
-      fault("named barrier ", number, " of ", count, " threads, of which a block of ", shape_.threads, " has none");
-    meet(self_->rank, number, count, "named barrier");
+      fault(
+          "named barrier ", number, " of ", count, " threads is not valid in a block of ", shape_.threads, " threads");
+    barrier(self_->rank, number, count, "named barrier");
   }
-  void sync_cluster() { meet(-1, 0, shape_.threads * shape_.cluster, "the cluster's barrier"); }
+  void sync_cluster() { barrier(-1, 0, shape_.threads * shape_.cluster, "the cluster's barrier"); }
 
  private:
   // -- running --
@@ -248,7 +198,7 @@ class Machine {
     return address - SHARED_BEGIN;
   }
 
-  // The blocks from (x, y, z) on that are a cluster; their first thread has the number `first`.
+  // Runs the cluster that starts at block (x, y, z). `first`: the number of its first thread.
   void run_cluster(int64_t x, int64_t y, int64_t z, uint64_t first) {
     const int count = shape_.threads * shape_.cluster, all_warps = count / WARP;
     order_.reset(all_warps);
@@ -292,7 +242,7 @@ class Machine {
     if (!problem_.empty()) throw Fault(problem_);
   }
 
-  // A stack that looks as if its owner had just called simt_switch, from the beginning of `body`.
+  // Prepares a stack as if its fiber had called simt_switch at the start of `body`.
   void prepare(Thread& t) {
     t.stack = stacks_.take();
     void** top = reinterpret_cast<void**>(static_cast<char*>(t.stack) + Stacks::BYTES) - 1;
@@ -302,19 +252,20 @@ class Machine {
     t.stack_pointer = top;
   }
 
-  // The life of a thread. What it throws must not leave its stack.
+  // The main function of a fiber. Exceptions must not leave its stack.
   static void body() {
     Machine& m = get();
     try {
       m.kernel_();
       for (const auto& group : m.self_->groups)
-        if (!group.empty()) fault("it ends while copies are on their way");
+        if (!group.empty()) fault("the thread ends while copies are in flight; wait for them");
       m.blocks_[m.self_->rank].shared.thread_ends();
     } catch (const std::exception& error) {
       const Block& b = m.block();
-      std::ostringstream said;
-      said << "block (" << b.x << ", " << b.y << ", " << b.z << ") thread " << m.self_->index << ": " << error.what();
-      m.problem_ = said.str();
+      std::ostringstream message;
+      message << "block (" << b.x << ", " << b.y << ", " << b.z << ") thread " << m.self_->index << ": "
+              << error.what();
+      m.problem_ = message.str();
     }
     m.self_->done = true;
     --m.live_;
@@ -329,7 +280,7 @@ class Machine {
     --warps_[me->warp].running;
     simt_switch(&me->stack_pointer, scheduler_);
   }
-  // All lanes of a warp that wait.
+  // Wakes all waiting lanes of a warp.
   void wake(int warp) {
     for (Thread* t : warps_[warp].lanes)
       if (t->waits_for) {
@@ -338,35 +289,34 @@ class Machine {
       }
   }
 
-  // Leaves this lane's value where the others find it; whether it is the last of its warp to come.
+  // Stores the value of this lane. Returns whether it is the last lane of its warp to arrive.
   bool last_of_warp(const char* what, const void* mine, size_t size) {
     Warp& w = warps_[self_->warp];
-    if (w.arrived && std::strcmp(w.meeting, what) != 0)
-      fault("lanes of one warp are at ", w.meeting, " and at ", what, " at the same time");
-    w.meeting = what;
+    if (w.arrived && std::strcmp(w.operation, what) != 0)
+      fault("lanes of one warp are at ", w.operation, " and at ", what, " at the same time");
+    w.operation = what;
     std::memcpy(w.slots[self_->lane()], mine, size);
     if (++w.arrived < WARP) return false;
     w.arrived = 0;
     return true;
   }
 
-  // A barrier of a block (number 0: all of it), or with rank -1 the cluster's. A warp comes as a whole.
-  void meet(int rank, int number, int count, const char* what) {
+  // A barrier of a block (number 0: all its threads), or of the cluster (rank -1). A warp arrives as a whole.
+  void barrier(int rank, int number, int count, const char* what) {
     const int mine[2] = {number, count};
     self_->barrier = number, self_->count = count;
     if (last_of_warp(what, mine, sizeof(mine))) {
       const Warp& w = warps_[self_->warp];
       for (int l = 0; l < WARP; ++l)
         if (std::memcmp(w.slots[l], mine, sizeof(mine)) != 0) fault("lanes of one warp are at different barriers");
-      Barrier& barrier = barriers_[{rank, number}];
-      if (barrier.warps.empty()) barrier.count = count;
-      if (barrier.count != count)
-        fault("named barrier ", number, " of ", count, " threads, where others wait for ", barrier.count);
-      barrier.warps.push_back(self_->warp);
-      if (static_cast<int>(barrier.warps.size()) * WARP == count) {
-        order_.meet(barrier.warps);
-        for (int arrived : barrier.warps) wake(arrived);
-        barrier.warps.clear();
+      Barrier& b = barriers_[{rank, number}];
+      if (b.warps.empty()) b.count = count;
+      if (b.count != count) fault("named barrier ", number, " of ", count, " threads, where others wait for ", b.count);
+      b.warps.push_back(self_->warp);
+      if (static_cast<int>(b.warps.size()) * WARP == count) {
+        order_.synchronize(b.warps);
+        for (int arrived : b.warps) wake(arrived);
+        b.warps.clear();
         return;
       }
     }
@@ -375,23 +325,23 @@ class Machine {
 
   std::string deadlock() const {
     const auto state = [](const Thread& t) {
-      std::ostringstream said;
-      said << (t.done ? "have ended" : "wait for ") << (t.done ? "" : t.waits_for);
+      std::ostringstream message;
+      message << (t.done ? "have ended" : "wait for ") << (t.done ? "" : t.waits_for);
       if (!t.done && std::strcmp(t.waits_for, "named barrier") == 0)
-        said << " " << t.barrier << " of " << t.count << " threads";
-      return said.str();
+        message << " " << t.barrier << " of " << t.count << " threads";
+      return message.str();
     };
-    std::ostringstream said;
-    said << "nobody can go on";
+    std::ostringstream message;
+    message << "deadlock: all threads wait or have ended";
     for (size_t first = 0, next; first < threads_.size(); first = next) {
       const Thread& t = threads_[first];
       for (next = first + 1; next < threads_.size(); ++next)
         if (threads_[next].rank != t.rank || state(threads_[next]) != state(t)) break;
       const Block& b = blocks_[t.rank];
-      said << "; block (" << b.x << ", " << b.y << ", " << b.z << ") threads " << t.index << " to "
-           << threads_[next - 1].index << " " << state(t);
+      message << "; block (" << b.x << ", " << b.y << ", " << b.z << ") threads " << t.index << " to "
+              << threads_[next - 1].index << " " << state(t);
     }
-    return said.str();
+    return message.str();
   }
 
   std::mutex mutex_;
@@ -403,7 +353,7 @@ class Machine {
   std::vector<Block> blocks_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
-  std::map<std::pair<int, int>, Barrier> barriers_;  // by a block's rank and a number
+  std::map<std::pair<int, int>, Barrier> barriers_;  // by the rank of the block and the number of the barrier
   GlobalMemory global_;
   Thread* self_ = nullptr;
   void* scheduler_ = nullptr;

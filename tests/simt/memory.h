@@ -1,11 +1,11 @@
-// What the emulated memories remember of those who touched them, and what is wrong about a touch.
+// The emulated memories. They record who accessed them, and check every access.
 //
-// Order is kept by vector clocks, one number a warp: a barrier ends a period of the warps that meet there. An access
-// in period t of warp A is seen by B once B has met, directly or through others, an A whose period t was over. Lanes of
-// one warp are ordered by the same clock: __syncwarp ends a period of theirs, a shuffle or a matrix instruction does
-// not.
+// The order of accesses is tracked by vector clocks with one entry per warp. A barrier ends a period of each warp that
+// waits there. An access in period t of warp A is ordered before an access of warp B if B has since synchronized,
+// directly or through other warps, with A after the end of period t. The same clock orders the lanes of a warp:
+// __syncwarp ends a period, a shuffle or a matrix instruction does not.
 //
-// Two neighbouring bytes are the smallest place: kernels do not write single bytes.
+// The smallest tracked unit is two bytes, because kernels do not write single bytes.
 #pragma once
 
 #include <algorithm>
@@ -29,16 +29,16 @@ struct Fault : std::runtime_error {
 
 template <typename... Parts>
 [[noreturn]] inline void fault(const Parts&... parts) {
-  std::ostringstream said;
-  (said << ... << parts);
-  throw Fault(said.str());
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Fault(message.str());
 }
 
-// A thread, for those who ask who it was.
-struct Who {
-  int index = 0, rank = 0;  // within its block, and that block's within the cluster
-  int warp = 0;             // within the cluster
-  uint64_t number = 0;      // within the grid, from 1 on
+// Identifies a thread.
+struct ThreadId {
+  int index = 0, rank = 0;  // of the thread in its block, of the block in the cluster
+  int warp = 0;             // in the cluster
+  uint64_t number = 0;      // in the grid, starting at 1
   int lane() const { return index % WARP; }
 };
 
@@ -51,11 +51,11 @@ class Clocks {
   }
   int warps() const { return warps_; }
   uint32_t now(int warp) const { return at_[static_cast<size_t>(warp) * warps_ + warp]; }
-  // Whether what `other` did in its period `at` lies before what `warp` does now.
+  // Whether an access of warp `other` in its period `at` is ordered before an access of `warp` now.
   bool seen(int warp, int other, uint32_t at) const { return at_[static_cast<size_t>(warp) * warps_ + other] > at; }
   void end_period(int warp) { ++of(warp, warp); }
-  // The periods of all who meet end; all see what was done in them.
-  void meet(const std::vector<int>& who) {
+  // A barrier of these warps: ends their periods and orders all accesses before the barrier.
+  void synchronize(const std::vector<int>& who) {
     std::vector<uint32_t> all(warps_, 0);
     for (int w : who) {
       end_period(w);
@@ -74,7 +74,7 @@ class Clocks {
 
 class SharedMemory {
  public:
-  // Of the block of this rank in its cluster.
+  // Prepares the memory of the block with this rank in the cluster.
   void reset(int rank, int bytes, int threads, const Clocks& order) {
     rank_ = rank;
     order_ = &order;
@@ -86,21 +86,21 @@ class SharedMemory {
     visits_.assign(order.warps(), 0);
   }
 
-  // `size` bytes that `me` reads or writes; where they are.
-  unsigned char* touch(const Who& me, uint32_t address, uint32_t size, Access access) {
+  // Checks and records an access of `size` bytes by `me`. Returns a pointer to them.
+  unsigned char* touch(const ThreadId& me, uint32_t address, uint32_t size, Access access) {
     check(address, size);
     if (me.rank != rank_) visit(me);
     for (uint32_t c = address / 2; c < (address + size) / 2; ++c) access == Access::READ ? read(me, c) : write(me, c);
     return bytes_.data() + address;
   }
 
-  // An asynchronous copy of 16 bytes sets out, and lands: the emulator lets it land when it is waited for, as late as
-  // possible, while no one may touch the place as soon as it has set out.
-  void copy_begins(const Who& me, uint32_t address) {
+  // The start and the end of an asynchronous copy of 16 bytes. The emulator completes a copy only when it is waited
+  // for, as late as possible. No thread may access the destination between start and end.
+  void copy_begins(const ThreadId& me, uint32_t address) {
     touch(me, address, COPY, Access::WRITE);
-    for (uint32_t c = address / 2; c < (address + COPY) / 2; ++c) cells_[c].state = Cell::ON_ITS_WAY;
+    for (uint32_t c = address / 2; c < (address + COPY) / 2; ++c) cells_[c].state = Cell::IN_FLIGHT;
   }
-  void copy_lands(const Who& me, uint32_t address, const void* from) {
+  void copy_lands(const ThreadId& me, uint32_t address, const void* from) {
     for (uint32_t c = address / 2; c < (address + COPY) / 2; ++c) {
       cells_[c].state = Cell::WRITTEN;
       cells_[c].written_at = order_->now(me.warp);
@@ -108,27 +108,27 @@ class SharedMemory {
     from ? std::memcpy(&bytes_[address], from, COPY) : std::memset(&bytes_[address], 0, COPY);
   }
 
-  // A thread of the block ends; with the last one its memory is gone, which other blocks of the cluster must not touch
-  // any more, nor may they just by luck have been early enough.
+  // Call it when a thread of the block ends. The memory is released with the last thread. Accesses by other blocks of
+  // the cluster must be ordered before that, not only happen to be earlier.
   void thread_ends() {
     if (--live_) return;
     for (int w = 0; w < order_->warps(); ++w)
       if (visits_[w] && !known_by_the_block(w, visits_[w]))
-        fault("the block ends, and nothing says that warp ", w, " of the cluster has done with its shared memory");
+        fault("the block ends, and no barrier orders the accesses of warp ", w, " of the cluster to its shared memory");
   }
 
  private:
   static constexpr uint32_t COPY = 16;
 
   struct Cell {
-    static constexpr uint8_t NEVER = 0, WRITTEN = 1, ON_ITS_WAY = 2;
+    static constexpr uint8_t NEVER = 0, WRITTEN = 1, IN_FLIGHT = 2;
     uint8_t state = NEVER;
-    bool read = false;  // since it was written; a write that follows one has seen the reads before that, too
+    bool read = false;  // since the last write, which was checked against earlier reads
     uint32_t written_at = 0;
-    const Who* writer = nullptr;
+    const ThreadId* writer = nullptr;
   };
-  static constexpr uint32_t SEVERAL = WARP;  // lanes of a warp have read
-  struct Read {                              // of a cell, the last by a warp; `at` 0: none
+  static constexpr uint32_t SEVERAL = WARP;  // as a lane: several lanes of the warp have read
+  struct Read {                              // the last read of a cell by a warp; `at` 0: none
     uint32_t at = 0, lane = 0;
   };
 
@@ -137,7 +137,7 @@ class SharedMemory {
       fault("an access of ", size, " bytes at byte ", address, " of ", bytes_.size(), " of shared memory");
     if (address % size || size < 2) fault("an access of ", size, " bytes of shared memory that is not aligned");
   }
-  void visit(const Who& me) {
+  void visit(const ThreadId& me) {
     if (!live_) fault("an access of the shared memory of a block that has ended");
     visits_[me.warp] = order_->now(me.warp);
   }
@@ -151,13 +151,13 @@ class SharedMemory {
   [[noreturn]] static void fault_at(uint32_t cell, const Parts&... parts) {
     fault("byte ", 2 * cell, " of shared memory: ", parts...);
   }
-  void check_after_write(const Who& me, uint32_t c, const char* what) const {
+  void check_after_write(const ThreadId& me, uint32_t c, const char* what) const {
     const Cell& cell = cells_[c];
-    if (cell.state == Cell::ON_ITS_WAY) fault_at(c, what, " where an asynchronous copy is on its way");
+    if (cell.state == Cell::IN_FLIGHT) fault_at(c, what, " where an asynchronous copy is in flight");
     if (cell.writer && cell.writer != &me && !order_->seen(me.warp, cell.writer->warp, cell.written_at))
       fault_at(c, what, " races with a write by thread ", cell.writer->index);
   }
-  void read(const Who& me, uint32_t c) {
+  void read(const ThreadId& me, uint32_t c) {
     check_after_write(me, c, "a read");
     if (cells_[c].state == Cell::NEVER) fault_at(c, "a read before any write");
     Read& last = reads_[static_cast<size_t>(c) * order_->warps() + me.warp];
@@ -165,7 +165,7 @@ class SharedMemory {
     cells_[c].read = true;
     last = {now, last.at == now && last.lane != lane ? SEVERAL : lane};
   }
-  void write(const Who& me, uint32_t c) {
+  void write(const ThreadId& me, uint32_t c) {
     check_after_write(me, c, "a write");
     for (int w = 0; cells_[c].read && w < order_->warps(); ++w) {
       const Read& last = reads_[static_cast<size_t>(c) * order_->warps() + w];
@@ -181,13 +181,13 @@ class SharedMemory {
   std::vector<unsigned char> bytes_;
   std::vector<Cell> cells_;
   std::vector<Read> reads_;       // cells × warps of the cluster
-  std::vector<uint32_t> visits_;  // the last period in which a warp of another block was here
+  std::vector<uint32_t> visits_;  // the last period in which a warp of another block accessed this memory
 };
 
 // ---- global memory, during one launch ----
 //
-// No order between the threads of a grid is known here, not even that of a block's barrier: no kernel hands anything
-// from thread to thread through global memory.
+// Threads of a grid count as unordered here, even after a barrier of their block: no kernel passes data between threads
+// through global memory.
 class GlobalMemory {
  public:
   void reset() {
@@ -195,8 +195,8 @@ class GlobalMemory {
     last_page_ = nullptr;
   }
 
-  // `size` bytes at p, which belongs to a tensor from begin to end.
-  void touch(const Who& me, const void* p, size_t size, const void* begin, const void* end, Access access) {
+  // Checks and records an access of `size` bytes at p, in a tensor [begin, end).
+  void touch(const ThreadId& me, const void* p, size_t size, const void* begin, const void* end, Access access) {
     const uintptr_t at = reinterpret_cast<uintptr_t>(p), first = reinterpret_cast<uintptr_t>(begin);
     const uintptr_t last = reinterpret_cast<uintptr_t>(end);
     if (at < first || at + size > last)
@@ -215,7 +215,7 @@ class GlobalMemory {
  private:
   static constexpr size_t PAGE = 2048;
   static constexpr uint64_t MANY = ~uint64_t{0};
-  struct Cell {  // a thread's number, or 0 for none, or MANY
+  struct Cell {  // the number of a thread, 0 for none, or MANY
     uint64_t writer = 0, reader = 0, adder = 0;
   };
 

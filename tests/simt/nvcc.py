@@ -1,6 +1,6 @@
-"""The small kernels of sound.cu compiled for GPUs, so that one can be asked whether it agrees with the emulator.
+"""The kernels of sound.cu, compiled for GPUs, to compare a GPU with the emulator.
 
-python -m tests.simt.nvcc sm_90a    compile them, to be carried to a GPU machine without nvcc
+python -m tests.simt.nvcc sm_90a    compile them for a GPU machine without nvcc
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ LIBRARY = ROOT / "build" / "primitives" / "primitives.so"
 
 
 def build(library: Path, architecture: str) -> None:
-    """Compile for "sm_90a" and the like.
+    """Compile for an architecture such as "sm_90a".
 
     Raises:
-        RuntimeError: there is no nvcc, or it refuses the source; its words are in the message.
+        RuntimeError: nvcc is missing or fails. The message has its output.
     """
     if problem := cubins.problem():
         raise RuntimeError(problem)
@@ -40,10 +40,10 @@ def build(library: Path, architecture: str) -> None:
 
 
 def load() -> ctypes.CDLL:
-    """The library for this machine's GPU, compiled unless it is there."""
+    """Load the library for the GPU of this machine. Compiles it if it does not exist."""
     if not LIBRARY.exists():
         build(LIBRARY, "sm_{}{}".format(*torch.cuda.get_device_capability()))
-    # Whose functions it names, but is not linked to.
+    # The library uses functions of these two, but is not linked to them.
     for name in ("torch_cpu", "torch_cuda"):
         ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"lib{name}.so"), mode=ctypes.RTLD_GLOBAL)
     return ctypes.CDLL(str(LIBRARY))

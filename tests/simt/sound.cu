@@ -1,5 +1,5 @@
-// Kernels that are right, as the emulator must find them too; tests/simt/test_simt.py computes the same another way.
-// nvcc compiles them as well, so that a GPU can be asked whether it agrees (tests/ops/test_primitives_cuda.py).
+// Correct kernels, in which the emulator must not find a fault. test_simt.py computes the expected results in PyTorch.
+// nvcc compiles them too, so that a GPU can be compared with the emulator (test_primitives_cuda.py).
 #include "cases.h"
 
 namespace fastgpt {
@@ -9,7 +9,7 @@ __device__ SharedAddress place(int i) { return shared_memory() + 4 * i; }
 
 // ---- through shared memory ----
 
-// Of every block the sum, in each of its threads.
+// Writes the sum of a block to each of its threads.
 __global__ void block_sum(In in, Out out) {
   const int64_t own = int64_t{block_x()} * threads() + thread();
   float sum = load(in + own);
@@ -19,7 +19,7 @@ __global__ void block_sum(In in, Out out) {
   float total = 0;
   for (int w = 0; w < threads() / WARP; ++w) total += load_shared<float>(place(w));
   sync_block();
-  if (lane() == 0) store_shared(place(warp()), total);  // whoever reads the sums has done so
+  if (lane() == 0) store_shared(place(warp()), total);  // all threads have read the sums
   sync_warp();
   store(out + own, load_shared<float>(place(warp())));
 }
@@ -35,8 +35,8 @@ __global__ void lanes_reversed(In in, Out out) {
   }
 }
 
-// Half of the warps hand to the other half, tile by tile through two places, by named barriers alone: 1 + s says that
-// place s is full, 3 + s that it is empty.
+// Half of the warps pass tiles to the other half through two stages. Only named barriers synchronize them: barrier 1 +
+// s means that stage s is full, barrier 3 + s that it is empty.
 __global__ void producers_and_consumers(In in, Out out) {
   const int half = threads() / 2, own = thread() % half;
   constexpr int TILES = 5;
@@ -50,13 +50,13 @@ __global__ void producers_and_consumers(In in, Out out) {
     } else {
       sync_named(1 + s, threads());
       sum += load_shared<float>(place(s * half + (own ^ 33)));
-      if (i >= 1 && i + 1 < TILES) sync_named(3 + (1 - s), threads());  // of the tile before
+      if (i >= 1 && i + 1 < TILES) sync_named(3 + (1 - s), threads());  // the stage of the previous tile
     }
   }
   if (thread() >= half) store(out + own, sum);
 }
 
-// Sums over tiles that are copied while the one before is summed.
+// Sums tiles. The next tile is copied while the current one is summed.
 __global__ void copies_in_two_stages(In in, Out out) {
   constexpr int TILES = 6;
   const auto fetch = [&](int i) {
@@ -79,7 +79,7 @@ __global__ void copies_in_two_stages(In in, Out out) {
   store(out + thread(), sum);
 }
 
-// The sum over a cluster, in each of its threads.
+// Writes the sum of a cluster to each of its threads.
 __global__ void cluster_sum(In in, Out out) {
   const int64_t own = int64_t{block_x()} * threads() + thread();
   store_shared(place(thread()), load(in + own));
@@ -97,32 +97,32 @@ __global__ void everybody_adds(In in, Out out) {
 
 __global__ void any(In in, Out out) { store(out + thread(), any_lane(load(in + thread()) > 2.0f) ? 1.0f : 0.0f); }
 
-// The order in which the warps come, after a barrier.
+// The order in which the warps continue after a barrier.
 __device__ int turn = 0;
 __global__ void order(In, Out out) {
   sync_block();
   if (lane() == 0) store(out + warp(), static_cast<float>(turn++ % (threads() / WARP)));
 }
 
-// ---- the matrix units: c (16×16) = a (16×16) b (16×16), in, one after the other, a and b ----
+// ---- tensor cores: c (16×16) = a (16×16) b (16×16); the input is a, then b ----
 
 __device__ void store_product(Out out, int right, const float (&c)[4]) {
   const int group = lane() / 4, pair = lane() % 4 * 2;
   for (int i = 0; i < 4; ++i) store(out + ((group + 8 * (i / 2)) * 16 + right + pair + i % 2), c[i]);
 }
 
-// Factors through shared memory, b as it is (DOWN) or transposed.
-template <typename T, bool DOWN>
+// Loads the factors from shared memory. TRANSPOSED: b is stored with k down its columns.
+template <typename T, bool TRANSPOSED>
 __global__ void product(In in, Out out) {
   for (int i = lane(); i < 256; i += WARP) {
     const int row = i / 16, column = i % 16;
     store_shared(shared_memory() + 2 * i, from_float<T>(load(in + i)));
-    store_shared(shared_memory() + 512 + 2 * (DOWN ? i : column * 16 + row), from_float<T>(load(in + (256 + i))));
+    store_shared(shared_memory() + 512 + 2 * (TRANSPOSED ? i : column * 16 + row), from_float<T>(load(in + (256 + i))));
   }
   sync_warp();
   uint32_t a[4], b[4];
   load_matrices(a, shared_memory() + lane() % 16 * 32 + lane() / 16 * 16);
-  if (DOWN)
+  if (TRANSPOSED)
     load_matrices_transposed(b, shared_memory() + 512 + lane() % 16 * 32 + lane() / 16 * 16);
   else
     load_matrices(b, shared_memory() + 512 + (lane() % 8 + lane() / 16 * 8) * 32 + lane() / 8 % 2 * 16);
@@ -133,7 +133,7 @@ __global__ void product(In in, Out out) {
   }
 }
 
-// Factors from where the PTX ISA's figures say that lane g · 4 + t has them.
+// Builds the factors as the figures of the PTX ISA define them for lane 4 g + t.
 template <typename T>
 __global__ void product_by_figures(In in, Out out) {
   const int g = lane() / 4, t = lane() % 4;

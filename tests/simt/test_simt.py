@@ -34,7 +34,7 @@ def run(function, name, into, out):
     return function(name.encode(), *arguments[0], *arguments[1]).decode()
 
 
-# The small faulty kernels of simt/faults.cu and what is said of each; which of several, the order of warps decides.
+# The small faulty kernels of simt/faults.cu and their messages. The order of warps decides which of several occurs.
 FAULTS = {
     "past a tensor": "thread 31: an access of 4 bytes at byte 128 of a tensor of 128 bytes",
     "before a tensor": "thread 0: an access of 4 bytes at byte -4 of a tensor of 256 bytes",
@@ -60,30 +60,30 @@ FAULTS = {
     "lanes overwrite": "a read races with a write by thread 0",
     "matrices overwritten": "a write races with a read by warp 0",
     "barrier of others": ("a read races with a write by thread", "a read before any write"),
-    "copy read before its wait": "a read where an asynchronous copy is on its way",
-    "copy of the last group read": "byte 512 of shared memory: a read where an asynchronous copy is on its way",
-    "copy never committed": "a read where an asynchronous copy is on its way",
+    "copy read before its wait": "a read where an asynchronous copy is in flight",
+    "copy of the last group read": "byte 512 of shared memory: a read where an asynchronous copy is in flight",
+    "copy never committed": "a read where an asynchronous copy is in flight",
     "copy seen by others without a barrier": "a read races with a write by thread 0",
     "copy over what is read": ("a write races with a read by warp 0", "a read races with a write by thread"),
-    "write over a copy": "a write where an asynchronous copy is on its way",
-    "copy left on its way": "it ends while copies are on their way",
+    "write over a copy": "a write where an asynchronous copy is in flight",
+    "copy left in flight": "the thread ends while copies are in flight; wait for them",
     "barrier for some": (
-        "nobody can go on; block (0, 0, 0) threads 0 to 31 wait for __syncthreads; "
+        "deadlock: all threads wait or have ended; block (0, 0, 0) threads 0 to 31 wait for __syncthreads; "
         "block (0, 0, 0) threads 32 to 63 wait for named barrier 3 of 96 threads; "
         "block (0, 0, 0) threads 64 to 95 have ended"
     ),
     "one warp has ended": (
-        "nobody can go on; block (0, 0, 0) threads 0 to 31 wait for __syncthreads; "
+        "deadlock: all threads wait or have ended; block (0, 0, 0) threads 0 to 31 wait for __syncthreads; "
         "block (0, 0, 0) threads 32 to 63 have ended"
     ),
     "one lane has ended": "threads 0 to 6 wait for a shuffle; block (0, 0, 0) threads 7 to 7 have ended",
-    "lanes at different things": "lanes of one warp are at a shuffle and at __syncwarp at the same time",
+    "lanes at different operations": "lanes of one warp are at a shuffle and at __syncwarp at the same time",
     "lanes at different barriers": "lanes of one warp are at different barriers",
     "barrier of two counts": (
         "named barrier 1 of 96 threads, where others wait for 64",
         "named barrier 1 of 64 threads, where others wait for 96",
     ),
-    "barrier that is none": "named barrier 16 of 64 threads, of which a block of 64 has none",
+    "barrier out of range": "named barrier 16 of 64 threads is not valid in a block of 64 threads",
     "barrier of half a warp": "named barrier 1 of 48 threads",
     "shuffle from nowhere": "a shuffle from lane 32",
     "blocks write one place": "block (1, 0, 0) thread 0: global memory that another thread of this launch has written",
@@ -95,7 +95,7 @@ FAULTS = {
     "added and written": "global memory that another thread of this launch has written",
     "cluster reads too early": "a read before any write",
     "cluster ends too early": (
-        "of the cluster has done with its shared memory",
+        "orders the accesses of warp",
         "an access of the shared memory of a block that has ended",
     ),
     "block of no cluster": "block 1 of a cluster of 1",
@@ -260,34 +260,33 @@ UNWRITTEN = r"a read before any write"
 # (case of an op with its rows and columns, file, what stands there, what is planted, what is said of it)
 PLANTED = [
     ("bias_gelu", "gelu.cu", "  sync_block();\n", "", f"{RACE}|{UNWRITTEN}"),
-    ("gelu", "gelu.cu", "if (i + N <= n)", "if (i < n)", OUTSIDE),
-    ("gelu", "gelu.cu", "j = i; j < n;", "j = i; j <= n;", OUTSIDE),
+    ("gelu", "gelu.cu", "if (i + N <= numel)", "if (i < numel)", OUTSIDE),
+    ("gelu", "gelu.cu", "j = i; j < numel;", "j = i; j <= numel;", OUTSIDE),
     ("bias_gelu", "gelu.cu", "if (column < columns) store(partial", "store(partial", f"{OUTSIDE}|another thread"),
     ("bias_gelu", "gelu.cu", "(w * WARP + l + k * THREADS)", "(w * WARP + l + k * WARP)", WRONG),
-    ("add_layer_norm 9 700", "team.cuh", "      sync_named(barrier, threads);", "      ;", f"{RACE}|{UNWRITTEN}"),
-    ("add_layer_norm 3100 290", "add_layer_norm.cu", ", turn ^= 1)", ")", RACE),
-    ("add_layer_norm", "add_layer_norm.cu", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
-    ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is on its way"),
-    ("cross_entropy cluster", "cross_entropy.cu", "    meet(blocks);", "", RACE),
+    ("add_layer_norm 9 700", "row_threads.cuh", "sync_named(barrier, threads);", ";", f"{RACE}|{UNWRITTEN}"),
+    ("add_layer_norm 3100 290", "add_layer_norm.cuh", ", turn ^= 1)", ")", RACE),
+    ("add_layer_norm", "add_layer_norm.cuh", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
+    ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is in flight"),
+    ("cross_entropy cluster", "cross_entropy.cu", "    sync_row(blocks);", "", RACE),
     (
         "cross_entropy cluster", "cross_entropy.cu", "  if (blocks > 1) sync_cluster();  // before", "  // before",
-        "done with its shared memory|a block that has ended",
+        "orders the accesses of warp|a block that has ended",
     ),
     ("cross_entropy", "cross_entropy.cuh", "(columns - head) / N;", "(columns - head) / N + 1;", OUTSIDE),
     ("attention", "attention.cu", "wait_copies<0>();\n    sync_block();", "wait_copies<0>();", f"{RACE}|{UNWRITTEN}"),
-    ("attention", "attention.cu", "wait_copies<0>();\n    sync", "wait_copies<1>();\n    sync", "copy is on its way"),
+    ("attention", "attention.cu", "wait_copies<0>();\n    sync", "wait_copies<1>();\n    sync", "copy is in flight"),
     ("attention", "attention.cuh", "x >= low && x <= high", "x >= low && x < high", WRONG),
     ("attention", "tiles.cuh", "pass * STEP < rows", "pass * STEP <= rows", OUTSIDE),
     ("attention", "tiles.cuh", "+ pass * STEP, chunk() + right)", "+ pass * STEP, (chunk() ^ 1) + right)", WRONG),
-    ("attention", "attention_bwd.cu", "sync_block();\n\n        const SharedAddress down", "const SharedAddress down",
-     f"{RACE}|{UNWRITTEN}"),
-    ("attention", "attention_bwd.cu", "++h)\n            if (!edge || start + y + 8 * h < place.Lq) {",
-     "++h) {", OUTSIDE),
-    ("attention 300 64", "attention_bwd.cu", "work(std::false_type{}, stage, start);\n          arrive();",
-     "work(std::false_type{}, stage, start);\n          wait_copies<0>();", RACE),
+    ("attention", "attention_bwd.cu", "sync_block();\n\n        const SharedAddress grad_lane",
+     "const SharedAddress grad_lane", f"{RACE}|{UNWRITTEN}"),
+    ("attention", "attention_bwd.cuh", "if (!EDGE || start + y + 8 * h < Lq) {", "{", OUTSIDE),
+    ("attention 300 64", "attention_bwd.cu", "stage, start);\n          wait_for_tile();",
+     "stage, start);\n          wait_copies<0>();", RACE),
     ("attention 400 64", "tiles.cuh", "to + i * STEP * Shape::PITCH", "to + i * Shape::PITCH",
-     f"{RACE}|{UNWRITTEN}|way"),
-    ("attention 400 64", "tiles.cuh", "behind(piece, pitch_, STEP * 16)", "behind(piece, pitch_, STEP * 8)", WRONG),
+     f"{RACE}|{UNWRITTEN}|flight"),
+    ("attention 400 64", "tiles.cuh", "advance(piece, pitch_, STEP * 16)", "advance(piece, pitch_, STEP * 8)", WRONG),
 ]  # fmt: skip
 
 

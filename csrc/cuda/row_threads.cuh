@@ -1,11 +1,11 @@
-// The threads that have a row between them: sums over them, and float32 vectors of any width.
+// The threads that share a row: sums over them, and float32 vectors of any width.
 #pragma once
 
 #include "tensors.cuh"
 
 namespace fastgpt {
 
-// N neighbours, at most 16 bytes at once.
+// Loads N neighbours as float32, at most 16 bytes per instruction.
 template <int N, typename T>
 __device__ inline Vector<float, N> load_floats(Global<T> p) {
   constexpr int MOST = 16 / sizeof(T), PART = N < MOST ? N : MOST;
@@ -30,12 +30,12 @@ __device__ inline void add_floats(Global<float> p, const Vector<float, N>& more)
   }
 }
 
-// The threads of a row, whole warps of a block.
-struct Team {
-  int thread, threads, first_warp;
-  int barrier;  // 0 where they are all of the block
+// The threads of a row: whole warps of a block.
+struct RowThreads {
+  int thread, threads, first_warp;  // this thread's index among them, their number, the first warp in the block
+  int barrier;                      // the named barrier, or 0 if they are all threads of the block
 
-  // The sums of x over the threads, in slots of shared memory: COUNT numbers a warp.
+  // Sums each x over the threads. `slots`: shared memory for COUNT numbers per warp.
   template <int COUNT>
   __device__ void sum(float (&x)[COUNT], SharedAddress slots) const {
 #pragma unroll
@@ -46,18 +46,23 @@ struct Team {
     if (lane() == 0)
 #pragma unroll
       for (int c = 0; c < COUNT; ++c) store_shared(slots + 4 * (COUNT * warp() + c), x[c]);
-    if (barrier)
-      sync_named(barrier, threads);
-    else
-      sync_block();
+    sync_row();
 #pragma unroll
     for (int c = 0; c < COUNT; ++c) {
       x[c] = 0;
       for (int w = 0; w < threads / WARP; ++w) x[c] += load_shared<float>(slots + 4 * (COUNT * (first_warp + w) + c));
     }
   }
+
+  // A barrier for the threads of the row.
+  __device__ void sync_row() const {
+    if (barrier)
+      sync_named(barrier, threads);
+    else
+      sync_block();
+  }
 };
 
-constexpr int SLOTS = 4 * 32;  // bytes of shared memory: a number for each warp of a block
+constexpr int SLOTS = 4 * 32;  // bytes of shared memory: a float for each warp of a block
 
 }  // namespace fastgpt
