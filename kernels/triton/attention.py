@@ -1,11 +1,11 @@
 """Scaled dot-product attention, tiled: the (Lq, Lk) scores are never written to memory.
 
-    s_ij = scale q_i.k_j;  softcap: s = c tanh(s / c);  + ALiBi: -slope |i + offset - j|;  + mask
+    s_ij = scale q_i.k_j;  softcap: s = c tanh(s / c);  + ALiBi: -slope |i + diagonal - j|;  + mask
     m_i = max_j s_ij,   l_i = log sum_j exp(s_ij - m_i),   p_ij = exp((s_ij - m_i) - l_i),   out_i = sum_j r_ij p_ij v_j
 
-over the columns i + offset - left <= j <= i + offset + right (-1: no bound), with offset = Lk - Lq if lower_right, else
-0. r is 1, or the dropout mask of philox.py / (1 - dropout_p). A row that sees no column has out = 0, m = -inf and
-l = 0.
+over the columns i + diagonal - left <= j <= i + diagonal + right (-1: no bound), with diagonal = Lk - Lq if
+lower_right, else 0. r is 1, or the dropout mask of philox.py / (1 - dropout_p). A row that sees no column has out = 0,
+m = -inf and l = 0.
 
     delta_i = sum_d out_id dout_id - dlse_i      (= sum_j p_ij dp_ij - dlse_i)
     dv_j = sum_i r_ij p_ij dout_i,   dp_ij = r_ij dout_i.v_j,   ds_ij = p_ij (dp_ij - delta_i)
@@ -66,7 +66,7 @@ from fastgpt.kernels.attention_tiles import (
     block_count,
     block_range_of_rows,
     block_range_within,
-    edge_start,
+    edge_begin,
     first_row,
     head_pointer,
     load_rows,
@@ -120,8 +120,8 @@ def _attention_fwd(
     o_h = i_h.to(tl.int64)
     i_hk = i_h // GROUP
     o_hk = i_hk.to(tl.int64)
-    p_k = head_pointer(p_k, o_b, o_hk, seqlen.begin_k, s_k, DESCRIPTORS)
-    p_v = head_pointer(p_v, o_b, o_hk, seqlen.begin_k, s_v, DESCRIPTORS)
+    p_k = head_pointer(p_k, o_b, o_hk, seqlen.k_begin, s_k, DESCRIPTORS)
+    p_v = head_pointer(p_v, o_b, o_hk, seqlen.k_begin, s_v, DESCRIPTORS)
     mask = Mask(
         None if attn_mask is None else mask_of_head(attn_mask, o_b, o_h),
         None if alibi_slopes is None else alibi_slope_of_head(alibi_slopes, o_b, o_h), left, right,
@@ -136,7 +136,7 @@ def _attention_fwd(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = start_m + o_row
-    p_q = head_pointer(p_q, o_b, o_h, seqlen.begin_q, s_q, DESCRIPTORS)
+    p_q = head_pointer(p_q, o_b, o_h, seqlen.q_begin, s_q, DESCRIPTORS)
     b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_q, seqlen.Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -149,9 +149,9 @@ def _attention_fwd(
         visited = block_range_within(visited, first, first + split_columns, BLOCK_N)
     for EDGE in tl.static_range(2):
         for i in range(0, block_count(visited, EDGE)):
-            start_n = visited.full_start + i * BLOCK_N
+            start_n = visited.full_begin + i * BLOCK_N
             if EDGE:
-                start_n = edge_start(visited, i, BLOCK_N)
+                start_n = edge_begin(visited, i, BLOCK_N)
             o_n = start_n + o_col
             b_k = load_rows(
                 p_k, i_b, i_hk, start_n, o_col, o_d, s_k, seqlen.Lk, D, BLOCK_D, EDGE, DESCRIPTORS
@@ -172,10 +172,10 @@ def _attention_fwd(
 
     b_divisor, b_m, b_l = online_softmax_finish(b_row_max, b_row_sum, exponent_scale)
     b_out = b_out * (keep_scale / b_divisor)[:, None]
-    first_out = seqlen.begin_q + start_m + i_split * seqlen.Lq
+    first_out = seqlen.q_begin + start_m + i_split * seqlen.Lq
     p_out = head_pointer(p_out, o_b, o_h, first_out, s_out, False)
     store_rows(p_out, b_out, o_row, o_dv, s_out, seqlen.Lq - start_m, DV)
-    p_stats += 2 * (first_row(cu_seqlens, o_b, o_h, H, stats_rows, seqlen.begin_q) + i_split * seqlen.Lq)
+    p_stats += 2 * (first_row(cu_seqlens, o_b, o_h, H, stats_rows, seqlen.q_begin) + i_split * seqlen.Lq)
     tl.store(p_stats + 2 * o_m, b_m, mask=o_m < seqlen.Lq)
     tl.store(p_stats + 2 * o_m + 1, b_l, mask=o_m < seqlen.Lq)
 

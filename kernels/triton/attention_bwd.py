@@ -1,7 +1,7 @@
 """The backward of attention; formulas and symbols are those of attention.py.
 
-attention_bwd_preprocess.py first computes m, l and delta of each row. Where one block has all columns (ONE_BLOCK), the
-main kernels compute delta as sum_j p_ij dp_ij instead of a sum over out, which is rounded.
+attention_bwd_preprocess.py first computes m, l and delta of each row. Where one tile has all columns (DELTA_IN_TILE),
+the main kernels compute delta as sum_j p_ij dp_ij instead of a sum over out, which is rounded.
 
 The main kernel has one program per BLOCK_N columns, which walks over the rows. Its tiles are transposed,
 [BLOCK_N, BLOCK_M]: p^T and ds^T are then the left factors of dv += p^T dout and dk += ds^T q as they are in registers,
@@ -52,7 +52,7 @@ from fastgpt.kernels.attention_tiles import (
     block_count,
     block_range_of_columns,
     block_range_of_rows,
-    edge_start,
+    edge_begin,
     first_row,
     head_pointer,
     load_rows,
@@ -81,7 +81,7 @@ def _attention_bwd(
     LOWER_RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     TRANSPOSE_DQ: tl.constexpr,  # compute dq of few rows as (k^T ds)^T
     DEFER_SCALE: tl.constexpr,  # as in the forward
-    ONE_BLOCK: tl.constexpr,  # a block has all columns
+    DELTA_IN_TILE: tl.constexpr,  # a tile has all columns, and delta is summed over them
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
@@ -99,8 +99,8 @@ def _attention_bwd(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_n = start_n + o_col
-    p_k = head_pointer(p_k, o_b, o_hk, seqlen.begin_k, s_k, DESCRIPTORS)
-    p_v = head_pointer(p_v, o_b, o_hk, seqlen.begin_k, s_v, DESCRIPTORS)
+    p_k = head_pointer(p_k, o_b, o_hk, seqlen.k_begin, s_k, DESCRIPTORS)
+    p_v = head_pointer(p_v, o_b, o_hk, seqlen.k_begin, s_v, DESCRIPTORS)
     b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_k, seqlen.Lk, D, BLOCK_D, True, DESCRIPTORS)
     b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_v, seqlen.Lk, DV, BLOCK_DV, True, DESCRIPTORS)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -111,9 +111,9 @@ def _attention_bwd(
     for i_group in range(0, GROUP):
         i_h = i_hk * GROUP + i_group
         o_h = i_h.to(tl.int64)
-        p_q_head = head_pointer(p_q, o_b, o_h, seqlen.begin_q, s_q, DESCRIPTORS)
-        p_grad_head = head_pointer(p_grad, o_b, o_h, seqlen.begin_q, s_grad, DESCRIPTORS)
-        o_line = first_row(cu_seqlens, o_b, o_h, Hk * GROUP, stats_rows, seqlen.begin_q)
+        p_q_head = head_pointer(p_q, o_b, o_h, seqlen.q_begin, s_q, DESCRIPTORS)
+        p_grad_head = head_pointer(p_grad, o_b, o_h, seqlen.q_begin, s_grad, DESCRIPTORS)
+        o_line = first_row(cu_seqlens, o_b, o_h, Hk * GROUP, stats_rows, seqlen.q_begin)
         p_row = p_row_stats + 4 * o_line
         p_dq_head = p_dq
         if p_dq is not None and not DESCRIPTORS:
@@ -123,12 +123,12 @@ def _attention_bwd(
             None if alibi_slopes is None else alibi_slope_of_head(alibi_slopes, o_b, o_h), left, right,
         )  # fmt: skip
         for EDGE in tl.static_range(2):
-            start_m = visited.full_start
+            start_m = visited.full_begin
             # Without licm: addresses computed before a loop would stay in registers and spill.
             count = block_count(visited, EDGE)
             for i in tl.range(0, count, disable_licm=EDGE or (TRANSPOSE_DQ and BLOCK_D > 128)):
                 if EDGE:
-                    start_m = edge_start(visited, i, BLOCK_M)
+                    start_m = edge_begin(visited, i, BLOCK_M)
                 o_m = start_m + o_row
                 b_q = load_rows(
                     p_q_head, i_b, i_h, start_m, o_row, o_d, s_q, seqlen.Lq, D, BLOCK_D, EDGE, DESCRIPTORS
@@ -156,7 +156,7 @@ def _attention_bwd(
                 if dropout is not None:
                     b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
                 b_delta = load_row_stats(p_row + 2, o_m, seqlen.Lq, 0.0, EDGE)  # [BLOCK_M]
-                if ONE_BLOCK:
+                if DELTA_IN_TILE:
                     b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 0)
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 if softcap is not None:
@@ -175,8 +175,8 @@ def _attention_bwd(
                 if not EDGE:
                     start_m += BLOCK_M
 
-    p_dk = head_pointer(p_dk, o_b, o_hk, seqlen.begin_k + start_n, s_dk, False)
-    p_dv = head_pointer(p_dv, o_b, o_hk, seqlen.begin_k + start_n, s_dv, False)
+    p_dk = head_pointer(p_dk, o_b, o_hk, seqlen.k_begin + start_n, s_dk, False)
+    p_dv = head_pointer(p_dv, o_b, o_hk, seqlen.k_begin + start_n, s_dv, False)
     store_rows(p_dk, b_dk * scale, o_col, o_d, s_dk, seqlen.Lk - start_n, D)
     store_rows(p_dv, b_dv, o_col, o_dv, s_dv, seqlen.Lk - start_n, DV)
 
@@ -191,7 +191,7 @@ def _attention_bwd_dq(
     p_dq, s_dq,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     LOWER_RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, DEFER_SCALE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    DELTA_IN_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
     i_block, blocks, i_h, H, i_b = program_ids(folded_heads)
@@ -210,15 +210,15 @@ def _attention_bwd_dq(
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = start_m + o_row
-    p_q = head_pointer(p_q, o_b, o_h, seqlen.begin_q, s_q, DESCRIPTORS)
-    p_grad = head_pointer(p_grad, o_b, o_h, seqlen.begin_q, s_grad, DESCRIPTORS)
-    p_k = head_pointer(p_k, o_b, o_hk, seqlen.begin_k, s_k, DESCRIPTORS)
-    p_v = head_pointer(p_v, o_b, o_hk, seqlen.begin_k, s_v, DESCRIPTORS)
+    p_q = head_pointer(p_q, o_b, o_h, seqlen.q_begin, s_q, DESCRIPTORS)
+    p_grad = head_pointer(p_grad, o_b, o_h, seqlen.q_begin, s_grad, DESCRIPTORS)
+    p_k = head_pointer(p_k, o_b, o_hk, seqlen.k_begin, s_k, DESCRIPTORS)
+    p_v = head_pointer(p_v, o_b, o_hk, seqlen.k_begin, s_v, DESCRIPTORS)
     mask = Mask(
         None if attn_mask is None else mask_of_head(attn_mask, o_b, o_h),
         None if alibi_slopes is None else alibi_slope_of_head(alibi_slopes, o_b, o_h), left, right,
     )  # fmt: skip
-    p_row = p_row_stats + 4 * first_row(cu_seqlens, o_b, o_h, H, stats_rows, seqlen.begin_q)
+    p_row = p_row_stats + 4 * first_row(cu_seqlens, o_b, o_h, H, stats_rows, seqlen.q_begin)
     b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_q, seqlen.Lq, D, BLOCK_D, True, DESCRIPTORS)
     b_grad = load_rows(
         p_grad, i_b, i_h, start_m, o_row, o_dv, s_grad, seqlen.Lq, DV, BLOCK_DV, True, DESCRIPTORS
@@ -234,9 +234,9 @@ def _attention_bwd_dq(
     visited = block_range_of_rows(seqlen, start_m, left, right, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
         for i in range(0, block_count(visited, EDGE)):
-            start_n = visited.full_start + i * BLOCK_N
+            start_n = visited.full_begin + i * BLOCK_N
             if EDGE:
-                start_n = edge_start(visited, i, BLOCK_N)
+                start_n = edge_begin(visited, i, BLOCK_N)
             o_n = start_n + o_col
             b_k = load_rows(
                 p_k, i_b, i_hk, start_n, o_col, o_d, s_k, seqlen.Lk, D, BLOCK_D, EDGE, DESCRIPTORS
@@ -259,14 +259,14 @@ def _attention_bwd_dq(
                 p_seed, keep_scale = dropout
                 b_keep = keep_tile(tl.load(p_seed), dropout_threshold, i_b, i_h, o_m, start_n, BLOCK_N)
                 b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-            if ONE_BLOCK:
+            if DELTA_IN_TILE:
                 b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 1)
             b_ds = b_p * (b_dp - b_delta[:, None])
             if softcap is not None:
                 b_ds *= b_softcap_grad
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
-    p_dq = head_pointer(p_dq, o_b, o_h, seqlen.begin_q + start_m, s_dq, False)
+    p_dq = head_pointer(p_dq, o_b, o_h, seqlen.q_begin + start_m, s_dq, False)
     store_rows(p_dq, b_dq * scale, o_row, o_d, s_dq, seqlen.Lq - start_m, D)
 
 
@@ -330,13 +330,13 @@ def launch_bwd(
     descriptors = DESCRIPTORS_IN_BWD and use_descriptors(packed, q, k, v, grad_out)
     kernels = ("dkv", "dq") if deterministic else ("bwd", "bwd")
     small = [tile_sizes(kernel, q, v, False, descriptors) for kernel in kernels]
-    one_block = max_columns <= min(columns for _, columns, *_ in small)
+    delta_in_tile = max_columns <= min(columns for _, columns, *_ in small)
     # The sum for delta needs registers, which the tiles for calls with options leave free.
     tile, dq_tile = (
-        small if one_block else [tile_sizes(kernel, q, v, options.plain, descriptors) for kernel in kernels]
+        small if delta_in_tile else [tile_sizes(kernel, q, v, options.plain, descriptors) for kernel in kernels]
     )
     with on_device_of(q):
-        row_stats = attention_bwd_preprocess(out[once], grad_out[once], stats[once], grad_lse, one_block)
+        row_stats = attention_bwd_preprocess(out[once], grad_out[once], stats[once], grad_lse, delta_in_tile)
     arguments = (
         row_stats,
         cu_seqlens_of(packed),
@@ -370,7 +370,7 @@ def launch_bwd(
                 DESCRIPTORS=descriptors,
                 TRANSPOSE_DQ=transposes_dq(q, descriptors),
                 DEFER_SCALE=options.defers_scale,
-                ONE_BLOCK=one_block,
+                DELTA_IN_TILE=delta_in_tile,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,
@@ -390,7 +390,7 @@ def launch_bwd(
                 **const,
                 DESCRIPTORS=descriptors,
                 DEFER_SCALE=options.defers_scale,
-                ONE_BLOCK=one_block,
+                DELTA_IN_TILE=delta_in_tile,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,

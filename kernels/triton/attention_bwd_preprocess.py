@@ -2,8 +2,8 @@
 
     m, l in units of log 2, and delta = sum_d out_d dout_d - dlse
 
-or delta = -dlse where the main kernels add the sum (ONE_BLOCK). Why dlse is subtracted: s_ij changes the output through
-p_ij and the log-sum-exp by p_ij, so that ds_ij = p_ij (dp_ij - sum_d out_id dout_id + dlse_i).
+or delta = -dlse where the main kernels add the sum (DELTA_IN_TILE). Why dlse is subtracted: s_ij changes the output
+through p_ij and the log-sum-exp by p_ij, so that ds_ij = p_ij (dp_ij - sum_d out_id dout_id + dlse_i).
 
 Shapes: out, grad_out (B, H, Lq, DV), stats (B, H, Lq, 2), grad_lse (B, H, Lq), row_stats (B, H, Lq, 4). Bytes: out and
 grad_out are read once. The fourth number of a row is unused: four numbers side by side have one address.
@@ -32,7 +32,7 @@ def _attention_bwd_preprocess(
     p_out, p_grad, p_stats, p_grad_lse, p_row_stats,
     s_out, s_grad,  # strides over batch, head and row
     Lq, folded_heads,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, DELTA_IN_TILE: tl.constexpr, BLOCK_M: tl.constexpr,
 ):
     # fmt: on
     i_block, _, i_h, H, i_b = program_ids(folded_heads)
@@ -44,7 +44,7 @@ def _attention_bwd_preprocess(
     m_m = o_m < Lq
     m = m_m[:, None] & (o_dv < DV)
     b_delta = tl.zeros((BLOCK_M,), tl.float32)
-    if not ONE_BLOCK:
+    if not DELTA_IN_TILE:
         p_out += o_b * s_out[0] + o_h * s_out[1]
         p_grad += o_b * s_grad[0] + o_h * s_grad[1]
         b_out = tl.load(p_out + o_row * s_out[2] + o_dv, mask=m, other=0.0)  # [BLOCK_M, BLOCK_DV]
@@ -76,7 +76,7 @@ def load_row_stats(p_first, o_m, Lq, other, EDGE: tl.constexpr):
 
 
 def attention_bwd_preprocess(
-    out: Tensor, grad_out: Tensor, stats: Tensor, grad_lse: Tensor | None, one_block: bool
+    out: Tensor, grad_out: Tensor, stats: Tensor, grad_lse: Tensor | None, delta_in_tile: bool
 ) -> Tensor:
     """Return row_stats (B, H, Lq, 4), fp32."""
     rows_contiguous("attention_bwd_triton", out=out, grad_out=grad_out)
@@ -99,7 +99,7 @@ def attention_bwd_preprocess(
             folded_heads,
             DV,
             block_dv,
-            one_block,
+            delta_in_tile,
             block_m,
             num_warps=4,
         )

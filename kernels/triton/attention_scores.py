@@ -94,7 +94,7 @@ def apply_mask(b_s, o_m, o_n, mask, seqlen, EDGE: tl.constexpr):
         EDGE: hide what is outside the window and beyond the last column, too.
     """
     if mask.alibi_slope is not None:
-        b_s -= mask.alibi_slope * tl.abs(o_m + seqlen.offset - o_n).to(tl.float32)
+        b_s -= mask.alibi_slope * tl.abs(o_m + seqlen.diagonal - o_n).to(tl.float32)
     if mask.tensor is not None:
         p_mask, s_row, s_column = mask.tensor
         p_block = p_mask + o_m.to(tl.int64) * s_row + o_n.to(tl.int64) * s_column
@@ -106,9 +106,9 @@ def apply_mask(b_s, o_m, o_n, mask, seqlen, EDGE: tl.constexpr):
     if EDGE:
         m = o_n < seqlen.Lk
         if mask.left is not None:
-            m = m & (o_n >= o_m + (seqlen.offset - mask.left))
+            m = m & (o_n >= o_m + (seqlen.diagonal - mask.left))
         if mask.right is not None:
-            m = m & (o_n <= o_m + (seqlen.offset + mask.right))
+            m = m & (o_n <= o_m + (seqlen.diagonal + mask.right))
         b_s = tl.where(m, b_s, float("-inf"))
     return b_s
 
@@ -124,13 +124,13 @@ def apply_window_by_columns(b_s, o_row, o_n, start_m, mask, seqlen, ROWS: tl.con
         o_row: 0 .. ROWS - 1.
         start_m: the tile's first row.
     """
-    offset = seqlen.offset + start_m
+    diagonal = seqlen.diagonal + start_m  # of the first row
     first = o_n * 0
     if mask.right is not None:
-        first = o_n - (offset + mask.right)
+        first = o_n - (diagonal + mask.right)
     m = o_row[None, :] >= tl.where(o_n < seqlen.Lk, first, ROWS)[:, None]
     if mask.left is not None:
-        m = m & (o_row[None, :] <= (o_n - (offset - mask.left))[:, None])
+        m = m & (o_row[None, :] <= (o_n - (diagonal - mask.left))[:, None])
     return tl.where(m, b_s, float("-inf"))
 
 

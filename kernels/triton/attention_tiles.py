@@ -46,18 +46,18 @@ class SeqlenInfo(NamedTuple):
     """Rows and columns of a batch entry.
 
     Attributes:
-        begin_q: its first row in the tensors, int64; 0 unless documents are packed.
-        begin_k: its first column, likewise.
+        q_begin: its first row in the tensors, int64; 0 unless documents are packed.
+        k_begin: its first column, likewise.
         Lq: the number of its rows.
         Lk: the number of its columns.
-        offset: row i has its diagonal at column i + offset.
+        diagonal: row i is on the diagonal at column i + diagonal.
     """
 
-    begin_q: Any
-    begin_k: Any
+    q_begin: Any
+    k_begin: Any
     Lq: Any
     Lk: Any
-    offset: Any
+    diagonal: Any
 
 
 @triton.jit
@@ -68,19 +68,19 @@ def seqlen_info(cu_seqlens, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
         cu_seqlens: None, or pointers to cu_seqlens_q and cu_seqlens_k of packed documents.
         Lq: rows of the tensors. `Lk` likewise the columns.
     """
-    begin_q = tl.cast(0, tl.int64)
-    begin_k = tl.cast(0, tl.int64)
+    q_begin = tl.cast(0, tl.int64)
+    k_begin = tl.cast(0, tl.int64)
     if cu_seqlens is not None:
-        begin_q, Lq = _document(cu_seqlens[0], i_b, Lq)
-        begin_k, Lk = _document(cu_seqlens[1], i_b, Lk)
-    offset = 0
+        q_begin, Lq = _clamp_document(cu_seqlens[0], i_b, Lq)
+        k_begin, Lk = _clamp_document(cu_seqlens[1], i_b, Lk)
+    diagonal = 0
     if LOWER_RIGHT:
-        offset = Lk - Lq
-    return SeqlenInfo(begin_q, begin_k, Lq, Lk, offset)
+        diagonal = Lk - Lq
+    return SeqlenInfo(q_begin, k_begin, Lq, Lk, diagonal)
 
 
 @triton.jit
-def _document(p_cu_seqlens, i_b, total):
+def _clamp_document(p_cu_seqlens, i_b, total):
     """Return the begin and the length of a document, clamped to the tensor whatever cu_seqlens holds."""
     begin = tl.load(p_cu_seqlens + i_b)
     end = tl.load(p_cu_seqlens + i_b + 1)
@@ -105,20 +105,20 @@ def first_row(cu_seqlens, o_b, o_h, heads, length, begin):
 
 
 class BlockRange(NamedTuple):
-    """Blocks along one axis that a block of the other axis visits: the start and the number of each kind.
+    """Blocks along one axis that a block of the other axis visits: the first element and the number of each kind.
 
     Attributes:
-        full_start: the blocks in which nothing is hidden.
-        before_start: the blocks at the edge before them, which need masking.
-        after_start: the blocks at the edge after them, which need masking.
+        full_begin: of the full blocks, in which nothing is hidden.
+        lower_begin: of the blocks at the lower edge, which need masking.
+        upper_begin: of the blocks at the upper edge, which need masking.
     """
 
-    full_start: Any
+    full_begin: Any
     full_count: Any
-    before_start: Any
-    before_count: Any
-    after_start: Any
-    after_count: Any
+    lower_begin: Any
+    lower_count: Any
+    upper_begin: Any
+    upper_count: Any
 
 
 @triton.jit
@@ -138,35 +138,38 @@ def block_range(first, last, n, low, high, BLOCK: tl.constexpr, whole=True):
     if high is not None:
         end = tl.minimum(tl.maximum(last + high + 1, 0), n)
         full_end = tl.minimum(tl.maximum(first + high + 1, 0), n) // BLOCK * BLOCK
-    after = tl.maximum(full_begin, tl.where(whole, full_end, 0))
-    full_count = (after - full_begin) // BLOCK
-    before_count = (tl.maximum(tl.minimum(full_begin, end) - begin, 0) + BLOCK - 1) // BLOCK
-    after_count = (tl.maximum(end - after, 0) + BLOCK - 1) // BLOCK
-    return BlockRange(full_begin, full_count, begin, before_count, after, after_count)
+    upper_begin = tl.maximum(full_begin, tl.where(whole, full_end, 0))
+    full_count = (upper_begin - full_begin) // BLOCK
+    lower_count = (tl.maximum(tl.minimum(full_begin, end) - begin, 0) + BLOCK - 1) // BLOCK
+    upper_count = (tl.maximum(end - upper_begin, 0) + BLOCK - 1) // BLOCK
+    return BlockRange(full_begin, full_count, begin, lower_count, upper_begin, upper_count)
 
 
 @triton.jit
 def block_range_of_rows(seqlen, start_m, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the column blocks that a row block visits: row i sees i + offset - left .. i + offset + right."""
+    """Return the column blocks that a row block visits: row i sees i + diagonal - left .. i + diagonal + right."""
     low = None
     high = None
     if left is not None:
-        low = seqlen.offset - left
+        low = seqlen.diagonal - left
     if right is not None:
-        high = seqlen.offset + right
+        high = seqlen.diagonal + right
     last_m = tl.minimum(start_m + BLOCK_M, seqlen.Lq) - 1
     return block_range(start_m, last_m, seqlen.Lk, low, high, BLOCK_N)
 
 
 @triton.jit
 def block_range_of_columns(seqlen, start_n, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the row blocks that a column block visits: column j is seen by j - offset - right .. j - offset + left."""
+    """Return the row blocks that a column block visits.
+
+    Column j is seen by the rows j - diagonal - right .. j - diagonal + left.
+    """
     low = None
     high = None
     if right is not None:
-        low = -seqlen.offset - right
+        low = -seqlen.diagonal - right
     if left is not None:
-        high = left - seqlen.offset
+        high = left - seqlen.diagonal
     last_n = tl.minimum(start_n + BLOCK_N, seqlen.Lk) - 1
     whole = start_n + BLOCK_N <= seqlen.Lk  # beyond the last column exp2(0 - lse) may overflow
     return block_range(start_n, last_n, seqlen.Lq, low, high, BLOCK_M, whole)
@@ -175,10 +178,10 @@ def block_range_of_columns(seqlen, start_n, left, right, BLOCK_M: tl.constexpr, 
 @triton.jit
 def block_range_within(blocks, first, end, BLOCK: tl.constexpr):
     """Return the part of a BlockRange that is in first .. end, a range of whole blocks."""
-    full_start, full_count = _within(blocks.full_start, blocks.full_count, first, end, BLOCK)
-    before_start, before_count = _within(blocks.before_start, blocks.before_count, first, end, BLOCK)
-    after_start, after_count = _within(blocks.after_start, blocks.after_count, first, end, BLOCK)
-    return BlockRange(full_start, full_count, before_start, before_count, after_start, after_count)
+    full_begin, full_count = _within(blocks.full_begin, blocks.full_count, first, end, BLOCK)
+    lower_begin, lower_count = _within(blocks.lower_begin, blocks.lower_count, first, end, BLOCK)
+    upper_begin, upper_count = _within(blocks.upper_begin, blocks.upper_count, first, end, BLOCK)
+    return BlockRange(full_begin, full_count, lower_begin, lower_count, upper_begin, upper_count)
 
 
 @triton.jit
@@ -191,16 +194,16 @@ def _within(start, count, first, end, BLOCK: tl.constexpr):
 def block_count(blocks, EDGE: tl.constexpr):
     """Return the number of blocks at the edges (EDGE), or of the full ones."""
     if EDGE:
-        return blocks.before_count + blocks.after_count
+        return blocks.lower_count + blocks.upper_count
     else:
         return blocks.full_count
 
 
 @triton.jit
-def edge_start(blocks, i, BLOCK: tl.constexpr):
+def edge_begin(blocks, i, BLOCK: tl.constexpr):
     """Return the start of block i at the edges."""
-    before = blocks.before_start + i * BLOCK
-    return tl.where(i < blocks.before_count, before, blocks.after_start + (i - blocks.before_count) * BLOCK)
+    lower = blocks.lower_begin + i * BLOCK
+    return tl.where(i < blocks.lower_count, lower, blocks.upper_begin + (i - blocks.lower_count) * BLOCK)
 
 
 # ---- memory ----

@@ -110,7 +110,7 @@ MUTATIONS = [
      "dbias = grad.sum(0).to(weight.dtype)",
      "dbias = grad.mean(0).to(weight.dtype)"),
     ("attention triton: ALiBi forgets the diagonal's offset", "kernels/triton/attention_scores.py",
-     "tl.abs(o_m + seqlen.offset - o_n)",
+     "tl.abs(o_m + seqlen.diagonal - o_n)",
      "tl.abs(o_m - o_n)"),
     # ---- csrc/cuda ----
     ("add_layer_norm cuda: means may be fewer than rows", "csrc/cuda/add_layer_norm.cu",
