@@ -153,7 +153,7 @@ def _attention(
     """`small`: a problem too small for tensor descriptors; every other one is treated as a large one."""
 
     def launch() -> None:
-        from fastgpt.kernels import attention, attention_tiles
+        from fastgpt.kernels import attention, attention_launch
 
         heads = 2
         q = torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
@@ -166,8 +166,8 @@ def _attention(
             torch.zeros(1, dtype=torch.int64) if dropout else None,
         )
         options = (size**-0.5, True, left, right, softcap, dropout)
-        least = attention_tiles.LEAST_DESCRIBED if small else 0
-        with mock.patch.object(attention_tiles, "LEAST_DESCRIBED", least):
+        least = attention_launch.DESCRIPTOR_MIN_MACS if small else 0
+        with mock.patch.object(attention_launch, "DESCRIPTOR_MIN_MACS", least):
             out, stats = attention.attention_fwd(q, k, v, *extras, *options)
             attention.attention_bwd(out, None, q, k, v, out, stats, *extras, *options, False, deterministic)
 
@@ -262,7 +262,7 @@ def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from fastgpt.kernels import attention, attention_tile_sizes, attention_tiles, linear_gelu
+    from fastgpt.kernels import attention, attention_config, attention_launch, linear_gelu
 
     number = int(arch.removeprefix("sm_").removesuffix("a"))
     target = GPUTarget("cuda", number, 32)
@@ -271,7 +271,7 @@ def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
     recorded = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))  # noqa: E731
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", recorded))
-        for module in (attention_tile_sizes, attention_tiles, linear_gelu):
+        for module in (attention_config, attention_launch, linear_gelu):
             stack.enter_context(mock.patch.object(module, "capability", lambda _: divmod(number, 10)))
         count = MULTIPROCESSORS[arch]
         stack.enter_context(mock.patch.object(attention, "multiprocessors", lambda _: count))

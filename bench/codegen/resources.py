@@ -153,7 +153,7 @@ def _moved(kernel: Compiled, body: list[Instruction]) -> dict[str, float]:
 def _exempt(record: dict[str, Any]) -> str | None:
     """Why a kernel may do without the matrix instruction of its architecture; None if it may not."""
     config, kernel = record["config"], record["kernel"]
-    if not kernel.startswith("attention") or kernel.endswith(("_rows", "_combine_fwd")):
+    if not kernel.startswith("attention") or kernel.endswith(("_preprocess", "_combine_fwd")):
         return None
     if "fp32" in config:
         return "IEEE fp32 has no matrix instruction"

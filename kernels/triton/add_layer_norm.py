@@ -1,4 +1,4 @@
-"""LayerNorm of a sum, the residual connection in front of it included.
+"""Residual addition and LayerNorm in one kernel.
 
     sum = x + residual, rounded to its dtype;   mean, var over D of that rounded value
     xhat = (sum - mean) rstd,   rstd = 1 / sqrt(var + eps);   normed = xhat weight + bias
@@ -7,18 +7,18 @@
     dsum = rstd (g - mean_j g - xhat mean_j (g xhat)) + grad_sum
     dweight = sum_i grad_normed xhat,   dbias = sum_i grad_normed
 
-Shapes: x, residual (N, D) contiguous, weight, bias (D,), mean (N,) fp64. The arithmetic is fp32. The statistics are of
-the value that is stored, so that the backward sees what the forward saw; a row stays in registers for them. Rows with a
-large offset keep their digits: with a pivot x_0 and m = x_0 + mean(sum - x_0), rounded,
+Shapes: x, residual (N, D) contiguous, weight, bias (D,), mean (N,) fp64. The arithmetic is fp32. The statistics are
+those of the stored (rounded) sum, so that forward and backward use the same values; a row stays in registers for them.
+Rows with a large offset keep their digits: with the pivot x_0 and m = x_0 + mean(sum - x_0), rounded,
 
     mean = m + c,   c = mean(sum - m);   var = mean((sum - m)^2) - c^2;   xhat = ((sum - m) - c) rstd
 
-A constant row has m = x_0 and xhat = 0 exactly. sum - mean is taken in two steps in the backward, too. The first sum is
-of halves over D, so that it cannot overflow. Bytes moved per element: forward two
-reads, two writes; backward three reads (grad_normed, grad_sum, sum), one write. xhat is recomputed from sum,
-mean and rstd. dweight and dbias are summed in two stages without atomics: a fixed set of programs sums
-strided rows, PyTorch sums the partial sums. A row that is too long for the registers, beside its two sums, is cut into
-tiles, of which a kernel before finds the means: two reads more.
+A constant row has m = x_0 and xhat = 0 exactly. The backward, too, subtracts the mean in two steps. The first sum adds
+halves divided by D, so that it cannot overflow. Bytes moved per element: the forward has two reads and two writes, the
+backward three reads (grad_normed, grad_sum, sum) and one write; it recomputes xhat from sum, mean and rstd. dweight and
+dbias are summed in two stages without atomics: a fixed number of programs sums strided rows, and PyTorch sums the
+partial sums. A row that does not fit into registers together with its two sums is cut into tiles. A first kernel then
+computes the two means over the row, at the cost of two more reads.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from fastgpt.kernels.checks import contiguous
 from fastgpt.kernels.common import cdiv, next_power_of_2, on_device_of
 from fastgpt.kernels.tuned import chosen
 
-# On every architecture. The forward: elements of a row a thread, up to 16 warps; two 16-byte loads in 16-bit dtypes.
+# On every architecture. Forward: elements of a row per thread, up to 16 warps; two 16-byte loads in 16-bit dtypes.
 ELEMENTS = 16
-# The backward: (elements of its tile, warps, programs). 16 elements a thread beside two sums of as many are 117
-# registers, so that two programs fit into a multiprocessor; there are about as many programs as that makes, and no
-# more, because each leaves partial sums: at N = 8192 1/16 of x.
+# Backward: (elements of a tile, warps, programs). 16 elements per thread and two sums of as many take 117 registers, so
+# that two programs fit into a multiprocessor. There are about as many programs as fit into a GPU at once and no more,
+# because each writes partial sums: at N = 8192, 1/16 of the bytes of x.
 TILE = (4096, 8, 256)
 LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
 def _in_two_parts(x):
-    """An fp64 number as a sum of two fp32 numbers."""
+    """Split an fp64 number into a sum of two fp32 numbers."""
     high = x.to(tl.float32)
     return high, (x - high.to(tl.float64)).to(tl.float32)
 
@@ -132,7 +132,7 @@ def _add_layer_norm_bwd(
     p_weight,
     p_mean,
     p_rstd,
-    p_means,  # (2, N) fp32: of g and of g xhat; None: BLOCK_D is a whole row
+    p_means,  # (2, N) fp32: of g and of g xhat; None if a tile has whole rows
     p_dsum,
     p_partial,  # (2, programs, D) fp32: dweight, dbias
     N,
@@ -146,7 +146,7 @@ def _add_layer_norm_bwd(
     m_d = o_d < D
     if p_weight is not None:
         b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)  # [BLOCK_D]
-    # Elementwise sums, reduced over the tile's rows once at the end and not in every turn.
+    # Elementwise sums, which are reduced over the rows of the tile once, at the end.
     b_dweight = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dbias = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for i_tile in range(tl.program_id(0), (N + BLOCK_N - 1) // BLOCK_N, partials):
@@ -181,6 +181,7 @@ def _add_layer_norm_bwd(
 def add_layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return normed and sum (N, D), mean (N,) fp64 and rstd (N,) fp32; without a residual, sum is empty."""
     contiguous("add_layer_norm_fwd_triton", x=x, residual=residual, weight=weight, bias=bias)
     N, D = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -206,6 +207,7 @@ def add_layer_norm_bwd(
     mean: Tensor,
     rstd: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dsum (N, D), dweight and dbias (D,) fp32."""
     op = "add_layer_norm_bwd_triton"
     contiguous(op, grad_normed=grad_normed, grad_sum=grad_sum, total=sum, weight=weight, mean=mean, rstd=rstd)
     N, D = sum.shape

@@ -1,13 +1,14 @@
-"""The backward of attention; the mathematics is in attention.py, whose names these are.
+"""The backward of attention; formulas and symbols are those of attention.py.
 
-What a row needs, m, l in base 2 and delta, is made first (attention_bwd_rows.py). Where a tile has all columns (ONE),
-delta is sum_j p_ij dp_ij, computed in the main kernels, and not a sum over out, which is rounded. The main kernel
-has a program per BLOCK_N columns walk over the rows. It works on transposed tiles, [BLOCK_N, BLOCK_M]: p^T and ds^T
-then are the left factors of dv += p^T dout and dk += ds^T q as they stand in registers, without a way through shared
-memory. ds also makes the tile's share of dQ, which is added to an fp32 sum in memory: five products a tile, and an
-order of additions that differs from run to run. Deterministic: the kernel leaves dQ out, and another one, a program
-per BLOCK_M rows, computes s and dp again: seven products, the same bits every time. A GQA group's query heads are
-summed within the program of their key head.
+attention_bwd_preprocess.py first computes m, l and delta of each row. Where one tile has all columns (DELTA_IN_TILE),
+the main kernels compute delta as sum_j p_ij dp_ij instead of a sum over out, which is rounded.
+
+The main kernel has one program per BLOCK_N columns, which walks over the rows. Its tiles are transposed,
+[BLOCK_N, BLOCK_M]: p^T and ds^T are then the left factors of dv += p^T dout and dk += ds^T q as they are in registers,
+without a way through shared memory. ds also gives the tile's part of dq, which is added to an fp32 sum in memory: five
+products per tile, and an order of additions that differs from run to run. Deterministic: that kernel leaves out dq, and
+a second kernel, one program per BLOCK_M rows, recomputes s and dp: seven products, the same bits every time. The query
+heads of a GQA group are summed within the program of their kv head.
 """
 
 from __future__ import annotations
@@ -17,282 +18,256 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_bwd_rows import launch_rows, load_statistic
-from fastgpt.kernels.attention_tile_sizes import DESCRIBED_BWD, keys_left, tile_sizes
+from fastgpt.kernels.attention_bwd_preprocess import (
+    attention_bwd_postprocess,
+    attention_bwd_preprocess,
+    load_row_stats,
+)
+from fastgpt.kernels.attention_config import DESCRIPTORS_IN_BWD, tile_sizes, transposes_dq
+from fastgpt.kernels.attention_launch import (
+    AttentionOptions,
+    PackedDocuments,
+    as_descriptors,
+    constexprs,
+    cu_seqlens_of,
+    empty_blhd,
+    grid_of,
+    lengths_and_window,
+    max_lengths,
+    optional_arguments,
+    use_descriptors,
+)
+from fastgpt.kernels.attention_scores import (
+    Mask,
+    alibi_slope_of_head,
+    apply_mask,
+    apply_window_by_columns,
+    deferred_scale,
+    mask_of_head,
+    scale_scores,
+)
 from fastgpt.kernels.attention_tiles import (
     UNSPECIALIZED,
-    Documents,
     add_rows,
-    bounds,
-    constants,
-    describable,
-    describe,
-    extras,
-    first_line,
-    grid_of,
-    head,
-    head_major,
+    block_count,
+    block_range_of_columns,
+    block_range_of_rows,
+    edge_begin,
+    first_row,
+    head_pointer,
     load_rows,
-    longest,
-    place,
-    program,
-    scores,
-    sizes,
+    program_ids,
+    seqlen_info,
     store_rows,
-    unit_of,
-    visited_tiles,
 )
 from fastgpt.kernels.checks import rows_contiguous
 from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
 from fastgpt.kernels.philox import keep_tile
 
 
-@triton.jit
-def _seen(
-    o_row, o_n, Lk, offset, left, right,
-    ROWS: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
-):  # fmt: skip
-    """Which of ROWS rows see the columns o_n, of a tile that lies [columns, rows]; offset is that of the tile's rows.
-
-    A column's first and last row are compared, not each row's columns: two numbers a thread instead of sixteen.
-    """
-    first = o_n * 0
-    if HAS_RIGHT:
-        first = o_n - (offset + right)
-    m = o_row[None, :] >= tl.where(o_n < Lk, first, ROWS)[:, None]
-    if HAS_LEFT:
-        m = m & (o_row[None, :] <= (o_n - (offset - left))[:, None])
-    return m
-
-
 # fmt: off
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd(
     p_q, p_k, p_v, p_grad,
-    p_rows,  # (B, H, Lq, 4): m, l in base 2 and delta of each row, side by side so that one address serves all
-    documents, mask, slopes, dropout,  # None, or a tuple of pointers and numbers
-    threshold,  # of dropout
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm,
-    Lq, Lk, left, right, heads, scale, softcap,
+    p_row_stats,  # (B, H, Lq, 4): m, l in units of log 2 and delta of each row
+    cu_seqlens, attn_mask, alibi_slopes, dropout,  # as in the forward
+    dropout_threshold,
+    s_q, s_k, s_v, s_grad,  # strides over batch, head and row
+    Lq, Lk, left, right, folded_heads, scale, softcap,
     p_dk, p_dv,
-    p_dq,  # (B, H, Lq, BLOCK_D) in fp32, contiguous, unscaled, zero at first; or None
-    s_dkb, s_dkh, s_dkn, s_dvb, s_dvh, s_dvn,
+    p_dq,  # (B, H, Lq, BLOCK_D), fp32, contiguous, unscaled, initially zero; or None
+    s_dk, s_dv,  # strides over batch, head and row
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, KEYS_LEFT: tl.constexpr,
-    RAW: tl.constexpr,  # as in the forward
-    ONE: tl.constexpr,  # a tile has all columns
+    LOWER_RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    TRANSPOSE_DQ: tl.constexpr,  # compute dq of few rows as (k^T ds)^T
+    DEFER_SCALE: tl.constexpr,  # as in the forward
+    DELTA_IN_TILE: tl.constexpr,  # a tile has all columns, and delta is summed over them
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    i_tile, _, i_hk, Hk, i_b = program(heads)
-    start_n = i_tile * BLOCK_N  # causal: the columns that most rows see first
-    lines = Lq
-    begin_q, begin_k, Lq, Lk, offset = place(documents, i_b, Lq, Lk, LOWER_RIGHT)
-    if documents is not None:  # noqa: SIM102  (a constant, and a value)
-        if start_n >= Lk:
+    i_block, _, i_hk, Hk, i_b = program_ids(folded_heads)
+    start_n = i_block * BLOCK_N  # causal: first the columns that most rows see
+    stats_rows = Lq
+    seqlen = seqlen_info(cu_seqlens, i_b, Lq, Lk, LOWER_RIGHT)
+    if cu_seqlens is not None:  # noqa: SIM102  (a constant, and a value)
+        if start_n >= seqlen.Lk:
             return
     o_b = i_b.to(tl.int64)
     o_hk = i_hk.to(tl.int64)
-    o_start = begin_k + start_n
     o_row = tl.arange(0, BLOCK_M)
     o_col = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_n = start_n + o_col
-    p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
-    p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
-    b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, True, DESCRIPTORS)
-    b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, True, DESCRIPTORS)
+    p_k = head_pointer(p_k, o_b, o_hk, seqlen.k_begin, s_k, DESCRIPTORS)
+    p_v = head_pointer(p_v, o_b, o_hk, seqlen.k_begin, s_v, DESCRIPTORS)
+    b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_k, seqlen.Lk, D, BLOCK_D, True, DESCRIPTORS)
+    b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_v, seqlen.Lk, DV, BLOCK_DV, True, DESCRIPTORS)
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    unit = unit_of(scale, softcap, SOFTCAP, RAW)
+    exponent_scale = deferred_scale(scale, softcap, DEFER_SCALE)
 
-    # Column j is seen by the rows j - offset - right .. j - offset + left.
-    last_n = tl.minimum(start_n + BLOCK_N, Lk) - 1
-    whole = start_n + BLOCK_N <= Lk  # else exp2(0 - lse) of columns that are none may overflow
-    full, full_count, before, before_count, behind, behind_count = visited_tiles(
-        start_n, last_n, Lq, -offset - right, left - offset, BLOCK_M, HAS_RIGHT, HAS_LEFT, whole
-    )
+    visited = block_range_of_columns(seqlen, start_n, left, right, BLOCK_M, BLOCK_N)
     for i_group in range(0, GROUP):
         i_h = i_hk * GROUP + i_group
         o_h = i_h.to(tl.int64)
-        p_q_head = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
-        p_grad_head = head(p_grad, o_b, o_h, begin_q, s_gb, s_gh, s_gm, DESCRIPTORS)
-        o_line = first_line(documents, o_b, o_h, Hk * GROUP, lines, begin_q)
-        p_row = p_rows + 4 * o_line
+        p_q_head = head_pointer(p_q, o_b, o_h, seqlen.q_begin, s_q, DESCRIPTORS)
+        p_grad_head = head_pointer(p_grad, o_b, o_h, seqlen.q_begin, s_grad, DESCRIPTORS)
+        o_line = first_row(cu_seqlens, o_b, o_h, Hk * GROUP, stats_rows, seqlen.q_begin)
+        p_row = p_row_stats + 4 * o_line
         p_dq_head = p_dq
         if p_dq is not None and not DESCRIPTORS:
             p_dq_head = p_dq + o_line * BLOCK_D
-        slope = None
-        if slopes is not None:
-            slope = tl.load(slopes[0] + o_b * slopes[1] + o_h * slopes[2])
-        p_mask = None
-        s_mm = 0
-        s_mn = 0
-        if mask is not None:
-            p_mask = mask[0] + o_b * mask[1] + o_h * mask[2]
-            s_mm = mask[3]
-            s_mn = mask[4]
+        mask = Mask(
+            None if attn_mask is None else mask_of_head(attn_mask, o_b, o_h),
+            None if alibi_slopes is None else alibi_slope_of_head(alibi_slopes, o_b, o_h), left, right,
+        )  # fmt: skip
         for EDGE in tl.static_range(2):
-            count = full_count
-            if EDGE:
-                count = before_count + behind_count
-            start_m = full
-            # Addresses that are kept from before a loop spill where registers are few.
-            for i in tl.range(0, count, disable_licm=EDGE or (KEYS_LEFT and BLOCK_D > 128)):
+            start_m = visited.full_begin
+            # Without licm: addresses computed before a loop would stay in registers and spill.
+            count = block_count(visited, EDGE)
+            for i in tl.range(0, count, disable_licm=EDGE or (TRANSPOSE_DQ and BLOCK_D > 128)):
                 if EDGE:
-                    start_m = tl.where(
-                        i < before_count, before + i * BLOCK_M, behind + (i - before_count) * BLOCK_M
-                    )
+                    start_m = edge_begin(visited, i, BLOCK_M)
                 o_m = start_m + o_row
                 b_q = load_rows(
-                    p_q_head, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, EDGE, DESCRIPTORS
+                    p_q_head, i_b, i_h, start_m, o_row, o_d, s_q, seqlen.Lq, D, BLOCK_D, EDGE, DESCRIPTORS
                 )  # [BLOCK_M, BLOCK_D]
                 b_grad = load_rows(
-                    p_grad_head, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, EDGE, DESCRIPTORS
-                )  # [BLOCK_M, BLOCK_DV]
+                    p_grad_head, i_b, i_h, start_m, o_row, o_dv, s_grad, seqlen.Lq,
+                    DV, BLOCK_DV, EDGE, DESCRIPTORS,
+                )  # [BLOCK_M, BLOCK_DV]  # fmt: skip
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-                b_s, b_cap_slope = scores(
-                    b_s, o_m[None, :], o_n[:, None], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
-                    scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, False,
-                )  # fmt: skip
+                b_s, b_softcap_grad = scale_scores(b_s, scale, softcap, DEFER_SCALE)
+                b_s = apply_mask(b_s, o_m[None, :], o_n[:, None], mask, seqlen, False)
                 if EDGE:
-                    m = _seen(o_row, o_n, Lk, offset + start_m, left, right, BLOCK_M, HAS_LEFT, HAS_RIGHT)
-                    b_s = tl.where(m, b_s, float("-inf"))
-                b_high = load_statistic(p_row, o_m, Lq, float("inf"), EDGE)  # [BLOCK_M]
-                b_low = load_statistic(p_row + 1, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
-                b_p = tl.exp2(tl.fma(b_s, unit, -b_high[None, :]) * LOG2E - b_low[None, :])  # [BLOCK_N, BLOCK_M]
-                b_r = b_p
+                    b_s = apply_window_by_columns(b_s, o_row, o_n, start_m, mask, seqlen, BLOCK_M)
+                b_m = load_row_stats(p_row, o_m, seqlen.Lq, float("inf"), EDGE)  # [BLOCK_M]
+                b_l = load_row_stats(p_row + 1, o_m, seqlen.Lq, 0.0, EDGE)  # [BLOCK_M]
+                b_p = tl.exp2(tl.fma(b_s, exponent_scale, -b_m[None, :]) * LOG2E - b_l[None, :])
+                b_rp = b_p  # [BLOCK_N, BLOCK_M]
                 if dropout is not None:
-                    seed = tl.load(dropout[0])
-                    b_keep = tl.trans(keep_tile(seed, threshold, i_b, i_h, o_m, start_n, BLOCK_N))
-                    b_r = tl.where(b_keep, b_p * dropout[1], 0.0)
-                b_dv = tl.dot(b_r.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
+                    p_seed, keep_scale = dropout
+                    seed = tl.load(p_seed)
+                    b_keep = tl.trans(keep_tile(seed, dropout_threshold, i_b, i_h, o_m, start_n, BLOCK_N))
+                    b_rp = tl.where(b_keep, b_p * keep_scale, 0.0)
+                b_dv = tl.dot(b_rp.to(b_grad.dtype), b_grad, b_dv, input_precision=PRECISION)
                 b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 if dropout is not None:
-                    b_dp = tl.where(b_keep, b_dp * dropout[1], 0.0)
-                b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, EDGE)  # [BLOCK_M]
-                if ONE:
+                    b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+                b_delta = load_row_stats(p_row + 2, o_m, seqlen.Lq, 0.0, EDGE)  # [BLOCK_M]
+                if DELTA_IN_TILE:
                     b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 0)
                 b_ds = b_p * (b_dp - b_delta[None, :])
-                if SOFTCAP:
-                    b_ds *= b_cap_slope
+                if softcap is not None:
+                    b_ds *= b_softcap_grad
                 b_ds = b_ds.to(b_q.dtype)
                 b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
                 if p_dq is not None:
-                    # [BLOCK_M, BLOCK_D]; k^T ds takes wgmma however few the rows, and no registers for ds^T
-                    if KEYS_LEFT and (EDGE or BLOCK_M < 64):
+                    # [BLOCK_M, BLOCK_D]; k^T ds uses wgmma whatever BLOCK_M, and no registers for ds^T
+                    if TRANSPOSE_DQ and (EDGE or BLOCK_M < 64):
                         b_dq = tl.trans(tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION))
                     else:
                         b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION)
-                    add_rows(p_dq_head, i_b, i_h, start_m, b_dq, o_row, o_d, Lq, BLOCK_D, EDGE, DESCRIPTORS)
+                    add_rows(
+                        p_dq_head, i_b, i_h, start_m, b_dq, o_row, o_d, seqlen.Lq, BLOCK_D, EDGE, DESCRIPTORS
+                    )
                 if not EDGE:
                     start_m += BLOCK_M
 
-    p_dk += o_b * s_dkb + o_hk * s_dkh + o_start * s_dkn
-    p_dv += o_b * s_dvb + o_hk * s_dvh + o_start * s_dvn
-    store_rows(p_dk, b_dk * scale, o_col, o_d, s_dkn, Lk - start_n, D)
-    store_rows(p_dv, b_dv, o_col, o_dv, s_dvn, Lk - start_n, DV)
+    p_dk = head_pointer(p_dk, o_b, o_hk, seqlen.k_begin + start_n, s_dk, False)
+    p_dv = head_pointer(p_dv, o_b, o_hk, seqlen.k_begin + start_n, s_dv, False)
+    store_rows(p_dk, b_dk * scale, o_col, o_d, s_dk, seqlen.Lk - start_n, D)
+    store_rows(p_dv, b_dv, o_col, o_dv, s_dv, seqlen.Lk - start_n, DV)
 
 
 # fmt: off
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _attention_bwd_dq(
-    p_q, p_k, p_v, p_grad, p_rows, documents, mask, slopes, dropout, threshold,
-    s_qb, s_qh, s_qm, s_kb, s_kh, s_kn, s_vb, s_vh, s_vn, s_gb, s_gh, s_gm,
-    Lq, Lk, left, right, heads, scale, softcap,
-    p_dq, s_dqb, s_dqh, s_dqm,
+    p_q, p_k, p_v, p_grad, p_row_stats,
+    cu_seqlens, attn_mask, alibi_slopes, dropout, dropout_threshold,
+    s_q, s_k, s_v, s_grad,
+    Lq, Lk, left, right, folded_heads, scale, softcap,
+    p_dq, s_dq,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    LOWER_RIGHT: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, RAW: tl.constexpr, ONE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOWER_RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, DEFER_SCALE: tl.constexpr,
+    DELTA_IN_TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     # fmt: on
-    i_tile, tiles, i_h, H, i_b = program(heads)
-    start_m = (tiles - 1 - i_tile) * BLOCK_M  # causal: the longest rows first
-    lines = Lq
-    begin_q, begin_k, Lq, Lk, offset = place(documents, i_b, Lq, Lk, LOWER_RIGHT)
-    if documents is not None:  # noqa: SIM102  (a constant, and a value)
-        if start_m >= Lq:
+    i_block, blocks, i_h, H, i_b = program_ids(folded_heads)
+    start_m = (blocks - 1 - i_block) * BLOCK_M  # causal: the longest rows first
+    stats_rows = Lq
+    seqlen = seqlen_info(cu_seqlens, i_b, Lq, Lk, LOWER_RIGHT)
+    if cu_seqlens is not None:  # noqa: SIM102  (a constant, and a value)
+        if start_m >= seqlen.Lq:
             return
     o_b = i_b.to(tl.int64)
     o_h = i_h.to(tl.int64)
     i_hk = i_h // GROUP
     o_hk = i_hk.to(tl.int64)
-    o_start = begin_q + start_m
     o_row = tl.arange(0, BLOCK_M)
     o_col = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
     o_dv = tl.arange(0, BLOCK_DV)
     o_m = start_m + o_row
-    p_q = head(p_q, o_b, o_h, begin_q, s_qb, s_qh, s_qm, DESCRIPTORS)
-    p_grad = head(p_grad, o_b, o_h, begin_q, s_gb, s_gh, s_gm, DESCRIPTORS)
-    p_k = head(p_k, o_b, o_hk, begin_k, s_kb, s_kh, s_kn, DESCRIPTORS)
-    p_v = head(p_v, o_b, o_hk, begin_k, s_vb, s_vh, s_vn, DESCRIPTORS)
-    slope = None
-    if slopes is not None:
-        slope = tl.load(slopes[0] + o_b * slopes[1] + o_h * slopes[2])
-    p_mask = None
-    s_mm = 0
-    s_mn = 0
-    if mask is not None:
-        p_mask = mask[0] + o_b * mask[1] + o_h * mask[2]
-        s_mm = mask[3]
-        s_mn = mask[4]
-    p_row = p_rows + 4 * first_line(documents, o_b, o_h, H, lines, begin_q)
-    b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_qm, Lq, D, BLOCK_D, True, DESCRIPTORS)
-    b_grad = load_rows(p_grad, i_b, i_h, start_m, o_row, o_dv, s_gm, Lq, DV, BLOCK_DV, True, DESCRIPTORS)
-    # Multiply-adds of IEEE fp32 spill where q and grad are the left factors. Above they are the right ones.
-    TRANSPOSED: tl.constexpr = b_q.dtype == tl.float32 and PRECISION == "ieee"
-    b_high = load_statistic(p_row, o_m, Lq, float("inf"), True)  # [BLOCK_M]
-    b_low = load_statistic(p_row + 1, o_m, Lq, 0.0, True)  # [BLOCK_M]
-    b_delta = load_statistic(p_row + 2, o_m, Lq, 0.0, True)  # [BLOCK_M]
-    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    unit = unit_of(scale, softcap, SOFTCAP, RAW)
-
-    last_m = tl.minimum(start_m + BLOCK_M, Lq) - 1
-    full, full_count, before, before_count, behind, behind_count = visited_tiles(
-        start_m, last_m, Lk, offset - left, offset + right, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    p_q = head_pointer(p_q, o_b, o_h, seqlen.q_begin, s_q, DESCRIPTORS)
+    p_grad = head_pointer(p_grad, o_b, o_h, seqlen.q_begin, s_grad, DESCRIPTORS)
+    p_k = head_pointer(p_k, o_b, o_hk, seqlen.k_begin, s_k, DESCRIPTORS)
+    p_v = head_pointer(p_v, o_b, o_hk, seqlen.k_begin, s_v, DESCRIPTORS)
+    mask = Mask(
+        None if attn_mask is None else mask_of_head(attn_mask, o_b, o_h),
+        None if alibi_slopes is None else alibi_slope_of_head(alibi_slopes, o_b, o_h), left, right,
+    )  # fmt: skip
+    p_row = p_row_stats + 4 * first_row(cu_seqlens, o_b, o_h, H, stats_rows, seqlen.q_begin)
+    b_q = load_rows(p_q, i_b, i_h, start_m, o_row, o_d, s_q, seqlen.Lq, D, BLOCK_D, True, DESCRIPTORS)
+    b_grad = load_rows(
+        p_grad, i_b, i_h, start_m, o_row, o_dv, s_grad, seqlen.Lq, DV, BLOCK_DV, True, DESCRIPTORS
     )
+    # IEEE fp32 products spill with q and grad as the left factors, so that k and v are.
+    TRANSPOSED: tl.constexpr = b_q.dtype == tl.float32 and PRECISION == "ieee"
+    b_m = load_row_stats(p_row, o_m, seqlen.Lq, float("inf"), True)  # [BLOCK_M]
+    b_l = load_row_stats(p_row + 1, o_m, seqlen.Lq, 0.0, True)  # [BLOCK_M]
+    b_delta = load_row_stats(p_row + 2, o_m, seqlen.Lq, 0.0, True)  # [BLOCK_M]
+    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    exponent_scale = deferred_scale(scale, softcap, DEFER_SCALE)
+
+    visited = block_range_of_rows(seqlen, start_m, left, right, BLOCK_M, BLOCK_N)
     for EDGE in tl.static_range(2):
-        count = full_count
-        if EDGE:
-            count = before_count + behind_count
-        for i in range(0, count):
-            start_n = full + i * BLOCK_N
+        for i in range(0, block_count(visited, EDGE)):
+            start_n = visited.full_begin + i * BLOCK_N
             if EDGE:
-                start_n = tl.where(
-                    i < before_count, before + i * BLOCK_N, behind + (i - before_count) * BLOCK_N
-                )
+                start_n = edge_begin(visited, i, BLOCK_N)
             o_n = start_n + o_col
-            b_k = load_rows(p_k, i_b, i_hk, start_n, o_col, o_d, s_kn, Lk, D, BLOCK_D, EDGE, DESCRIPTORS)
+            b_k = load_rows(
+                p_k, i_b, i_hk, start_n, o_col, o_d, s_k, seqlen.Lk, D, BLOCK_D, EDGE, DESCRIPTORS
+            )  # [BLOCK_N, BLOCK_D]
             if TRANSPOSED:
                 b_s = tl.trans(tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION))  # [BLOCK_M, BLOCK_N]
             else:
                 b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_s, b_cap_slope = scores(
-                b_s, o_m[:, None], o_n[None, :], p_mask, s_mm, s_mn, slope, Lq, Lk, offset, left, right,
-                scale, softcap, HAS_LEFT, HAS_RIGHT, SOFTCAP, RAW, EDGE,
-            )  # fmt: skip
-            b_p = tl.exp2(tl.fma(b_s, unit, -b_high[:, None]) * LOG2E - b_low[:, None])  # [BLOCK_M, BLOCK_N]
-            b_v = load_rows(p_v, i_b, i_hk, start_n, o_col, o_dv, s_vn, Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS)
+            b_s, b_softcap_grad = scale_scores(b_s, scale, softcap, DEFER_SCALE)
+            b_s = apply_mask(b_s, o_m[:, None], o_n[None, :], mask, seqlen, EDGE)
+            b_p = tl.exp2(tl.fma(b_s, exponent_scale, -b_m[:, None]) * LOG2E - b_l[:, None])
+            b_v = load_rows(
+                p_v, i_b, i_hk, start_n, o_col, o_dv, s_v, seqlen.Lk, DV, BLOCK_DV, EDGE, DESCRIPTORS
+            )  # [BLOCK_N, BLOCK_DV]
             if TRANSPOSED:
                 b_dp = tl.trans(tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION))  # [BLOCK_M, BLOCK_N]
             else:
                 b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
             if dropout is not None:
-                b_keep = keep_tile(tl.load(dropout[0]), threshold, i_b, i_h, o_m, start_n, BLOCK_N)
-                b_dp = tl.where(b_keep, b_dp * dropout[1], 0.0)
-            if ONE:
+                p_seed, keep_scale = dropout
+                b_keep = keep_tile(tl.load(p_seed), dropout_threshold, i_b, i_h, o_m, start_n, BLOCK_N)
+                b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
+            if DELTA_IN_TILE:
                 b_delta += tl.sum(tl.where(b_p == 0.0, 0.0, b_p * b_dp), 1)
             b_ds = b_p * (b_dp - b_delta[:, None])
-            if SOFTCAP:
-                b_ds *= b_cap_slope
+            if softcap is not None:
+                b_ds *= b_softcap_grad
             b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
 
-    p_dq += o_b * s_dqb + o_h * s_dqh + o_start * s_dqm
-    store_rows(p_dq, b_dq * scale, o_row, o_d, s_dqm, Lq - start_m, D)
+    p_dq = head_pointer(p_dq, o_b, o_h, seqlen.q_begin + start_m, s_dq, False)
+    store_rows(p_dq, b_dq * scale, o_row, o_d, s_dq, seqlen.Lq - start_m, D)
 
 
 def attention_bwd(
@@ -315,11 +290,12 @@ def attention_bwd(
     mask_grad: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dmask); a mask that wants a gradient is refused before, so that dmask is empty."""
-    gradients = tuple(head_major(x, *x.shape[1:]) for x in (q, k, v))
-    extras = (attn_mask, alibi_slopes, seed)
-    options = (scale, lower_right, left, right, softcap, dropout_p)
-    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, stats, None, *extras, *options, deterministic)
+    """Return dq, dk, dv and dmask, which is empty: the op refuses a mask that requires a gradient."""
+    gradients = tuple(empty_blhd(x, *x.shape[1:]) for x in (q, k, v))
+    options = AttentionOptions(
+        attn_mask, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p
+    )
+    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, stats, None, options, deterministic)
     return *gradients, q.new_empty(0)
 
 
@@ -334,96 +310,91 @@ def launch_bwd(
     v: Tensor,
     out: Tensor,
     stats: Tensor,
-    documents: Documents | None,
-    attn_mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    lower_right: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    dropout_p: float,
+    packed: PackedDocuments | None,
+    options: AttentionOptions,
     deterministic: bool,
 ) -> None:
-    """Writes dq, dk and dv; tensors of documents are the views that `Documents.views` makes."""
+    """Write dq, dk and dv.
+
+    Args:
+        packed: if given, all tensors are views that `PackedDocuments` makes.
+    """
     rows_contiguous("attention_bwd_triton", q=q, k=k, v=v)
-    B, H = q.shape[:2]
-    Hk = v.shape[1]
-    most_rows, most_columns = longest(q, k, documents)
-    # Documents lie in one memory: what is done to every row is done once, to the first entry's view of all.
-    once = slice(None) if documents is None else slice(1)
-    if grad_out.stride(3) != 1:  # an expanded scalar, as out.sum() makes: the tiles want whole lines
+    B, H, Hk = *q.shape[:2], v.shape[1]
+    max_rows, max_columns = max_lengths(q, k, packed)
+    # Packed documents share one memory: work on every row is done once, on the first entry, which is a view of all.
+    once = slice(None) if packed is None else slice(1)
+    if grad_out.stride(3) != 1:  # an expanded scalar, as out.sum() makes; the kernels load contiguous rows
         grad_out = grad_out[once].contiguous().expand_as(out)
-    raw = attn_mask is None and alibi_slopes is None and (scale > 0 or softcap > 0)
-    plain = softcap == 0 and attn_mask is None and alibi_slopes is None and dropout_p == 0
-    const = constants(q, k, v, lower_right, left, right, softcap)
-    by_descriptors = DESCRIBED_BWD and describable(documents, q, k, v, grad_out)
+    const = constexprs(q, k, v, options.lower_right)
+    descriptors = DESCRIPTORS_IN_BWD and use_descriptors(packed, q, k, v, grad_out)
     kernels = ("dkv", "dq") if deterministic else ("bwd", "bwd")
-    small = [tile_sizes(kernel, q, v, False, by_descriptors) for kernel in kernels]
-    one = most_columns <= min(columns for _, columns, *_ in small)
-    # The sum takes registers, which the tiles of other than plain calls leave.
-    tile, tile_of_dq = small if one else [tile_sizes(kernel, q, v, plain, by_descriptors) for kernel in kernels]
-    with on_device_of(q):
-        by_row = launch_rows(out[once], grad_out[once], stats[once], grad_lse, one)
-    rest = (
-        by_row,
-        bounds(documents),
-        *extras(attn_mask, alibi_slopes, seed, dropout_p),
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *grad_out.stride()[:3],
-        *sizes(q, k, left, right),
+    small = [tile_sizes(kernel, q, v, False, descriptors) for kernel in kernels]
+    delta_in_tile = max_columns <= min(columns for _, columns, *_ in small)
+    # The sum for delta needs registers, which the tiles for calls with options leave free.
+    tile, dq_tile = (
+        small if delta_in_tile else [tile_sizes(kernel, q, v, options.plain, descriptors) for kernel in kernels]
     )
-    total = None
-    if not deterministic:
-        shape = (*by_row.shape[:3], const["BLOCK_D"])
-        total = q.new_zeros(shape, dtype=torch.float32).expand(B, -1, -1, -1)
     with on_device_of(q):
-        if B * Hk * most_columns:
+        row_stats = attention_bwd_preprocess(out[once], grad_out[once], stats[once], grad_lse, delta_in_tile)
+    arguments = (
+        row_stats,
+        cu_seqlens_of(packed),
+        *optional_arguments(options),
+        q.stride()[:3],
+        k.stride()[:3],
+        v.stride()[:3],
+        grad_out.stride()[:3],
+        *lengths_and_window(q, k, options),
+    )
+    dq_sum = None
+    if not deterministic:
+        shape = (*row_stats.shape[:3], const["BLOCK_D"])
+        dq_sum = q.new_zeros(shape, dtype=torch.float32).expand(B, -1, -1, -1)
+    with on_device_of(q):
+        if B * Hk * max_columns:
             block_m, block_n, warps, stages = tile
-            grid, heads = grid_of(cdiv(most_columns, block_n), Hk, B)
+            grid, folded_heads = grid_of(cdiv(max_columns, block_n), Hk, B)
             _attention_bwd[grid](
-                *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
-                *rest,
-                heads,
-                scale,
-                softcap,
+                *as_descriptors(descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
+                *arguments,
+                folded_heads,
+                options.scale,
+                options.softcap or None,
                 dk,
                 dv,
-                *describe(by_descriptors and total is not None, (total, block_m)),
-                *dk.stride()[:3],
-                *dv.stride()[:3],
+                *as_descriptors(descriptors and dq_sum is not None, (dq_sum, block_m)),
+                dk.stride()[:3],
+                dv.stride()[:3],
                 **const,
-                DESCRIPTORS=by_descriptors,
-                KEYS_LEFT=keys_left(q, by_descriptors),
-                RAW=raw,
-                ONE=one,
+                DESCRIPTORS=descriptors,
+                TRANSPOSE_DQ=transposes_dq(q, descriptors),
+                DEFER_SCALE=options.defers_scale,
+                DELTA_IN_TILE=delta_in_tile,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,
                 num_stages=stages,
             )
-        if B * H * most_rows and total is None:
-            block_m, block_n, warps, stages = tile_of_dq
-            grid, heads = grid_of(cdiv(most_rows, block_m), H, B)
+        if B * H * max_rows and dq_sum is None:
+            block_m, block_n, warps, stages = dq_tile
+            grid, folded_heads = grid_of(cdiv(max_rows, block_m), H, B)
             _attention_bwd_dq[grid](
-                *describe(by_descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
-                *rest,
-                heads,
-                scale,
-                softcap,
+                *as_descriptors(descriptors, (q, block_m), (k, block_n), (v, block_n), (grad_out, block_m)),
+                *arguments,
+                folded_heads,
+                options.scale,
+                options.softcap or None,
                 dq,
-                *dq.stride()[:3],
+                dq.stride()[:3],
                 **const,
-                DESCRIPTORS=by_descriptors,
-                RAW=raw,
-                ONE=one,
+                DESCRIPTORS=descriptors,
+                DEFER_SCALE=options.defers_scale,
+                DELTA_IN_TILE=delta_in_tile,
                 BLOCK_M=block_m,
                 BLOCK_N=block_n,
                 num_warps=warps,
                 num_stages=stages,
             )
-    if total is not None:
-        torch.mul(total[once][..., : q.shape[3]], scale, out=dq[once])
+    if dq_sum is not None:
+        attention_bwd_postprocess(dq_sum[once], options.scale, dq[once])

@@ -1,66 +1,91 @@
-"""What the attention kernels share: tile loads, which tiles are visited, the scores of a tile, and arguments."""
+"""Device code of the attention kernels: SeqlenInfo, BlockRange, and loads and stores of tiles.
+
+SeqlenInfo: where the rows and columns of a batch entry begin, and how many there are.
+BlockRange: the column blocks that a row block visits, or the row blocks that a column block visits.
+
+The arithmetic on scores is in attention_scores.py. `strides` are those of a (B, H, L, size) tensor over batch, head and
+row; the last one is 1.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.runtime.interpreter import InterpreterBuilder
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.common import capability, is_tf32, next_power_of_2, tanh
-from fastgpt.kernels.philox import dropout_scale, dropout_threshold
+# Arguments that may change from call to call without a new compilation. Triton specializes every integer of a tuple (to
+# 1 and to multiples of 16), as it does other arguments: a mask with an odd number of columns has another kernel than a
+# mask with 16 n columns, which is loaded in vectors. Arguments are plain tuples, because a NamedTuple takes the host
+# about 1 microsecond more.
+UNSPECIALIZED = [
+    "Lq", "Lk", "left", "right", "split_columns", "splits", "folded_heads", "dropout_threshold",
+]  # fmt: skip
 
-# What may change from call to call and compiles nothing again. Of tuples Triton specializes every number: a mask of an
-# odd number of columns is another kernel than one of 16 n, which is loaded in vectors.
-UNSPECIALIZED = ["Lq", "Lk", "left", "right", "columns", "splits", "heads", "threshold"]
-# Multiply-adds of q k^T from which on tensor descriptors are made. On the host each takes some microseconds, three in
-# the forward and five in the backward; on the device they save about a tenth of attention's time. Below this limit,
-# which is 3,000 tokens of GPT-2 124M in rows of 1,024, the host is the slower one. Estimates: no GPU has measured them.
-LEAST_DESCRIBED = 2**31
-MOST = 65_535  # programs along the second and third axis of a grid
+
+# ---- positions ----
 
 
 @triton.jit
-def program(heads):
-    """(tile, tiles, head, heads, batch entry) of this program, in a grid made by `grid_of`."""
-    if heads is None:
-        return tl.program_id(0), tl.num_programs(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+def program_ids(folded_heads):
+    """Return (block, blocks, head, heads, batch entry) of this program, in a grid made by `grid_of`."""
+    if folded_heads is None:
+        return (
+            tl.program_id(0),
+            tl.num_programs(0),
+            tl.program_id(1),
+            tl.num_programs(1),
+            tl.program_id(2),
+        )
     else:
         i = tl.program_id(0)
-        return tl.program_id(1), tl.num_programs(1), i % heads, heads, i // heads
+        return tl.program_id(1), tl.num_programs(1), i % folded_heads, folded_heads, i // folded_heads
 
 
-def grid_of(tiles: int, heads: int, batch: int) -> tuple[tuple[int, ...], int | None]:
-    """The grid, and the kernel's argument `heads`: None, or where an axis would be too long, by how many heads x batch
-    are folded into the first axis, which may have 2**31 - 1 programs. Tiles of a head are neighbours else.
+class SeqlenInfo(NamedTuple):
+    """Rows and columns of a batch entry.
+
+    Attributes:
+        q_begin: its first row in the tensors, int64; 0 unless documents are packed.
+        k_begin: its first column, likewise.
+        Lq: the number of its rows.
+        Lk: the number of its columns.
+        diagonal: row i is on the diagonal at column i + diagonal.
     """
-    if heads <= MOST and batch <= MOST:
-        return (tiles, heads, batch), None
-    return (heads * batch, tiles), heads
+
+    q_begin: Any
+    k_begin: Any
+    Lq: Any
+    Lk: Any
+    diagonal: Any
 
 
 @triton.jit
-def first_line(documents, o_b, o_h, heads, length, begin):
-    """Of a contiguous (B, heads, length, ...) tensor, that all documents share, the first row of a head."""
-    if documents is not None:
-        return o_h * length + begin
-    else:
-        return (o_b * heads + o_h) * length
+def seqlen_info(cu_seqlens, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
+    """Return the SeqlenInfo of batch entry i_b.
+
+    Args:
+        cu_seqlens: None, or pointers to cu_seqlens_q and cu_seqlens_k of packed documents.
+        Lq: rows of the tensors. `Lk` likewise the columns.
+    """
+    q_begin = tl.cast(0, tl.int64)
+    k_begin = tl.cast(0, tl.int64)
+    if cu_seqlens is not None:
+        q_begin, Lq = _clamp_document(cu_seqlens[0], i_b, Lq)
+        k_begin, Lk = _clamp_document(cu_seqlens[1], i_b, Lk)
+    diagonal = 0
+    if LOWER_RIGHT:
+        diagonal = Lk - Lq
+    return SeqlenInfo(q_begin, k_begin, Lq, Lk, diagonal)
 
 
 @triton.jit
-def _document(p_cu, i_b, total):
-    """Where a document begins and how long it is; whatever the bounds say, it lies within the tensor."""
-    begin = tl.load(p_cu + i_b)
-    end = tl.load(p_cu + i_b + 1)
+def _clamp_document(p_cu_seqlens, i_b, total):
+    """Return the begin and the length of a document, clamped to the tensor whatever cu_seqlens holds."""
+    begin = tl.load(p_cu_seqlens + i_b)
+    end = tl.load(p_cu_seqlens + i_b + 1)
     tl.device_assert(
-        (begin >= 0) & (begin <= end) & (end <= total), "attention_varlen: documents out of order"
+        (begin >= 0) & (begin <= end) & (end <= total), "attention_varlen: cu_seqlens out of order"
     )
     begin = tl.minimum(tl.maximum(begin, 0), total)
     end = tl.minimum(tl.maximum(end, begin), total)
@@ -68,42 +93,148 @@ def _document(p_cu, i_b, total):
 
 
 @triton.jit
-def place(documents, i_b, Lq, Lk, LOWER_RIGHT: tl.constexpr):
-    """(first row, first column, Lq, Lk, offset) of batch entry i_b: of packed documents each has its own.
+def first_row(cu_seqlens, o_b, o_h, heads, length, begin):
+    """Return the first row of a head in a contiguous (B, heads, length, ...) tensor.
 
-    documents: None, or pointers to the bounds of their rows and of their columns.
+    Packed documents share one such tensor with B = 1.
     """
-    begin_q = tl.cast(0, tl.int64)
-    begin_k = tl.cast(0, tl.int64)
-    if documents is not None:
-        begin_q, Lq = _document(documents[0], i_b, Lq)
-        begin_k, Lk = _document(documents[1], i_b, Lk)
-    offset = 0
-    if LOWER_RIGHT:
-        offset = Lk - Lq
-    return begin_q, begin_k, Lq, Lk, offset
+    if cu_seqlens is not None:
+        return o_h * length + begin
+    else:
+        return (o_b * heads + o_h) * length
+
+
+class BlockRange(NamedTuple):
+    """Blocks along one axis that a block of the other axis visits: the first element and the number of each kind.
+
+    Attributes:
+        full_begin: of the full blocks, in which nothing is hidden.
+        lower_begin: of the blocks at the lower edge, which need masking.
+        upper_begin: of the blocks at the upper edge, which need masking.
+    """
+
+    full_begin: Any
+    full_count: Any
+    lower_begin: Any
+    lower_count: Any
+    upper_begin: Any
+    upper_count: Any
 
 
 @triton.jit
-def head(p, o_b, o_h, begin, s_b, s_h, s_row, DESCRIPTORS: tl.constexpr):
-    """Of a (B, H, L, size) tensor the first row of a head's matrix; a descriptor finds it by itself."""
+def block_range(first, last, n, low, high, BLOCK: tl.constexpr, whole=True):
+    """Return the BlockRange along an axis of n of the lines first..last of the other axis.
+
+    Line i sees i + low .. i + high; low or high None: no bound. All blocks are edges unless `whole`: the lines are as
+    many as a block has.
+    """
+    begin = 0
+    full_begin = 0
+    end = n
+    full_end = n // BLOCK * BLOCK
+    if low is not None:
+        begin = tl.maximum(first + low, 0) // BLOCK * BLOCK
+        full_begin = (tl.maximum(last + low, 0) + BLOCK - 1) // BLOCK * BLOCK
+    if high is not None:
+        end = tl.minimum(tl.maximum(last + high + 1, 0), n)
+        full_end = tl.minimum(tl.maximum(first + high + 1, 0), n) // BLOCK * BLOCK
+    upper_begin = tl.maximum(full_begin, tl.where(whole, full_end, 0))
+    full_count = (upper_begin - full_begin) // BLOCK
+    lower_count = (tl.maximum(tl.minimum(full_begin, end) - begin, 0) + BLOCK - 1) // BLOCK
+    upper_count = (tl.maximum(end - upper_begin, 0) + BLOCK - 1) // BLOCK
+    return BlockRange(full_begin, full_count, begin, lower_count, upper_begin, upper_count)
+
+
+@triton.jit
+def block_range_of_rows(seqlen, start_m, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the column blocks that a row block visits: row i sees i + diagonal - left .. i + diagonal + right."""
+    low = None
+    high = None
+    if left is not None:
+        low = seqlen.diagonal - left
+    if right is not None:
+        high = seqlen.diagonal + right
+    last_m = tl.minimum(start_m + BLOCK_M, seqlen.Lq) - 1
+    return block_range(start_m, last_m, seqlen.Lk, low, high, BLOCK_N)
+
+
+@triton.jit
+def block_range_of_columns(seqlen, start_n, left, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the row blocks that a column block visits.
+
+    Column j is seen by the rows j - diagonal - right .. j - diagonal + left.
+    """
+    low = None
+    high = None
+    if right is not None:
+        low = -seqlen.diagonal - right
+    if left is not None:
+        high = left - seqlen.diagonal
+    last_n = tl.minimum(start_n + BLOCK_N, seqlen.Lk) - 1
+    whole = start_n + BLOCK_N <= seqlen.Lk  # beyond the last column exp2(0 - lse) may overflow
+    return block_range(start_n, last_n, seqlen.Lq, low, high, BLOCK_M, whole)
+
+
+@triton.jit
+def block_range_within(blocks, first, end, BLOCK: tl.constexpr):
+    """Return the part of a BlockRange that is in first .. end, a range of whole blocks."""
+    full_begin, full_count = _within(blocks.full_begin, blocks.full_count, first, end, BLOCK)
+    lower_begin, lower_count = _within(blocks.lower_begin, blocks.lower_count, first, end, BLOCK)
+    upper_begin, upper_count = _within(blocks.upper_begin, blocks.upper_count, first, end, BLOCK)
+    return BlockRange(full_begin, full_count, lower_begin, lower_count, upper_begin, upper_count)
+
+
+@triton.jit
+def _within(start, count, first, end, BLOCK: tl.constexpr):
+    begin = tl.maximum(start, first)
+    return begin, tl.maximum(tl.minimum(start + count * BLOCK, end) - begin, 0) // BLOCK
+
+
+@triton.jit
+def block_count(blocks, EDGE: tl.constexpr):
+    """Return the number of blocks at the edges (EDGE), or of the full ones."""
+    if EDGE:
+        return blocks.lower_count + blocks.upper_count
+    else:
+        return blocks.full_count
+
+
+@triton.jit
+def edge_begin(blocks, i, BLOCK: tl.constexpr):
+    """Return the start of block i at the edges."""
+    lower = blocks.lower_begin + i * BLOCK
+    return tl.where(i < blocks.lower_count, lower, blocks.upper_begin + (i - blocks.lower_count) * BLOCK)
+
+
+# ---- memory ----
+
+
+@triton.jit
+def head_pointer(p, o_b, o_h, begin, strides, DESCRIPTORS: tl.constexpr):
+    """Return a pointer to row `begin` of a head of a (B, H, L, size) tensor; a descriptor stays as it is."""
     if DESCRIPTORS:
         return p
     else:
-        return p + o_b * s_b + o_h * s_h + begin * s_row
+        return p + o_b * strides[0] + o_h * strides[1] + begin * strides[2]
 
 
 @triton.jit
 def load_rows(
-    p_head, i_b, i_h, start, o_row, o_d, stride, n_rows,
+    p_head, i_b, i_h, start, o_row, o_d, strides, n_rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a head's matrix from start on, those below n_rows; zeros elsewhere.  # [ROWS, BLOCK_D]"""
+    """Load the rows of a head from `start` on; 0 in rows from n_rows on and columns from D on.  # [ROWS, BLOCK_D]
+
+    Args:
+        p_head: from `head_pointer`.
+        o_row: 0 .. ROWS - 1.
+        EDGE: there may be rows from n_rows on.
+    """
     if DESCRIPTORS:
         return tl.reshape(p_head.load([i_b, i_h, start, 0]), (o_row.shape[0], BLOCK_D))
     else:
-        p_tile = p_head + tl.cast(start, tl.int64) * stride
-        p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
+        p_tile = p_head + tl.cast(start, tl.int64) * strides[2]
+        p_block = p_tile + o_row[:, None] * tl.cast(strides[2], tl.int64) + o_d[None, :]
         m_row = o_row[:, None] < n_rows - start
         if EDGE and D < BLOCK_D:
             return tl.load(p_block, mask=m_row & (o_d[None, :] < D), other=0.0)
@@ -116,8 +247,9 @@ def load_rows(
 
 
 @triton.jit
-def store_rows(p_tile, b, o_row, o_d, stride, n_rows, D: tl.constexpr):
-    p_block = p_tile + o_row[:, None] * tl.cast(stride, tl.int64) + o_d[None, :]
+def store_rows(p_tile, b, o_row, o_d, strides, n_rows, D: tl.constexpr):
+    """Store the rows of a tile below n_rows, rounded to the tensor's dtype."""
+    p_block = p_tile + o_row[:, None] * tl.cast(strides[2], tl.int64) + o_d[None, :]
     tl.store(p_block, b.to(p_tile.dtype.element_ty), mask=(o_row[:, None] < n_rows) & (o_d[None, :] < D))
 
 
@@ -126,7 +258,7 @@ def add_rows(
     p_head, i_b, i_h, start, b, o_row, o_d, n_rows,
     BLOCK_D: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to rows of BLOCK_D fp32 numbers, to which other programs add as well."""
+    """Add a tile to fp32 rows of BLOCK_D elements in memory, atomically: other programs add to them as well."""
     if DESCRIPTORS:
         p_head.atomic_add([i_b, i_h, start, 0], tl.reshape(b, (1, 1, o_row.shape[0], BLOCK_D)))
     else:
@@ -135,220 +267,3 @@ def add_rows(
             tl.atomic_add(p_block, b, mask=o_row[:, None] < n_rows - start, sem="relaxed")
         else:
             tl.atomic_add(p_block, b, sem="relaxed")
-
-
-@triton.jit
-def visited_tiles(
-    first, last, n, low, high, BLOCK: tl.constexpr, HAS_LOW: tl.constexpr, HAS_HIGH: tl.constexpr, whole=True
-):
-    """The tiles along an axis of n that lines first..last of the other see; line i sees i + low .. i + high.
-
-    Returns (start, count) of the tiles that every line sees whole, then (start, count, start, count) of the
-    edges before and behind them. All are edges where the lines are not a whole tile.
-    """
-    begin = 0
-    full_begin = 0
-    end = n
-    full_end = n // BLOCK * BLOCK
-    if HAS_LOW:
-        begin = tl.maximum(first + low, 0) // BLOCK * BLOCK
-        full_begin = (tl.maximum(last + low, 0) + BLOCK - 1) // BLOCK * BLOCK
-    if HAS_HIGH:
-        end = tl.minimum(tl.maximum(last + high + 1, 0), n)
-        full_end = tl.minimum(tl.maximum(first + high + 1, 0), n) // BLOCK * BLOCK
-    behind = tl.maximum(full_begin, tl.where(whole, full_end, 0))
-    full_count = (behind - full_begin) // BLOCK
-    before_count = (tl.maximum(tl.minimum(full_begin, end) - begin, 0) + BLOCK - 1) // BLOCK
-    behind_count = (tl.maximum(end - behind, 0) + BLOCK - 1) // BLOCK
-    return full_begin, full_count, begin, before_count, behind, behind_count
-
-
-@triton.jit
-def unit_of(scale, softcap, SOFTCAP: tl.constexpr, RAW: tl.constexpr):
-    """What `scores` leaves has to be multiplied by this. RAW: a single product, with nothing added to it."""
-    if not RAW:
-        return tl.cast(1.0, tl.float32)
-    elif SOFTCAP:
-        return tl.cast(softcap, tl.float32)
-    else:
-        return tl.cast(scale, tl.float32)
-
-
-@triton.jit
-def scores(
-    b_s,
-    o_m,
-    o_n,
-    p_mask,
-    stride_mm,
-    stride_mn,
-    slope,
-    Lq,
-    Lk,
-    offset,
-    left,
-    right,
-    scale,
-    softcap,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    RAW: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """From products q.k to scores in units of `unit_of`, -inf where nothing is seen.
-
-    Also returns the softcap's derivative. o_m and o_n broadcast to b_s, whichever way round it is.
-    """
-    b_cap_slope = b_s
-    if SOFTCAP:
-        b_t = tanh(b_s * (scale / softcap))
-        b_cap_slope = 1.0 - b_t * b_t
-        b_s = b_t
-    if not RAW:
-        b_s *= softcap if SOFTCAP else scale
-    if slope is not None:
-        b_s -= slope * tl.abs(o_m + offset - o_n).to(tl.float32)
-    if p_mask is not None:
-        p_block = p_mask + o_m.to(tl.int64) * stride_mm + o_n.to(tl.int64) * stride_mn
-        m = (o_m < Lq) & (o_n < Lk)
-        if p_mask.dtype.element_ty.is_floating():
-            b_s += tl.load(p_block, mask=m, other=0.0).to(tl.float32)
-        else:
-            b_s = tl.where(tl.load(p_block, mask=m, other=0) != 0, b_s, float("-inf"))
-    if EDGE:
-        m = o_n < Lk
-        if HAS_LEFT:
-            m = m & (o_n >= o_m + (offset - left))
-        if HAS_RIGHT:
-            m = m & (o_n <= o_m + (offset + right))
-        b_s = tl.where(m, b_s, float("-inf"))
-    return b_s, b_cap_slope
-
-
-def constants(
-    q: Tensor, k: Tensor, v: Tensor, lower_right: bool, left: int, right: int, softcap: float
-) -> dict[str, int | bool | str]:
-    """The compile-time arguments that every kernel takes."""
-    group = q.shape[1] // max(k.shape[1], 1)
-    sizes = group, q.shape[-1], v.shape[-1]
-    return _constants(*sizes, lower_right, left >= 0, right >= 0, softcap != 0.0, is_tf32(q))
-
-
-@functools.cache
-def _constants(
-    group: int, D: int, DV: int, lower_right: bool, has_left: bool, has_right: bool, softcap: bool, tf32: bool
-) -> dict[str, int | bool | str]:
-    return {
-        "GROUP": group,
-        "LOWER_RIGHT": lower_right,
-        "D": D,
-        "DV": DV,
-        "BLOCK_D": max(16, next_power_of_2(D)),  # tl.dot's least
-        "BLOCK_DV": max(16, next_power_of_2(DV)),
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
-        "SOFTCAP": softcap,
-        "PRECISION": "tf32" if tf32 else "ieee",
-    }
-
-
-def describable(documents: Documents | None, *tensors: Tensor) -> bool:
-    """Whether the kernels get tensor descriptors, by which a unit for it copies tiles (TMA, sm_90 and 100) without a
-    thread's instruction for an address; what lies past the end of a dimension comes as 0.
-
-    Not of documents: past the end of one lies the next one, which may hold NaN. Not of small problems.
-
-    Args:
-        tensors: q, k and others of their shapes.
-    """
-    if documents is not None:
-        return False
-    device = capability(tensors[0])
-    if device is None:
-        if not hasattr(InterpreterBuilder, "create_descriptor_reduce"):  # which add_rows needs
-            return False
-    elif device[0] not in (9, 10) or tensors[0].numel() * tensors[1].shape[2] < LEAST_DESCRIBED:
-        return False
-    return all(map(_describable, tensors))
-
-
-def describe(by_descriptors: bool, *tiles: tuple[Tensor, int]) -> tuple[Tensor | TensorDescriptor, ...]:
-    """Of (B, H, L, size) tensors in tiles of so many rows of a head; else the tensors themselves."""
-    if not by_descriptors:
-        return tuple(x for x, _ in tiles)
-    blocks = ([1, 1, rows, max(16, next_power_of_2(x.shape[3]))] for x, rows in tiles)
-    return tuple(
-        TensorDescriptor(x, [*x.shape], [*x.stride()], block)
-        for (x, _), block in zip(tiles, blocks, strict=True)
-    )
-
-
-def _describable(x: Tensor) -> bool:
-    """16-bit elements (fp32 operands come from registers), and lines and heads that begin at multiples of 16 bytes."""
-    return (
-        x.element_size() == 2
-        and x.shape[3] <= 128  # of 256, the backward spills by descriptors and does not by pointers
-        and x.data_ptr() % 16 == 0
-        and x.stride(3) == 1
-        and all(n > 0 for n in x.shape)
-        and all(s > 0 and s % 8 == 0 for s in x.stride()[:3])
-    )
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Packed documents as a batch: entry n is the rows cu_seqlens_q[n] .. cu_seqlens_q[n + 1]."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    max_seqlen_q: int
-    max_seqlen_k: int
-
-    def views(self, *tensors: Tensor) -> Iterator[Tensor]:
-        """(total, heads, size) as (documents, heads, total, size): every entry is all of the memory, in which a kernel
-        goes to its document's rows."""
-        for x in tensors:
-            yield self.share(x.transpose(0, 1))
-
-    def share(self, x: Tensor) -> Tensor:
-        """(heads, total, size) as (documents, heads, total, size)."""
-        return x.expand(self.cu_seqlens_q.shape[0] - 1, *x.shape)
-
-
-def longest(q: Tensor, k: Tensor, documents: Documents | None) -> tuple[int, int]:
-    """The most rows and columns that a batch entry has."""
-    if documents is None:
-        return q.shape[2], k.shape[2]
-    return min(documents.max_seqlen_q, q.shape[2]), min(documents.max_seqlen_k, k.shape[2])
-
-
-def bounds(documents: Documents | None) -> tuple[Tensor, Tensor] | None:
-    return None if documents is None else (documents.cu_seqlens_q, documents.cu_seqlens_k)
-
-
-def sizes(q: Tensor, k: Tensor, left: int, right: int) -> tuple[int, int, int, int]:
-    """SIZES; a bound beyond every column is cut to one, so that sums stay within int32."""
-    Lq, Lk = q.shape[2], k.shape[2]
-    return Lq, Lk, min(left, Lq + Lk), min(right, Lq + Lk)
-
-
-def extras(
-    attn_mask: Tensor | None, slopes: Tensor | None, seed: Tensor | None, dropout_p: float
-) -> tuple[Any, ...]:
-    """The arguments mask, slopes, dropout: a tensor with its numbers, or None, which costs a launch little; threshold.
-
-    Slopes of shape (H,) serve every batch entry.
-    """
-    mask = None if attn_mask is None else (attn_mask, *attn_mask.stride())
-    by_head = (
-        None if slopes is None else (slopes, 0 if slopes.dim() == 1 else slopes.stride(0), slopes.stride(-1))
-    )
-    if dropout_p == 0:
-        return mask, by_head, None, None
-    return mask, by_head, (seed, dropout_scale(dropout_p)), dropout_threshold(dropout_p)
-
-
-def head_major(like: Tensor, heads: int, length: int, size: int) -> Tensor:
-    """(B, heads, length, size), laid out as (B, length, heads, size): what the layers around it want."""
-    return like.new_empty(like.shape[0], length, heads, size).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""Attention over packed documents, none of which sees another: attention.py's kernels, a document per batch entry.
+"""Attention within packed documents: the kernels of attention.py, with one batch entry per document.
 
-Shapes: q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), stats (H, total_q, 2); document n holds the rows
-cu_seqlens_q[n] .. cu_seqlens_q[n + 1] of q and likewise of k and v. The grid is made for the longest document;
-programs beyond the end of theirs return at once, and the bounds are never read on the host.
+Shapes: q (total_q, H, D), k (total_k, Hk, D), v (total_k, Hk, DV), stats (H, total_q, 2). Document n is the rows
+cu_seqlens_q[n] .. cu_seqlens_q[n + 1] of q, and likewise of k and v. The grid is made for the longest document;
+programs after the end of theirs return at once. The host never reads cu_seqlens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt.kernels.attention import launch_fwd
 from fastgpt.kernels.attention_bwd import launch_bwd
-from fastgpt.kernels.attention_tiles import Documents
+from fastgpt.kernels.attention_launch import AttentionOptions, PackedDocuments
 from fastgpt.kernels.checks import contiguous
 
 
@@ -33,18 +33,20 @@ def attention_varlen_fwd(
     softcap: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
+    """Return out (total_q, H, DV) and stats."""
     contiguous("attention_varlen_fwd_triton", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    # What lies past the last document is 0, and sees nothing.
+    packed = PackedDocuments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = AttentionOptions(None, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p)
+    # Rows after the last document are 0 and see no column.
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
     stats = q.new_zeros((q.shape[1], q.shape[0], 2), dtype=torch.float32)
     stats[..., 0] = -torch.inf
     launch_fwd(
-        *documents.views(out),
-        documents.share(stats),
-        *documents.views(q, k, v),
-        *(documents, None, alibi_slopes, seed),
-        *(scale, lower_right, left, right, softcap, dropout_p),
+        *packed.as_batch(out),
+        packed.expand(stats),
+        *packed.as_batch(q, k, v),
+        packed,
+        options,
     )
     return out, stats
 
@@ -71,15 +73,18 @@ def attention_varlen_bwd(
     dropout_p: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv."""
     contiguous("attention_varlen_bwd_triton", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    documents = Documents(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packed = PackedDocuments(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    options = AttentionOptions(None, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p)
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     launch_bwd(
-        *documents.views(dq, dk, dv, grad_out),
+        *packed.as_batch(dq, dk, dv, grad_out),
         grad_lse,
-        *documents.views(q, k, v, out),
-        documents.share(stats),
-        *(documents, None, alibi_slopes, seed),
-        *(scale, lower_right, left, right, softcap, dropout_p, deterministic),
+        *packed.as_batch(q, k, v, out),
+        packed.expand(stats),
+        packed,
+        options,
+        deterministic,
     )
     return dq, dk, dv

@@ -1,7 +1,7 @@
-"""What the kernels assume of strides, checked first in every launcher.
+"""Checks of strides, at the beginning of every launcher.
 
-Sizes, dtypes and devices are checked where the ops are registered (`Checks` in fastgpt/ops/_checks.py); the functions
-here are named as those of csrc/cuda/checks.cuh.
+Sizes, dtypes and devices are checked where the ops are registered (`Checks` in fastgpt/ops/_checks.py). The functions
+here have the names of those in csrc/cuda/checks.cuh.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def contiguous(op: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError unless each tensor that is given is contiguous."""
+    """Raise ValueError unless each tensor that is not None is contiguous."""
     for name, t in tensors.items():
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous")

@@ -1,4 +1,4 @@
-"""What the kernels share: a tanh, and what a launcher asks of a device."""
+"""Functions that all kernels share: tanh and a reciprocal on the device, and properties of the GPU on the host."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def reciprocal(x):
-    """1 / x of a positive x to 2 ulp, 0 of inf: two instructions, where a division that fears subnormals has six."""
+    """Return 1 / x of x > 0 to 2 ulp, and 0 of inf, in two instructions.
+
+    An IEEE division, which handles subnormals, takes six.
+    """
     r = tl.rsqrt(x)
     return r * r
 
 
 @triton.jit
 def tanh(x):
-    """tanh in fp32 to 2 ulp, from one exp, since Triton has none that its interpreter can run.
+    """Return tanh(x) in fp32 to 2 ulp, with one exp. Triton has no tanh that its interpreter can run.
 
-    1 - 2 / (exp(2x) + 1) cancels near 0, so that a polynomial (odd, degree 11, fitted to the relative error)
-    takes over for |x| < 0.6. Saturates to ±1 without NaN: exp(2x) may be inf.
+    1 - 2 / (exp(2x) + 1) cancels near 0. For |x| < 0.6 there is a polynomial (odd, of degree 11, fitted to the relative
+    error) instead. The result saturates to ±1 without NaN: exp(2x) may be inf.
     """
     z = x * x
     p = ((((-0.00590587 * z + 0.02080539) * z - 0.05378668) * z + 0.13331958) * z - 0.33333299) * z
@@ -34,11 +37,11 @@ def tanh(x):
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors' where there are several."""
+    """Make the tensor's GPU the current one, on which Triton launches; nothing to do if there is only one."""
     return torch.cuda.device_of(x) if x.is_cuda and _gpus() > 1 else _NOTHING
 
 
-_NOTHING = contextlib.nullcontext()  # may be entered again and again
+_NOTHING = contextlib.nullcontext()  # may be entered any number of times
 
 
 @functools.cache
@@ -47,7 +50,7 @@ def _gpus() -> int:
 
 
 def capability(x: Tensor) -> tuple[int, int] | None:
-    """The compute capability of the tensor's GPU; None for a CPU tensor, which only the interpreter takes."""
+    """Return the compute capability of the tensor's GPU; None for a CPU tensor, in Triton's interpreter."""
     return _capability(x.device.index) if x.is_cuda else None
 
 
@@ -57,7 +60,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """Of the tensor's GPU; 16 for a CPU tensor, to try in the interpreter what is chosen by it."""
+    """Return the number of multiprocessors of the tensor's GPU; 16 for a CPU tensor, in the interpreter."""
     return _multiprocessors(x.device.index) if x.is_cuda else 16
 
 
@@ -71,13 +74,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """Without the 2 microseconds that Triton's own takes on the host."""
+    """Return the least power of 2 that is at least n. `triton.next_power_of_2` takes 2 microseconds on the host."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def is_tf32(x: torch.Tensor) -> bool:
-    """Whether x's products may be rounded to tf32, for which there are tensor cores: PyTorch's own switch.
+    """Return whether PyTorch's switch allows products of x in tf32, which tensor cores multiply.
 
-    `allow_tf32`, the older name of the same, raises where the newer one was set.
+    `allow_tf32`, the switch's older name, raises once the newer one has been set.
     """
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy over rows of logits, with everything that is a function of one row.
+"""Softmax cross-entropy over rows of logits, with the other functions of one row: smoothing, weights, z-loss, softcap.
 
     x_j = logit_j, or softcap tanh(logit_j / softcap)
     m = max_j x_j;   s = sum_j exp(x_j - m);   lse = m + log s;   p_j = exp(x_j - m) / s
@@ -8,22 +8,25 @@
     dx_j = grad_loss [(a + b W + 2 z lse) p_j - a [j = y] - b w_j] + grad_lse p_j
            (with a softcap, times 1 - (x_j / softcap)^2)
 
-Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) fp32, loss (N,) fp32, statistics (N, 2)
-fp32: m and s. They are two numbers, because in their sum lse, log s would be lost beside a large m. All terms of
-sum_j w_j (m - x_j) have one sign, so that none cancels. What an option of 0 switches off is not computed: a class
-weight may be infinite, and 0 inf is NaN. One program takes one row. Bytes
-moved: forward one read of the logits, backward one read and one write; p is recomputed from m and s. The forward
-reads a row once whatever its length: each lane of the block, 16 bytes wide, keeps a running maximum and sum of its
-own (one exp an element and one for the rescaling), and the lanes meet at the end of the row.
+Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) fp32, loss (N,) fp32, statistics (N, 2) fp32:
+m and s. They are two numbers, because the sum lse would lose log s beside a large m. All terms of sum_j w_j (m - x_j)
+have one sign, so that none cancels. A term that an option of 0 switches off is not computed: a class weight may be
+infinite, and 0 inf is NaN.
 
-Rows of an odd length (V = 50257) start at odd addresses, where a GPU cannot load 16 bytes at a time. So the
-block walks an aligned grid that begins up to 15 elements before the row, masked at both ends of the row only.
+One program takes one row. Bytes moved: the forward reads the logits once, the backward reads and writes them once and
+recomputes p from m and s. The forward reads a row once whatever its length: each lane of the block, 16 bytes wide,
+keeps its own running maximum and sum (one exp per element and one for the rescaling), and the lanes are merged at the
+end of the row.
 
-No target is read through before it has been checked: one outside [0, V) that is not `ignore_index` makes its
-row NaN, and stops the kernel under TRITON_DEBUG=1.
+Rows of an odd length (V = 50257) start at odd addresses, where a GPU cannot load 16 bytes at a time. So the block walks
+over an aligned grid that begins up to 15 elements before the row, with a mask only at both ends of the row.
+
+A target outside [0, V) other than `ignore_index` is never an index: its row is NaN; TRITON_DEBUG=1 stops the kernel.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,19 +38,17 @@ from fastgpt.kernels.common import LOG2E, next_power_of_2, on_device_of, tanh
 from fastgpt.kernels.tuned import chosen
 
 ALIGN = tl.constexpr(16)  # elements: 16 bytes at least, in every dtype
-LOWEST = tl.constexpr(
-    -3.4028234663852886e38
-)  # a running maximum that is finite, so that -inf - max is no NaN
-# (BLOCK_V, warps), on every architecture: 16 elements a thread are two 16-byte loads in 16-bit dtypes, and at least
-# four programs fit into a multiprocessor, so that 32 KiB are on their way, more than latency times bandwidth (of the
-# fastest, B200, 800 cycles of 29 bytes are 23 KiB). Options take registers from the tile.
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the initial maximum; with -inf, -inf - maximum would be NaN
+# (BLOCK_V, warps) on every architecture. 16 elements a thread are two 16-byte loads in 16-bit dtypes. At least four
+# programs fit into a multiprocessor, so that 32 KiB are in flight: more than latency times bandwidth (for the fastest,
+# B200, 800 cycles of 29 bytes are 23 KiB). Options need registers, so that their tile is smaller.
 TILE = (4096, 8)
 TILE_OF_OPTIONS = (2048, 8)
 
 
 @triton.jit
 def _row_start(i_n, stride):
-    """The row's offset rounded down to ALIGN, and how many elements before the row that is."""
+    """Return the row's offset rounded down to ALIGN, and by how many elements it was rounded."""
     start = i_n * stride
     shift = start % ALIGN
     return tl.multiple_of(start - shift, 16), shift.to(tl.int32)
@@ -63,7 +64,7 @@ def _cap(b_x, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _check_target(y, ignore_index, V):
-    """Whether the row counts, and whether its target is a class."""
+    """Return whether the row counts, and whether its target is a class."""
     counts = y != ignore_index
     is_class = (y >= 0) & (y < V)
     tl.device_assert(is_class | (y == ignore_index), "cross_entropy: target out of range")
@@ -72,7 +73,7 @@ def _check_target(y, ignore_index, V):
 
 @triton.jit
 def _load(p_tile, o, m, other, EDGE: tl.constexpr):
-    """Elements of a tile of the aligned grid, in fp32; `other` outside the row.  # [BLOCK_V]"""
+    """Load a tile of the aligned grid in fp32; `other` outside the row.  # [BLOCK_V]"""
     if EDGE:
         return tl.load(p_tile + o, mask=m, other=other).to(tl.float32)
     else:
@@ -84,10 +85,10 @@ def _accumulate(
     b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile more in the lanes' maxima, and in the sums of exp(x - maximum), w (maximum - x) and w.
+    """Add a tile to the lanes' maxima and to their sums of exp(x - maximum), w (maximum - x) and w.
 
-    A lane takes GROUP neighbours, which one thread has loaded at once: their maximum is taken first, so that the sum is
-    rescaled once a group, and an element costs one exponential and four other instructions.
+    A lane takes GROUP neighbouring elements, which a thread loads at once. Their maximum is taken first, so that the
+    sum is rescaled once per group, and an element costs one exponential and four other instructions.
     """
     o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m = (o >= shift - start) & (o < end - start)
@@ -102,43 +103,30 @@ def _accumulate(
     b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.sum(b_e, 1)
     if SMOOTHING:
         b_term = (b_new[:, None] - b_group).reshape(BLOCK_V)
-        b_more = tl.full((BLOCK_V,), 1.0, tl.float32)
+        b_weight = tl.full((BLOCK_V,), 1.0, tl.float32)
         if p_weight is not None:
-            b_more = _load(p_weight + (start - shift), o, m, 0.0, EDGE)
-            b_term *= b_more
+            b_weight = _load(p_weight + (start - shift), o, m, 0.0, EDGE)
+            b_term *= b_weight
         if EDGE:
             b_term = tl.where(m, b_term, 0.0)
-            b_more = tl.where(m, b_more, 0.0)
-        b_smooth += _raised(b_w, b_max, b_new) + tl.sum(b_term.reshape(BLOCK_V // GROUP, GROUP), 1)
-        b_w += tl.sum(b_more.reshape(BLOCK_V // GROUP, GROUP), 1)
+            b_weight = tl.where(m, b_weight, 0.0)
+        b_smooth += _raise_maximum(b_w, b_max, b_new) + tl.sum(b_term.reshape(BLOCK_V // GROUP, GROUP), 1)
+        b_w += tl.sum(b_weight.reshape(BLOCK_V // GROUP, GROUP), 1)
     return b_new, b_sum, b_smooth, b_w
 
 
 @triton.jit
-def _raised(b_w, b_max, b_new):
-    """What sums of w (maximum - x) grow by with the maximum. 0 where there was no x yet: that maximum is LOWEST."""
+def _raise_maximum(b_w, b_max, b_new):
+    """Return what a new maximum adds to the sums of w (maximum - x); 0 in lanes without an x (maximum LOWEST)."""
     return tl.where(b_w == 0.0, 0.0, b_w * (b_new - b_max))
 
 
 @triton.jit
 def _cross_entropy_fwd(
-    p_logits,
-    p_target,
-    p_weight,
-    p_weight_sum,
-    p_loss,
-    p_statistics,
-    stride,
-    V,
-    ignore_index,
-    eps,
-    z_loss,
-    softcap,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+    p_logits, p_target, p_weight, p_weight_sum, p_loss, p_statistics,
+    stride, V, ignore_index, eps, z_loss, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     o_row, shift = _row_start(i_n, stride)
     p_row = p_logits + o_row
@@ -157,7 +145,7 @@ def _cross_entropy_fwd(
             b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
             SMOOTHING, SOFTCAP, False, BLOCK_V, GROUP,
         )  # fmt: skip
-    for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # none or one
+    for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # 0 or 1 times
         b_max, b_sum, b_smooth, b_w = _accumulate(
             b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
             SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
@@ -177,10 +165,10 @@ def _cross_entropy_fwd(
     loss = a * (log_sum - (x_y - row_max))
     loss += tl.where(z_loss == 0.0, 0.0, z_loss * (row_max + log_sum) * (row_max + log_sum))
     if SMOOTHING:
-        W = tl.cast(V, tl.float32)  # V of 1 is a constant of Python's
+        W = tl.cast(V, tl.float32)  # V = 1 is a Python constant here
         if p_weight is not None:
             W = tl.load(p_weight_sum)
-        smooth = W * log_sum + tl.sum(b_smooth + _raised(b_w, b_max, row_max), 0)
+        smooth = W * log_sum + tl.sum(b_smooth + _raise_maximum(b_w, b_max, row_max), 0)
         loss += eps / V * tl.where(tl.abs(W) == float("inf"), W, smooth)
     loss = tl.where(is_class, loss, float("nan"))
     tl.store(p_loss + i_n, tl.where(counts, loss, 0.0))
@@ -193,7 +181,7 @@ def _gradient(
     p_row, p_row_d, p_weight, start, shift, end, y, counts, row_max, c_p, c_y, c_w, softcap,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j for a tile; y, start and end count on the aligned grid."""
+    """Store dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j of a tile; y, start and end count on the aligned grid."""
     o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m = (o >= shift - start) & (o < end - start)
     b_x = _cap(_load(p_row + start, o, m, float("-inf"), EDGE), softcap, SOFTCAP)
@@ -216,26 +204,11 @@ def _gradient(
 
 @triton.jit
 def _cross_entropy_bwd(
-    p_grad_loss,
-    p_grad_lse,
-    p_logits,
-    p_target,
-    p_statistics,
-    p_weight,
-    p_weight_sum,
+    p_grad_loss, p_grad_lse, p_logits, p_target, p_statistics, p_weight, p_weight_sum,
     p_dlogits,  # may be p_logits
-    stride,
-    stride_d,
-    V,
-    ignore_index,
-    eps,
-    z_loss,
-    softcap,
-    SMOOTHING: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SAME_STRIDE: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    stride, stride_d, V, ignore_index, eps, z_loss, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SAME_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
     y = tl.load(p_target + i_n)
     counts, is_class = _check_target(y, ignore_index, V)
@@ -251,11 +224,11 @@ def _cross_entropy_bwd(
     c_p = c_y + tl.where(z_loss == 0.0, 0.0, grad * 2.0 * z_loss * (row_max + tl.log(row_sum)))
     c_w = grad * eps / V
     if SMOOTHING:
-        W = tl.cast(V, tl.float32)  # V of 1 is a constant of Python's
+        W = tl.cast(V, tl.float32)  # V = 1 is a Python constant here
         if p_weight is not None:
             W = tl.load(p_weight_sum)
         c_p += c_w * W
-    c_y = tl.where(counts, c_y, 0.0)  # a selection: 0 * inf is no zero
+    c_y = tl.where(counts, c_y, 0.0)  # not a product: 0 * inf is NaN
     c_p = tl.where(counts, c_p, 0.0)
     c_w = tl.where(counts, c_w, 0.0)
     if p_grad_lse is not None:
@@ -266,7 +239,7 @@ def _cross_entropy_bwd(
     o_row, shift = _row_start(i_n, stride)
     o_row_d = i_n * stride_d - shift
     if SAME_STRIDE:
-        o_row_d = o_row  # whose alignment is known
+        o_row_d = o_row  # its alignment is known to the compiler
     p_row = p_logits + o_row
     p_row_d = p_dlogits + o_row_d
     end = V + shift
@@ -281,48 +254,69 @@ def _cross_entropy_bwd(
             p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
             SMOOTHING, SOFTCAP, False, BLOCK_V,
         )  # fmt: skip
-    for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # none or one
+    for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # 0 or 1 times
         _gradient(
             p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
             SMOOTHING, SOFTCAP, True, BLOCK_V,
         )  # fmt: skip
 
 
-def cross_entropy_fwd(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor]:
+class LossOptions(NamedTuple):
+    """The options in the ops' schemas that all launchers have in common.
+
+    Attributes:
+        weight: (V,), fp32: of the classes.
+    """
+
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+    def weight_sum(self) -> Tensor | None:
+        """Return W on the device; None without label smoothing, which alone needs it."""
+        return self.weight.sum() if self.weight is not None and self.label_smoothing != 0.0 else None
+
+    def arguments(self) -> tuple[int, float, float, float, bool, bool]:
+        """Return the kernels' arguments from ignore_index to SOFTCAP."""
+        return *self[1:], self.label_smoothing != 0.0, self.softcap != 0.0
+
+    def tile(self, kernel: str, logits: Tensor) -> tuple[int, int]:
+        """Choose (BLOCK_V, warps). A short row is one tile, together with the elements before it."""
+        V, options = logits.shape[1], self.label_smoothing != 0.0 or self.softcap != 0.0
+        block, warps = chosen(kernel, logits, (V, int(options)), TILE_OF_OPTIONS if options else TILE)
+        return min(block, next_power_of_2(V + ALIGN.value)), warps
+
+
+def cross_entropy_fwd(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """Return loss and statistics.
+
+    Args:
+        options: the fields of LossOptions.
+    """
     rows_contiguous("cross_entropy_fwd_triton", logits=logits)
-    contiguous("cross_entropy_fwd_triton", target=target, weight=weight)
+    o = LossOptions(*options)
+    contiguous("cross_entropy_fwd_triton", target=target, weight=o.weight)
     N, V = logits.shape
     loss = logits.new_empty(N, dtype=torch.float32)
     statistics = logits.new_empty(N, 2, dtype=torch.float32)
-    if not V:  # the sum of no exponentials; no target is a class
-        loss.copy_(torch.where(target == ignore_index, 0.0, torch.nan))
+    if not V:  # the sum has no terms, and no target is a class
+        loss.copy_(torch.where(target == o.ignore_index, 0.0, torch.nan))
         statistics.zero_()
     elif N:
-        block, warps = _tile("cross_entropy_fwd", logits, label_smoothing, softcap)
+        block, warps = o.tile("cross_entropy_fwd", logits)
         with on_device_of(logits):
             _cross_entropy_fwd[(N,)](
                 logits,
                 target,
-                weight,
-                _weight_sum(weight, label_smoothing),
+                o.weight,
+                o.weight_sum(),
                 loss,
                 statistics,
                 logits.stride(0),
                 V,
-                ignore_index,
-                label_smoothing,
-                z_loss,
-                softcap,
-                label_smoothing != 0.0,
-                softcap != 0.0,
+                *o.arguments(),
                 block,
                 16 // logits.element_size(),
                 num_warps=warps,
@@ -336,15 +330,11 @@ def cross_entropy_bwd(
     logits: Tensor,
     target: Tensor,
     statistics: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    *options: Any,
 ) -> Tensor:
+    """Return the gradient of the logits; `options` as in `cross_entropy_fwd`."""
     dlogits = logits.new_empty(logits.shape)
-    options = (weight, ignore_index, label_smoothing, z_loss, softcap)
-    _launch_bwd(dlogits, grad_loss, grad_lse, logits, target, statistics, *options)
+    _launch_bwd(dlogits, grad_loss, grad_lse, logits, target, statistics, LossOptions(*options))
     return dlogits
 
 
@@ -354,31 +344,21 @@ def cross_entropy_bwd_inplace(
     logits: Tensor,
     target: Tensor,
     statistics: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    *options: Any,
 ) -> None:
-    """Writes the gradient over the logits: each element is read before it is written, by the same thread."""
-    options = (weight, ignore_index, label_smoothing, z_loss, softcap)
-    _launch_bwd(logits, grad_loss, grad_lse, logits, target, statistics, *options)
+    """Write the gradient over the logits: the thread that writes an element has read it before."""
+    _launch_bwd(logits, grad_loss, grad_lse, logits, target, statistics, LossOptions(*options))
 
 
-def cross_entropy_with_grad_inplace(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    block_bytes: int,
-) -> tuple[Tensor, Tensor]:
-    """Loss, statistics, and over the logits the gradient of loss.sum()."""
-    options = (weight, ignore_index, label_smoothing, z_loss, softcap)
+def cross_entropy_with_grad_inplace(logits: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return loss and statistics, and write the gradient of loss.sum() over the logits.
+
+    Args:
+        arguments: the fields of LossOptions, and a size in bytes that only the CUDA kernel uses.
+    """
+    *options, _ = arguments
     loss, statistics = cross_entropy_fwd(logits, target, *options)
-    _launch_bwd(logits, torch.ones_like(loss), None, logits, target, statistics, *options)
+    _launch_bwd(logits, torch.ones_like(loss), None, logits, target, statistics, LossOptions(*options))
     return loss, statistics
 
 
@@ -389,21 +369,16 @@ def _launch_bwd(
     logits: Tensor,
     target: Tensor,
     statistics: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
+    o: LossOptions,
 ) -> None:
     op = "cross_entropy_bwd_triton"
     rows_contiguous(op, logits=logits)
-    contiguous(
-        op, grad_loss=grad_loss, grad_lse=grad_lse, target=target, statistics=statistics, weight=weight
-    )
+    contiguous(op, grad_loss=grad_loss, grad_lse=grad_lse, target=target)
+    contiguous(op, statistics=statistics, weight=o.weight)
     N, V = logits.shape
     if not logits.numel():
         return
-    block, warps = _tile("cross_entropy_bwd", logits, label_smoothing, softcap)
+    block, warps = o.tile("cross_entropy_bwd", logits)
     with on_device_of(logits):
         _cross_entropy_bwd[(N,)](
             grad_loss,
@@ -411,31 +386,14 @@ def _launch_bwd(
             logits,
             target,
             statistics,
-            weight,
-            _weight_sum(weight, label_smoothing),
+            o.weight,
+            o.weight_sum(),
             dlogits,
             logits.stride(0),
             dlogits.stride(0),
             V,
-            ignore_index,
-            label_smoothing,
-            z_loss,
-            softcap,
-            label_smoothing != 0.0,
-            softcap != 0.0,
+            *o.arguments(),
             logits.stride(0) == dlogits.stride(0),
             block,
             num_warps=warps,
         )
-
-
-def _weight_sum(weight: Tensor | None, label_smoothing: float) -> Tensor | None:
-    """W on the device; only label smoothing asks for it."""
-    return weight.sum() if weight is not None and label_smoothing != 0.0 else None
-
-
-def _tile(kernel: str, logits: Tensor, label_smoothing: float, softcap: float) -> tuple[int, int]:
-    """A short row is one tile with what comes before it."""
-    V, options = logits.shape[1], label_smoothing != 0.0 or softcap != 0.0
-    block, warps = chosen(kernel, logits, (V, int(options)), TILE_OF_OPTIONS if options else TILE)
-    return min(block, next_power_of_2(V + ALIGN.value)), warps

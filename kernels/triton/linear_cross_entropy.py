@@ -1,18 +1,17 @@
-"""Cross-entropy of a linear layer's output, without the logits ever being whole in memory.
+"""Cross-entropy of a linear layer's output; only a chunk of the logits is in memory at a time.
 
     logits = hidden weight^T + bias,   loss and statistics as in cross_entropy.py
     dhidden = dlogits weight,   dweight = dlogits^T hidden,   dbias = sum_i dlogits_i
 
-Shapes: hidden (N, D), weight (V, D), bias (V,), target (N,). The rows go through in chunks of C: the logits
-of a chunk (C, V), in the inputs' dtype, are one matrix product; the cross-entropy kernels work on them and
-write their gradient over them; two more products make the chunk's part of the gradients. Since loss.sum() has
-the row gradient 1, which no caller has to be asked for, forward and backward take three products instead of
-four. Any other row gradient goes through `linear_cross_entropy_bwd`, which computes each chunk's logits
-again.
+Shapes: hidden (N, D), weight (V, D), bias (V,), target (N,). The rows are processed in chunks of C. One matrix product
+gives the logits of a chunk (C, V) in the inputs' dtype, the cross-entropy kernels write the gradient over them, and two
+more products give the chunk's part of the gradients. The row gradient of loss.sum() is 1, known in the forward: so
+forward and backward take three products instead of four. For any other row gradient, `linear_cross_entropy_bwd`
+recomputes the logits of each chunk.
 
-The products are PyTorch's (cuBLAS). Statistics and sums over chunks are fp32. The kernels are Triton's, or those of
-csrc/cuda/cross_entropy.cu, which takes a chunk's logits through loss and gradient in one read and one write; nothing
-of Triton is imported for those.
+The products are PyTorch's (cuBLAS). Statistics and sums over chunks are fp32. The cross-entropy kernels are those of
+Triton or of csrc/cuda/cross_entropy.cu, which computes loss and gradient of a chunk with one read and one write of its
+logits. The latter import nothing of Triton.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Rows of a chunk. dweight (V, D) is fp32 and read and written once a chunk: 8 V D bytes beside 6 C V D FLOPs
-# of the three products, which at 800 TFLOP/s and 4.8 TB/s is 220 / C of their time, 5 % at C = 4096; a
-# quarter of that many rows would still fill the GPU, but pay 20 %. The logits of 4096 rows are 412 MB at V =
-# 50304 in 16 bits. A larger vocabulary or fp32 meets the second bound, which is what the op is for: memory.
+# Rows of a chunk. dweight (V, D) is fp32, and read and written once per chunk: 8 V D bytes for 6 C V D FLOPs of the
+# three products. At 800 TFLOP/s and 4.8 TB/s that is 220 / C of their time: 5 % at C = 4096, and 20 % at a quarter of
+# it, which would still fill the GPU. The logits of 4096 rows are 412 MB at V = 50304 in 16 bits. A larger vocabulary or
+# fp32 reaches the second bound, which keeps the op's memory small.
 CHUNK_ROWS = 4096
 CHUNK_BYTES = 2**29
 ROW_MULTIPLE = 128  # a tile of the products
 
 
 class Kernels(NamedTuple):
-    """The cross-entropy of a chunk's logits: the loss, the gradient over the logits, and both."""
+    """Cross-entropy of a chunk: the loss, the gradient written over the logits, and both at once."""
 
     fwd: Callable[..., Any]
     bwd_inplace: Callable[..., Any]
@@ -74,7 +73,7 @@ def linear_cross_entropy_bwd_cuda(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def chunk_rows(N: int, V: int, itemsize: int, chunk: int) -> int:
-    """Rows of a chunk: `chunk` if it is positive, else chunks of equal size within the two bounds above."""
+    """Return the rows of a chunk: `chunk` if it is positive, else about equal chunks within the two bounds above."""
     if chunk > 0:
         return min(chunk, max(N, 1))
     most = max(min(CHUNK_ROWS, CHUNK_BYTES // (max(V, 1) * itemsize)), ROW_MULTIPLE)
@@ -87,16 +86,16 @@ def _cdiv(a: int, b: int) -> int:
 
 
 def _logits_buffer(hidden: Tensor, V: int, rows: int) -> Tensor:
-    """(rows, V) with rows that start at multiples of 16 elements, which the products' fast loads need."""
+    """Allocate (rows, V) with rows that start at multiples of 16 elements, as the products' fast loads need."""
     buffer = hidden.new_empty(rows, _cdiv(V, 16) * 16)
-    # On CPUs with AMX, PyTorch's 16-bit products read past the ends of rows, and NaN from there gets through.
+    # On CPUs with AMX, PyTorch's 16-bit products read past the ends of rows, and a NaN there would reach the result.
     if not hidden.is_cuda:
         buffer[:, V:] = 0
     return buffer[:, :V]
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """hidden weight^T + bias, written to the first rows of the buffer."""
+    """Write hidden weight^T + bias to the first rows of the buffer and return them."""
     logits = buffer[: hidden.shape[0]]
     if bias is None:
         return torch.mm(hidden, weight.t(), out=logits)
@@ -104,7 +103,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor)
 
 
 def _mm_fp32(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b with an fp32 result of 16-bit factors, which only the GPU's library has."""
+    """Compute out = a b in fp32. Products of 16-bit factors with an fp32 result exist only on the GPU."""
     if a.dtype == torch.float32:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -114,7 +113,7 @@ def _mm_fp32(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def _add_mm_fp32(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, as above."""
+    """Compute out += a b in fp32, like `_mm_fp32`."""
     if a.dtype == torch.float32:
         out.addmm_(a, b)
     elif a.is_cuda:
@@ -137,7 +136,7 @@ def _forward(
     chunk: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss and statistics and, `with_grad`, the fp32 gradients of loss.sum()."""
+    """Return loss, statistics, and with `with_grad` the fp32 gradients of loss.sum(): dhidden, dweight, dbias."""
     (N, D), V = hidden.shape, weight.shape[0]
     options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
     fp32 = {"dtype": torch.float32, "device": hidden.device}
@@ -179,7 +178,7 @@ def _backward(
     softcap: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients for any row gradient, in the inputs' dtypes; each chunk's logits are computed again."""
+    """Return dhidden, dweight and dbias for any row gradient, in the inputs' dtypes."""
     (N, D), V = hidden.shape, weight.shape[0]
     options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)

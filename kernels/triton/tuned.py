@@ -1,8 +1,8 @@
-"""What `python -m bench tune` found on this machine, in the place of the kernels' tables.
+"""Tile sizes that `python -m bench tune` found on this machine, which replace those of the kernels' tables.
 
-A launcher has a row of numbers for a kernel (tile sizes, warps, stages) and asks `chosen` whether a better one is known
-for its sizes on its GPU. The answers are read from the disk once a process, at the first launch on a GPU; nothing is
-ever timed here. A row holds for one device, version of Triton, kernel, dtype and size.
+A launcher has a row of numbers for a kernel (tile sizes, warps, stages) and calls `chosen`, which returns a better row
+if one is known for its sizes on its GPU. The rows are read from the disk once per process, at the first launch on a
+GPU; nothing is timed here. A row is valid for one device, version of Triton, kernel, dtype and size.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import torch
 import triton
 from torch import Tensor
 
-_MOST, _LARGEST = 10_000, 1 << 16  # rows that are kept, and a number of one: those of a tile are far below
-_LONGEST = 1 << 24  # characters of the file
+_MAX_ROWS, _MAX_NUMBER = 10_000, 1 << 16  # rows of the file, and numbers of a row; tile sizes are far below
+_MAX_CHARACTERS = 1 << 24  # of the file
 Row = tuple[int, ...]
 Question = tuple[str, str, Row]  # kernel, dtype, sizes
 
 
 @dataclass
 class Trial:
-    """Rows by kernel to be launched instead of any other, and what launchers asked for meanwhile, with their own."""
+    """Rows to launch instead of all others, by kernel, and the questions of launchers with their own rows."""
 
     rows: dict[str, Row]
     asked: dict[Question, Row] = field(default_factory=dict)
@@ -41,7 +41,13 @@ _trial: Trial | None = None
 
 
 def chosen(kernel: str, x: Tensor, size: Row, row: Row) -> Row:
-    """The row that was found best for the kernel at this size on x's GPU, or else the launcher's own."""
+    """Return the row that was found best for the kernel at this size on x's GPU, or else the launcher's own.
+
+    Args:
+        kernel: its name in `bench.tune.CANDIDATES`.
+        size: the sizes on which the best row depends.
+        row: the launcher's own.
+    """
     if _trial is not None:
         _trial.asked[kernel, _name(x.dtype), size] = row
         return _trial.rows.get(kernel, row)
@@ -54,7 +60,7 @@ def chosen(kernel: str, x: Tensor, size: Row, row: Row) -> Row:
 
 @contextlib.contextmanager
 def trying(rows: dict[str, Row]) -> Iterator[Trial]:
-    """Launches with these rows; not for several threads at a time."""
+    """Use these rows for all launches within the context; not for several threads at a time."""
     global _trial  # noqa: PLW0603
     before, _trial = _trial, Trial(rows)
     try:
@@ -69,10 +75,10 @@ def path() -> Path:
 
 
 def load() -> list[dict[str, Any]]:
-    """All rows on the disk; none, with a warning, where the file is not one of ours."""
+    """Read all rows on the disk; none, with a warning, if `save` did not write the file."""
     try:
         with path().open(encoding="utf-8") as file:
-            text = file.read(_LONGEST)
+            text = file.read(_MAX_CHARACTERS)
     except FileNotFoundError:
         return []
     except (OSError, UnicodeDecodeError) as error:
@@ -83,16 +89,16 @@ def load() -> list[dict[str, Any]]:
             strings = [record[key] for key in ("device", "triton", "kernel", "dtype")]
             numbers = [*record["size"], *record["row"]]
             if not all(isinstance(s, str) for s in strings) or not all(type(n) is int for n in numbers):
-                return _ignored("a row has not the fields it should have")
-            if not record["row"] or not 0 < min(record["row"]) <= max(record["row"]) <= _LARGEST:
-                return _ignored(f"a row has a number outside of 1 to {_LARGEST}")
+                return _ignored("a row has other fields than it should have")
+            if not record["row"] or not 0 < min(record["row"]) <= max(record["row"]) <= _MAX_NUMBER:
+                return _ignored(f"a row has a number outside of 1 to {_MAX_NUMBER}")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         return _ignored(f"it is not what `python -m bench tune` writes ({error!r})")
     return list(records)
 
 
 def save(device: str, rows: dict[Question, Row]) -> Path:
-    """Add rows to those on the disk, replacing the file at once. Of two processes one waits for the other."""
+    """Add rows to those on the disk, replacing the file atomically; concurrent processes wait for each other."""
     path().parent.mkdir(parents=True, exist_ok=True)
     with _locked(path().parent):
         _replace(device, rows)
@@ -102,7 +108,7 @@ def save(device: str, rows: dict[Question, Row]) -> Path:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold a directory against other processes and threads; without effect on a file system that has no locks."""
+    """Lock a directory against other processes and threads; without effect on a file system without locks."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -117,7 +123,7 @@ def _replace(device: str, rows: dict[Question, Row]) -> None:
     kept = {_key(record): tuple(record["row"]) for record in load()} | new
     names = ("device", "triton", "kernel", "dtype", "size")
     records = [dict(zip(names, key, strict=True)) | {"row": row} for key, row in sorted(kept.items())]
-    text = json.dumps({"rows": records[-_MOST:]}, indent=1)
+    text = json.dumps({"rows": records[-_MAX_ROWS:]}, indent=1)
     with tempfile.NamedTemporaryFile("w", dir=path().parent, suffix=".json", delete=False) as file:
         try:
             file.write(text)
@@ -147,7 +153,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _ignored(reason: str) -> list[dict[str, Any]]:
-    """The sentence that says what became of the file."""
+    """Warn that the file is ignored, and why; return no rows."""
     warnings.warn(
         f"fastgpt: {path()} is ignored, kernels run with their own tables: {reason}; "
         "run `python -m bench tune` again, or delete it",

@@ -80,7 +80,7 @@ ROW = {
         ("{", "not what `python -m bench tune` writes"),
         ("[]", "not what `python -m bench tune` writes"),
         ('{"rows": [{"device": "x"}]}', "not what `python -m bench tune` writes"),
-        (json.dumps({"rows": [ROW | {"row": ["4096"]}]}), "has not the fields"),
+        (json.dumps({"rows": [ROW | {"row": ["4096"]}]}), "other fields than it should"),
         (json.dumps({"rows": [ROW | {"row": [0, 4]}]}), "a number outside of 1 to 65536"),
         (json.dumps({"rows": [ROW | {"row": [4, 10**9]}]}), "a number outside of 1 to 65536"),
         ("[" * 100_000, "not what `python -m bench tune` writes"),
@@ -136,7 +136,7 @@ def test_a_save_that_fails_leaves_what_was_there_and_nothing_else(monkeypatch):
 
 
 def test_the_number_of_rows_has_a_bound(monkeypatch):
-    monkeypatch.setattr(tuned, "_MOST", 3)
+    monkeypatch.setattr(tuned, "_MAX_ROWS", 3)
     tuned.save(DEVICE, {("gelu_fwd", "float32", (size,)): (64,) for size in range(5)})
     assert len(tuned.load()) == 3
 

@@ -8,19 +8,19 @@ from fastgpt import ops
 from fastgpt.testing import run_with_gradients
 from tests.ops.test_attention import CASES, inputs
 
-tiles = pytest.importorskip("fastgpt.kernels.attention_tiles")
+launch = pytest.importorskip("fastgpt.kernels.attention_launch")
 
 
 def by_descriptors_and_by_pointers(function, tensors, monkeypatch):
     """(result, gradients) of Triton's kernels by tensor descriptors and by pointers."""
     made = []
-    descriptor = tiles.TensorDescriptor
-    monkeypatch.setattr(tiles, "TensorDescriptor", lambda *a: made.append(a) or descriptor(*a))
+    descriptor = launch.TensorDescriptor
+    monkeypatch.setattr(launch, "TensorDescriptor", lambda *a: made.append(a) or descriptor(*a))
     with fastgpt.use_backend("triton"):
         first = run_with_gradients(function, tensors, None)
         assert made
         made.clear()
-        monkeypatch.setattr(tiles, "_describable", lambda x: False)
+        monkeypatch.setattr(launch, "_fits_descriptor", lambda x: False)
         second = run_with_gradients(function, tensors, None)
         assert not made
     return first, second
@@ -72,9 +72,9 @@ def test_tensor_descriptors_pass_a_padded_head_dimension(monkeypatch):
 
 def test_tensor_descriptors_are_for_what_the_copying_unit_takes():
     good = torch.zeros(2, 20, 4, 16, dtype=torch.float16).transpose(1, 2)
-    assert tiles.describable(None, good)
-    documents = tiles.Documents(*[torch.zeros(2, dtype=torch.int32)] * 2, 20, 20)
-    assert not tiles.describable(documents, good)
+    assert launch.use_descriptors(None, good)
+    packed = launch.PackedDocuments(*[torch.zeros(2, dtype=torch.int32)] * 2, 20, 20)
+    assert not launch.use_descriptors(packed, good)
     for bad in (
         good.float(),
         good[..., 1:],  # begins at an odd address
@@ -83,4 +83,4 @@ def test_tensor_descriptors_are_for_what_the_copying_unit_takes():
         good[:1, :1].expand(2, 4, 20, 16),
         good[:, :, :0],
     ):
-        assert not tiles.describable(None, good, bad), (bad.shape, bad.stride())
+        assert not launch.use_descriptors(None, good, bad), (bad.shape, bad.stride())

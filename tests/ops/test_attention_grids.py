@@ -8,7 +8,7 @@ from fastgpt import ops
 from fastgpt.testing import run_with_gradients
 from tests.ops.test_attention import inputs
 
-tiles = pytest.importorskip("fastgpt.kernels.attention_tiles")
+launch = pytest.importorskip("fastgpt.kernels.attention_launch")
 
 BOUNDS = torch.tensor([0, 7, 7, 40], dtype=torch.int32)
 
@@ -46,13 +46,13 @@ def test_folded_grids_give_what_grids_of_three_axes_give(case, monkeypatch):
     tensors = tensors()
     with fastgpt.use_backend("triton"):
         expected, expected_grads = run_with_gradients(function, tensors, None)
-        monkeypatch.setattr(tiles, "MOST", 1)
+        monkeypatch.setattr(launch, "GRID_AXIS_MAX", 1)
         found, grads = run_with_gradients(function, tensors, None)
     for a, b in zip((*found, *grads), (*expected, *expected_grads), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # dq is added up in another order
 
 
 def test_grid_has_three_axes_up_to_65535_heads_and_batches():
-    assert tiles.grid_of(5, 65_535, 65_535) == ((5, 65_535, 65_535), None)
-    assert tiles.grid_of(5, 65_536, 2) == ((131_072, 5), 65_536)
-    assert tiles.grid_of(5, 3, 65_536) == ((196_608, 5), 3)
+    assert launch.grid_of(5, 65_535, 65_535) == ((5, 65_535, 65_535), None)
+    assert launch.grid_of(5, 65_536, 2) == ((131_072, 5), 65_536)
+    assert launch.grid_of(5, 3, 65_536) == ((196_608, 5), 3)

@@ -87,8 +87,8 @@ def test_several_tiles_with_and_without_tensor_descriptors(backend, dtype, monke
     if backend == "triton":
         from fastgpt.kernels import linear_gelu as kernels
 
-        ask = kernels._is_describable
-        monkeypatch.setattr(kernels, "_is_describable", lambda x: described.append(ask(x)) or described[-1])
+        ask = kernels._fits_descriptor
+        monkeypatch.setattr(kernels, "_fits_descriptor", lambda x: described.append(ask(x)) or described[-1])
         both = {True, False} if kernels._has_descriptors(torch.empty(1)) else set()
     for size in (72, 71):
         arguments = inputs((77,), size, 45, dtype)
