@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastgpt import extension
+from . import extension
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 

@@ -4,16 +4,16 @@ Each op's file holds its contract (checks, docstring), its registration for ever
 autograd; the choice of backend is `fastgpt.backends.select`.
 """
 
-from fastgpt.ops.add_layer_norm import add_layer_norm
-from fastgpt.ops.attention import attention
-from fastgpt.ops.attention_varlen import attention_varlen
-from fastgpt.ops.cross_entropy import cross_entropy
-from fastgpt.ops.geglu import geglu
-from fastgpt.ops.gelu import bias_gelu, gelu
-from fastgpt.ops.linear import linear
-from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
-from fastgpt.ops.linear_gelu import linear_gelu
-from fastgpt.ops.mlp import mlp
+from .add_layer_norm import add_layer_norm
+from .attention import attention
+from .attention_varlen import attention_varlen
+from .cross_entropy import cross_entropy
+from .geglu import geglu
+from .gelu import bias_gelu, gelu
+from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_gelu import linear_gelu
+from .mlp import mlp
 
 __all__ = [
     "add_layer_norm",

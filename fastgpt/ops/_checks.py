@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops._transforms import active, check_no_transform
+from ._transforms import active, check_no_transform
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ANY = -1  # matches every size

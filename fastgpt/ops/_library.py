@@ -17,10 +17,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastgpt.backends import BACKENDS
-from fastgpt.ops import _flops
+from .._ops import NAMESPACE, ops
+from ..backends import BACKENDS
+from . import _flops
 
-_library = torch.library.Library("fastgpt", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 
 Kernel = Callable[..., Any]
 
@@ -33,9 +34,10 @@ def define(
     reference: Kernel,
     check: Callable[..., object],
     module: str | None,
-    cuda: str | None = None,
+    triton: Kernel | None = None,
+    cuda: Kernel | str | None = None,
 ) -> dict[str, Kernel]:
-    """Defines `fastgpt::{name}_{backend}` for every backend and returns the overloads by backend.
+    """Define `fastgpt::{name}_{backend}` for every backend and return the overloads by backend.
 
     Args:
         name: the op and its direction, such as "gelu_fwd".
@@ -45,18 +47,23 @@ def define(
         check: raises where arguments do not fit each other, so that no kernel leaves a tensor's memory. Called with the
             op's full name and the arguments before every implementation in Python; compiled ones check for themselves.
         module: the file in `fastgpt.kernels` whose function `name` is Triton's launcher, or None.
-        cuda: "file.function" in `fastgpt.kernels`, the launcher of the CUDA backend where that is Python; it does not
-            import Triton. None where the compiled library has the op.
+        triton: the implementation of the Triton backend where it is not in `fastgpt.kernels`.
+        cuda: that of the CUDA backend where it is Python: a function, or "file.function" in `fastgpt.kernels`, a file
+            that does not import Triton. None where the compiled library has the op.
     """
     overloads = {}
     for backend in BACKENDS:
         op = f"{name}_{backend}"
         _library.define(op + schema)
-        torch.library.register_fake(f"fastgpt::{op}", _on_one_device(op, fake), lib=_library)
-        overloads[backend] = getattr(torch.ops.fastgpt, op).default
+        torch.library.register_fake(f"{NAMESPACE}::{op}", _on_one_device(op, fake), lib=_library)
+        overloads[backend] = getattr(ops, op).default
     _flops.register(name, list(overloads.values()))
     overloads["cuda"] = _naming_failed_allocations(overloads["cuda"])
-    kernels = {"reference": reference, "triton": None if module is None else f"{module}.{name}", "cuda": cuda}
+    kernels = {
+        "reference": reference,
+        "triton": triton if module is None else f"{module}.{name}",
+        "cuda": cuda,
+    }
     for backend, kernel in kernels.items():
         if kernel is not None:
             op = f"{name}_{backend}"
@@ -77,7 +84,9 @@ def _checked(op: str, check: Callable[..., object], kernel: Kernel | str) -> Ker
         check(op, *args)
         if isinstance(kernel, str):
             module, _, function = kernel.partition(".")
-            kernel = cast(Kernel, getattr(importlib.import_module(f"fastgpt.kernels.{module}"), function))
+            kernel = cast(
+                Kernel, getattr(importlib.import_module(f"..kernels.{module}", __package__), function)
+            )
         with torch._C._DisableAutocast():
             return kernel(*args)
 

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select
+from ..reference.add_layer_norm import centre
+from ..reference.precision import accumulator
+from ._checks import (
     ANY,
     FLOATS,
     Checks,
@@ -18,10 +20,8 @@ from fastgpt.ops._checks import (
     check_tensors,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.reference.add_layer_norm import centre
-from fastgpt.reference.precision import accumulator
+from ._library import define, vjp
+from ._transforms import twice_differentiable
 
 # The mean is float64 in the ops: sum - mean must keep its digits where a row has a large offset.
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select, shared_memory
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select, shared_memory
+from ..reference.precision import accumulator
+from ._checks import (
     ANY,
     Checks,
     autocast_dtype,
@@ -21,9 +22,8 @@ from fastgpt.ops._checks import (
     no_float64_on_gpu_backends,
     unit_stride,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.reference.precision import accumulator
+from ._library import define, vjp
+from ._transforms import twice_differentiable
 
 CAUSAL = ("none", "upper_left", "lower_right")
 MAX_HEAD_DIM = 256  # of the kernels; the reference has no limit

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select
+from ..reference.attention import check_documents
+from ..reference.precision import accumulator
+from ._checks import (
     ANY,
     Checks,
     autocast_dtype,
@@ -19,11 +21,9 @@ from fastgpt.ops._checks import (
     distinct,
     unit_stride,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.ops.attention import band_bounds, check_extras, dropout_seed, lse_of, refusal, statistics_of
-from fastgpt.reference.attention import check_documents
-from fastgpt.reference.precision import accumulator
+from ._library import define, vjp
+from ._transforms import twice_differentiable
+from .attention import band_bounds, check_extras, dropout_seed, lse_of, refusal, statistics_of
 
 _EXTRAS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed"
 _LONGEST = "int max_seqlen_q, int max_seqlen_k"

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select
+from ..reference.cross_entropy import capped, check_targets, softmax_statistics
+from ..reference.precision import accumulator
+from ._checks import (
     ANY,
     Checks,
     autocast_dtype,
@@ -20,10 +22,8 @@ from fastgpt.ops._checks import (
     no_float64_on_gpu_backends,
     unit_stride,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import is_batched, twice_differentiable
-from fastgpt.reference.cross_entropy import capped, check_targets, softmax_statistics
-from fastgpt.reference.precision import accumulator
+from ._library import define, vjp
+from ._transforms import is_batched, twice_differentiable
 
 REDUCTIONS = ("mean", "sum", "none")
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select
+from ._checks import (
     Checks,
     check_choice,
     check_floating,
@@ -18,9 +18,9 @@ from fastgpt.ops._checks import (
     distinct,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.ops.gelu import APPROXIMATE
+from ._library import define, vjp
+from ._transforms import twice_differentiable
+from .gelu import APPROXIMATE
 
 _FWD = define(
     "geglu_fwd",

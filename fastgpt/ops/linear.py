@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select
+from ..reference.precision import accumulator
+from ._checks import (
     ANY,
     Checks,
     autocast_dtype,
@@ -24,9 +25,9 @@ from fastgpt.ops._checks import (
     distinct,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.reference.precision import accumulator
+from ._library import define, vjp
+from ._torch_linear import linear_bwd, linear_fwd
+from ._transforms import twice_differentiable
 
 
 def _check_layer(op: str, x: Tensor, weight: Tensor) -> Checks:
@@ -67,8 +68,9 @@ LINEAR_FWD = define(
     fake=lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
     reference=reference.linear,
     check=_check_fwd,
-    module="linear",
-    cuda="linear.linear_fwd",
+    module=None,
+    triton=linear_fwd,
+    cuda=linear_fwd,
 )
 LINEAR_BWD = define(
     "linear_bwd",
@@ -76,12 +78,13 @@ LINEAR_BWD = define(
     fake=_fake_bwd,
     reference=_reference_bwd,
     check=_check_bwd,
-    module="linear",
-    cuda="linear.linear_bwd",
+    module=None,
+    triton=linear_bwd,
+    cuda=linear_bwd,
 )
 
 
-# On these backends the products are PyTorch's (kernels/triton/linear.py), whose autograd in C++ takes the host half of
+# On these backends the products are PyTorch's (_torch_linear.py), whose autograd in C++ takes the host half of
 # the time of an autograd.Function.
 PRODUCTS_OF_PYTORCH = ("triton", "cuda")
 

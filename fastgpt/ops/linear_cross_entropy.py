@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.backends import select
-from fastgpt.ops._checks import (
+from .. import reference
+from ..backends import select
+from ..reference.cross_entropy import capped, check_targets, softmax_statistics
+from ..reference.linear_cross_entropy import project
+from ..reference.precision import accumulator
+from ._checks import (
     ANY,
     Checks,
     autocast_dtype,
@@ -19,17 +22,14 @@ from fastgpt.ops._checks import (
     check_tensors,
     no_float64_on_gpu_backends,
 )
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import is_batched, twice_differentiable
-from fastgpt.ops.cross_entropy import (
+from ._library import define, vjp
+from ._transforms import is_batched, twice_differentiable
+from .cross_entropy import (
     check_loss_options,
     dtype_of_loss,
     mean_denominator,
     reduce_rows,
 )
-from fastgpt.reference.cross_entropy import capped, check_targets, softmax_statistics
-from fastgpt.reference.linear_cross_entropy import project
-from fastgpt.reference.precision import accumulator
 
 _OPTIONS = (
     "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk"

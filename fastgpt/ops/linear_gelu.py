@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.ops._checks import ANY, Checks, check_choice
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.ops.gelu import _BIAS_BWD, _BWD, _FWD, APPROXIMATE
-from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
+from .. import reference
+from ._checks import ANY, Checks, check_choice
+from ._library import define, vjp
+from ._transforms import twice_differentiable
+from .gelu import _BIAS_BWD, _BWD, _FWD, APPROXIMATE
+from .linear import LINEAR_BWD, LINEAR_FWD, as_rows
 
 
 def _check_fwd(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, with_z: bool) -> None:

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import reference
-from fastgpt.ops._checks import ANY, Checks, check_choice
-from fastgpt.ops._library import define, vjp
-from fastgpt.ops._transforms import twice_differentiable
-from fastgpt.ops.gelu import APPROXIMATE
-from fastgpt.ops.linear import LINEAR_BWD, LINEAR_FWD, as_rows
-from fastgpt.ops.linear_gelu import LinearGelu
-from fastgpt.ops.linear_gelu import _backward as _linear_gelu_bwd
-from fastgpt.ops.linear_gelu import _forward as _linear_gelu_fwd
+from .. import reference
+from ._checks import ANY, Checks, check_choice
+from ._library import define, vjp
+from ._transforms import twice_differentiable
+from .gelu import APPROXIMATE
+from .linear import LINEAR_BWD, LINEAR_FWD, as_rows
+from .linear_gelu import LinearGelu
+from .linear_gelu import _backward as _linear_gelu_bwd
+from .linear_gelu import _forward as _linear_gelu_fwd
 
 
 def _check_bwd(op: str, grad: Tensor, z: Tensor, weight: Tensor, tanh: bool, with_bias: bool) -> None:

@@ -3,14 +3,14 @@
 Everything is computed in float32, or in float64 for float64 inputs, whatever the inputs' dtype.
 """
 
-from fastgpt.reference.add_layer_norm import add_layer_norm
-from fastgpt.reference.attention import attention, attention_varlen
-from fastgpt.reference.cross_entropy import cross_entropy
-from fastgpt.reference.gelu import bias_gelu, geglu, gelu, linear_gelu
-from fastgpt.reference.linear import linear
-from fastgpt.reference.linear_cross_entropy import linear_cross_entropy
-from fastgpt.reference.mlp import mlp
-from fastgpt.reference.philox import dropout_keep
+from .add_layer_norm import add_layer_norm
+from .attention import attention, attention_varlen
+from .cross_entropy import cross_entropy
+from .gelu import bias_gelu, geglu, gelu, linear_gelu
+from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy
+from .mlp import mlp
+from .philox import dropout_keep
 
 __all__ = [
     "add_layer_norm",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastgpt.reference.precision import accumulator
+from .precision import accumulator
 
 
 def add_layer_norm(

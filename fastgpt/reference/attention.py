@@ -5,9 +5,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastgpt.reference.cross_entropy import log_sum_exp
-from fastgpt.reference.philox import dropout_keep
-from fastgpt.reference.precision import accumulator
+from .cross_entropy import log_sum_exp
+from .philox import dropout_keep
+from .precision import accumulator
 
 
 def band(rows: int, columns: int, lower_right: bool, left: int, right: int, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ Label smoothing: Szegedy et al., arXiv:1512.00567. z-loss: PaLM, arXiv:2204.0231
 import torch
 from torch import Tensor
 
-from fastgpt.reference.precision import accumulator
+from .precision import accumulator
 
 
 def cross_entropy(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastgpt.reference.precision import accumulator
+from .precision import accumulator
 
 
 def gelu(x: Tensor, tanh: bool = False) -> Tensor:

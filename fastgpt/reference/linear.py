@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastgpt.reference.precision import accumulator
+from .precision import accumulator
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

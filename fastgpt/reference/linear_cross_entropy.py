@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from fastgpt.reference.cross_entropy import cross_entropy
-from fastgpt.reference.precision import accumulator
+from .cross_entropy import cross_entropy
+from .precision import accumulator
 
 
 def linear_cross_entropy(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from fastgpt.reference.gelu import linear_gelu
-from fastgpt.reference.linear import linear
+from .gelu import linear_gelu
+from .linear import linear
 
 
 def mlp(

@@ -3,9 +3,10 @@
     OUT/build.toml  flake.nix  README.md  torch-ext/fastgpt/…      a project for kernel-builder
     OUT/build/torch-cpu/…  torch-cuda/…                            what `kernels.get_local_kernel(OUT)` loads
 
-The ops, their references and the Triton kernels go in as they are, but for two things that the Hub demands, so that
-several versions can be loaded into one process: a module imports its neighbours relatively, and the operators are
-registered under a name of their own, a hash of the files. What is different from the package lies in `kernels/hub/`.
+The ops, their references, the Triton kernels and backends.py are copied unchanged: they import each other relatively,
+as the Hub requires. The operators get a namespace of their own, a hash of the files, so that several versions can be
+loaded into one process: the module `_ops` is generated. The other files that differ from the package are in
+`kernels/hub/`.
 
 Layout and metadata: https://huggingface.co/docs/kernels/v0.17.0/kernel-requirements (build.toml of edition 5).
 """
@@ -38,10 +39,11 @@ _FILES = {
 }
 
 # kernel-builder writes a module of the same name and content.
-_OPS = '''"""Where this version's operators are registered."""
+_OPS = '''"""The namespace of this version's operators."""
 
 import torch
 
+NAMESPACE = "{id}"
 ops = torch.ops.{id}
 
 
@@ -68,14 +70,14 @@ globals().update({{name: getattr(_kernel, name) for name in __all__}})
 
 
 def write(out: Path, repo_id: str = "your-name/fastgpt") -> None:
-    """Writes the repository into `out`, which is made, or empty.
+    """Write the repository into `out`, which is made, or empty.
 
     Args:
         repo_id: "owner/name" on the Hub, for build.toml and the README.
 
     Raises:
-        FileExistsError: there is something in `out`.
-        ValueError: repo_id is none, or a source imports in a way that cannot be rewritten.
+        FileExistsError: `out` is not empty.
+        ValueError: repo_id is not owner/name, or a source needs the package fastgpt.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"a repository on the Hub is named owner/name, not {repo_id!r}")
@@ -106,44 +108,31 @@ def write(out: Path, repo_id: str = "your-name/fastgpt") -> None:
 
 
 def sources() -> dict[str, str]:
-    """The kernel's Python files by their path in it, imports rewritten."""
+    """Read the kernel's Python files, by their path in it.
+
+    Raises:
+        ValueError: a file imports fastgpt absolutely, or registers operators outside of `_ops.NAMESPACE`.
+    """
     found = dict(_FILES)
     for folder, home in _FOLDERS.items():
         found |= {
             f"{folder}/{path.relative_to(home).as_posix()}": path for path in sorted(home.rglob("*.py"))
         }
-    return {place: rewritten(path.read_text("utf-8"), place) for place, path in found.items()}
+    return {place: checked(path.read_text("utf-8"), place) for place, path in found.items()}
 
 
-def rewritten(source: str, place: str) -> str:
-    """A module of the package as one of the kernel: relative imports, operators in the kernel's own namespace.
-
-    Args:
-        place: the module's path in the kernel, such as "ops/gelu.py".
-
-    Raises:
-        ValueError: an absolute import of fastgpt, or its namespace, is left.
-    """
-    up = "." * (place.count("/") + 1)
-    text = re.sub(r"^( *)from fastgpt(?:\.([\w.]+))? import ", rf"\1from {up}\2 import ", source, flags=re.M)
-    launcher = 'import_module(f"fastgpt.kernels.{module}")'
-    text = text.replace(launcher, f'import_module(f"{up}kernels.{{module}}", __package__)')
-    named = text.replace('Library("fastgpt", ', "Library(namespace.name, ")
-    named = named.replace('f"fastgpt::{op}"', 'f"{namespace.name}::{op}"')
-    named = named.replace("torch.ops.fastgpt", "namespace")
-    if named != text:
-        tensor = "from torch import Tensor\n"
-        named = named.replace(tensor, f"{tensor}\nfrom {up}_ops import ops as namespace\n", 1)
-    code = re.sub(r'""".*?"""', "", named, flags=re.S)
-    left = re.search(
-        r"(?:import|from) fastgpt|fastgpt\.kernels|torch\.ops\.fastgpt|fastgpt::|\"fastgpt\",", code
+def checked(source: str, place: str) -> str:
+    """Return a module's source. Raises ValueError if it would need the package fastgpt."""
+    code = re.sub(r'""".*?"""', "", source, flags=re.S)
+    found = re.search(
+        r"(?:import|from) fastgpt\b|fastgpt\.kernels|torch\.ops\.fastgpt|fastgpt::|\"fastgpt\",", code
     )
-    if left or (named != text and "as namespace" not in named):
-        what = left.group() if left else "its namespace"
+    if found:
         raise ValueError(
-            f"{place} uses {what} in a way that cannot be rewritten for the Hub; see kernels/hub/export.py"
+            f"{place} uses {found.group()}, which needs the package. Import relatively, and register operators in "
+            "_ops.NAMESPACE"
         )
-    return named
+    return source
 
 
 def build(files: dict[str, str], backend: str) -> dict[str, str]:

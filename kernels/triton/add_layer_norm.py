@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.checks import contiguous
-from fastgpt.kernels.common import cdiv, next_power_of_2, on_device_of
-from fastgpt.kernels.tuned import chosen
+from .checks import contiguous
+from .common import cdiv, next_power_of_2, on_device_of
+from .tuned import chosen
 
 # On every architecture. Forward: elements of a row per thread, up to 16 warps; two 16-byte loads in 16-bit dtypes.
 ELEMENTS = 16

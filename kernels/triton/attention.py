@@ -35,9 +35,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_bwd import attention_bwd
-from fastgpt.kernels.attention_config import decoding_tile, tile_sizes
-from fastgpt.kernels.attention_launch import (
+from .attention_bwd import attention_bwd
+from .attention_config import decoding_tile, tile_sizes
+from .attention_launch import (
     AttentionOptions,
     PackedDocuments,
     as_descriptors,
@@ -50,7 +50,7 @@ from fastgpt.kernels.attention_launch import (
     optional_arguments,
     use_descriptors,
 )
-from fastgpt.kernels.attention_scores import (
+from .attention_scores import (
     Mask,
     alibi_slope_of_head,
     apply_mask,
@@ -61,7 +61,7 @@ from fastgpt.kernels.attention_scores import (
     online_softmax_rescale,
     scale_scores,
 )
-from fastgpt.kernels.attention_tiles import (
+from .attention_tiles import (
     UNSPECIALIZED,
     block_count,
     block_range_of_rows,
@@ -74,9 +74,9 @@ from fastgpt.kernels.attention_tiles import (
     seqlen_info,
     store_rows,
 )
-from fastgpt.kernels.checks import rows_contiguous
-from fastgpt.kernels.common import LOG2E, cdiv, multiprocessors, next_power_of_2, on_device_of
-from fastgpt.kernels.philox import keep_tile
+from .checks import rows_contiguous
+from .common import LOG2E, cdiv, multiprocessors, next_power_of_2, on_device_of
+from .philox import keep_tile
 
 __all__ = ["attention_bwd", "attention_fwd"]
 

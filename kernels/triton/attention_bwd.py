@@ -18,13 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_bwd_preprocess import (
+from .attention_bwd_preprocess import (
     attention_bwd_postprocess,
     attention_bwd_preprocess,
     load_row_stats,
 )
-from fastgpt.kernels.attention_config import DESCRIPTORS_IN_BWD, tile_sizes, transposes_dq
-from fastgpt.kernels.attention_launch import (
+from .attention_config import DESCRIPTORS_IN_BWD, tile_sizes, transposes_dq
+from .attention_launch import (
     AttentionOptions,
     PackedDocuments,
     as_descriptors,
@@ -37,7 +37,7 @@ from fastgpt.kernels.attention_launch import (
     optional_arguments,
     use_descriptors,
 )
-from fastgpt.kernels.attention_scores import (
+from .attention_scores import (
     Mask,
     alibi_slope_of_head,
     apply_mask,
@@ -46,7 +46,7 @@ from fastgpt.kernels.attention_scores import (
     mask_of_head,
     scale_scores,
 )
-from fastgpt.kernels.attention_tiles import (
+from .attention_tiles import (
     UNSPECIALIZED,
     add_rows,
     block_count,
@@ -60,9 +60,9 @@ from fastgpt.kernels.attention_tiles import (
     seqlen_info,
     store_rows,
 )
-from fastgpt.kernels.checks import rows_contiguous
-from fastgpt.kernels.common import LOG2E, cdiv, on_device_of
-from fastgpt.kernels.philox import keep_tile
+from .checks import rows_contiguous
+from .common import LOG2E, cdiv, on_device_of
+from .philox import keep_tile
 
 
 # fmt: off

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.attention_launch import grid_of
-from fastgpt.kernels.attention_tiles import UNSPECIALIZED, program_ids
-from fastgpt.kernels.checks import contiguous, rows_contiguous
-from fastgpt.kernels.common import LOG2E, cdiv, next_power_of_2
+from .attention_launch import grid_of
+from .attention_tiles import UNSPECIALIZED, program_ids
+from .checks import contiguous, rows_contiguous
+from .common import LOG2E, cdiv, next_power_of_2
 
 BLOCK_BYTES = 4096  # the kernel is bound by memory: small blocks keep many loads in flight
 

@@ -8,8 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastgpt.kernels.common import capability, is_tf32, next_power_of_2
-from fastgpt.kernels.tuned import chosen
+from .common import capability, is_tf32, next_power_of_2
+from .tuned import chosen
 
 # (BLOCK_M, BLOCK_N, warps, stages) for each kernel and (padded) head dimension. The first row is for plain and causal
 # attention. The second is for attention with a mask, dropout, a softcap or ALiBi, which need registers of their own.

@@ -11,8 +11,8 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.common import capability, is_tf32, next_power_of_2
-from fastgpt.kernels.philox import dropout_scale, dropout_threshold
+from .common import capability, is_tf32, next_power_of_2
+from .philox import dropout_scale, dropout_threshold
 
 # Multiply-adds of q k^T from which on the kernels get tensor descriptors. The host takes some microseconds for each:
 # the forward has three, the backward five. The device saves about a tenth of attention's time. Below this limit, 3,000

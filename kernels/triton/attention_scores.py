@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastgpt.kernels.common import LOG2E, tanh
+from .common import LOG2E, tanh
 
 # ---- scale ----
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.kernels.attention import launch_fwd
-from fastgpt.kernels.attention_bwd import launch_bwd
-from fastgpt.kernels.attention_launch import AttentionOptions, PackedDocuments
-from fastgpt.kernels.checks import contiguous
+from .attention import launch_fwd
+from .attention_bwd import launch_bwd
+from .attention_launch import AttentionOptions, PackedDocuments
+from .checks import contiguous
 
 
 def attention_varlen_fwd(

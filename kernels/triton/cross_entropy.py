@@ -33,9 +33,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.checks import contiguous, rows_contiguous
-from fastgpt.kernels.common import LOG2E, next_power_of_2, on_device_of, tanh
-from fastgpt.kernels.tuned import chosen
+from .checks import contiguous, rows_contiguous
+from .common import LOG2E, next_power_of_2, on_device_of, tanh
+from .tuned import chosen
 
 ALIGN = tl.constexpr(16)  # elements: 16 bytes at least, in every dtype
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the initial maximum; with -inf, -inf - maximum would be NaN

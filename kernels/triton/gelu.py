@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgpt.kernels.checks import contiguous
-from fastgpt.kernels.common import cdiv, on_device_of, reciprocal
-from fastgpt.kernels.tuned import chosen
+from .checks import contiguous
+from .common import cdiv, on_device_of, reciprocal
+from .tuned import chosen
 
 # (elements, warps) on every architecture, and with a bias (rows, columns, warps) by the bytes of an element: each
 # thread loads 16 bytes of each operand twice, or four times where nothing is summed. 256 columns are whole cache lines.

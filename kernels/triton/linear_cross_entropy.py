@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._ops import ops
+
 # Rows of a chunk. dweight (V, D) is fp32, and read and written once per chunk: 8 V D bytes for 6 C V D FLOPs of the
 # three products. At 800 TFLOP/s and 4.8 TB/s that is 220 / C of their time: 5 % at C = 4096, and 20 % at a quarter of
 # it, which would still fill the GPU. The logits of 4096 rows are 412 MB at V = 50304 in 16 bits. A larger vocabulary or
@@ -40,7 +42,7 @@ class Kernels(NamedTuple):
 
 
 def _triton() -> Kernels:
-    from fastgpt.kernels import cross_entropy as module
+    from . import cross_entropy as module
 
     return Kernels(
         module.cross_entropy_fwd, module.cross_entropy_bwd_inplace, module.cross_entropy_with_grad_inplace
@@ -48,7 +50,6 @@ def _triton() -> Kernels:
 
 
 def _cuda() -> Kernels:
-    ops = torch.ops.fastgpt
     return Kernels(
         ops.cross_entropy_fwd_cuda.default,
         ops.cross_entropy_bwd_inplace_cuda.default,

@@ -26,10 +26,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastgpt.kernels.checks import contiguous
-from fastgpt.kernels.common import capability, cdiv, is_tf32, on_device_of
-from fastgpt.kernels.gelu import bias_gelu_bwd, gelu
-from fastgpt.kernels.tuned import chosen
+from .checks import contiguous
+from .common import capability, cdiv, is_tf32, on_device_of
+from .gelu import bias_gelu_bwd, gelu
+from .tuned import chosen
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages): first for many rows, then for at most FEW_ROWS. Few rows are bound by
 # reading weight, and narrow tiles give enough programs to read it. `python -m bench resources` shows the registers and

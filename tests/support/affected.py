@@ -80,7 +80,7 @@ TABLE = [
         TRITON,
     ),
     (
-        "kernels/triton/linear*",
+        "kernels/triton/linear_gelu.py",
         f"linear linear_gelu mlp op_sizes triton_compile triton_oldest hub {GPU_PATH}",
         TRITON,
     ),
@@ -97,6 +97,7 @@ TABLE = [
     ("kernels/triton/tuned.py", "tune triton_compile triton_oldest hub", ""),
     ("kernels/hub/*", "hub", ""),
     ("kernels/*", f"{OPS} triton_compile triton_oldest tune hub {GPU_PATH}", TRITON),
+    ("fastgpt/ops/_torch_linear.py", "linear op_sizes hub", "triton or cuda"),
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
     (
         "fastgpt/ops/*",

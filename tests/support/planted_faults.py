@@ -106,7 +106,7 @@ MUTATIONS = [
     ("attention triton: dropout's words come in another order", "kernels/triton/philox.py",
      "tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))",
      "tl.join(tl.join(b_0, b_1), tl.join(b_2, b_3))"),
-    ("linear triton: dbias is a mean over the rows", "kernels/triton/linear.py",
+    ("linear triton: dbias is a mean over the rows", "fastgpt/ops/_torch_linear.py",
      "dbias = grad.sum(0).to(weight.dtype)",
      "dbias = grad.mean(0).to(weight.dtype)"),
     ("attention triton: ALiBi forgets the diagonal's offset", "kernels/triton/attention_scores.py",

@@ -1,4 +1,4 @@
-"""A linear layer on the GPU, for Triton and CUDA alike: the products are PyTorch's.
+"""The linear layer of the GPU backends, Triton and CUDA: PyTorch's matrix products.
 
 x (M, K), weight (N, K), bias (N,), weight and bias in x's dtype or in float32:
     y = x @ weight.T + bias;  dx = dy @ weight;  dweight = dy.T @ x;  dbias = sum of dy over rows
