@@ -1,8 +1,8 @@
-"""Builds fastgpt: the package, and with PyTorch at hand its compiled kernels.
+"""Build fastgpt: the package and, where PyTorch is installed, its compiled kernels.
 
 Metadata is in pyproject.toml. Here: where the packages lie, and the extensions —
-`fastgpt._C` (build info), one library of CPU kernels per instruction set, of which `fastgpt.extension`
-loads the one that fits, and where there is nvcc one of CUDA kernels. Nothing is ever compiled for "native".
+`fastgpt._C` (build info), one library of CPU kernels per instruction set (`fastgpt.extension`
+loads the one that fits), and where there is nvcc one of CUDA kernels. Nothing is ever compiled for "native".
 """
 
 import os

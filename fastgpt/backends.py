@@ -1,4 +1,4 @@
-"""Which backend serves a call: one static preference table, `use_backend`, and the reasons.
+"""Choice of the backend that serves a call: a static preference table, `use_backend`, and the reasons.
 
 A backend is a set of implementations of the ops in `fastgpt.ops`:
 
@@ -53,12 +53,12 @@ PYTORCH = "pytorch"  # what the drop-in falls back to; not a backend one can ask
 
 
 class BackendUnavailable(RuntimeError):  # noqa: N818  (the name is public)
-    """A backend was asked for by name and cannot run the case; the message says why."""
+    """A backend that was chosen by name cannot run the case; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Availability:
-    """Whether a backend can be used on this machine; false comes with the reason."""
+    """Availability of a backend on this machine; false has a reason."""
 
     available: bool
     reason: str = ""
@@ -86,7 +86,7 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` saw: one `Decision` per op called, in order."""
+    """Result of `explain`: one `Decision` per op called, in order."""
 
     decisions: tuple[Decision, ...]
 
@@ -97,7 +97,7 @@ class Explanation:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Why the other backends would not serve the first op called."""
+        """Reasons why the other backends would not serve the first op called."""
         return self.decisions[0].reasons if self.decisions else {}
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ _traced_backend = "auto"
 
 
 def current_backend() -> str:
-    """The name in force in this thread: "auto" or a backend."""
+    """Return the backend chosen in this thread: "auto" or a name."""
     return _traced_backend if torch.compiler.is_compiling() else _thread.backend
 
 
@@ -136,7 +136,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb,
         name: "auto", "reference", "cpp", "triton" or "cuda".
 
     Raises:
-        ValueError: the name is none of these.
+        ValueError: the name is another.
     """
 
     def __init__(self, name: str) -> None:
@@ -161,7 +161,7 @@ class use_backend(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb,
 
 
 def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    """Return whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -173,7 +173,7 @@ def _installed(package: str) -> bool:
 
 
 def _machine_availability(backend: str) -> Availability:
-    """Whether this machine has the backend at all, whatever the op."""
+    """Return whether this machine has the backend, for any op."""
     if backend == "reference":
         return Availability(True)
     if backend == "cpp":
@@ -246,7 +246,7 @@ def _cached_shared_memory(device: str, number: int | None) -> int:
 
 
 def _triton_problem(number: int | None) -> str | None:
-    """Why Triton cannot serve a GPU, or None. It compiles a part of its driver at the first launch."""
+    """Return why Triton cannot serve a GPU, or None. It compiles a part of its driver at the first launch."""
     found = torch.cuda.get_device_capability(number)
     if found < TRITON_CAPABILITY:
         least, this = (".".join(map(str, pair)) for pair in (TRITON_CAPABILITY, found))
@@ -262,7 +262,7 @@ def _triton_problem(number: int | None) -> str | None:
 
 
 def kernels_off(device: torch.device) -> str:
-    """Why none of the compiled kernels can run on a device, with what mends it; empty if some can."""
+    """Return why no compiled kernel can run on a device, and the repair; empty if one can."""
     compiled = [name for name in PREFERENCE.get(device.type, ()) if name != "reference"]
     reasons = {name: _machine_refusal(name, device.type, device.index) for name in compiled}
     if not reasons or None in reasons.values():
@@ -286,13 +286,13 @@ def _warn_once(device: torch.device) -> None:
 
 
 def _refusal(op: str, backend: str, device: torch.device, case: Callable[[str], str | None]) -> str | None:
-    """Why `backend` cannot run this case of `op` on `device`, or None if it can."""
+    """Return why `backend` cannot run this case of `op` on `device`, or None if it can."""
     reason = _machine_refusal(backend, device.type, device.index)
     return case(backend) if reason is None else reason
 
 
 def _autograd_is_traced() -> bool:
-    """Whether Dynamo traces calls of torch.autograd, through which the backward ops cannot be differentiated."""
+    """Return whether Dynamo traces calls of torch.autograd, through which the backward ops cannot be differentiated."""
     config: Any = sys.modules.get("torch._dynamo.config")
     return bool(getattr(config, "trace_autograd_ops", False))
 
@@ -315,7 +315,7 @@ def select(op: str, device: torch.device, case: Callable[[str], str | None], *, 
             be "pytorch", which is preferred to the (slow) reference.
 
     Raises:
-        BackendUnavailable: a backend was asked for by name and cannot run the case.
+        BackendUnavailable: a backend that was chosen by name cannot run the case.
     """
     if torch.compiler.is_compiling():
         asked = _traced_backend
@@ -366,12 +366,12 @@ def _select_recording(op: str, device: torch.device, case: Callable[[str], str |
                 continue
             reason = _refusal(op, backend, device, case)
             if reason is None and current_backend() != "auto":
-                reason = f"use_backend({current_backend()!r}) is in force"
+                reason = f"use_backend({current_backend()!r}) chose another"
             elif reason is None and backend in order and chosen in order:
                 reason = f"{chosen} is preferred on {device.type}"
             elif reason is None and backend == "reference":
                 reason = "torch.nn.functional computes the same and is faster"
-            reasons[backend] = reason or f"it is never chosen by itself on {device.type}"
+            reasons[backend] = reason or f"it is never chosen automatically on {device.type}"
         # A drop-in asks before it calls the op, which asks again: that is one decision.
         before = recording[-1] if recording and not drop_in else None
         if before is not None and before.drop_in and (before.op, before.backend) == (op, chosen):

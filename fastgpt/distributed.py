@@ -45,9 +45,16 @@ class DistributedContext:
 
     @classmethod
     def from_env(cls, device: torch.device, parallel: str) -> DistributedContext:
-        """Join the others, if torchrun (or whatever else sets RANK and WORLD_SIZE) started this process; `parallel` is
-        what they do then. Raises ProcessLostError where they do not come, ValueError and OSError where the launcher's
-        variables or the port are not usable.
+        """Initialize the process group if a launcher (torchrun) set RANK and WORLD_SIZE.
+
+        Args:
+            device: of this process.
+            parallel: "ddp" or "fsdp".
+
+        Raises:
+            ProcessLostError: another process does not join.
+            ValueError: a variable of the launcher cannot be used.
+            OSError: the port cannot be used.
         """
         launched = _launched()
         if launched is None:
@@ -79,17 +86,17 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """Whether this process prints and writes."""
         return self.rank == 0
 
     def local_rows(self, rows: int) -> slice:
-        """The rows of a batch that this process computes. Raises ValueError if they cannot be shared evenly."""
+        """Return the rows of a batch that this process computes. Raises ValueError if they do not divide evenly."""
         if rows % self.world_size:
             raise ValueError(f"batch_size={rows} is not divisible by the {self.world_size} processes")
         return slice(self.rank, None, self.world_size)
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients that are means over the processes; FSDP2 changes it in place."""
+        """Return the model with gradients averaged over the processes; FSDP2 changes it in place."""
         if self.sharded:
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
@@ -111,7 +118,7 @@ class DistributedContext:
 
     @contextlib.contextmanager
     def accumulating(self, wrapped: nn.Module, *, last: bool) -> Iterator[None]:
-        """Where a backward runs: gradients are exchanged in the last one of a step alone."""
+        """Context of a forward and backward; gradients are reduced only in the last one of a step."""
         with contextlib.ExitStack() as stack:
             if isinstance(wrapped, DistributedDataParallel) and not last:
                 stack.enter_context(wrapped.no_sync())
@@ -120,7 +127,7 @@ class DistributedContext:
             yield
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:
-        """Each number summed over the processes."""
+        """Sum each number over the processes."""
         if self.world_size == 1:
             return list(numbers)
         sums = torch.tensor(numbers, dtype=torch.float64)
@@ -128,13 +135,14 @@ class DistributedContext:
         return sums.tolist()
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all processes."""
         self.all_reduce_sum(0)
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """Where each process works by itself, and waits for no other: all wait at the end, and if one of them raised
-        ValueError, OSError or ImportError, the others raise the same.
+        """Context of work without communication, at whose end all processes wait.
+
+        If one of them raises ValueError, OSError or ImportError, all raise it.
         """
         failure: Exception | None = None
         try:
@@ -152,7 +160,7 @@ class DistributedContext:
 
     @contextlib.contextmanager
     def detecting_lost_processes(self) -> Iterator[None]:
-        """Where all processes must take part: the failure of another one becomes a ProcessLostError."""
+        """Context of communication: the failure of another process becomes a ProcessLostError."""
         try:
             yield
         except RuntimeError as error:
@@ -163,7 +171,7 @@ class DistributedContext:
             ) from error
 
     def close(self) -> None:
-        """Part from the others."""
+        """Destroy the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -176,12 +184,12 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    """Return whether torchrun restarted this process after a failure (--max-restarts)."""
     return _restarts() > 0
 
 
 def _lost(error: RuntimeError) -> bool:
-    """Whether the error is that of a connection, not of the computation."""
+    """Return whether the error is that of a connection, not of the computation."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error)
@@ -221,7 +229,7 @@ def _local_gpu(rank: int) -> int:
 
 
 def _restarts() -> int:
-    """How often torchrun has started this process again."""
+    """Return how often torchrun has restarted this process."""
     return _integer("TORCHELASTIC_RESTART_COUNT", 0)
 
 

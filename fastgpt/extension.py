@@ -60,7 +60,7 @@ def _load() -> tuple[str | None, str]:
 
 
 def loaded() -> bool:
-    """Whether the C++ ops are registered."""
+    """Return whether the C++ ops are registered."""
     return _load()[0] is not None
 
 
@@ -70,7 +70,7 @@ def variant() -> str | None:
 
 
 def problem() -> str:
-    """Why the C++ ops are not there, with the command that mends it; empty if they are."""
+    """Return why the C++ ops are missing, with the command that repairs it; empty if they are registered."""
     return _load()[1]
 
 
@@ -80,7 +80,7 @@ CUDA_LIBRARY = Path(__file__).parent / "_cuda.so"
 
 
 def cuda_architectures() -> tuple[str, ...]:
-    """What the CUDA kernels were compiled for: "sm_80" for GPUs, "compute_90" as PTX; read without loading them."""
+    """Read the architectures of the CUDA kernels without loading them: "sm_80" for code, "compute_90" for PTX."""
     if not CUDA_LIBRARY.exists():
         return ()
     found = re.search(rb"fastgpt architectures: ([a-z0-9_ ]*);", CUDA_LIBRARY.read_bytes())
@@ -98,7 +98,7 @@ def cuda_toolkit() -> tuple[int, int] | None:
 
 
 def _driver_problem(capability: tuple[int, int], architectures: tuple[str, ...]) -> str:
-    """Why the driver cannot run the kernels on such a GPU, or nothing.
+    """Return why the driver cannot run the kernels on such a GPU, or an empty string.
 
     A driver serves every toolkit of its major version, and compiles the PTX of toolkits that are no newer.
     """
@@ -120,7 +120,7 @@ def _driver_problem(capability: tuple[int, int], architectures: tuple[str, ...])
 
 
 def cublaslt_problem() -> str:
-    """Why GELU is not computed in the epilogues of cuBLASLt's products, or nothing."""
+    """Return why GELU is not computed in the epilogues of cuBLASLt's products, or an empty string."""
     if b"cublasLtMatmulAlgoGetHeuristic" not in CUDA_LIBRARY.read_bytes():
         return "compiled without cublasLt.h"
     major = (cuda_toolkit() or (0,))[0]
@@ -133,7 +133,7 @@ def cublaslt_problem() -> str:
 
 
 def has_kernels_for(capability: tuple[int, int], architectures: tuple[str, ...]) -> bool:
-    """Whether a GPU of this compute capability runs code for one of these architectures.
+    """Return whether a GPU of this compute capability runs code for one of these architectures.
 
     Code for X.Y (sm_XY) runs on X.Z with Z >= Y, PTX (compute_XY) on whatever is no older. What is marked "a" runs
     on exactly that GPU, what is marked "f" on its family, for which X.Z with Z >= Y is taken.
@@ -154,7 +154,7 @@ def has_kernels_for(capability: tuple[int, int], architectures: tuple[str, ...])
 
 @functools.cache
 def _cuda_problem_of_machine() -> str:
-    """Why no GPU here can have CUDA kernels, or nothing."""
+    """Return why no GPU of this machine can have CUDA kernels, or an empty string."""
     if not CUDA_LIBRARY.exists():
         return f"the CUDA kernels are not built; with nvcc and a PyTorch with CUDA, build them with: {REBUILD_HINT}"
     if torch.version.cuda is None:
@@ -179,7 +179,7 @@ def _load_cuda() -> str:
 
 @functools.cache
 def cuda_problem(device: int | None = None) -> str:
-    """Why the CUDA ops are not there, with what mends it; empty if they are.
+    """Return why the CUDA ops are missing, and the repair; empty if they are registered.
 
     Args:
         device: the GPU's number; without one, any GPU that they run on will do.
@@ -201,12 +201,12 @@ def cuda_problem(device: int | None = None) -> str:
 
 
 def cuda_loaded(device: int | None = None) -> bool:
-    """Whether the CUDA ops are registered, and have kernels for the GPU with this number (for any, without one)."""
+    """Return whether the CUDA ops are registered, with kernels for the GPU of this number (default: for any GPU)."""
     return not cuda_problem(device)
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built (torch, compiler, variants, CUDA architectures); empty if it is missing."""
+    """Return how the extension was built (torch, compiler, variants, CUDA architectures); empty if it is missing."""
     try:
         import fastgpt._C as _C
     except ImportError:

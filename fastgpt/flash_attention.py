@@ -35,7 +35,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 @dataclass
 class _Active:
-    """Our registrations; PyTorch's registry holds it while they are in force."""
+    """Our registrations; PyTorch's registry keeps this object while they are active."""
 
     library: torch.library.Library | None
 
@@ -47,10 +47,10 @@ class _Active:
 
 
 def _register() -> _Active:
-    """What `activate_flash_attention_impl("fastgpt")` calls."""
+    """Register our kernels: `activate_flash_attention_impl("fastgpt")` calls this."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid")  # which is what was asked for
+        warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid")  # overriding is the purpose
         for key, functions in IMPLEMENTATIONS.items():
             for name, function in functions.items():
                 # A build without CUDA lacks them, and has no tensors that could ask for them.
@@ -78,7 +78,7 @@ def _backend(q: Tensor, v: Tensor, mask: Tensor | None, reason: str | None) -> s
 
 
 def _reason(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why our kernels do not serve q, k, v of (B, heads, L, D) or (total, heads, D), or None."""
+    """Return why our kernels do not serve q, k, v of (B, heads, L, D) or (total, heads, D), or None."""
     if k.dim() == v.dim():
         check_same_length(k, v, -2 if k.dim() == 4 else 0)
     if dropout_p != 0.0:

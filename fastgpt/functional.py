@@ -2,7 +2,7 @@
 
 Five functions run on fastgpt's kernels, with PyTorch's results, dtypes, errors and autocast. Every
 other name is PyTorch's own. What the kernels do not cover, and every call that PyTorch would refuse,
-goes to PyTorch under "auto"; a backend asked for by name raises `BackendUnavailable` instead.
+goes to PyTorch under "auto"; a backend that was chosen by name raises `BackendUnavailable` instead.
 `fastgpt.explain(F.gelu, x)` says which way a call goes and why.
 """
 
@@ -46,7 +46,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 def plain_reason(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
-    """Why these arguments are PyTorch's business alone (not dense floating tensors, say), or None."""
+    """Return why PyTorch must serve these arguments (for example tensors that are not dense), or None."""
     for tensor in (*required, *(t for t in optional if t is not None)):
         if type(tensor) not in _PLAIN:
             return f"an argument is a {type(tensor).__name__}, not a plain tensor"
@@ -70,13 +70,13 @@ def _autocast_to(tensor: Tensor) -> torch.dtype:
 
 
 def goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[str], str | None]) -> bool:
-    """Whether `torch.nn.functional` serves the call; `reason` is why no fastgpt backend can, if so."""
+    """Return whether `torch.nn.functional` serves the call; `reason` says why no backend of fastgpt can."""
     device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
     return select(op, device, (lambda _: reason) if reason else case, drop_in=True) == PYTORCH
 
 
 def _has_usual_strides(t: Tensor) -> bool:
-    """Whether a contiguous tensor has the strides of a new one, also in dimensions of size 1, or if it is empty."""
+    """Return whether a tensor has the strides of a new one, also in dimensions of size 1 and if it is empty."""
     step = 1
     for size, stride in zip(reversed(t.shape), reversed(t.stride()), strict=True):
         if stride != step:
@@ -256,7 +256,7 @@ def _laid_out(out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
 def _attention_reason(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: Any, is_causal: Any, scale: Any, gqa: Any
 ) -> str | None:
-    """Why no fastgpt backend can serve arguments of these shapes, dtypes and options, or None."""
+    """Return why no backend of fastgpt can serve these shapes, dtypes and options, or None."""
     numbers = _number(dropout_p) and (scale is None or _number(scale))
     if not (isinstance(is_causal, bool) and isinstance(gqa, bool) and numbers):
         return "is_causal, enable_gqa, dropout_p or scale is of the wrong type"
@@ -407,7 +407,7 @@ def _loss_reason(
     reduction: Any,
     label_smoothing: Any,
 ) -> str | None:
-    """Why no fastgpt backend can serve these arguments of a cross-entropy, or None."""
+    """Return why no backend of fastgpt can serve these arguments of a cross-entropy, or None."""
     if target.is_floating_point():
         return "the targets are class probabilities"
     if target.dtype not in (torch.int64, torch.uint8):

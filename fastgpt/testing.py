@@ -1,4 +1,4 @@
-"""What fastgpt's own tests stand on, for users who test ops of their own.
+"""The error rule and input makers of fastgpt's tests, for users who test their own ops.
 
 The error rule: a kernel may err at most twice as much as PyTorch does in the same dtype, plus one
 rounding of the result, both measured against float64. It is never loosened.
@@ -158,7 +158,7 @@ class ErrorRule:
         exact = exact or pytorch
         # Leaves of their own: a tensor given twice has two gradients here as it has in float64.
         self.inputs, self.part, self.rounding = [_leaf(x, x) for x in inputs], part, rounding
-        # Upstream gradients that the dtype at hand can hold, so that all see the same ones.
+        # Upstream gradients that the dtype can hold, so that all see the same ones.
         low = next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
         outputs = run_with_gradients(pytorch, [_detached(x) for x in inputs], None)[0]
         self.grads = [torch.randn_like(o, dtype=torch.float32).to(low).double() for o in outputs]

@@ -31,7 +31,7 @@ _PATCHED = "; where it calls torch.nn.functional, fastgpt.patch_functional() ser
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of the modules of one class.
+    """Result for the modules of one class.
 
     kind:   the class's name.
     where:  the modules' names, each number in them written as "*".
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` replaced by what, and what it left and why; prints as a table. `model` is the model."""
+    """Replaced modules, and those left unchanged with the reason; prints as a table. `model` is the model."""
 
     model: nn.Module
     replaced: tuple[Entry, ...]
@@ -93,7 +93,7 @@ class _Work:
         done: set[nn.Module] = set()
         for name, model in attention.outermost(self.model):
             inside = attention.configured(model)
-            reason = None if self.options["attention"] else "attention=False was asked for"
+            reason = None if self.options["attention"] else "attention=False"
             for inner, part in inside:
                 reason = reason or attention.refusal(part, inner)
             if reason is not None:
@@ -126,7 +126,7 @@ class _Work:
             elif type(module).__module__.partition(".")[0] != "torch" and _is_gated(module):
                 self._note(self.left, kind, name, f"its gated activation: {_UNKNOWN}")
             return
-        reason = None if self.options[cls.option] else f"{cls.option}=False was asked for"
+        reason = None if self.options[cls.option] else f"{cls.option}=False"
         reason = reason or self._given(cls, module) or cls.refusal(module)
         parts = {part: (module.get_submodule(part), new) for part, new in cls.parts().items()}
         for part, (inner, new) in parts.items():
@@ -146,7 +146,7 @@ class _Work:
             setattr(inner, "__class__", new)  # noqa: B010
 
     def _absorb(self, module: Any, name: str, into: str) -> None:
-        """What was noted as replaced is not called any more, but done by the op of the module that holds it."""
+        """Note that a replaced module is not called: the op of the module that contains it computes it."""
         if isinstance(module, Replacement):
             kind = type(module).replaces.__name__
             key = self._key(kind, name, module.runs)
@@ -154,7 +154,7 @@ class _Work:
             self._note(self.replaced, kind, name, f"within {into}")
 
     def _given(self, cls: type[Replacement], module: nn.Module) -> str | None:
-        """Why a module cannot be given the class, or None."""
+        """Return why a module cannot be given the class, or None."""
         if type(module) is not cls.replaces:
             return f"it is a {type(module).__name__}, not a {cls.replaces.__name__}"
         return "its forward was replaced on the module itself" if "forward" in vars(module) else None
@@ -221,7 +221,7 @@ def accelerate(
 
 
 def _is_gated(module: nn.Module) -> bool:
-    """Whether a module is a feed-forward block with a gate (SwiGLU, GEGLU), which no replacement fuses."""
+    """Return whether a module is a feed-forward block with a gate (SwiGLU, GEGLU), which no replacement fuses."""
     names = {*module._modules, *module._parameters}
     return any(names >= gate for gate in _GATED)
 

@@ -72,7 +72,7 @@ def attention_forward(
 
     Raises:
         ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute;
-            or its weights are asked for.
+            or its weights are requested.
     """
     collected = _collector.get() if _collector is not None else None
     if others.get("output_attentions") or (collected and {"attentions", "cross_attentions"} & set(collected)):
@@ -168,7 +168,7 @@ def attention_mask(
 
 
 def refusal(model: PreTrainedModel, name: str = "") -> str | None:
-    """Why a model's attention must be left as it is, or None; `name` is its name within a larger model."""
+    """Return why a model's attention must be left unchanged, or None; `name` is its name within a larger model."""
     current = model.config._attn_implementation
     reason = None
     if current == NAME:
@@ -260,12 +260,12 @@ def configured(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
 
 
 def uses_interface(module: nn.Module) -> bool:
-    """Whether a module of transformers is an attention or holds one; what the model says of that stands for it."""
+    """Return whether a module of transformers is or contains an attention, for which the model decides."""
     return type(module).__module__.startswith("transformers.") and "Attention" in type(module).__name__
 
 
 def runs(before: dict[tuple[str, ...], str]) -> str:
-    """What the report says of models that had these implementations."""
+    """Describe models that had these implementations, for the report."""
     if "eager" in before.values():
         return (
             "attention (as with 'sdpa': of padding alone it is 0, where 'eager' gives a mean, and there are no "

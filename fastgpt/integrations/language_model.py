@@ -32,7 +32,7 @@ _FEW = 7 / 8  # below this share of rows that count, those are taken out first
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss over classes: targets (...) in int64, of which ignore_index does not count.
+    """A loss over classes: targets (...) in int64; ignore_index does not count.
 
     count:   what the sum is divided by; None for the number of targets that count.
     float32: the loss is float32 even where the logits are not.
@@ -98,7 +98,7 @@ class Loss:
 
 
 def _of_targets(target: Tensor) -> str | None:
-    """Why these targets are left to PyTorch, or None."""
+    """Return why these targets are left to PyTorch, or None."""
     return None if target.dtype == torch.int64 else f"the targets are {target.dtype}"
 
 
@@ -123,12 +123,12 @@ def masked_loss(labels: Tensor, **_: Any) -> Loss:
 
 
 def causal_loss_of_logits(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
-    """In the place of transformers' `ForCausalLMLoss`, where the logits are at hand. Arguments as there."""
+    """Replacement of transformers' `ForCausalLMLoss` for logits. Arguments as there."""
     return causal_loss(labels.to(logits.device), **options).of_logits(logits)
 
 
 # The loss that the next call of a head is to give: a stack for each thread; while a graph is traced, which one thread
-# does at a time, a variable that Dynamo can follow, and of which nothing is left in the graph.
+# does at a time, a variable that Dynamo can follow, and that leaves nothing in the graph.
 _thread = threading.local()
 _traced: Loss | None = None
 
@@ -143,7 +143,7 @@ class LossHead(Replacement, nn.Linear):
         return super().forward(input) if loss is None else loss.of_hidden(input, self.weight, self.bias)
 
     def _taken(self) -> Loss | None:
-        """The loss wanted of this head, which is none from now on."""
+        """Take the loss that was requested of this head; None afterwards."""
         global _traced
         if torch.compiler.is_compiling():
             loss, _traced = _traced, None
@@ -269,7 +269,7 @@ def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple
 
 
 def _calls_loss_function(model: type) -> bool:
-    """Whether a class's forward, or that of the class above it which it calls, names loss_function."""
+    """Return whether a class's forward, or that of the class above it which it calls, names loss_function."""
     for cls in model.__mro__:
         if "forward" in vars(cls):
             names = getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())  # type: ignore[attr-defined]

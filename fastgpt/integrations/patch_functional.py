@@ -23,10 +23,10 @@ _originals: dict[str, Any] = {}
 
 
 class patch_functional(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb, like torch.no_grad)
-    """Context manager: while it is in force `torch.nn.functional` has fastgpt's five functions.
+    """Context manager in which `torch.nn.functional` has fastgpt's five functions.
 
     For code of others that calls `torch.nn.functional.X` or `F.X` (nanoGPT, x-transformers, timm, PyTorch's own
-    modules); code that has imported a name by itself (`from torch.nn.functional import gelu`) keeps PyTorch's. It
+    modules); code that has imported a name directly (`from torch.nn.functional import gelu`) keeps PyTorch's. It
     acts on the process, on every thread. It may be nested; leaving the outermost gives PyTorch's functions back.
     Under `torch.compile`, compile and call within.
 

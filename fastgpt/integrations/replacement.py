@@ -1,4 +1,4 @@
-"""What all families share: the class that a module has while it is accelerated, and layers that fuse.
+"""Base of all families: the class that a module has while it is accelerated, and layers that fuse.
 
 A module is accelerated by giving it another class, a subclass of its own with another forward. Its parameters,
 buffers, hooks and state keep their names; it can be copied, pickled and saved; giving the class back restores it.
@@ -44,7 +44,7 @@ class Replacement(nn.Module):
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
-        """Why this module, of the class that is replaced, must be left as it is, or None.
+        """Return why this module, of the class that is replaced, must be left unchanged, or None.
 
         Its submodules have been looked at already.
         """
@@ -65,7 +65,7 @@ _DROP_IN = {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entro
 
 
 def calls_functional(module: nn.Module) -> bool:
-    """Whether the code of a module's class names a function that `patch_functional` replaces, or cannot be read."""
+    """Return whether a module's class names a function that `patch_functional` replaces, or has no readable code."""
     methods = [
         value
         for cls in type(module).__mro__
@@ -144,8 +144,9 @@ class OwnerOfGelu(Replacement):
         return (cls.then,)
 
     def activated(self, x: Tensor) -> Tensor:
-        """The activation of the layer of x, as one op where the layer can be asked for it; what has been put in the
-        layer's place since, such as an adapter, or hooked, is called as it was before.
+        """Compute the activation of the layer's output, as one op where the layer supports it.
+
+        A layer that was hooked, or replaced by another module such as an adapter, is called as before.
         """
         layer, activation = getattr(self, self.first), getattr(self, self.then)
         approximate = approximation(activation)

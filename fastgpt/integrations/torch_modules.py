@@ -84,7 +84,7 @@ class MultiheadAttention(Replacement, nn.MultiheadAttention):
     def _takes(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None, mask: Tensor | None, is_causal: bool
     ) -> bool:
-        """Whether the arguments are those of a batch, and what PyTorch accepts; it says what is wrong with others."""
+        """Return whether the arguments are a batch that PyTorch accepts; PyTorch reports errors in others."""
         if any(x.is_nested or x.dim() != 3 for x in (q, k, v)) or (is_causal and mask is None):
             return False
         sizes = (self.embed_dim, self.kdim, self.vdim)

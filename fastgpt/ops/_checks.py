@@ -139,7 +139,7 @@ def check_choice(op: str, name: str, value: Any, choices: tuple[str, ...]) -> No
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of the autocast in force on the device, or None."""
+    """Return the dtype of the active autocast on the device, or None."""
     # is_autocast_enabled raises for meta.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None

@@ -1,4 +1,4 @@
-"""Whether a module can be fused with its neighbours."""
+"""A test for modules that can be fused with their neighbours."""
 
 from __future__ import annotations
 

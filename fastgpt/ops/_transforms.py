@@ -1,4 +1,4 @@
-"""Which of PyTorch's transforms are active: torch.func, forward mode, vmap of a backward, second derivatives.
+"""Detection of PyTorch's active transforms: torch.func, forward mode, vmap of a backward, second derivatives.
 
 The registered ops have no batching rule and no forward derivative. The drop-in asks `active` and leaves such a call to
 PyTorch's function; `fastgpt.ops` refuses it; a backward differentiates the reference then.
@@ -76,19 +76,19 @@ def _refuse(op: str, transform: str) -> NoReturn:
 
 
 def has_tangent(tensor: Any) -> bool:
-    """Whether a tensor is a dual number of the current forward-mode level."""
+    """Return whether a tensor is a dual number of the current forward-mode level."""
     if forward_ad._current_level < 0 or not isinstance(tensor, Tensor):
         return False
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_batched(grad: Tensor) -> bool:
-    """Whether an upstream gradient is a batch under the vmap of `torch.autograd.grad(is_grads_batched=True)`."""
+    """Return whether an upstream gradient is a batch under the vmap of `torch.autograd.grad(is_grads_batched=True)`."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def twice_differentiable(*grads: Tensor | None) -> bool:
-    """Whether the running backward must itself be differentiable: then it differentiates the reference.
+    """Return whether the running backward must itself be differentiable: then it differentiates the reference.
 
     It must with `create_graph=True`, under transforms of torch.func, and where an upstream gradient has a tangent, of
     which the result then has one too.

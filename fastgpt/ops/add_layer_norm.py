@@ -179,7 +179,7 @@ def add_layer_norm(
     Raises:
         TypeError: an argument is not a floating tensor.
         ValueError: shapes or devices do not match.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_tensors("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
     check_floating("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)

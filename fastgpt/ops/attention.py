@@ -50,7 +50,7 @@ def statistics_of(lse: Tensor) -> Tensor:
 def check_extras(
     check: Checks, k: Tensor, slopes: Tensor | None, documents: int, seed: Tensor | None, dropout_p: float
 ) -> None:
-    """What goes with the heads and rows of q, for `attention_varlen`, too."""
+    """Arguments that have the heads and rows of q; `attention_varlen` uses it too."""
     q, heads = check.main, check.main.shape[1]
     if k.shape[1] == 0 or heads % k.shape[1]:
         raise ValueError(f"{check.op}: the {k.shape[1]} heads of k must divide the {heads} heads of q")
@@ -266,7 +266,7 @@ def dropout_seed(op: str, dropout_p: float, seed: int | Tensor | None, device: t
 
 
 def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str | None:
-    """Why a kernel backend cannot run the case, or None."""
+    """Return why a kernel backend cannot run the case, or None."""
     if backend == "reference":
         return None
     if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
@@ -381,7 +381,7 @@ def attention(
     Raises:
         TypeError: an argument is not a tensor, or the dtypes do not fit.
         ValueError: shapes, devices or options do not fit.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_tensors("attention", q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes)
     check_floating("attention", q=q, k=k, v=v)

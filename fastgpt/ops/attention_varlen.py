@@ -181,11 +181,11 @@ def attention_varlen(
     return_lse: bool = False,
     deterministic: bool = False,
 ) -> Any:
-    """`attention` over documents packed one after another, none of which sees another.
+    """Compute `attention` over documents packed one after another; rows attend within their document only.
 
     Args:
         q: (total_q, H, D). Document n holds rows cu_seqlens_q[n] to cu_seqlens_q[n+1].
-        k, v: (total_k, Hk, D) and (total_k, Hk, Dv), likewise by cu_seqlens_k.
+        k, v: (total_k, Hk, D) and (total_k, Hk, Dv), by cu_seqlens_k.
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 or int64, ascending from 0.
         max_seqlen_q, max_seqlen_k: no document is longer; sizes the kernels' grids.
         alibi_slopes: (H,) or (documents, H).

@@ -212,7 +212,7 @@ def mean_denominator(dtype: torch.dtype, target: Tensor, weight: Tensor | None, 
 
 
 def dtype_of_loss(values: Tensor, asked: torch.dtype | None) -> torch.dtype:
-    """What is asked for, or what PyTorch gives for logits, or a hidden state, like `values`."""
+    """Return the given dtype, or PyTorch's for logits or hidden states like `values`."""
     if asked is not None:
         return asked
     return values.dtype if autocast_dtype(values.device) is None else accumulator(values.dtype)
@@ -234,7 +234,7 @@ def check_loss_options(
 
 
 def _can_be_written(rows: Tensor) -> bool:
-    """Whether a kernel can write over the rows (N, V), of a last stride of 1: no two elements share memory.
+    """Return whether a kernel can write over the rows (N, V), of a last stride of 1: no two elements share memory.
 
     Nor are they a view with PyTorch's negative bit, which no kernel sees: PyTorch hands it a copy.
     """
@@ -287,7 +287,7 @@ def cross_entropy(
         ValueError: shapes, devices or options do not fit.
         IndexError: a target is out of range, on the CPU. On a GPU, where asking would wait for it, the loss and
             gradient of that row are NaN; nothing is read through the target.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_tensors("cross_entropy", logits=logits, target=target, weight=weight)
     check_floating("cross_entropy", logits=logits, weight=weight)

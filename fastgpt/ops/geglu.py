@@ -73,7 +73,7 @@ def geglu(a: Tensor, b: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         TypeError: an argument is not a floating tensor, or the dtypes differ.
         ValueError: the shapes differ, or approximate is neither.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_tensors("geglu", a=a, b=b)
     check_floating("geglu", a=a, b=b)

@@ -106,7 +106,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     Raises:
         TypeError: x is not a floating tensor.
         ValueError: approximate is neither.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_tensors("gelu", x=x)
     check_floating("gelu", x=x)

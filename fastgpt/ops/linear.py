@@ -157,7 +157,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: an argument is not a floating tensor, or the dtypes differ.
         ValueError: the shapes do not match.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     rows, (w, b), backend = as_rows("linear", x, weight=weight, bias=bias)
     if backend in PRODUCTS_OF_PYTORCH:

@@ -175,7 +175,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     rounded then.
 
     For a sum or mean every row has the same upstream gradient up to a scalar, so the forward computes
-    the gradients of the sum while a chunk's logits are at hand (three products in all) and the backward
+    the gradients of the sum while a chunk's logits are in memory (three products in all) and the backward
     scales them, in place: the weight's is as large as the weight. A second backward (retain_graph) computes
     them again. For "none" the backward computes each chunk's logits again (four products).
     """

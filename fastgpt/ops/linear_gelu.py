@@ -3,7 +3,7 @@
 The bias is added in the product's accumulator, so that z = x @ weight.T + bias is rounded once. Were it added in a
 pass, to a product already rounded, a z near 0 would carry the error of a large x @ weight.T: more than the error rule
 allows. Triton has the activation in the product's epilogue, and so has CUDA where cuBLASLt does (tanh, 16 bits); else,
-and in C++, it is a pass behind linear's product. The backward is the pass of bias_gelu's with a bias of 0, because it
+and in C++, it is a pass after linear's product. The backward is the pass of bias_gelu with a bias of 0, because it
 also sums dbias, and linear's products.
 """
 
@@ -133,7 +133,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, approxima
     Raises:
         TypeError: an argument is not a floating tensor, or the dtypes differ.
         ValueError: the shapes do not match, or approximate is neither.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_choice("linear_gelu", "approximate", approximate, APPROXIMATE)
     rows, (w, b), backend = as_rows("linear_gelu", x, weight=weight, bias=bias)

@@ -126,7 +126,7 @@ def mlp(
     Raises:
         TypeError: an argument is not a floating tensor, or the dtypes differ.
         ValueError: the shapes do not match, or approximate is neither.
-        BackendUnavailable: the backend asked for cannot run this case.
+        BackendUnavailable: the chosen backend cannot run this case.
     """
     check_choice("mlp", "approximate", approximate, APPROXIMATE)
     rows, layers, backend = as_rows("mlp", x, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)

@@ -11,7 +11,7 @@ from .precision import accumulator
 
 
 def band(rows: int, columns: int, lower_right: bool, left: int, right: int, device: torch.device) -> Tensor:
-    """Which columns each row sees: bool (rows, columns).
+    """Compute the columns that each row attends to: bool (rows, columns).
 
     Row i stands on the diagonal at column i + offset, where offset is columns - rows if the band is
     aligned to the lower right corner, else 0. It sees `left` columns before and `right` after that
@@ -110,11 +110,11 @@ def attention_varlen(
     seed: Tensor | None = None,
     **options: float,
 ) -> tuple[Tensor, Tensor]:
-    """Attention over packed documents, none of which sees another.
+    """Compute attention over packed documents; rows attend within their document only.
 
     Args:
         q: (total_q, H, D); document n holds rows cu_seqlens_q[n] to cu_seqlens_q[n+1].
-        k, v: (total_k, Hk, D) and (total_k, Hk, Dv), likewise by cu_seqlens_k.
+        k, v: (total_k, Hk, D) and (total_k, Hk, Dv), by cu_seqlens_k.
         alibi_slopes: (H,) or (documents, H).
         options: as `attention`; the dropout mask of document n is that of batch entry n.
 

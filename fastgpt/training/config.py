@@ -1,4 +1,4 @@
-"""What a training run is told: one typed dataclass, read from the command line, a TOML file or a checkpoint.
+"""Options of a training run: one typed dataclass, read from the command line, a TOML file or a checkpoint.
 
 The field `n_layer` is the option `--n-layer` and the TOML key `n_layer`; a later source overrides an earlier
 one: defaults, the checkpoint being resumed, the TOML file, the command line.
@@ -49,91 +49,91 @@ class TrainConfig:
 
     data: str = option(
         "stdlib",
-        "a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory of files, or one that "
-        "`fastgpt data` made; stdlib: Python's own source; repeats: random words, repeated",
+        "training data: a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory of files, or "
+        "the output of `fastgpt data`; stdlib: the source of Python's standard library; repeats: repeated random words",
     )
     task: str | None = option(
         None,
-        "data are a JSON Lines file of input and output, or embedded; the loss is on the outputs alone",
+        "task of the data, a JSON Lines file of inputs and outputs, or embedded; the loss is on the outputs alone",
         TASKS,
     )
     text_key: str = option("text", TEXT_KEY)
-    skip_broken: bool = option(
-        False, "leave out records without a text, with --task those that are no example"
-    )
+    skip_broken: bool = option(False, "skip records without a text, with --task those that are not examples")
     out: str = option("out", "directory for checkpoints, log.jsonl and loss.png")
-    resume: bool = option(
-        False, "go on from the newest checkpoint in --out, with its options where none are given"
-    )
+    resume: bool = option(False, "continue the newest checkpoint in --out; its options are the defaults")
     init_from: str | None = option(
         None,
-        "a checkpoint, or a Hugging Face GPT-2 (a directory, or NAME[@REVISION] on the Hub), to start from: its "
-        "weights, its tokenizer, its architecture",
+        "model to start from, with its weights, tokenizer and architecture: a checkpoint, or a Hugging Face GPT-2 (a "
+        "directory, or NAME[@REVISION] on the Hub)",
     )
     tokenizer: str = option(
         "auto",
-        "bytes, bpe (learned from the data), a tokenizer.json, or the name of a model on the Hub; auto: that of the "
-        "model to start from or of a prepared dataset, else bytes",
+        "tokenizer: bytes, bpe (trained on the data), a tokenizer.json, or the name of a model on the Hub; auto: that of "
+        "the model to start from or of a prepared dataset, else bytes",
     )
-    vocab_size: int = option(4096, "tokens that bpe learns; the other tokenizers bring their own number")
+    vocab_size: int = option(4096, "vocabulary size of bpe; other tokenizers have their own")
 
     n_layer: int = option(6, "Transformer blocks")
-    n_head: int = option(6, "attention heads a block")
-    n_embd: int = option(384, "channels")
-    block_size: int = option(256, "tokens a sequence")
-    position: str = option("learned", "how positions enter the model", POSITIONS)
+    n_head: int = option(6, "attention heads per block")
+    n_embd: int = option(384, "embedding width (channels)")
+    block_size: int = option(256, "context length in tokens")
+    position: str = option("learned", "positional encoding", POSITIONS)
     activation: str = option("gelu_tanh", "activation of the MLP", ACTIVATIONS)
     dropout: float = option(0.0, "dropout rate in training")
     bias: bool = option(True, "biases in linear layers and LayerNorms")
-    tie_head: bool = option(True, "use the token embedding as output projection")
+    tie_head: bool = option(True, "output projection tied to the token embedding")
 
     packing: str = option(
         "auto",
-        "documents: packed into full blocks, none sees its neighbour; stream: windows of all that follows one another; "
-        "auto: documents of a prepared dataset or of records, the stream of a text",
+        "documents: packed into full blocks, attention within a document; stream: windows of the concatenated text; auto: "
+        "documents for a prepared dataset or records, stream for a text",
         PACKINGS,
     )
-    batch_size: int = option(16, "sequences a forward pass, of all processes together")
-    grad_accum: int = option(1, "forward passes a step")
-    max_steps: int = option(2000, "optimizer steps, and the length of the learning-rate schedule")
-    max_minutes: float | None = option(None, "stop after so many minutes, wherever the schedule stands")
-    optimizer: str = option("adamw", "AdamW, Adam (its decay is L2), or Muon for matrices", OPTIMIZERS)
+    batch_size: int = option(16, "sequences per forward pass, of all processes together")
+    grad_accum: int = option(1, "forward passes per optimizer step")
+    max_steps: int = option(2000, "number of optimizer steps, and length of the learning-rate schedule")
+    max_minutes: float | None = option(None, "time limit in minutes")
+    optimizer: str = option(
+        "adamw", "optimizer: AdamW, Adam (with L2 decay), or Muon for matrices", OPTIMIZERS
+    )
     lr: float = option(1e-3, "highest learning rate")
     min_lr: float = option(1e-4, "learning rate at the end of the schedule")
     warmup_steps: int = option(100, "steps of linear warm-up")
-    schedule: str = option("cosine", "how the rate falls; wsd: stays, and falls at the end", SCHEDULES)
-    decay_steps: int = option(200, "steps of the fall of wsd")
-    weight_decay: float = option(0.1, "the optimizer's decay of matrices")
+    schedule: str = option("cosine", "learning-rate schedule; wsd: warm-up, stable, decay", SCHEDULES)
+    decay_steps: int = option(200, "steps of the decay of wsd")
+    weight_decay: float = option(0.1, "weight decay of matrices")
     beta1: float = option(0.9, "Adam's first-moment decay")
     beta2: float = option(0.99, "Adam's second-moment decay")
-    grad_clip: float = option(1.0, "largest gradient norm; 0 does not clip")
+    grad_clip: float = option(1.0, "maximum gradient norm; 0: no clipping")
 
-    label_smoothing: float = option(0.0, "share of the target spread over all tokens, in training")
-    z_loss: float = option(0.0, "weight of the squared log of the softmax's denominator, in training")
+    label_smoothing: float = option(0.0, "probability spread over all tokens, in training")
+    z_loss: float = option(0.0, "weight of the squared log of the softmax denominator, in training")
 
     eval_every: int = option(250, "steps between validation losses")
-    eval_batches: int = option(20, "batches, spread evenly over the held-out text, for a validation loss")
-    patience: int | None = option(None, "end after so many validation losses without a better one")
+    eval_batches: int = option(20, "batches per validation loss, spread evenly over the held-out text")
+    patience: int | None = option(None, "number of validations without improvement after which to stop")
     save_every: int = option(250, "steps between checkpoints")
-    log_every: int = option(10, "steps between lines about the training loss")
-    sample_tokens: int = option(400, "tokens of sampled text at the end; 0 samples none")
-    tensorboard: bool = option(False, "also write the losses for TensorBoard, to OUT/tensorboard")
+    log_every: int = option(10, "steps between log lines")
+    sample_tokens: int = option(400, "length of the sample at the end, in tokens; 0: none")
+    tensorboard: bool = option(False, "TensorBoard logs in OUT/tensorboard")
 
-    seed: int = option(1337, "of the weights, the batches, dropout and the sample")
+    seed: int = option(1337, "random seed (initialization, batches, dropout, sampling)")
     device: str = option(
-        "auto", "auto (a GPU where there is one) or any name torch knows, such as cpu or cuda:0"
+        "auto", "device: auto (a GPU if there is one), or a name of torch, such as cpu or cuda:0"
     )
     dtype: str = option(
-        "auto", "of the products; auto is bfloat16 where the hardware has it; float16 scales the loss", DTYPES
+        "auto",
+        "dtype of matrix products; auto: bfloat16 if the hardware has it; float16 uses loss scaling",
+        DTYPES,
     )
-    backend: str = option("auto", "which kernels run", BACKEND_CHOICES)
-    compile: bool = option(False, "run the model through torch.compile")
+    backend: str = option("auto", "backend of the kernels", BACKEND_CHOICES)
+    compile: bool = option(False, "torch.compile of the model")
     checkpoint_activations: bool = option(
-        False, "compute blocks again in the backward instead of keeping their activations"
+        False, "activation checkpointing: recomputation of blocks in the backward"
     )
     parallel: str = option(
         "auto",
-        "what processes started by torchrun do: ddp, or fsdp, which shards the model; auto is ddp",
+        "parallelism under torchrun: ddp, or fsdp, which shards the model; auto: ddp",
         PARALLEL,
     )
 

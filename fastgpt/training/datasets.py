@@ -1,4 +1,4 @@
-"""What a run learns from and is measured on: the data that `--data` names, as tokens and batches."""
+"""Training and validation data of a run, as tokens and batches."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _examples(config: TrainConfig, template: Template, tokenizer: Tokenizer | No
 def _encode_examples(
     examples: list[Example], template: Template, tokenizer: Tokenizer, block_size: int
 ) -> data.Documents:
-    """Those examples that fit a block, each with an end of text behind it; answers and ends of text count."""
+    """Encode the examples that fit a block, each followed by an end of text; answers and ends of text are targets."""
     if tokenizer.end_of_text is None:
         raise ValueError("a task needs a tokenizer with an end of text, such as <|endoftext|>")
     prompts = tokenizer.encode_batch([template.prompt(example.input) for example in examples])

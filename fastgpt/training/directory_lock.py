@@ -1,4 +1,4 @@
-"""Which directory a run may write to, and the lock that keeps every other run out of it.
+"""Checks of a run's directory, and the lock that excludes other runs from it.
 
 The lock is the operating system's (flock) on OUT/.lock. It ends with its process, however that ends, so that no stale
 lock is ever left. The file itself means nothing.
@@ -89,7 +89,7 @@ class DirectoryLock:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a run has the directory."""
+    """Return whether a run has locked the directory."""
     try:
         descriptor = os.open(directory / NAME, os.O_RDONLY)
     except OSError:

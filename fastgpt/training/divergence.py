@@ -1,4 +1,4 @@
-"""Runs whose loss or weights are no longer numbers: how that is noticed, and what can be done about it."""
+"""Detection of NaN and infinity in loss and weights, and the message about it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt.distributed import local
 
 
 def are_numbers(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """Whether the weights that this process holds are finite, and no state of the optimizers is NaN."""
+    """Return whether the weights that this process holds are finite, and no state of the optimizers is NaN."""
     states = (value for o in optimizers for state in o.state.values() for value in state.values())
     flags = [local(parameter).isfinite().all() for parameter in model.parameters()]
     flags += [~local(value).isnan().any() for value in states if isinstance(value, Tensor)]

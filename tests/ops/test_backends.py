@@ -160,12 +160,12 @@ def test_explain_names_the_backend_and_why_not_the_others():
     assert set(answer.reasons) == {"reference", "triton", "cuda"}
     assert all(answer.reasons.values())
     assert answer.reasons["reference"] == "cpp is preferred on cpu"
-    assert answer.reasons["triton"] == "it is never chosen by itself on cpu"
+    assert answer.reasons["triton"] == "it is never chosen automatically on cpu"
     assert str(answer).startswith("gelu: cpp\n  not reference: cpp is preferred on cpu\n")
     with fastgpt.use_backend("reference"):
         answer = fastgpt.explain(ops.gelu, torch.randn(3))
     assert answer.backend == "reference"
-    assert answer.reasons["cpp"] == "use_backend('reference') is in force"
+    assert answer.reasons["cpp"] == "use_backend('reference') chose another"
 
 
 def test_explain_of_a_call_that_goes_to_pytorch():
