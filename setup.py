@@ -105,7 +105,7 @@ def cuda_architectures(asked: str, nvcc: str) -> list[str]:
 
 
 def toolkit_version(nvcc: str) -> str:
-    """ "13.0" of an nvcc."""
+    """Return the version of nvcc, such as "13.0"."""
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return re.search(r"release (\d+\.\d+)", said)[1]
 

@@ -9,8 +9,10 @@ import torch
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device for `device`; "auto" is a GPU where there is one. Raises ValueError for one that is
-    not.
+    """Return the torch device of a name; "auto" is a GPU if there is one.
+
+    Raises:
+        ValueError: the device cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,7 +25,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products for `dtype`; "auto" is bfloat16 where the hardware multiplies in it."""
+    """Return the dtype of matrix products for a name; "auto" is bfloat16 if the hardware multiplies in it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

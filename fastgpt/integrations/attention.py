@@ -145,13 +145,15 @@ def attention_mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> Tensor | None:
-    """The mask of transformers' "sdpa", for `AttentionMaskInterface`: (B, 1, Lq, Lk) of bool, or None where the
-    kernel's own causality is all there is. The latter under `torch.compile` too, where older versions of transformers
-    build it.
+    """Make the mask of transformers' "sdpa", for `AttentionMaskInterface`.
 
     Args:
-        options: what else transformers passes, which differs by its version: the rows by their number (q_length) or,
-            before 5.4, by their places (cache_position).
+        options: further arguments of transformers, by its version: the number of rows (q_length) or, before 5.4, their
+            positions (cache_position).
+
+    Returns:
+        (B, 1, Lq, Lk) bool, or None where the kernel's own causality is the whole mask; also under `torch.compile`,
+        where older versions of transformers build it.
     """
     rows = options["q_length"] if "q_length" in options else options["cache_position"].shape[0]
     plain = mask_function is causal_mask_function and local_size is None and attention_mask is None
@@ -199,9 +201,7 @@ def _head_dim(module: nn.Module) -> int:
 
 
 def _asks(model: PreTrainedModel, current: str) -> str | None:
-    """The implementation that the code of a model compares its own with: of "sdpa", whose masks these are, and the
-    current one; or None.
-    """
+    """Return the implementation that a model's code compares its own with: "sdpa", the current one, or None."""
     classes = {cls for kind in {type(module) for module in model.modules()} for cls in kind.__mro__}
     asked = frozenset().union(*map(_compared, {cls.__module__ for cls in classes}))
     return next((name for name in ("sdpa", current) if name in asked), None)
@@ -275,8 +275,10 @@ def runs(before: dict[tuple[str, ...], str]) -> str:
 
 
 def in_force(model: PreTrainedModel) -> dict[tuple[str, ...], str]:
-    """The implementation of every configuration in a model. Its key is the name of the model within this one that has
-    the configuration, and the attributes that lead on to configurations in it that no model has.
+    """Return the implementation of every configuration in a model.
+
+    A key is the name of the submodel that has the configuration, followed by the attributes that lead to configurations
+    inside it that no submodel has.
     """
     found: dict[int, tuple[tuple[str, ...], Any]] = {}
 

@@ -254,9 +254,9 @@ class OwnerOfHead(Replacement):
 
 
 def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple[str, Any]]:
-    """The models of transformers in a model, with their names, whose forward calls loss_function, and have there
-    transformers' loss of the next token; but for those of known classes, which need not be asked (and warn, some of
-    them, when they are).
+    """Yield the models of transformers in a model, with their names, that compute the next-token loss by loss_function.
+
+    Models of known classes are left out; some of them warn when their loss_function is read.
     """
     for name, module in model.named_modules():
         if type(module) in known or not isinstance(module, PreTrainedModel):

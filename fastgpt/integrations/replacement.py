@@ -84,7 +84,7 @@ def calls_functional(module: nn.Module) -> bool:
 
 
 def approximation(activation: Any) -> str | None:
-    """ "none" or "tanh" of a GELU: a function, or a module that has been replaced; None for all else."""
+    """Return "none" or "tanh" for a GELU, a function or a replaced module; None for other activations."""
     if activation in (functional.PYTORCH_GELU, functional.gelu):
         return "none"
     if isinstance(activation, Replacement) and activation.runs == "gelu":

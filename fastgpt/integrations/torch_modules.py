@@ -144,8 +144,9 @@ def _added(mask: Tensor, dtype: Any) -> Tensor:
 
 
 class TransformerEncoderLayer(OwnerOfGelu, nn.TransformerEncoderLayer):
-    """Its feed-forward block; attention and norms are modules of their own. Without gradients, in evaluation,
-    PyTorch's encoder has a fused path of its own, which stays.
+    """The feed-forward block of an encoder layer; attention and norms are modules of their own.
+
+    Without gradients, in evaluation, PyTorch's encoder has its own fused path, which stays.
     """
 
     replaces, first, then = nn.TransformerEncoderLayer, "linear1", "activation"

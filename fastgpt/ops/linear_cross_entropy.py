@@ -171,8 +171,9 @@ def _rounded(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The loss, reduced. Parameters may be float32 beside a hidden that autocast rounded: their gradients are not
-    rounded then.
+    """The reduced loss.
+
+    Parameters may be float32 beside hidden states that autocast rounded; their gradients are then not rounded.
 
     For a sum or mean every row has the same upstream gradient up to a scalar, so the forward computes
     the gradients of the sum while a chunk's logits are in memory (three products in all) and the backward

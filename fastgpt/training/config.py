@@ -49,7 +49,7 @@ class TrainConfig:
 
     data: str = option(
         "stdlib",
-        "training data: a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory of files, or "
+        "training data: a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory, or "
         "the output of `fastgpt data`; stdlib: the source of Python's standard library; repeats: repeated random words",
     )
     task: str | None = option(
@@ -68,8 +68,8 @@ class TrainConfig:
     )
     tokenizer: str = option(
         "auto",
-        "tokenizer: bytes, bpe (trained on the data), a tokenizer.json, or the name of a model on the Hub; auto: that of "
-        "the model to start from or of a prepared dataset, else bytes",
+        "tokenizer: bytes, bpe (trained on the data), a tokenizer.json, or the name of a model on the Hub; auto: "
+        "that of the model to start from or of a prepared dataset, else bytes",
     )
     vocab_size: int = option(4096, "vocabulary size of bpe; other tokenizers have their own")
 
@@ -85,8 +85,8 @@ class TrainConfig:
 
     packing: str = option(
         "auto",
-        "documents: packed into full blocks, attention within a document; stream: windows of the concatenated text; auto: "
-        "documents for a prepared dataset or records, stream for a text",
+        "documents: packed into full blocks, attention within a document; stream: windows of the concatenated text; "
+        "auto: documents for a prepared dataset or records, stream for a text",
         PACKINGS,
     )
     batch_size: int = option(16, "sequences per forward pass, of all processes together")
@@ -213,8 +213,11 @@ def trained_with(opened: Checkpoint) -> TrainConfig:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The options in a TOML file, "-" for standard input. Raises OSError if it cannot be read and ValueError if it is
-    not TOML.
+    """Read the options in a TOML file, "-" for standard input.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not TOML.
     """
     if str(path) != STANDARD_INPUT:
         Path(path).stat()  # raises FileNotFoundError

@@ -45,9 +45,7 @@ class TrainingData:
 
 
 def check_source(config: TrainConfig, processes: int) -> None:
-    """Raise FileNotFoundError where the data of a configuration do not exist, ValueError where several processes would
-    share a stream.
-    """
+    """Raise FileNotFoundError if the data do not exist, ValueError if several processes would share a stream."""
     if data.can_be_read_once(config.data) and processes > 1:
         raise ValueError(
             f"{data.name_of(config.data)} can be read by one process; write it to a file for {processes}"

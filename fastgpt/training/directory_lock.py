@@ -32,9 +32,11 @@ class DirectoryLock:
     """
 
     def __init__(self, directory: Path, warn: Callable[[str], object] = lambda text: None) -> None:
-        """Args:
-            directory: made where it does not exist.
-            warn: called with a message where the file system has no locks, which is no error.
+        """Lock a directory.
+
+        Args:
+            directory: made if it does not exist.
+            warn: called with a message if the file system has no locks, which is not an error.
 
         Raises:
             FileExistsError: another run has the directory.

@@ -1,4 +1,4 @@
-"""The record of a training run: OUT/log.jsonl, one JSON object a line, in memory too. null is no finite number."""
+"""The metrics of a training run: OUT/log.jsonl, one JSON object per line, also in memory; null is NaN or infinity."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from fastgpt.json_io import dumps, loads
 
 
 class MetricsLog:
-    """Records with a "step", and "train_loss" or "val_loss" among their values; append-only but for a
-    resumption.
+    """Append-only records with a "step" and values such as "train_loss" or "val_loss".
 
-    A run that resumes at a step keeps the records up to it, so that the file reads as if it had never
-    stopped.
+    A run that resumes at a step keeps the records up to it: the file equals that of an uninterrupted run.
     """
 
     def __init__(self, path: Path, *, resume_at: int | None = None) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 
 class StopSignal:
-    """Turns SIGINT, SIGTERM and SIGHUP (a terminal or connection that is closed) into a flag; a second SIGINT acts as
-    it always did. A second SIGTERM does not: a scheduler signals every process, and torchrun passes on its own. SIGHUP
-    stays ignored where it is, as under nohup.
+    """Context that turns SIGINT, SIGTERM and SIGHUP (a closed terminal or connection) into a flag.
+
+    A second SIGINT has its former effect. A second SIGTERM has none: a scheduler signals every process, and torchrun
+    forwards its own. SIGHUP stays ignored where it was, as under nohup.
     """
 
     def __init__(self) -> None:
