@@ -33,6 +33,7 @@ from fastgpt.training.initialize import changes, check_same_data, initialize
 from fastgpt.training.logger import Logger, warn
 from fastgpt.training.optimizers import learning_rate, make_optimizers
 from fastgpt.training.signals import StopSignal
+from fastgpt.training.validation_history import ValidationHistory
 
 _SAMPLE_TEMPERATURE = 0.8
 
@@ -88,22 +89,6 @@ def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
                     lock.release()
     finally:
         distributed.close()
-
-
-@dataclass
-class ValidationHistory:
-    """The last and the best validation loss, and the number of validations since the best."""
-
-    step: int = -1
-    loss: float = math.inf
-    best_step: int = -1
-    best_loss: float = math.inf
-    since_best: int = 0
-
-    def add(self, step: int, loss: float) -> None:
-        self.step, self.loss, self.since_best = step, loss, self.since_best + 1
-        if loss < self.best_loss:
-            self.best_step, self.best_loss, self.since_best = step, loss, 0
 
 
 class Trainer:
