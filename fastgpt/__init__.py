@@ -1,11 +1,11 @@
-"""fastgpt: GPT training in PyTorch, faster.
+"""fastgpt: faster GPT training in PyTorch.
 
-Hand-written fused kernels behind the interface people already use:
+Hand-written fused kernels with familiar interfaces:
 
     from fastgpt import functional as F# was: import torch.nn.functional as F
-    from fastgpt import ops# the ops, with everything the drop-in has no room for
-    from fastgpt.model import GPT          # a thin GPT standing on them
-    fastgpt.accelerate(model)              # for a model that somebody else wrote
+    from fastgpt import ops# the ops, with options that torch.nn.functional lacks
+    from fastgpt.model import GPT          # a thin GPT on these ops
+    fastgpt.accelerate(model)              # for models written by others
 """
 
 from fastgpt import extension, functional, ops
@@ -22,7 +22,7 @@ from fastgpt.integrations.patch_functional import patch_functional
 
 __version__ = "0.1.0"
 
-extension.loaded()  # registers the C++ ops; what is missing shows when they are asked for
+extension.loaded()  # registers the C++ ops; if they are missing, the first call says so
 
 __all__ = [
     "Availability",

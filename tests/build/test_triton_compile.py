@@ -321,7 +321,7 @@ def test_instruction_goes_to_its_pipe(opcode, pipe, flops):
 
 
 def test_streaming_is_bound_by_the_busiest_of_pipes_schedulers_and_memory():
-    """Ten instructions of eight warps for 256 elements: nine of them of one pipe, of which a packed one is two."""
+    """Ten instructions of eight warps for 256 elements: nine of one pipe, where a packed instruction counts as two."""
     fp32 = [Instruction(16 * n, "FFMA", "") for n in range(7)] + [Instruction(112, "FFMA2", "")]
     body = [*fp32, Instruction(128, "LDG.E.128", ""), Instruction(144, "BRA", "")]
     found = streaming(body, warps=8, elements=256, moved=2, arch="sm_90a")

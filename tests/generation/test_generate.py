@@ -1,4 +1,4 @@
-"""Text as it comes: pieces of whole characters that make up the text, which ends before a stop string."""
+"""Streamed text: pieces of whole characters that concatenate to the text, which ends before a stop string."""
 
 from __future__ import annotations
 

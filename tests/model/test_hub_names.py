@@ -41,7 +41,7 @@ def model(tmp_path: Path, tokenizer: BPETokenizer) -> Path:
 
 @pytest.fixture
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A Hub with the model as "owner/tiny" and "tiny", in an empty working directory; the names it is asked for."""
+    """A Hub with the model as "owner/tiny" and "tiny", in an empty working directory; yields the requested names."""
     asked: list[str] = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:

@@ -60,7 +60,7 @@ def test_what_is_put_on_a_layer_of_the_mlp_is_called(how: str, layer: str):
 
 @pytest.mark.parametrize("layer", ["c_fc", "c_proj"])
 def test_a_layer_of_the_mlp_may_be_pruned(layer: str):
-    """Its weight is made anew before each call, by a hook."""
+    """A layer whose weight is recomputed by a hook before each call."""
     model = tiny()
     pruned = getattr(model.h[0].mlp, layer)
     torch.nn.utils.prune.random_unstructured(pruned, "weight", 0.5)

@@ -123,7 +123,7 @@ def test_any_mixture_of_dtypes(backend, x_dtype, residual_dtype, vector_dtype, s
 @pytest.mark.parametrize("shape", with_costly([(3, 8193), (130, 8200), (2, 16384)], (130, 8200)))
 @pytest.mark.parametrize("affine", [True, False])
 def test_rows_longer_than_registers(backend, dtype, affine, shape):
-    """Triton cuts them into tiles, the last of which may be a part."""
+    """Triton cuts them into tiles, and the last tile may be partial."""
     check_error_rule(ops.add_layer_norm, pytorch, inputs(shape, dtype, "contiguous", affine))
 
 

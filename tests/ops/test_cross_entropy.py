@@ -133,7 +133,7 @@ def test_all_options_together_on_rows_of_any_number_of_tiles(
     """Rows that end with a tile, one before and one behind, and start anywhere within 16 bytes."""
     weight = (torch.rand(vocab) + 0.1).to(dtype) if weighted else None
     y = targets(3, vocab, ignore_index=ignore_index)
-    y[0], y[1] = vocab - 1, 0  # of which at least one counts, whichever is ignored
+    y[0], y[1] = vocab - 1, 0  # at least one of them counts, whichever is ignored
     options = {"weight": weight, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
     options |= {"ignore_index": ignore_index, "reduction": reduction}
     logits = torch.randn(3, vocab + gap).mul_(2).to(dtype)[:, :vocab].requires_grad_()

@@ -96,7 +96,7 @@ class _Recording(TorchDispatchMode):
 
 
 def _kind(argument):
-    """What makes another call worth trying: which tensors are given, and of which dtypes."""
+    """Key of a call that is worth trying: which tensors are given, with which dtypes."""
     return argument.dtype if isinstance(argument, torch.Tensor) else None
 
 

@@ -81,7 +81,7 @@ def check_compiles_once(function, batches):
         got, got_grads = run_with_gradients(compiled, inputs, None)
         for a, b in zip([*got, *got_grads], [*expected, *expected_grads], strict=True):
             torch.testing.assert_close(a, b)
-        first = first or counter.frame_count  # Dynamo may begin anew within the first compilation
+        first = first or counter.frame_count  # Dynamo may restart within the first compilation
     assert 0 < counter.frame_count == first, f"{counter.frame_count} compilations for {len(batches)} shapes"
 
 

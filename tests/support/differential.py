@@ -85,7 +85,7 @@ class _Upstream(torch.autograd.Function):
 
 @dataclass
 class Case:
-    """A call: positional tensors, of which the floating ones require gradients unless they are fixed, and options."""
+    """A call: positional tensors and options. Floating tensors require gradients unless they are fixed."""
 
     function: str
     dtype: torch.dtype

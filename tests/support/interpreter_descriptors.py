@@ -1,6 +1,6 @@
 """Gives Triton's interpreter what it has not (triton 3.6 to 3.9): addition to memory through a tensor descriptor.
 
-Kernels that add so are launched in the interpreter only where this is in force; elsewhere they go by pointers.
+In the interpreter, kernels that add this way are launched only with this patch; otherwise they use pointers.
 """
 
 from __future__ import annotations

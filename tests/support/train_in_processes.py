@@ -40,7 +40,7 @@ def train(how, out, untied=None):
 
         mesh = init_device_mesh("cpu", (world,))
         for block in model.transformer.h:
-            fully_shard(block.mlp.c_fc, mesh=mesh)  # the layer that fuses is sharded by itself
+            fully_shard(block.mlp.c_fc, mesh=mesh)  # the layer that fuses is a shard group
             fully_shard(block, mesh=mesh)
         if untied:  # and so is the head, where it has a weight of its own
             fully_shard(model.lm_head, mesh=mesh)
