@@ -2,8 +2,8 @@
 
 Hand-written fused kernels with familiar interfaces:
 
-    from fastgpt import functional as F# was: import torch.nn.functional as F
-    from fastgpt import ops# the ops, with options that torch.nn.functional lacks
+    from fastgpt import functional as F    # was: import torch.nn.functional as F
+    from fastgpt import ops                # the ops, with options that torch.nn.functional lacks
     from fastgpt.model import GPT          # a thin GPT on these ops
     fastgpt.accelerate(model)              # for models written by others
 """

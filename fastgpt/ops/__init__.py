@@ -1,7 +1,7 @@
-"""The native ops: what `torch.nn.functional` offers and everything it has no room for.
+"""The native ops: those of `torch.nn.functional`, with further options, and fused ones.
 
-Each op's file holds its contract (checks, docstring), its registration for every backend and its
-autograd; the choice of backend is `fastgpt.backends.select`.
+Each op's file holds its contract (checks, docstring), its registration for every backend and its autograd.
+`fastgpt.backends.select` chooses the backend.
 """
 
 from .add_layer_norm import add_layer_norm
