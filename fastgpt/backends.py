@@ -30,10 +30,8 @@ from . import extension
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
-TRITON_CAPABILITY = (
-    8,
-    0,
-)  # below, Triton multiplies matrices without tensor cores, in memory that a block has not
+# Below, Triton multiplies matrices without tensor cores, with more shared memory than a block has.
+TRITON_CAPABILITY = (8, 0)
 
 # The first backend in the row that can run the case serves it under "auto".
 PREFERENCE: dict[str, tuple[str, ...]] = {

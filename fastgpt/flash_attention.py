@@ -25,8 +25,9 @@ import torch.nn.attention
 from torch import Tensor
 
 from fastgpt.backends import PYTORCH, select
+from fastgpt.ops._attention_checks import check_same_length
 from fastgpt.ops._checks import FLOATS, unit_stride
-from fastgpt.ops.attention import band_bounds, check_same_length, lse_of, refusal, statistics_of
+from fastgpt.ops.attention import band_bounds, lse_of, refusal, statistics_of
 
 NAME = "fastgpt"
 

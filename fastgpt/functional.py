@@ -8,21 +8,17 @@ goes to PyTorch under "auto"; a backend that was chosen by name raises `BackendU
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as _torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fastgpt import ops
-from fastgpt.backends import PYTORCH, select
+from fastgpt.ops._attention_checks import check_same_length
 from fastgpt.ops._checks import FLOATS, autocast_dtype
 from fastgpt.ops._checks import no_float64_on_gpu_backends as _no_float64
-from fastgpt.ops._transforms import unserved
-from fastgpt.ops.attention import check_same_length
+from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
 from fastgpt.ops.attention import refusal as _attention_refusal
 
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
@@ -41,24 +37,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(_torch)})
 
 
-# A tensor subclass may define for itself what a function does; of these, the last two are plain tensors being traced.
-_PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
-
-
-def plain_reason(*required: Any, optional: tuple[Any, ...] = ()) -> str | None:
-    """Return why PyTorch must serve these arguments (for example tensors that are not dense), or None."""
-    for tensor in (*required, *(t for t in optional if t is not None)):
-        if type(tensor) not in _PLAIN:
-            return f"an argument is a {type(tensor).__name__}, not a plain tensor"
-        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-            return "an argument is sparse, nested or quantized"
-        if tensor.device != required[0].device:
-            return "the arguments are on different devices"
-    if required[0].dtype not in FLOATS:
-        return f"the dtype is {required[0].dtype}"
-    return unserved()
-
-
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
@@ -67,12 +45,6 @@ def _autocast_to(tensor: Tensor) -> torch.dtype:
     """The dtype in which autocast's lower-precision functions see the tensor."""
     cast = autocast_dtype(tensor.device)
     return tensor.dtype if cast is None or tensor.dtype == torch.float64 else cast
-
-
-def goes_to_pytorch(op: str, tensor: Any, reason: str | None, case: Callable[[str], str | None]) -> bool:
-    """Return whether `torch.nn.functional` serves the call; `reason` says why no backend of fastgpt can."""
-    device = tensor.device if isinstance(tensor, Tensor) else torch.device("cpu")
-    return select(op, device, (lambda _: reason) if reason else case, drop_in=True) == PYTORCH
 
 
 def _has_usual_strides(t: Tensor) -> bool:

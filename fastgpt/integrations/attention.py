@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from fastgpt import functional, ops
-from fastgpt.functional import goes_to_pytorch, plain_reason
+from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
 from fastgpt.ops.attention import MAX_HEAD_DIM
 from fastgpt.ops.attention import refusal as kernel_refusal
 

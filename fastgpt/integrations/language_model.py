@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
 from fastgpt import functional, ops
-from fastgpt.functional import goes_to_pytorch, plain_reason
 from fastgpt.integrations.replacement import Replacement
 from fastgpt.ops._checks import no_float64_on_gpu_backends
+from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
 from fastgpt.ops._modules import is_unmodified
 
 _FEW = 7 / 8  # below this share of rows that count, those are taken out first

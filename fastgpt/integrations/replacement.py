@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import functional, ops
-from fastgpt.functional import goes_to_pytorch, plain_reason
 from fastgpt.ops._checks import no_float64_on_gpu_backends
+from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
 from fastgpt.ops._modules import is_unmodified
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import select, shared_memory
 from ..reference.precision import accumulator
+from ._attention_checks import check_extras_fit, check_shapes
 from ._checks import (
     ANY,
     Checks,
@@ -285,55 +286,6 @@ def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str
     return no_float64_on_gpu_backends(backend, q.dtype)
 
 
-def check_same_length(k: Tensor, v: Tensor, dim: int = -2) -> None:
-    """Keys and values are as many; PyTorch's own kernels read and write beside the shorter of the two.
-
-    Raises:
-        RuntimeError: they are not.
-    """
-    if k.shape[dim] != v.shape[dim]:
-        raise RuntimeError(
-            f"scaled_dot_product_attention: key and value must have the same length, got {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
-        )
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise ValueError(
-            "attention: q, k and v must be (batch, heads, length, head_dim), "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(
-            "attention: q, k and v must agree in batch, and k and v in heads and length, "
-            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-    if q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"attention: the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q (GQA)"
-        )
-
-
-def _check_extras(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slopes: Tensor | None) -> None:
-    batch, heads, rows, _ = q.shape
-    if attn_mask is not None:
-        if attn_mask.dtype != torch.bool:
-            check_floating("attention", attn_mask=attn_mask)
-        wanted = (batch, heads, rows, k.shape[2])
-        fits = attn_mask.dim() <= 4 and all(
-            m in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
-        )
-        if not fits:
-            raise ValueError(f"attention: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}")
-    if alibi_slopes is not None and tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
-        raise ValueError(
-            f"attention: alibi_slopes must be ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
-        )
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -385,8 +337,8 @@ def attention(
     """
     check_tensors("attention", q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes)
     check_floating("attention", q=q, k=k, v=v)
-    _check_shapes(q, k, v)
-    _check_extras(q, k, attn_mask, alibi_slopes)
+    check_shapes(q, k, v)
+    check_extras_fit(q, k, attn_mask, alibi_slopes)
     bounds = band_bounds("attention", causal, window)
     if softcap is not None and softcap < 0:
         raise ValueError(f"attention: softcap must be positive, or None for none, got {softcap}")
