@@ -217,7 +217,7 @@ def test_rules_that_there_are_not_are_refused():
     for wrong in ({"normalization": "NFX"}, {"markup": "no"}, {"repetition": "yes"}):
         with pytest.raises(ValueError, match="must be one of"):
             Rules(**wrong)
-    with pytest.raises(ValueError, match="must not be below"):
+    with pytest.raises(ValueError, match="must be at least"):
         Rules(min_chars=5, max_chars=4)
 
 

@@ -29,14 +29,14 @@ def list_again(path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("train-00000.npy", np.full(105, 300, np.uint16), "token 300, and the vocabulary has 256"),
-        ("train-00000.npy", np.zeros(104, np.uint16), "does not hold 105 numbers"),
-        ("train-00000.npy", np.zeros(105, np.int64), "does not hold 105 numbers of type uint16"),
-        ("train-00000.ends.npy", np.array([6, 8, 64, 104]), "does not part"),
-        ("train-00000.ends.npy", np.array([6, 64, 8, 105]), "does not part"),
-        ("train-00000.ends.npy", np.array([6, 8, 105]), "does not hold 4 numbers"),
-        ("train-00000.ends.npy", np.array([6.0, 8, 64, 105]), "does not hold 4 numbers of type int64"),
-        ("train-00000.ends.npy", np.array([-(2**63), 8, 64, 105]), "does not part"),
+        ("train-00000.npy", np.full(105, 300, np.uint16), "token 300, but the vocabulary has 256"),
+        ("train-00000.npy", np.zeros(104, np.uint16), "does not contain 105 numbers"),
+        ("train-00000.npy", np.zeros(105, np.int64), "does not contain 105 numbers of type uint16"),
+        ("train-00000.ends.npy", np.array([6, 8, 64, 104]), "does not match"),
+        ("train-00000.ends.npy", np.array([6, 64, 8, 105]), "does not match"),
+        ("train-00000.ends.npy", np.array([6, 8, 105]), "does not contain 4 numbers"),
+        ("train-00000.ends.npy", np.array([6.0, 8, 64, 105]), "does not contain 4 numbers of type int64"),
+        ("train-00000.ends.npy", np.array([-(2**63), 8, 64, 105]), "does not match"),
     ],
 )
 def test_wrong_content_under_a_right_checksum_is_refused(
@@ -123,7 +123,7 @@ def test_the_header_of_an_array_that_lies_is_refused_in_one_message(tmp_path: Pa
     magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
     (path / name).write_bytes(magic + text.encode() + content)
     list_again(path, name)
-    with pytest.raises(DatasetError, match="does not hold") as error:
+    with pytest.raises(DatasetError, match="does not contain") as error:
         open_dataset(path)
     assert "\n" not in str(error.value)
 
@@ -135,5 +135,5 @@ def test_an_archive_or_a_pickle_is_no_array(tmp_path: Path):
         with (path / "train-00000.npy").open("wb") as file:
             save(file)
         list_again(path, "train-00000.npy")
-        with pytest.raises(DatasetError, match="does not hold"):
+        with pytest.raises(DatasetError, match="does not contain"):
             open_dataset(path)

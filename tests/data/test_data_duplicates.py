@@ -85,7 +85,7 @@ def test_memory_is_a_signature_whatever_the_text():
 
 def test_a_wrong_threshold_and_a_missing_package_are_said(monkeypatch: pytest.MonkeyPatch):
     for threshold in (0.0, -1.0, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
             NearDuplicates(threshold)
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(ImportError, match=r"pip install 'fastgpt\[data\]'"):

@@ -115,7 +115,7 @@ def test_tokens_that_do_not_count_are_no_targets():
 
 @pytest.mark.parametrize("ends", [[], [1], [1, 2, 3]])
 def test_documents_without_a_target_are_refused(ends: list[int]):
-    with pytest.raises(ValueError, match="no document has two tokens"):
+    with pytest.raises(ValueError, match="no document has at least two tokens"):
         Packed(torch.arange(9), np.array(ends, dtype=np.int64), batch_size=1, block_size=4)
 
 

@@ -147,9 +147,9 @@ def test_validation_words_are_others_than_those_of_training():
 
 
 def test_an_alphabet_or_a_block_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match="an alphabet of as many"):
+    with pytest.raises(ValueError, match="distinct tokens and a block_size"):
         Repeats(TOKENS[:3], batch_size=1, block_size=64)
-    with pytest.raises(ValueError, match="a block of 8, not 94 and 7"):
+    with pytest.raises(ValueError, match="a block_size of 8, not 94 and 7"):
         Repeats(TOKENS, batch_size=1, block_size=7)
     model = GPT(GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=1, n_embd=8)).eval()
     with pytest.raises(ValueError, match="measured with 16 tokens"):

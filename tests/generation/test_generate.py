@@ -199,7 +199,7 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path):
         (["--stop", ""], "a stop string must not be empty"),
         (["--repetition-penalty", "0"], "repetition_penalty must be from 1.2e-38"),
         (["--seed", "-1"], "seed must not be negative"),
-        (["--prompts", "nowhere.txt"], "there is no file or directory nowhere.txt"),
+        (["--prompts", "nowhere.txt"], "file or directory nowhere.txt does not exist"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "\udc80"], "which is no character"),
         (["--max-new-tokens", "-1"], "max_new_tokens must not be negative"),

@@ -197,7 +197,7 @@ def test_dropout_draws_anew_with_each_seed_and_refuses_what_it_cannot():
     long = "x" * 10_000
     assert BPE.decode(dropout.encode(long, "")) == long
     for rate in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
             BPEDropout(BPE, rate)
     with pytest.raises(ValueError, match="needs a byte-level bpe tokenizer, not bytes"):
         BPEDropout(ByteTokenizer(), 0.1)

@@ -273,7 +273,7 @@ def test_errors_are_one_sentence_and_status_2(run: Path, tmp_path: Path, capsys:
     assert "no checkpoint directory" in fails(["generate", "--checkpoint", absent], capsys)
     assert "prompt is empty" in fails(["generate", "--checkpoint", out, "--prompt", ""], capsys)
     assert "top_k" in fails(["generate", "--checkpoint", out, "--top-k", "0"], capsys)
-    assert "there is no file" in fails(["eval", "--checkpoint", out, "--data", absent], capsys)
+    assert "does not exist" in fails(["eval", "--checkpoint", out, "--data", absent], capsys)
     (tmp_path / "short").write_text("a")
     assert "at least two" in fails(["eval", "--checkpoint", out, "--data", str(tmp_path / "short")], capsys)
     assert "device 'tpu9'" in fails(["generate", "--checkpoint", out, "--device", "tpu9"], capsys)

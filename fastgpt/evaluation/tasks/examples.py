@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.files import STANDARD_INPUT, name_of
-from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, listed, read_records
+from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, list_keys, read_records
 from fastgpt.evaluation.tasks.embedded import embedded
 
 EMBEDDED = "embedded"
@@ -69,7 +69,7 @@ def read_examples(path: str | Path, *, skip_broken: bool = False) -> tuple[list[
             examples.append(_example(record))
         except ValueError as error:
             if not skip_broken:
-                raise ValueError(f"{record.place}: {error}; --skip-broken leaves such lines out") from None
+                raise ValueError(f"{record.location}: {error}; --skip-broken leaves such lines out") from None
             skipped += 1
     if not examples:
         raise ValueError(f'{name} holds no examples; it takes lines of {{"input": "…", "output": "…"}}')
@@ -87,7 +87,7 @@ def _example(record: Record) -> Example:
 
 def _field(record: dict[str, Any], name: str) -> str:
     if name not in record:
-        raise ValueError(f"there is no {name!r}; the keys are {listed([str(key) for key in record])}")
+        raise ValueError(f"there is no {name!r}; the keys are {list_keys([str(key) for key in record])}")
     text = record[name]
     if not isinstance(text, str):
         raise ValueError(f"{name!r} is not a string")
