@@ -129,7 +129,7 @@ def test_a_name_may_have_a_revision(hub: list[str], model: Path, name: str):
 def test_a_mistyped_path_asks_nobody_for_a_model(hub: list[str], name: str):
     """Nor does a right one in a wrong working directory."""
     assert not is_hub_name(name)
-    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint directory {name}"):
+    with pytest.raises(FileNotFoundError, match=f"checkpoint directory {name} does not exist"):
         GPT.from_pretrained(name)
     assert hub == []
 
@@ -152,9 +152,9 @@ def test_paths_are_not_looked_up_on_the_hub(hub: list[str], tmp_path: Path, caps
     ):
         assert not is_hub_name(name), name
     assert main(["generate", "--checkpoint", "./absent"]) == 2
-    assert "there is no checkpoint directory ./absent" in capsys.readouterr().err
+    assert "checkpoint directory ./absent does not exist" in capsys.readouterr().err
     assert main(["generate", "--checkpoint", str(tmp_path / "ckpt.pt")]) == 2
-    assert "ckpt.pt is a file and no checkpoint directory; a model is read from" in capsys.readouterr().err
+    assert "ckpt.pt is a file, not a checkpoint directory; give a directory" in capsys.readouterr().err
     assert hub == []
 
 
@@ -200,10 +200,10 @@ def changed(model: Path, options: dict, tensors: dict, rename: str = "{}") -> No
 @pytest.mark.parametrize(
     ("options", "tensors", "rename", "notes"),
     [
-        ({}, {"score.weight": torch.ones(2, 32)}, "{}", ["left out score.weight, tensors of a head"]),
-        ({}, {"v_head.summary.bias": torch.ones(1)}, "{}", ["left out v_head.summary.bias"]),
+        ({}, {"score.weight": torch.ones(2, 32)}, "{}", ["skipped score.weight, tensors of a head"]),
+        ({}, {"v_head.summary.bias": torch.ones(1)}, "{}", ["skipped v_head.summary.bias"]),
         ({}, {f"a.{i}": torch.ones(1) for i in range(11)}, "{}", ["a.4, a.5, a.6 and 3 more, tensors"]),
-        ({"model_type": None}, {}, "{}", ["does not say model_type, as old ones do"]),
+        ({"model_type": None}, {}, "{}", ["lacks model_type; assuming gpt2"]),
         (
             {"model_type": None, "n_positions": None, "n_ctx": 32, "architectures": None},
             {},
@@ -236,11 +236,11 @@ def test_a_checkpoint_with_more_or_an_older_one_loads_with_a_note(
 @pytest.mark.parametrize(
     ("options", "tensors", "message"),
     [
-        ({}, {"transformer.h.1.ln_1.weight": torch.ones(32)}, "holds the tensor 'h.1.ln_1.weight'"),
+        ({}, {"transformer.h.1.ln_1.weight": torch.ones(32)}, "has the tensor 'h.1.ln_1.weight'"),
         (
             {},
             {"transformer.h.0.crossattention.c_attn.bias": torch.ones(32)},
-            "holds the tensor 'h.0.crossattention",
+            "has the tensor 'h.0.crossattention",
         ),
         ({"model_type": None, "n_head": None}, {}, "of type None; only 'gpt2'"),
         ({"model_type": "opt"}, {}, "of type 'opt'; only 'gpt2'"),

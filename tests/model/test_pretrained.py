@@ -59,7 +59,7 @@ def test_reduced_precision_is_kept(tmp_path: Path):
 
 
 def test_rotary_positions_have_no_place_in_gpt2(tmp_path: Path):
-    with pytest.raises(ValueError, match="GPT-2 has no rotary positions"):
+    with pytest.raises(ValueError, match="GPT-2 does not support rotary positions"):
         lively(position="rotary").save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -133,22 +133,22 @@ def test_a_bad_pickle_is_named_and_runs_nothing(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "model.safetensors").unlink()
     file = tmp_path / "pytorch_model.bin"
     torch.save({"wte.weight": Planted()}, file)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a whole file of PyTorch tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a complete file of PyTorch tensors"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "planted").exists()
     for content in (b"", b"\x80", b"nonsense"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a whole file of PyTorch tensors"):
+        with pytest.raises(ValueError, match="is not a complete file of PyTorch tensors"):
             GPT.from_pretrained(tmp_path)
     for value in ([1], {"a": 1}):
         torch.save(value, file)
-        with pytest.raises(ValueError, match="something else than named tensors"):
+        with pytest.raises(ValueError, match="something other than named tensors"):
             GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(ValueError, match="not the index of a checkpoint in shards"):
+    with pytest.raises(ValueError, match="not the index of a sharded checkpoint"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match=r"holds no gone\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"lacks gone\.safetensors"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("fastgpt.checkpoints.tensor_files.save_file", full)
         with pytest.raises(
-            OSError, match=r"could not be written \(No space left on device\); nothing of it remains"
+            OSError, match=r"could not be written \(No space left on device\); no partial files remain"
         ):
             model.save_pretrained(out)
     assert not list(out.parent.iterdir())
@@ -183,10 +183,10 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
     out.mkdir()  # empty: nothing is lost
     model.save_pretrained(out)
     assert [p.name for p in out.parent.iterdir()] == ["model"]
-    with pytest.raises(FileExistsError, match="exists already: remove it"):
+    with pytest.raises(FileExistsError, match="already exists; remove it"):
         model.save_pretrained(out)
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         model.save_pretrained(tmp_path / "file")
     with pytest.raises(OSError):
         model.save_pretrained(tmp_path / "file" / "model")
@@ -257,13 +257,15 @@ def test_bytes_are_known_again_when_transformers_has_written_them(tmp_path: Path
 
 
 def test_tokenizers_that_know_more_than_the_model_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="knows 256 tokens, and the model 61: resize_token_embeddings first"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has 256 tokens, and the model 61; call resize_token_embeddings first"
+    ):
         lively().save_pretrained(tmp_path / "model", ByteTokenizer())
     lively().save_pretrained(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         open_model(tmp_path / "model")
     BPETokenizer.train([TEXT], 300).save(tmp_path / "model")
-    with pytest.raises(ValueError, match="knows 300 tokens, and the model 61: they do not belong together"):
+    with pytest.raises(ValueError, match="has 300 tokens, and the model 61; use the tokenizer"):
         open_model(tmp_path / "model")
 
 

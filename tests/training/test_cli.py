@@ -270,7 +270,7 @@ def test_errors_are_one_sentence_and_status_2(run: Path, tmp_path: Path, capsys:
     assert "n_layer must be of type int, not '3'" in fails(["train", "--config", str(toml)], capsys)
     toml.write_text("n_layer = ")
     assert "is not a TOML file" in fails(["train", "--config", str(toml)], capsys)
-    assert "no checkpoint directory" in fails(["generate", "--checkpoint", absent], capsys)
+    assert "checkpoint directory" in fails(["generate", "--checkpoint", absent], capsys)
     assert "prompt is empty" in fails(["generate", "--checkpoint", out, "--prompt", ""], capsys)
     assert "top_k" in fails(["generate", "--checkpoint", out, "--top-k", "0"], capsys)
     assert "does not exist" in fails(["eval", "--checkpoint", out, "--data", absent], capsys)

@@ -120,7 +120,7 @@ def test_code_in_the_pickle_of_format_1_does_not_run(path: Path, tmp_path: Path)
     format_1(path, {stem: load_file(path / f"{stem}.safetensors") for stem in ("model", "optimizer")})
     (path / "model" / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "proof")))
     rewrite(path, {})
-    with pytest.raises(CheckpointError, match=r"it names pathlib\.Path\.write_text|it names pathlib"):
+    with pytest.raises(CheckpointError, match=r"it refers to pathlib\.Path\.write_text|it refers to pathlib"):
         open_checkpoint(path).load_model()
     assert not (tmp_path / "proof").exists()
 
@@ -132,7 +132,7 @@ def test_functions_named_in_the_pickle_of_format_1_are_not_called(path: Path, na
     call = f"c{module}\n{function}\n(S'7'\ntR.".encode()  # the function, of one string
     (path / "model" / ".metadata").write_bytes(call)
     rewrite(path, {})
-    with pytest.raises(CheckpointError, match=rf"it names {module}\.{function}"):
+    with pytest.raises(CheckpointError, match=rf"it refers to {module}\.{function}"):
         open_checkpoint(path).load_model()
 
 
@@ -245,7 +245,7 @@ def test_parts_of_any_sizes_are_one_tensor(tmp_path: Path):
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, second: Tensor):
     save_file({"a": torch.ones(2, 3)}, tmp_path / "0.safetensors")
     save_file({"a": second}, tmp_path / "1.safetensors")
-    with pytest.raises(ValueError, match="does not fit the other parts: a is"):
+    with pytest.raises(ValueError, match="does not match the other parts: a is"):
         TensorFiles([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
 
 
@@ -256,11 +256,11 @@ def one_number(moments: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (one_number, r"does not fit the optimizer: .* is \(1,\), not"),
+        (one_number, r"does not match the optimizer: .* is \(1,\), not"),
         (lambda m: m.pop("wte.weight.exp_avg"), "lacks .wte.weight.exp_avg"),
         (lambda m: m.pop("h.0.ln_1.bias.step"), "lacks .h.0.ln_1.bias.step"),
-        (lambda m: m.update({"wte.weight.more": torch.ones(1)}), "holds .wte.weight.more"),
-        (lambda m: m.update({"exp_avg": torch.ones(1)}), "holds .exp_avg"),
+        (lambda m: m.update({"wte.weight.more": torch.ones(1)}), "has an unexpected .wte.weight.more"),
+        (lambda m: m.update({"exp_avg": torch.ones(1)}), "has an unexpected .exp_avg"),
         (lambda m: m.update({"wte.weight.exp_avg": m["wte.weight.exp_avg"].T.contiguous()}), "not"),
         (
             lambda m: m.update({"wte.weight.exp_avg": m["wte.weight.exp_avg"].half()}),
@@ -269,9 +269,12 @@ def one_number(moments: dict[str, Tensor]) -> None:
         (lambda m: m.update({"wte.weight.exp_avg": m["wte.weight.exp_avg"].long()}), "in None, not"),
         (
             lambda m: m.update({"wte.weight.step": torch.tensor(float("nan"))}),
-            "says that wte.weight.step is nan",
+            "has an invalid wte.weight.step, nan",
         ),
-        (lambda m: m.update({"wte.weight.step": torch.tensor(-1.0)}), r"wte.weight.step is -1\.0"),
+        (
+            lambda m: m.update({"wte.weight.step": torch.tensor(-1.0)}),
+            r"has an invalid wte.weight.step, -1\.0",
+        ),
         (lambda m: m.update({"wte.weight.step": torch.ones(1)}), r"wte.weight.step is \(1,\), not \(\)"),
     ],
 )
