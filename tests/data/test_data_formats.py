@@ -311,7 +311,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path):
 
 def test_prompts_are_not_records(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match=r"prompts are read from a text file, .* is named as JSON Lines"):
+    with pytest.raises(ValueError, match=r"is named as JSON Lines; give a text file"):
         read_prompts(tmp_path / "p.jsonl")
 
 

@@ -78,7 +78,7 @@ def test_a_ragged_decoding_step_has_the_logits_of_the_row_alone(position: str):
         for b, n in enumerate(lengths):
             alone = model.hidden_states(torch.cat((idx[b, :n], new[b], new[b]))[None])[0, -2:]
             torch.testing.assert_close(torch.stack((found[0][b], found[1][b])), alone, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="one token at a time, not 2"):
+    with pytest.raises(ValueError, match="one token per pass, not 2"):
         model.hidden_states(tokens(3, 2), cache)
 
 
@@ -166,8 +166,8 @@ def test_the_greatest_draw_stays_within_the_tokens_that_are_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": torch.tensor([1, 4])}, "lengths must lie in 1 to 3, not in 1 to 4"),
-        ({"lengths": torch.tensor([0, 3])}, "lengths must lie in 1 to 3, not in 0 to 3"),
+        ({"lengths": torch.tensor([1, 4])}, "lengths must be from 1 to 3, not from 1 to 4"),
+        ({"lengths": torch.tensor([0, 3])}, "lengths must be from 1 to 3, not from 0 to 3"),
         ({"lengths": torch.tensor([1])}, r"lengths must be \(2,\) integers, not \(1,\)"),
         ({"lengths": torch.tensor([1.0, 2.0])}, "not \\(2,\\) of torch.float32"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be from 1.2e-38 to 3.4e\+38, not 0.0"),
@@ -228,7 +228,7 @@ def test_memory_is_taken_as_rows_grow(monkeypatch: pytest.MonkeyPatch):
 
 def test_no_rows_are_no_rows():
     assert MODELS["learned"].generate(tokens(0, 3), 2, seed=1).shape == (0, 5)
-    with pytest.raises(ValueError, match="lengths of no prompts"):
+    with pytest.raises(ValueError, match="lengths given for an empty batch"):
         MODELS["learned"].generate(tokens(0, 3), 2, lengths=torch.empty(0, dtype=torch.long))
 
 
