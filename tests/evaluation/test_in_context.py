@@ -152,7 +152,7 @@ def test_an_alphabet_or_a_block_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="a block_size of 8, not 94 and 7"):
         Repeats(TOKENS, batch_size=1, block_size=7)
     model = GPT(GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=1, n_embd=8)).eval()
-    with pytest.raises(ValueError, match="measured with 16 tokens"):
+    with pytest.raises(ValueError, match="alphabet of at least 16 tokens"):
         measure(model, TOKENS[:15])
 
 

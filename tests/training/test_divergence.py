@@ -140,7 +140,7 @@ def test_a_model_whose_outputs_are_no_numbers_is_refused(
     assert main([command, "--checkpoint", str(spoiled / kind), *rest]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "its training has diverged; take an older checkpoint" in err
+    assert "its training has diverged; use an older checkpoint" in err
 
 
 def test_no_run_goes_on_from_such_a_model(spoiled: Path, options: dict):

@@ -138,10 +138,10 @@ def test_an_example_as_long_as_a_block_is_kept(options: dict, tmp_path: Path):
 
 def test_what_cannot_be_trained_on_is_refused(options: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
     common = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "data"]
-    assert "there is no file stdlib; a task takes" in fails(["finetune", *common], capsys)
+    assert "file stdlib does not exist; give" in fails(["finetune", *common], capsys)
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input": "a"}\n')
-    assert "bad.jsonl, line 1: there is no 'output'" in fails(["finetune", *common, f"--data={path}"], capsys)
+    assert "bad.jsonl, line 1: it lacks 'output'" in fails(["finetune", *common, f"--data={path}"], capsys)
     assert "packing='stream'" in fails(["finetune", *common, "--data=embedded", "--packing=stream"], capsys)
     assert "finetune needs a --task: answer, code" in fails(["finetune", f"--data={path}"], capsys)
     assert not Path(options["out"]).exists()
@@ -253,10 +253,10 @@ def test_what_cannot_be_asked_is_refused(
     assert "input of answer is empty" in fails([*generate, "--prompt", ""], capsys)
     assert "input of answer is empty" in fails(generate, capsys)
     assert "must not be negative" in fails([*generate, "--prompt", "a", "--num-shots", "-1"], capsys)
-    assert "99 examples cannot be shown: there are 30" in fails(
+    assert "99 shots need as many examples, and there are 30" in fails(
         [*generate, "--prompt", "a", "--num-shots", "99", "--shots", data], capsys
     )
-    assert "there is no file" in fails(
+    assert "does not exist" in fails(
         [*generate, "--prompt", "a", "--num-shots", "1", "--shots", str(tmp_path / "absent")], capsys
     )
     assert "limit must be at least 1" in fails([*evaluate, "--limit", "0"], capsys)
