@@ -201,7 +201,7 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path):
         (["--seed", "-1"], "seed must not be negative"),
         (["--prompts", "nowhere.txt"], "file or directory nowhere.txt does not exist"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "\udc80"], "which is no character"),
+        (["--prompt", "\udc80"], "which is not a character"),
         (["--max-new-tokens", "-1"], "max_new_tokens must not be negative"),
     ],
 )

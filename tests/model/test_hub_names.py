@@ -181,7 +181,7 @@ def test_what_is_no_tokenizer_is_answered_with_what_is(tmp_path: Path):
     (tmp_path / "a.json").write_text("text")
     for path in (tmp_path / "a.json", tmp_path, tmp_path / "absent.json"):
         with pytest.raises(
-            (ValueError, FileNotFoundError), match=r"--tokenizer takes bytes, bpe or a tokenizer\.json"
+            (ValueError, FileNotFoundError), match=r"give --tokenizer bytes, bpe, a tokenizer\.json"
         ):
             load_tokenizer(path)
 

@@ -262,7 +262,7 @@ def test_tokenizers_that_know_more_than_the_model_are_refused(tmp_path: Path):
     ):
         lively().save_pretrained(tmp_path / "model", ByteTokenizer())
     lively().save_pretrained(tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .* does not exist"):
         open_model(tmp_path / "model")
     BPETokenizer.train([TEXT], 300).save(tmp_path / "model")
     with pytest.raises(ValueError, match="has 300 tokens, and the model 61; use the tokenizer"):
