@@ -135,7 +135,8 @@ def text_of(record: Record, key: str) -> str | Record:
         return Record(record.location, problem=f"there is no text under {key!r}; {_hint(record.value)}")
     kind = type(record.value).__name__
     return Record(
-        record.location, problem=f"there is no text under {key!r}: the record is of type {kind}, not an object"
+        record.location,
+        problem=f"there is no text under {key!r}: the record is of type {kind}, not an object",
     )
 
 

@@ -109,7 +109,7 @@ def test_damage_is_refused_and_the_file_is_named(tmp_path: Path):
         flipped = content[:-1] + bytes([content[-1] ^ 1])
         for damaged, message in (
             (flipped, "SHA-256"),
-            (content[:-1], "bytes, and dataset.json says"),
+            (content[:-1], r"bytes, not \d+ as in dataset.json"),
             (None, "lacks"),
         ):
             (path / name).unlink() if damaged is None else (path / name).write_bytes(damaged)
@@ -119,7 +119,9 @@ def test_damage_is_refused_and_the_file_is_named(tmp_path: Path):
         (path / name).write_bytes(content)
     for text in ("", "{}", "[]", '{"format": 1, "files": []}', '{"format": 1, "files": {"x": 1}}'):
         (path / "dataset.json").write_text(text)
-        with pytest.raises(DatasetError, match=r"not the description|is not JSON|does not hold an object"):
+        with pytest.raises(
+            DatasetError, match=r"not the description|is not JSON|does not contain a JSON object"
+        ):
             open_dataset(path)
     (path / "dataset.json").write_bytes(whole["dataset.json"].replace(b'"format": 1', b'"format": 2'))
     with pytest.raises(DatasetError, match="format 2"):
@@ -250,7 +252,7 @@ def test_what_others_left_in_the_way_is_neither_removed_nor_followed(
         write(tmp_path / "shared" / "set")
     obstacle(tmp_path / "shared" / name, tmp_path / "precious")
     before = everything(tmp_path)
-    with pytest.raises(FileExistsError, match=rf"{name} is in the way"):
+    with pytest.raises(FileExistsError, match=rf"{name} cannot be used"):
         write(tmp_path / "shared" / "set", overwrite=overwrite)
     assert everything(tmp_path) == before
 
@@ -261,7 +263,7 @@ def test_a_data_set_with_foreign_files_is_not_overwritten(tmp_path: Path, name: 
     (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
     (tmp_path / "set" / name).write_text("years")
     before = everything(tmp_path)
-    with pytest.raises(FileExistsError, match=f"it holds {name.partition('/')[0]}"):
+    with pytest.raises(FileExistsError, match=f"it contains {name.partition('/')[0]}"):
         write(tmp_path / "set", overwrite=True)
     assert everything(tmp_path) == before
 

@@ -196,7 +196,7 @@ def test_the_command_measures_draws_and_says_what_is_missing(tmp_path: Path, cap
         assert done.returncode and f"error: {tmp_path / 'odd'} is not the directory of a run: " in done.stderr
     assert (tmp_path / "moment.png").read_bytes().startswith(b"\x89PNG")
     assert main(["eval", "--checkpoint", out]) == 2
-    assert "eval needs --data" in capsys.readouterr().err
+    assert "give --data or --in-context" in capsys.readouterr().err
 
 
 @pytest.mark.slow

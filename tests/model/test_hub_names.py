@@ -108,7 +108,7 @@ def test_a_name_that_is_nowhere(
     hub: list[str], arguments: list[str], what: str, capsys: pytest.CaptureFixture
 ):
     assert main(arguments) == 2
-    expected = f"unknown/model is no {what} here, and the Hub did not deliver it: there is no repository"
+    expected = f"there is no {what} unknown/model on disk, and the download from the Hub failed: there is no repository"
     error = capsys.readouterr().err
     assert error.startswith(f"fastgpt: error: {expected}") and error.count("\n") == 1
 

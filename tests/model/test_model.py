@@ -130,7 +130,8 @@ def test_from_pretrained_explains_a_hub_that_does_not_answer(monkeypatch: pytest
 
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     with pytest.raises(
-        OSError, match="gpt2-nowhere is no directory here, and the Hub did not deliver it: no route"
+        OSError,
+        match="there is no directory gpt2-nowhere on disk, and the download from the Hub failed: no route",
     ):
         GPT.from_pretrained("gpt2-nowhere")
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)

@@ -139,8 +139,8 @@ def test_a_foreign_or_missing_checkpoint_is_refused_in_a_sentence(tmp_path: Path
     good = json.loads(state.read_text())
     for content, message in [
         ("{", "is not JSON"),
-        ("[]", "does not hold an object"),
-        ("[" * 100_000, "nested too deep"),
+        ("[]", "does not contain a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
         (json.dumps(good | {"format": 99}), "has format 99"),
         (json.dumps(good | {"train": {"n_layers": 3}}), "did you mean"),
         (json.dumps(good | {"model": good["model"] | {"n_head": 3}}), "not divisible"),

@@ -296,7 +296,7 @@ def test_python_m_fastgpt_is_the_command(tmp_path: Path):
     assert command("--version").stdout == f"fastgpt {fastgpt.__version__}\n"
     failed = command("generate", "--checkpoint", str(tmp_path))
     assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr == f"fastgpt: error: {tmp_path} holds no checkpoint\n"
+    assert failed.stderr == f"fastgpt: error: {tmp_path} contains no checkpoint\n"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_memory_that_there_is_not_is_one_message(
     monkeypatch.setattr("fastgpt.env_report.main", lambda **_: fail())
     assert main(["info"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fastgpt: error: there is not enough memory; ") and error.count("\n") == 1
+    assert error.startswith("fastgpt: error: out of memory; ") and error.count("\n") == 1
 
 
 def test_another_runtime_error_is_no_message(monkeypatch: pytest.MonkeyPatch):

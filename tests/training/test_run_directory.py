@@ -139,7 +139,7 @@ def test_nothing_else_is_written_into_a_checkpoint(
     )
     before = files(tmp_path / "out")
     assert main([command, *inputs, f"--out={step / 'sub' / 'deep'}"]) == 2
-    assert f"is in the checkpoint {step}" in capsys.readouterr().err
+    assert f"is inside the checkpoint {step}" in capsys.readouterr().err
     assert files(tmp_path / "out") == before and not (step / "sub").exists()
 
 
