@@ -32,7 +32,7 @@ class Repeats:
         """Store the alphabet and the sizes.
 
         Args:
-            alphabet: (A,), the token ids of which words consist.
+            alphabet: (A,), the token ids that words consist of.
             batch_size: rows per batch.
             block_size: positions per row.
             seed: seed of the words.

@@ -1,4 +1,4 @@
-"""What a data set's files say is checked before it is used, also where their checksums are right."""
+"""Checks of the contents of a data set's files, even if their checksums are correct."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.data.test_data_shards import write
 
 
 def forge(path: Path, name: str, array: np.ndarray) -> None:
-    """Write another array and put its size and checksum into dataset.json, so that only its content is wrong."""
+    """Write another array with a matching size and checksum in dataset.json."""
     np.save(path / name, array)
     list_again(path, name)
 
 
 def list_again(path: Path, name: str) -> None:
-    """Put the size and checksum of a file into dataset.json."""
+    """Write the size and checksum of a file to dataset.json."""
     facts = json.loads((path / "dataset.json").read_text())
     facts["files"][name] = fingerprint(path / name)
     (path / "dataset.json").write_text(json.dumps(facts))
@@ -49,7 +49,7 @@ def test_wrong_content_under_a_right_checksum_is_refused(
 
 
 def changed(facts: dict, place: str, value: object) -> dict:
-    """A copy with another value at a place such as splits.train.shards.0.name."""
+    """Copy a description with another value at a path such as splits.train.shards.0.name."""
     copy = json.loads(json.dumps(facts))
     *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
     found = copy

@@ -1,4 +1,4 @@
-"""Every format, compressed or not, gives the same documents; nothing is taken for prose or left out silently."""
+"""Formats: equal documents from every format, compressed or not; no record becomes prose or is lost silently."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def written(directory: Path, name: str, packed: str = "", upper: bool = False) -
 
 
 def prepared(inputs: list[str], out: Path, **options: object) -> list[str]:
-    """The documents of a data set in their order."""
+    """Read the documents of a data set in their order."""
     keep = {"tokenizer": "bytes", "val_share": 0.0, "normalization": "none", "repetition": "keep"}
     prepare(inputs, PrepareConfig(str(out), **{**keep, "markup": "keep", **options}))
     dataset = open_dataset(out)

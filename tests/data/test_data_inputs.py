@@ -1,4 +1,4 @@
-"""Directories report what they leave out; pipes and standard input are read wherever a text is."""
+"""Inputs: directories report skipped files; pipes and standard input are accepted wherever files are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.data.test_data_formats import CONTENTS, PACKERS, TEXTS, lines, prepar
 
 
 def untidy(root: Path) -> None:
-    """A directory with everything that may be in one."""
+    """Make a directory with every kind of entry."""
     (root / "sub").mkdir(parents=True)
     (root / "outside").mkdir()
     for i in range(12):

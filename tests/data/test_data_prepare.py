@@ -1,4 +1,4 @@
-"""`fastgpt data` from end to end: what is planted is found, the rest arrives, and failures leave nothing."""
+"""`fastgpt data` end to end: planted problems are found, other documents are written, failures leave no files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def documents(dataset: TokenDataset, split: str) -> list[str]:
-    """The texts of a split, taken apart again."""
+    """Decode the documents of a split."""
     tokens, tokenizer = dataset.split(split), dataset.tokenizer()
     ends = tokens.document_ends.tolist()
     assert all(tokens[end - 1 : end].item() == tokenizer.end_of_text for end in ends)
@@ -299,7 +299,7 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
 
 
 def big_jsonl(path: Path, megabytes: int) -> Path:
-    """Distinct documents of about 10 kB."""
+    """Write distinct documents of about 10 kB."""
     text = prose(1700)
     with path.open("w") as file:
         for i in range(100 * megabytes):

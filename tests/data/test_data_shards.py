@@ -1,4 +1,4 @@
-"""Token shards: what is written is read, across borders, and what is not whole is refused."""
+"""Token shards: round trips across shard borders, and rejection of incomplete data sets."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def a_directory_with_a_name_of_ours(place: Path, precious: Path) -> None:
 
 
 def everything(root: Path) -> dict[str, str | bytes]:
-    """What is below a directory: names, and what links lead to and files hold."""
+    """List the entries below a directory, with targets of links and contents of files."""
     found: dict[str, str | bytes] = {}
     for path in root.rglob("*"):
         name = str(path.relative_to(root))
@@ -286,7 +286,7 @@ def test_one_process_writes_at_a_time(tmp_path: Path):
 
 @pytest.mark.parametrize("limit", [5, 600, 1 << 20], ids=["tokenizer", "description", "tokens"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, limit: int):
-    """No file may grow beyond `limit` bytes: a write fails as on a full disk."""
+    """Simulate a full disk with a limit of the file size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:

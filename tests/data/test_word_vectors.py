@@ -1,4 +1,4 @@
-"""Word vectors: both formats read as written, bad files refused in a sentence, rows where they belong."""
+"""Word vectors: both formats are read, invalid files are refused in one message, rows are correct."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_glove(write):
 
 
 def test_fasttext(write):
-    """Its first line is no word, its lines end in a space, and a word may be a space of another kind."""
+    """Its first line is a header, its lines end in a space, and words may contain other white space."""
     vectors = load_word_vectors(str(write(FASTTEXT)))
     assert vectors.words == ["the", "\u00a0", "Straße"]
     assert vectors.matrix.tolist() == [[1, 2], [3, 4], [5, 6]]
@@ -95,7 +95,7 @@ def test_words_that_are_not_utf8(write):
     header=st.booleans(),
 )
 def test_what_is_written_is_read(tmp_path_factory, words, width, header):
-    """Any words; in front of GloVe's a plain one, as these files have."""
+    """Use arbitrary words; GloVe's first word is a plain one, as in the published files."""
     words = words if header else ["the", *(word for word in words if word != "the")]
     matrix = torch.randn(len(words), width)
     lines = [f"{len(words)} {width}"] if header else []
@@ -216,7 +216,7 @@ def test_words_of_bytes():
 
 
 def test_vectors_into_a_gpt_by_its_tokenizer(write):
-    """The rows are those of the tokens, and the output projection, which is the same matrix, has them too."""
+    """The rows belong to the tokens, also in the tied output projection."""
     tokenizer = BPETokenizer.train(CORPUS, 300)
     model = GPT(GPTConfig(vocab_size=304, block_size=8, n_layer=1, n_head=2, n_embd=4))
     before = model.wte.weight.detach().clone()

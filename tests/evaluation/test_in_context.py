@@ -1,4 +1,4 @@
-"""What is measured of in-context learning: perfect induction scores 1, chance scores chance, and nothing leaks."""
+"""In-context measurements: perfect induction scores 1, chance scores chance, and the validation data do not leak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENS = alphabet(ByteTokenizer(), 256)
 
 
 class Copying(torch.nn.Module):
-    """Predicts what followed the current token last time, and token 0 where it is new: a perfect induction head."""
+    """Perfect induction head: predicts the token after the previous occurrence, and token 0 for a new one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,14 +53,14 @@ def test_a_perfect_induction_head_scores_1_and_nothing_in_the_first_pass():
     for length in (2, 4, 32):
         score = induction(Copying(), TOKENS, length, sequences=8)
         assert (score.second.value, score.second.low, score.second.high) == (1, 1, 1)
-        assert score.first.value <= 1 / (length - 1)  # the token that stands for "new" may happen to be right
+        assert score.first.value <= 1 / (length - 1)  # the constant guess for a new token may be correct
 
 
 def test_a_perfect_induction_head_looks_functions_up():
     for k in (1, 4, 16):
         assert (
             k_shot(Copying(), TOKENS, "lookup", k, sequences=32).value > 0.9
-        )  # an output may be an input too
+        )  # an output may equal an input
     assert k_shot(Copying(), TOKENS, "shift", 8, sequences=64).value < 0.2
 
 
@@ -95,7 +95,7 @@ def test_intervals_are_of_the_right_width(ones: int, zeros: int):
     n, p = ones + zeros, ones / (ones + zeros)
     assert found.value == pytest.approx(p)
     assert found.low <= found.value <= found.high
-    expected = min(1.0, 2 * 1.96 * (p * (1 - p) / n) ** 0.5)  # an interval of shares is no wider than 1
+    expected = min(1.0, 2 * 1.96 * (p * (1 - p) / n) ** 0.5)  # an interval of fractions has at most width 1
     assert found.high - found.low == pytest.approx(expected, abs=0.5 / n**0.5)
 
 

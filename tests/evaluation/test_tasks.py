@@ -23,7 +23,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"
 
 
 def write(path: Path, *lines: object) -> Path:
-    """A JSON Lines file; a string is a line as it stands."""
+    """Write a JSON Lines file; a string is a line."""
     path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), "utf-8")
     return path
 
@@ -148,7 +148,7 @@ def test_an_input_is_on_one_side_and_stays_there(
     more = [*reversed(records), *({"input": f"more {i}", "output": "x"} for i in range(200))]
     grown = load_examples("answer", str(write(folder / "grown.jsonl", *more)))
     moved = inputs[1] - {example.input for example in grown.held_out}
-    assert len(moved) <= 1  # the one of the smallest hash, held out where no other is
+    assert len(moved) <= 1  # the item with the smallest hash, which is held out if no other is
     assert not inputs[0] & {example.input for example in grown.held_out}
 
 
@@ -185,7 +185,7 @@ def test_embedded_numbers_are_the_same_in_every_notation():
             elif notation == "words":
                 assert words.setdefault(text, item.key) == item.key
             elif notation is not None:
-                assert int(text) == int(item.key)  # of any script
+                assert int(text) == int(item.key)  # digits of any script
     by_number = {number: text for text, number in words.items()}
     assert len(by_number) == len(words) > 1000
     for text, number in words.items():
@@ -290,7 +290,7 @@ def test_a_score_is_highest_for_the_expected_text(metric: str, expected: str, go
 
 
 def test_intervals_are_those_of_a_share():
-    """Of 400 answers 100 are right: the standard error of a share of 0.25 is 2.2 percent."""
+    """Of 400 answers 100 are right: the standard error of the fraction 0.25 is 2.2 percent."""
     answered = [Answered("?", "yes", "yes" if i % 4 == 0 else "no") for i in range(400)]
     template = load_template("answer")
     (found,) = score(METRICS["exact_match"], template, answered)

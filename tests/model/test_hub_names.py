@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub, tokenizers of other libraries, and checkpoints with more or less than a GPT-2 has."""
+"""Names on the Hugging Face Hub, tokenizers of other libraries, and checkpoints that differ from a plain GPT-2."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path: Path, tokenizer: BPETokenizer) -> Path:
 
 @pytest.fixture
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A Hub with the model as "owner/tiny" and "tiny", in an empty working directory; the names it is asked for."""
+    """Fake a Hub with the model as "owner/tiny" and "tiny", in an empty working directory; record requests."""
     asked: list[str] = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -127,7 +127,7 @@ def test_a_name_may_have_a_revision(hub: list[str], model: Path, name: str):
     "name", ["out/rum", "runs/tiny", "checkpoints/last", "models/gpt2", "data/set", "mine/step-00001000"]
 )
 def test_a_mistyped_path_asks_nobody_for_a_model(hub: list[str], name: str):
-    """Nor does a right one in a wrong working directory."""
+    """A correct path in a wrong working directory must not be looked up either."""
     assert not is_hub_name(name)
     with pytest.raises(FileNotFoundError, match=f"checkpoint directory {name} does not exist"):
         GPT.from_pretrained(name)
@@ -187,7 +187,7 @@ def test_what_is_no_tokenizer_is_answered_with_what_is(tmp_path: Path):
 
 
 def changed(model: Path, options: dict, tensors: dict, rename: str = "{}") -> None:
-    """Write the model with other options (None: without one), further tensors and other names."""
+    """Write the model with other options (None removes one), additional tensors and other names."""
     file, config = model / "model.safetensors", model / "config.json"
     named = {rename.format(name): tensor for name, tensor in load_file(file).items()}
     save_file(named | tensors, file)

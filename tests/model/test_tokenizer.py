@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, repeatable, and the same after being saved."""
+"""Tokenizers: lossless, deterministic, and unchanged by saving and loading."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_dropout_loses_nothing_and_is_a_function_of_its_seed(text: str, rate: fl
 
 
 def test_dropout_cuts_a_word_as_often_as_tokenizers_own_does():
-    """Tokens a text on average, of both, over many draws."""
+    """Compare the mean number of tokens per text over many draws."""
     text = CORPUS[0][:32]
     engine = Engine.from_str(BPE.engine.to_str())
     for rate in (0.1, 0.4):

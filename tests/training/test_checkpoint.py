@@ -1,4 +1,4 @@
-"""Checkpoints: exact, atomic, and refused in a sentence when they are not whole."""
+"""Checkpoints: exact, atomic, and refused in one message if they are incomplete."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_weights_of_another_model_do_not_load(tmp_path: Path):
 
 
 def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
-    """`fastgpt data` writes OUT/data through OUT/.writing-data, and keeps the old one in .writing-data.old."""
+    """Keep .writing-data and .writing-data.old, through which `fastgpt data` writes OUT/data."""
     for name in (".writing-data", ".writing-data.old"):
         (tmp_path / name).mkdir()
     save(tmp_path, 5)
@@ -167,7 +167,7 @@ def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
 
 
 def test_files_are_flushed_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch):
-    """What a power failure leaves is a whole checkpoint or none."""
+    """A power failure leaves a complete checkpoint or none."""
     done: list[tuple[str, str]] = []
     flush, rename = atomic_io.flush, Path.rename
     monkeypatch.setattr(atomic_io, "flush", lambda path: done.append(("flush", path.name)) or flush(path))

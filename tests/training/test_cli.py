@@ -1,4 +1,4 @@
-"""The command line: options and TOML say the same, errors are one sentence, output is what was promised."""
+"""Command line: options equal TOML keys, errors are one message, and the output is as documented."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with text.txt, options.toml and a trained out/."""
+    """Make a directory with text.txt, options.toml and a trained out/."""
     directory = tmp_path_factory.mktemp("run")
     (directory / "text.txt").write_text(TEXT)
     lines = [f"{name} = {value}" for name, value in SMALL.items()]
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The one line that a failing command prints to stderr."""
+    """Run a failing command, and return the one line that it prints to stderr."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -163,7 +163,7 @@ DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(
 
 
 def prepared(directory: Path, tokenizer: Tokenizer) -> str:
-    """DOCUMENTS as a prepared dataset; every eighth is held out."""
+    """Prepare DOCUMENTS as a data set; every eighth is held out."""
     with DatasetWriter(directory, tokenizer, seed=0) as writer:
         for i, text in enumerate(DOCUMENTS):
             writer.add("val" if i % 8 == 0 else "train", tokenizer.encode(text))

@@ -32,7 +32,7 @@ SMALL = {
 
 @pytest.fixture
 def examples(tmp_path: Path) -> str:
-    """Sixty questions with one of three answers."""
+    """Write sixty questions with one of three answers."""
     lines = [{"input": f"What is {i}?", "output": ("fizz", "two words", "größer")[i % 3]} for i in range(60)]
     path = tmp_path / "examples.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -46,7 +46,7 @@ def options(tmp_path: Path, examples: str) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """out/ of a model that answers every question with "ja", and the examples it learned from."""
+    """Train a model in out/ that answers every question with "ja"; return it with its training examples."""
     folder = tmp_path_factory.mktemp("trained")
     lines = [json.dumps({"input": f"{i}?", "output": "ja"}) for i in range(30)]
     (folder / "examples.jsonl").write_text("\n".join(lines))
@@ -62,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The one line that a failing command prints to stderr."""
+    """Run a failing command, and return the one line that it prints to stderr."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -271,7 +271,7 @@ def test_what_cannot_be_asked_is_refused(
 
 
 def test_the_whole_path_from_text_to_answers(tmp_path: Path, examples: str, capsys: pytest.CaptureFixture):
-    """prepare -> train -> finetune -> eval -> generate, a command each."""
+    """Run prepare, train, finetune, eval and generate, one command each."""
     (tmp_path / "corpus").mkdir()
     for i in range(40):
         text = f"Document {i} says what {i} is: {'fizz' if i % 3 else 'two words'}.\n" * 5

@@ -1,4 +1,4 @@
-"""What a resumed run says: which checkpoint is whole and what differs from before; and what a launcher set wrong."""
+"""Messages of a resumed run: intact checkpoints, changed options, and launcher misconfiguration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The directory of a run belongs to one run at a time, and nothing in it is overwritten that another program wrote."""
+"""Run directories: one run at a time, and files of other programs are never overwritten."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def holder(directory: Path, after: str = "") -> subprocess.Popen:
-    """A process that has the lock of a directory, and waits."""
+    """Start a process that locks a directory and waits."""
     script = "import sys, time; from pathlib import Path; from fastgpt.training.directory_lock import DirectoryLock\n"
     script += f"lock = DirectoryLock(Path(sys.argv[1]))\n{after}\nprint('locked', flush=True); time.sleep(60)"
     process = subprocess.Popen(

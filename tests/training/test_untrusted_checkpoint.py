@@ -1,4 +1,4 @@
-"""A checkpoint or run directory from anybody runs no code, reaches nothing outside of it, and fits or is refused."""
+"""Untrusted checkpoints and run directories: no code runs, no outside file is read, mismatches are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = TrainConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, max_steps=9, 
 
 
 class Code:
-    """Unpickled, it writes a file."""
+    """Object whose unpickling writes a file."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -64,7 +64,7 @@ def path(good: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, change: dict[str, Any]) -> None:
-    """Change state.json, and list the files as they are now."""
+    """Change state.json, and list the current files."""
     state = json.loads((path / "state.json").read_text())
     state |= change
     if "files" not in change:
@@ -74,7 +74,7 @@ def rewrite(path: Path, change: dict[str, Any]) -> None:
 
 
 def format_1(path: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Make a checkpoint that a sharded run of format 1 wrote."""
+    """Make a sharded checkpoint of format 1."""
     from torch.distributed.checkpoint import FileSystemWriter, save
 
     for stem, named in tensors.items():
@@ -383,7 +383,7 @@ def test_a_directory_that_another_process_has_just_written_is_not_emptied(tmp_pa
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, on a text beside it."""
+    """Train two steps, on a text beside the run."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text").write_text("some text of a line\n" * 200)
     options = "--n-layer=1 --n-head=1 --n-embd=8 --block-size=8 --batch-size=2 --max-steps=2 --eval-batches=1"
