@@ -1,7 +1,8 @@
-"""Files that are whole or absent, that stay inside their directory, and that are recognized again.
+"""Atomic files and directories, names restricted to one directory, and checksums.
 
-What is written takes its name by one rename, which is atomic and replaces a link instead of following it. What is read
-by a name from a file is looked for inside one directory alone.
+Files and directories are complete or absent: they are written under a temporary name and renamed atomically. A rename
+replaces a symbolic link instead of following it. File names that are read from a file are resolved inside one directory
+only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastgpt.console import note
 from fastgpt.json_io import shown
 
 _TEMPORARY = ".writing-"
-_LONGEST_NAME = 255  # of file systems
+_LONGEST_NAME = 255  # limit of most file systems
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -30,23 +31,29 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
-    """{"size": bytes, "sha256": hexadecimal} of a file. Raises OSError if it cannot be read."""
+    """Return {"size": bytes, "sha256": hexadecimal} of a file. Raises OSError if it cannot be read."""
     with file.open("rb") as stream:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def inside(directory: Path, name: Any, *, links: bool = False) -> Path:
-    """The path of a file that is named in another file, without reading it.
+    """Return the path of a file whose name was read from another file; the file is not opened.
 
-    Raises ValueError for a name that is absolute or has "..", and unless `links` for a link out of the directory.
+    Args:
+        directory: the directory that must contain the file.
+        name: the name.
+        links: accept symbolic links out of the directory.
+
+    Raises:
+        ValueError: the name is absolute, contains "..", or is a link out of the directory.
     """
     relative = Path(name) if isinstance(name, str) and "\0" not in name and "\\" not in name else Path("..")
     longest = max(map(len, relative.parts), default=0)
     if relative.is_absolute() or ".." in relative.parts or not 0 < longest <= _LONGEST_NAME:
-        raise ValueError(f"{shown(name)} is not the name of a file in {directory}")
+        raise ValueError(f"{shown(name)} is not a valid name of a file in {directory}")
     path = directory / relative
     if not links and not path.resolve().is_relative_to(directory.resolve()):
-        raise ValueError(f"{path} is a link to a file outside of {directory}")
+        raise ValueError(f"{path} is a link to a file outside of {directory}; replace it by the file")
     return path
 
 
@@ -55,41 +62,42 @@ def check_files(
 ) -> None:
     """Compare the files of a directory with a list {name: {"size", "sha256"}}.
 
-    SHA-256 shows damage. It does not show who wrote the files: whoever changes them can change the list.
+    SHA-256 detects damage. It does not authenticate the author: whoever changes the files can change the list.
 
     Args:
+        directory: the directory.
         listed: the list, as it was read.
-        expected: the names that will be read; the list must name these and no others.
-        source: the name of the file that the list is from, for messages.
-        contents: compare SHA-256, and not the sizes alone.
+        expected: names of the files that are read; the list must have exactly these.
+        source: name of the file that contains the list, for messages.
+        contents: compare SHA-256 in addition to the sizes.
 
     Raises:
-        ValueError: the list is malformed or incomplete, a file is missing, differs or is outside of the directory.
+        ValueError: the list is malformed or incomplete, or a file is missing, differs or is outside of the directory.
     """
     if not isinstance(listed, Mapping):
-        raise ValueError(f"the files in {directory / source} are not a table")
+        raise ValueError(f"the files in {directory / source} are not a table; restore the file")
     if odd := sorted(map(str, listed.keys() ^ set(expected))):
         verb = "does not list" if odd[0] in expected else "lists"
-        rest = "" if odd[0] in expected else ", which is not a file of it"
+        rest = "" if odd[0] in expected else ", an unexpected file"
         raise ValueError(f"{directory / source} {verb} {shown(odd[0])}{rest}")
     for name, facts in listed.items():
         file = inside(directory, name)
         if not isinstance(facts, Mapping) or type(facts.get("size")) is not int:
-            raise ValueError(f"{directory / source} does not say the size and SHA-256 of {name}")
+            raise ValueError(f"{directory / source} lacks the size and SHA-256 of {name}")
         if not file.is_file():
             raise ValueError(f"{directory} lacks {name}")
         size = file.stat().st_size
         if size != facts.get("size"):
-            raise ValueError(f"{file} is damaged: it has {size} bytes, and {source} says {facts['size']}")
+            raise ValueError(f"{file} is damaged: it has {size} bytes, not {facts['size']} as in {source}")
         if contents and fingerprint(file) != facts:
-            raise ValueError(f"{file} is damaged: its SHA-256 is not what {source} says")
+            raise ValueError(f"{file} is damaged: its SHA-256 differs from that in {source}")
 
 
 # ---- writing ----
 
 
 def flush(path: Path) -> None:
-    """Have the kernel write a file, or the entries of a directory, to the disk."""
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -99,7 +107,7 @@ def flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming_errors(path: Path) -> Iterator[None]:
-    """Name the file in an OSError that does not, as that of a write to a full disk."""
+    """Add the file name to OSErrors that lack one, such as that of a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -109,10 +117,12 @@ def naming_errors(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Write a file that is whole or as before, text in UTF-8. A link is replaced, not followed: not for a path that a
-    user named, which may be /dev/stdout.
+    """Write a file atomically, text in UTF-8.
 
-    Raises OSError if it cannot be written; nothing temporary remains.
+    A symbolic link is replaced, not followed. Do not use it for paths given by a user, which may be /dev/stdout.
+
+    Raises:
+        OSError: the file cannot be written; no temporary file remains.
     """
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     with naming_errors(path):
@@ -131,27 +141,31 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """A text file to append to, in UTF-8. Raises OSError for a link."""
+    """Open a UTF-8 text file for appending. Raises OSError for a symbolic link."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
     return open(path, "a", encoding="utf-8", opener=lambda name, _: os.open(name, flags, 0o666))
 
 
 class AtomicDirectory:
-    """A directory that is whole or absent: its files are written into a temporary sibling, which takes its name.
+    """A directory that is complete or absent: files are written to a temporary sibling, which is then renamed.
 
-    The sibling is locked, so that of two processes that write one directory the second fails. What a process that was
-    killed left there is removed if it has the names of `own`; nothing else ever is.
+    The sibling is locked, so that the second of two processes that write the same directory fails. Files of a killed
+    process are removed from it if their names match `own`; no other files are ever removed.
 
     Attributes:
-        path: the temporary directory, for the files.
+        path: the temporary directory for the files.
     """
 
     def __init__(self, target: Path, own: re.Pattern[str]) -> None:
-        """Make the temporary directory, and its parents.
+        """Create the temporary directory, and its parents.
+
+        Args:
+            target: the final path.
+            own: pattern of the names of the files that this directory may contain.
 
         Raises:
-            FileExistsError: another process writes it, or something else is in its place.
-            OSError: it cannot be made.
+            FileExistsError: another process writes it, or the temporary path contains something else.
+            OSError: it cannot be created.
         """
         self.target = target
         self.path = target.with_name(f"{_TEMPORARY}{target.name}")
@@ -161,13 +175,14 @@ class AtomicDirectory:
         self._descriptor, self._own = _open_directory(self.path), own
         try:
             lock(self._descriptor, target)
-            ours = os.fstat(self._descriptor)
+            # Another process may have renamed the directory between the opening and the lock.
+            opened = os.fstat(self._descriptor)
             try:
-                ours_still = os.path.samestat(ours, os.lstat(self.path))
+                is_same = os.path.samestat(opened, os.lstat(self.path))
             except FileNotFoundError:
-                ours_still = False
-            if not ours_still:
-                raise FileExistsError(f"another process has just written {target}")
+                is_same = False
+            if not is_same:
+                raise FileExistsError(f"another process has just written {target}; choose another directory")
             _check_own(self._descriptor, self.path, own)
             _empty(self._descriptor, own)
         except BaseException:
@@ -175,7 +190,7 @@ class AtomicDirectory:
             raise
 
     def publish(self) -> None:
-        """Give the directory its name, after its files are on the disk with the modes that the umask says."""
+        """Set the files' modes by the umask, flush them to disk, and rename the directory to its final path."""
         mode = _file_mode()
         for file in sorted(self.path.rglob("*")):
             if file.is_file():
@@ -186,19 +201,20 @@ class AtomicDirectory:
         flush(self.target.parent)
 
     def discard(self) -> None:
-        """Remove the temporary directory and what this process wrote into it."""
+        """Remove the temporary directory and the files in it."""
         with contextlib.suppress(OSError):
             _empty(self._descriptor, self._own)
             self.path.rmdir()
 
     def unlock(self) -> None:
-        """Let other processes write it."""
+        """Release the lock."""
         os.close(self._descriptor)
 
 
 def check_own(directory: Path, own: re.Pattern[str]) -> None:
-    """Raise FileExistsError unless a directory is one that this user wrote, with regular files named as `own` says and
-    nothing else in it.
+    """Check that a directory belongs to this user and contains only regular files with names that match `own`.
+
+    Raises FileExistsError otherwise.
     """
     descriptor = _open_directory(directory)
     try:
@@ -208,7 +224,7 @@ def check_own(directory: Path, own: re.Pattern[str]) -> None:
 
 
 def remove_own(directory: Path, own: re.Pattern[str]) -> None:
-    """Remove a directory that passes `check_own`, and raise as that does; nothing where there is none."""
+    """Remove a directory after `check_own`, whose errors it raises; do nothing if it does not exist."""
     try:
         descriptor = _open_directory(directory)
     except FileNotFoundError:
@@ -222,13 +238,13 @@ def remove_own(directory: Path, own: re.Pattern[str]) -> None:
 
 
 def _open_directory(path: Path) -> int:
-    """A descriptor of a directory, not of one that a link leads to."""
+    """Open a descriptor of a directory, but not through a symbolic link."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENOTDIR):
             raise
-        raise FileExistsError(f"{path} is in the way, and not a directory: remove it") from None
+        raise FileExistsError(f"{path} cannot be used: it is not a directory; remove it") from None
 
 
 def _empty(descriptor: int, own: re.Pattern[str]) -> None:
@@ -240,58 +256,64 @@ def _check_own(descriptor: int, directory: Path, own: re.Pattern[str]) -> None:
     problem = None if os.fstat(descriptor).st_uid == os.geteuid() else "belongs to another user"
     for name in sorted(os.listdir(descriptor)):
         if not own.fullmatch(name) or not stat.S_ISREG(os.lstat(name, dir_fd=descriptor).st_mode):
-            problem = problem or f"holds {name}"
+            problem = problem or f"contains {name}"
     if problem:
         raise FileExistsError(
-            f"{directory} is in the way: it {problem}; remove it, or choose another directory"
+            f"{directory} cannot be used: it {problem}; remove it, or choose another directory"
         )
 
 
 def lock(descriptor: int, directory: Path) -> None:
-    """Hold a directory against other processes, for as long as the descriptor is open.
+    """Lock a directory against other processes while the descriptor is open.
 
-    A file system without locks gives a note. Raises FileExistsError where another process holds it.
+    On a file system without locks only a note is printed.
+
+    Raises:
+        FileExistsError: another process holds the lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            note(f"{directory} cannot be locked ({error.strerror}); start no other process that writes it")
+            note(
+                f"{directory} cannot be locked ({error.strerror}); do not start another process that writes it"
+            )
             return
         if error.errno != errno.EWOULDBLOCK:
             raise
         raise FileExistsError(
-            f"another process is writing {directory}; wait for it, or name another directory"
+            f"another process is writing {directory}; wait for it, or choose another directory"
         ) from None
 
 
 def _file_mode() -> int:
-    """The mode of a new file, as open() gives it; temporary files and safetensors' are for the owner alone."""
+    """Return the mode of a new file under the umask; temporary and safetensors files are private by default."""
     mask = os.umask(0o077)
     os.umask(mask)
     return 0o666 & ~mask
 
 
-# ---- the checkpoints of a run, which are removed ----
+# ---- outputs inside the checkpoints of a run, which would be removed with them ----
 
 
 def enclosing_checkpoint(path: Path) -> Path | None:
-    """The checkpoint of a training run that a path is or lies in, if any: what is written there goes with it, when the
-    run removes its older checkpoints.
+    """Return the training checkpoint that contains a path or is that path, or None.
+
+    A run removes its older checkpoints, with all files in them.
     """
-    named, real = path.absolute(), path.resolve()
-    for place in dict.fromkeys((real, *real.parents, named, *named.parents)):
-        if re.fullmatch(r"(\.writing-)?step-\d{8,}", place.name) or (
-            (place / "state.json").is_file() and (place / "tokenizer.json").is_file()
+    absolute, real = path.absolute(), path.resolve()
+    for parent in dict.fromkeys((real, *real.parents, absolute, *absolute.parents)):
+        if re.fullmatch(r"(\.writing-)?step-\d{8,}", parent.name) or (
+            (parent / "state.json").is_file() and (parent / "tokenizer.json").is_file()
         ):
-            return place
+            return parent
     return None
 
 
 def check_outside_checkpoints(path: Path) -> None:
-    """Raise ValueError for an output inside a checkpoint."""
+    """Raise ValueError for an output path inside a checkpoint."""
     found = enclosing_checkpoint(path)
     if found is not None:
         raise ValueError(
-            f"{path} is in the checkpoint {found}, and would be removed with it; choose another directory"
+            f"{path} is inside the checkpoint {found} and would be removed with it; choose another directory"
         )

@@ -1,4 +1,4 @@
-"""The command `fastgpt`: data, train, finetune, generate, eval, export, info."""
+"""Command line `fastgpt`: data, train, finetune, generate, eval, export, info."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ _ERRORS = (
     *(fastgpt.BackendUnavailable, ProcessLostError),
 )
 
-_ABSENT = argparse.SUPPRESS  # an option that is not given is not there either
+_ABSENT = argparse.SUPPRESS  # leaves an option that is not given out of the namespace
 
-# Options of `eval` that mean nothing without --task.
+# Options of `eval` that require --task.
 _TASK_EVALUATION = (*("held_out", "shots", "num_shots", "limit", "baseline", "max_new_tokens", "batch_size"),)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Returns the exit status: 0, 1 after `info --check` where kernels are off, 2 for a user's error, 130 when
-    interrupted, 141 when the reader of its output has gone.
+    Returns:
+        The exit status: 0, 1 after `info --check` if kernels are off, 2 for a user's error, 130 after an interrupt, 141
+        if the reader has closed the output.
     """
     return console.run_command(lambda: _run(argv))
 
@@ -52,7 +53,7 @@ def _run(argv: Sequence[str] | None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        message = "there is not enough memory; take a smaller model, batch or context, or a machine with more"
+        message = "out of memory; use a smaller model, batch or context, or a machine with more memory"
         console.show(f"fastgpt: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -60,15 +61,15 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is Python's, NumPy's or PyTorch's for memory that there is not, the address space included."""
+    """Return True for an out-of-memory error of Python, NumPy or PyTorch, address space included."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    signs = (
+    messages = (
         "can't allocate memory",
         "Storage size calculation overflowed",
         "numel: integer multiplication overflow",
     )
-    return any(sign in str(error) for sign in signs)
+    return any(message in str(error) for message in messages)
 
 
 def _data(arguments: dict[str, Any]) -> None:
@@ -104,22 +105,22 @@ def _generate(arguments: dict[str, Any]) -> None:
     sampling = Sampling(*(arguments.pop(name) for name in names))
     prompt, file, as_json = (arguments.pop(name) for name in ("prompt", "prompts", "json"))
     prompts = [prompt] if file is None else read_prompts(file)
-    alone = not as_json and len(prompts) == arguments["num_samples"] == 1
+    is_single = not as_json and len(prompts) == arguments["num_samples"] == 1
     if task is not None:
         results = answer_inputs(task=task, inputs=prompts, sampling=sampling, **arguments)
     else:
-        if alone:
+        if is_single:
             arguments["on_text"] = lambda row, piece: console.show(piece, end="")
         results = generate_texts(prompts=prompts, sampling=sampling, **arguments)
     for number, result in enumerate(results):
         text = result.text if task is None else result.continuation
         if as_json:
             console.print_json(asdict(result))
-        elif alone:
+        elif is_single:
             console.show("" if task is None else text)
         else:
-            place = number // arguments["num_samples"] + 1
-            console.show(f"--- prompt {place}, sample {result.sample} ---\n{text}")
+            prompt_number = number // arguments["num_samples"] + 1
+            console.show(f"--- prompt {prompt_number}, sample {result.sample} ---\n{text}")
 
 
 def _evaluate(arguments: dict[str, Any]) -> None:
@@ -128,33 +129,33 @@ def _evaluate(arguments: dict[str, Any]) -> None:
     from fastgpt.evaluation.plots import in_context_panels, loss_by_position
     from fastgpt.evaluation.tasks.evaluate import evaluate_task
 
-    as_json, picture = arguments.pop("json"), arguments.pop("plot")
-    of_context = arguments.pop("in_context")
+    as_json, plot = arguments.pop("json"), arguments.pop("plot")
+    measure_in_context = arguments.pop("in_context")
     if arguments["task"] is not None:
-        if picture is not None or of_context or "packing" in arguments or "text_key" in arguments:
+        if plot is not None or measure_in_context or "packing" in arguments or "text_key" in arguments:
             raise ValueError(
                 "--plot, --in-context, --packing and --text-key do not apply to a task; omit them, or drop --task"
             )
         if arguments["source"] is None:
-            raise ValueError("eval --task needs --data, a JSON Lines file or embedded")
+            raise ValueError("eval --task needs examples; give --data, a JSON Lines file or embedded")
         answers = evaluate_task(**arguments)
         _print(answers, as_json)
         return
     _refuse_without_task(arguments.pop("task"), arguments, _TASK_EVALUATION)
-    if of_context:
+    if measure_in_context:
         if "packing" in arguments:
             raise ValueError("--in-context reads a text as one stream; omit --packing")
         found = in_context(**arguments)
         _print(found, as_json)
-        if picture is not None:
-            in_context_panels(picture, found)
+        if plot is not None:
+            in_context_panels(plot, found)
         return
     if arguments["source"] is None:
-        raise ValueError("eval needs --data, a text to measure the model on, or --in-context")
+        raise ValueError("eval needs a text or a measurement; give --data or --in-context")
     result = evaluate(**arguments)
     _print(result, as_json)
-    if picture is not None:
-        loss_by_position(picture, [(b.first, b.last, b.loss) for b in result.positions], result.loss)
+    if plot is not None:
+        loss_by_position(plot, [(b.first, b.last, b.loss) for b in result.positions], result.loss)
 
 
 def _print(result: Any, as_json: bool) -> None:
@@ -191,135 +192,141 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser(
         "data",
-        help="make token shards of raw text",
-        description="Clean a text, drop duplicates, and write it as token shards for train --data.",
+        help="preparation of token shards from raw text",
+        description="Clean documents, remove duplicates, and write token shards for train --data.",
     )
     data.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="a text, JSON Lines, JSON, CSV, TSV or Parquet file, also compressed, a directory, - (standard input), "
+        help="text, JSON Lines, JSON, CSV, TSV or Parquet file (optionally compressed), directory, - (standard input), "
         "stdlib, or hf:NAME[@REVISION][:SPLIT] of Hugging Face",
     )
-    data.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    data.add_argument("--json", action="store_true", help="report as one JSON object")
     add_options(data, PrepareConfig)
     data.set_defaults(command=_data)
 
     train = commands.add_parser(
         "train",
-        help="train a model on a text",
-        description="Train a model on a text; every option is a TOML key too.",
+        help="training of a model on a text",
+        description="Train a model on a text. Every option can also be a key of the TOML file.",
     )
     train.add_argument(
-        "--config", metavar="FILE", default=None, help="a TOML file of options; the command line wins"
+        "--config", metavar="FILE", default=None, help="TOML file of options; the command line overrides it"
     )
     add_options(train, train_config.TrainConfig)
     train.set_defaults(command=_train, finetune=False)
 
     finetune = commands.add_parser(
         "finetune",
-        help="train a model on the examples of a task",
-        description="Train a model on inputs and outputs, from a checkpoint or from nothing: train with --task.",
+        help="training of a model on the examples of a task",
+        description="Train a model on inputs and outputs, from a checkpoint or from scratch: train with --task.",
     )
     finetune.add_argument(
-        "--config", metavar="FILE", default=None, help="a TOML file of options; the command line wins"
+        "--config", metavar="FILE", default=None, help="TOML file of options; the command line overrides it"
     )
     finetune.add_argument(
         "--from",
         dest="init_from",
         default=_ABSENT,
         metavar="CHECKPOINT",
-        help="another name of --init-from",
+        help="alias of --init-from",
     )
     add_options(finetune, train_config.TrainConfig)
     finetune.set_defaults(command=_train, finetune=True)
 
-    generate = commands.add_parser("generate", help="continue a prompt", description="Continue a prompt.")
+    generate = commands.add_parser(
+        "generate", help="continuation of prompts", description="Continue a prompt."
+    )
     _checkpoint_options(generate)
     given = generate.add_mutually_exclusive_group()
     given.add_argument(
-        "--prompt", default="\n", metavar="TEXT", help="what to continue (default: a line break)"
+        "--prompt", default="\n", metavar="TEXT", help="text to continue (default: a line break)"
     )
     given.add_argument(
-        "--prompts", metavar="FILE", help="a text file of prompts, one a line; - is standard input"
+        "--prompts", metavar="FILE", help="text file of prompts, one per line; - is standard input"
     )
     generate.add_argument(
-        "--num-samples", type=int, default=1, metavar="N", help="continuations of each prompt (default: 1)"
+        "--num-samples", type=int, default=1, metavar="N", help="continuations per prompt (default: 1)"
     )
     generate.add_argument(
-        "--batch-size", type=int, default=16, metavar="N", help="texts computed at once (default: 16)"
+        "--batch-size", type=int, default=16, metavar="N", help="texts per batch (default: 16)"
     )
     generate.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="tokens to add (default: 200)"
+        "--max-new-tokens", type=int, default=200, metavar="N", help="maximum new tokens (default: 200)"
     )
     generate.add_argument(
         "--temperature",
         type=float,
         metavar="T",
-        help="0 takes the likeliest token (default: 1; with --task, 0)",
+        help="divisor of the logits; 0 selects the most likely token (default: 1; with --task, 0)",
     )
-    generate.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
     generate.add_argument(
-        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P"
+        "--top-k", type=int, metavar="K", help="number of the most likely tokens to sample from"
+    )
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="probability of the smallest set of tokens to sample from"
     )
     generate.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="P",
-        help="above 1 tokens that the text has already become less likely (default: 1)",
+        help="penalty of tokens that the text already contains, if above 1 (default: 1)",
     )
     generate.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end a text before this string (may be repeated)",
+        help="string before which a text ends (may be repeated)",
     )
+    generate.add_argument("--seed", type=int, metavar="S", help="random seed; text i uses S + i")
+    generate.add_argument("--json", action="store_true", help="one JSON object per text and line")
     generate.add_argument(
-        "--seed", type=int, metavar="S", help="makes the samples repeatable: text i has S + i"
+        "--task", choices=TASKS, help="task whose input is the prompt; only the answer is printed"
     )
-    generate.add_argument("--json", action="store_true", help="print one JSON object a text, one a line")
-    generate.add_argument("--task", choices=TASKS, help="the prompt is an input: print the answer alone")
     _shots_options(generate, "embedded")
     generate.set_defaults(command=_generate)
 
     evaluate = commands.add_parser(
         "eval",
-        help="measure a model on a text",
-        description="Loss and perplexity, also by position in the context, or what is learned from the context.",
+        help="evaluation of a model on a text or a task",
+        description="Measure loss and perplexity, in total and by position, in-context learning, or a task.",
     )
     _checkpoint_options(evaluate)
     evaluate.add_argument(
         "--data",
         dest="source",
         metavar="FILE",
-        help="a text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), a directory of files, one that "
-        "`fastgpt data` made, or stdlib; with --task a file of records, or embedded",
+        help="text, JSON Lines, JSON, CSV, TSV or Parquet file, - (standard input), directory, prepared data set, "
+        "or stdlib; with --task a file of records, or embedded",
     )
     evaluate.add_argument(
         "--in-context",
         action="store_true",
-        help="measure induction and k-shot accuracy; with --data the loss by position",
+        help="induction and k-shot accuracy; with --data also the loss by position",
     )
     evaluate.add_argument(
         "--packing",
         choices=PACKINGS,
         default=_ABSENT,
-        help="documents: none sees its neighbour; stream: all that follows one another (default: as in training)",
+        help="documents: no attention between documents; stream: one long text (default: as in training)",
     )
     evaluate.add_argument("--text-key", default=_ABSENT, metavar="KEY", help=f"{TEXT_KEY} (default: text)")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.add_argument("--plot", metavar="PNG", help="draw the loss over the position in the context")
-    evaluate.add_argument("--task", choices=TASKS, help="measure the answers to a task's examples")
-    _shots_options(evaluate, "of the data, what is not evaluated")
+    evaluate.add_argument("--json", action="store_true", help="results as one JSON object")
     evaluate.add_argument(
-        "--limit", type=int, default=_ABSENT, metavar="N", help="evaluate no more than N examples"
+        "--plot", metavar="PNG", help="file for a plot of the loss by position, or of --in-context"
+    )
+    evaluate.add_argument("--task", choices=TASKS, help="task whose examples are answered and scored")
+    _shots_options(evaluate, "examples of the data that are not evaluated")
+    evaluate.add_argument(
+        "--limit", type=int, default=_ABSENT, metavar="N", help="maximum number of examples"
     )
     for name, text in (
-        ("--held-out", "of a JSON Lines file evaluate what training on it leaves out"),
-        ("--baseline", "evaluate a model with new weights too, and the margin above it"),
-        ("--skip-broken", "leave out records without a text, or lines that are no example"),
+        ("--held-out", "only the examples of a file that training on it holds out"),
+        ("--baseline", "scores of a model with new weights, and the margin above them"),
+        ("--skip-broken", "skipping of records that are not a text or an example"),
     ):
         evaluate.add_argument(name, action="store_true", default=_ABSENT, help=text)
     evaluate.add_argument(
@@ -327,34 +334,36 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=_ABSENT,
         metavar="N",
-        help="the longest answer (default: that of the data)",
+        help="maximum length of an answer (default: that of the data)",
     )
     evaluate.add_argument(
         "--batch-size",
         type=int,
         default=_ABSENT,
         metavar="N",
-        help="examples computed at once (default: 64)",
+        help="examples per batch (default: 64)",
     )
     evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser(
         "export",
-        help="write a model for transformers",
+        help="export of a model for transformers",
         description="Write a model and its tokenizer as a Hugging Face GPT-2 directory.",
     )
-    export.add_argument("--checkpoint", required=True, metavar="DIR", help="what train --out was given")
-    export.add_argument("--out", required=True, metavar="DIR", help="the directory to make")
+    export.add_argument("--checkpoint", required=True, metavar="DIR", help="directory of a run (train --out)")
+    export.add_argument("--out", required=True, metavar="DIR", help="directory to create")
     export.set_defaults(command=_export)
 
     info = commands.add_parser(
-        "info", help="say what this machine has", description="Say what this machine has."
+        "info",
+        help="report on devices, packages and kernels",
+        description="Report devices, packages and kernels.",
     )
     info.add_argument(
         "--check",
         action="store_true",
         dest="checked",
-        help="exit with status 1 where a device has no compiled kernels, and say why",
+        help="exit status 1, and a reason, if a device has no compiled kernels",
     )
     info.set_defaults(command=_info)
     return parser
@@ -366,13 +375,13 @@ def _shots_options(parser: argparse.ArgumentParser, otherwise: str) -> None:
         type=int,
         default=_ABSENT,
         metavar="K",
-        help="with --task, show K examples first (default: 0)",
+        help="examples in each prompt, with --task (default: 0)",
     )
     parser.add_argument(
         "--shots",
         default=_ABSENT,
         metavar="FILE",
-        help=f"a JSON Lines file of those (default: {otherwise})",
+        help=f"JSON Lines file of these examples (default: {otherwise})",
     )
 
 
@@ -381,9 +390,12 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="what train --out was given, or a Hugging Face GPT-2: a directory, or NAME[@REVISION] on the Hub",
+        help="directory of a run (train --out), or a Hugging Face GPT-2: a directory, or NAME[@REVISION] on the Hub",
     )
-    parser.add_argument("--device", default="auto", help="where the model runs (default: auto)")
+    parser.add_argument("--device", default="auto", help="device of the model (default: auto)")
     parser.add_argument(
-        "--backend", default="auto", choices=train_config.BACKEND_CHOICES, help="which kernels run"
+        "--backend",
+        default="auto",
+        choices=train_config.BACKEND_CHOICES,
+        help="backend of the kernels (default: auto)",
     )

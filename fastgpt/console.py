@@ -1,12 +1,13 @@
-"""What the commands print: on streams of any encoding, which the reader may close at any time.
+r"""Output of the commands, on streams with any encoding that the reader may close at any time.
 
-stdout and stderr escape the characters that their encoding does not have. A stream that is closed from the start is the
-null device. A reader that goes away, as `head` does, ends a command without a message; `fastgpt train` saves first.
+stdout and stderr escape characters that their encoding lacks. A stream that is closed at the start is replaced by the
+null device. If the reader closes the stream, as `head` does, a command ends without a message; `fastgpt train` saves
+first.
 
-What models write, and names in files, may be from anybody, and a terminal obeys control characters: they set its title
-and the clipboard, and answer as if typed. So a terminal is shown escapes for them (\\x1b), and for the characters that
-override the direction of text (\\u202e), with which a line reads as something else than it is. Pipes and files get the
-characters.
+Model output and file names may come from an untrusted source, and terminals execute control characters: they set the
+title and the clipboard, and can answer as if the user typed. On a terminal they are therefore escaped (\x1b), as are
+characters that override the direction of text (\u202e), which disguise what a line contains. Pipes and files receive
+them unmodified.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from tqdm import tqdm
 
 from fastgpt.json_io import dumps
 
-READER_GONE = 141  # 128 + SIGPIPE: what a shell reports of a program that writes to a closed pipe
-# C0 but tab and line feed, DEL, C1; embeddings, overrides and isolates of the bidirectional algorithm, but no marks.
+READER_GONE = 141  # 128 + SIGPIPE, a shell's status of a program that writes to a closed pipe
+# C0 except tab and line feed, DEL, C1; embeddings, overrides and isolates of the bidirectional algorithm, not marks.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command that prints and return its exit status, READER_GONE if nobody reads what it prints."""
+    """Run a command that prints; return its exit status, or READER_GONE if the reader has closed the output."""
     set_up_streams()
     try:
         try:
@@ -42,7 +43,7 @@ def run_command(command: Callable[[], int]) -> int:
                 warnings.showwarning = _warning_printer()
                 return command()
         finally:
-            sys.stdout.flush()  # here, because an error in the flush at exit cannot be handled
+            sys.stdout.flush()  # an error in the flush at exit could not be handled
             sys.stderr.flush()
     except OSError as error:
         if not give_up_broken_streams():
@@ -54,7 +55,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 def set_up_streams() -> None:
-    """Make stdout and stderr take every text, also where they were closed when the program began."""
+    """Make stdout and stderr accept every text, even if they were closed when the program started."""
     _occupy_standard_descriptors()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -65,12 +66,12 @@ def set_up_streams() -> None:
 
 
 def reader_is_gone(error: BaseException) -> bool:
-    """Whether an error comes from stdout or stderr, because nobody reads it any more."""
+    """Return True if an error comes from stdout or stderr after the reader has closed it."""
     return isinstance(error, OSError) and error.errno in _GONE and bool(_broken_streams())
 
 
 def give_up_broken_streams() -> bool:
-    """Point stdout and stderr to the null device where they cannot be written; return whether one was."""
+    """Redirect stdout and stderr to the null device if they cannot be written; return True if one was."""
     broken = _broken_streams()
     for name in broken:
         _point_to_null(name, getattr(sys, name))
@@ -86,7 +87,7 @@ def _broken_streams() -> list[str]:
                 stream.flush()
                 if _has_no_reader(stream.fileno()):
                     broken.append(name)
-        except io.UnsupportedOperation:  # it has no descriptor
+        except io.UnsupportedOperation:  # the stream has no descriptor
             continue
         except (OSError, ValueError):  # ValueError: it was closed in this process
             broken.append(name)
@@ -94,20 +95,20 @@ def _broken_streams() -> list[str]:
 
 
 def _has_no_reader(descriptor: int) -> bool:
-    """Whether it is a pipe without a reader, or a closed terminal. A stream without a buffer keeps no sign of it."""
+    """Return True for a pipe without a reader, or a closed terminal; an unbuffered stream does not report it."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def show(text: str, *, end: str = "\n", file: TextIO | None = None) -> None:
-    """Print a text to stdout, or another stream, at once."""
+    """Print a text to stdout or another stream, and flush."""
     stream = file or sys.stdout
     print(_CONTROL.sub(_escape, text) if _is_terminal(stream) else text, end=end, file=stream, flush=True)
 
 
 def print_json(value: Any) -> None:
-    """Print a value as one line of JSON, in ASCII where stdout has not all of its characters."""
+    """Print a value as one line of JSON, in ASCII if stdout cannot encode all of its characters."""
     text = dumps(value, ensure_ascii=False)
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -119,7 +120,7 @@ def print_json(value: Any) -> None:
 
 
 def _is_terminal(stream: Any) -> bool:
-    """Whether a stream is a terminal; what stands in for stdout in other programs may not say."""
+    """Return True for a terminal; replacements of stdout in other programs may lack `isatty`."""
     return hasattr(stream, "isatty") and not getattr(stream, "closed", False) and stream.isatty()
 
 
@@ -128,22 +129,22 @@ def _escape(found: re.Match[str]) -> str:
 
 
 class Note(UserWarning):
-    """Something that a user should know and that is no error. The commands print it as a line."""
+    """Warning with information for the user that is not an error; the commands print it as a line."""
 
 
 def note(text: str) -> None:
-    """Give a note, as a warning; of the processes of a run the first one does."""
+    """Issue a note as a warning; in a distributed run only the first process does."""
     if os.environ.get("RANK", "0") == "0":
         warnings.warn(text, Note, stacklevel=3)
 
 
 def _warning_printer() -> Callable[..., None]:
-    """What shows warnings: each note once, as a line, and others as before."""
-    others, shown = warnings.showwarning, set()
+    """Make a function that prints each note once, as a line, and passes on other warnings."""
+    show_other, shown = warnings.showwarning, set()
 
-    def show_warning(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+    def show_warning(message: Any, category: type[Warning], *location: Any, **more: Any) -> None:
         if not issubclass(category, Note):
-            others(message, category, *place, **more)
+            show_other(message, category, *location, **more)
         elif str(message) not in shown:
             shown.add(str(message))
             show(f"fastgpt: note: {message}", file=sys.stderr)
@@ -152,12 +153,14 @@ def _warning_printer() -> Callable[..., None]:
 
 
 class Progress:
-    """A progress bar on stderr, if that is a terminal, and lines on stdout past it. No failure of a stream is raised.
+    """Progress bar on stderr, if that is a terminal, and lines on stdout beside it.
+
+    Errors of the streams are not raised.
 
     Args:
         shown: False for a process that prints nothing.
-        reader_gone: called when stdout or stderr has lost its reader.
-        options: of `tqdm`.
+        reader_gone: called when the reader of stdout or stderr has closed it.
+        **options: options of `tqdm`.
     """
 
     def __init__(
@@ -171,13 +174,13 @@ class Progress:
                 self._bar = tqdm(disable=None if shown else True, file=sys.stderr, **options)
 
     def advance(self, count: int = 1) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         with self._tolerant():
             if self._bar is not None:
                 self._bar.update(count)
 
     def note(self, text: str) -> None:
-        """Show a text beside the bar."""
+        """Show a text next to the bar."""
         with self._tolerant():
             if self._bar is not None:
                 self._bar.set_postfix_str(text)
@@ -189,14 +192,14 @@ class Progress:
                 show(_encodable(text))
 
     def warn_once(self, subject: str, text: str) -> None:
-        """Print a warning to stderr, the first one about a subject."""
+        """Print the first warning about a subject to stderr."""
         if self._shown and subject not in self._warned:
             self._warned.add(subject)
             with self._tolerant(), self._beside_the_bar():
                 show(f"fastgpt: warning: {text}", file=sys.stderr)
 
     def close(self) -> None:
-        """Finish the bar."""
+        """Close the bar."""
         with self._tolerant():
             if self._bar is not None:
                 self._bar.close()
@@ -218,20 +221,22 @@ class Progress:
                 self._reader_gone()
             else:
                 self.warn_once(
-                    "output", f"the output could not be written ({one_line(error)}); going on without"
+                    "output",
+                    f"the output could not be written ({one_line(error)}); continuing without output",
                 )
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, on one line."""
+    """Format an error on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _occupy_standard_descriptors() -> None:
-    """Open the null device on descriptors 0 to 2 that are closed. A file that is opened later would get the number, and
-    with it what C libraries print to stderr.
+    """Open the null device on those of the descriptors 0 to 2 that are closed.
+
+    Otherwise a file that is opened later would get the number, and what C libraries print to stderr.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -239,7 +244,7 @@ def _occupy_standard_descriptors() -> None:
 
 
 def _encodable(text: str) -> str:
-    """The text with escapes for what stdout cannot encode: a caller's own stream may not escape."""
+    """Escape the characters that stdout cannot encode, because a caller's stream may not do so."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -249,7 +254,7 @@ def _null() -> TextIO:
 
 
 def _point_to_null(name: str, stream: TextIO) -> None:
-    """Point the stream's descriptor to the null device, so that what it still holds goes there at exit."""
+    """Redirect the stream's descriptor to the null device, so that its buffered data go there at exit."""
     try:
         descriptor = stream.fileno()
         null = os.open(os.devnull, os.O_WRONLY)

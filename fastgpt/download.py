@@ -1,6 +1,6 @@
-"""Files of a model on the Hugging Face Hub, by its name: "gpt2", "owner/name", "owner/name@revision".
+"""Downloads from the Hugging Face Hub by model name: "gpt2", "owner/name", "owner/name@revision".
 
-A revision is a commit, a tag or a branch. A model whose revision is a commit is always the same.
+A revision is a commit, a tag or a branch. Only a commit is guaranteed not to change.
 """
 
 from __future__ import annotations
@@ -24,30 +24,38 @@ _FILES = (
 )
 _PART = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(rf"({_PART}/)?{_PART}(@{_PART})?")
-# Paths as runs have them, so that a mistake in one, or in the working directory, asks nobody else for a model.
+# Typical paths of runs: a mistyped one must not be looked up on the Hub.
 _PATH = re.compile(r"(out|outputs?|runs?|results?|checkpoints?|models?|data|tmp)/.*|.*step-\d+")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name may be that of a model on the Hub, and is not a path: no file here has that name, nor has a
-    directory the owner's, nor does it look like the directory of a run (out/…, runs/…, …/step-00001000).
+    """Return True if a name may be that of a model on the Hub and is not a path.
+
+    It is a path if such a file exists, if its owner is the name of an existing directory, or if it looks like the
+    directory of a run (out/..., runs/..., .../step-00001000).
     """
     if _NAME.fullmatch(name) is None or name.endswith(_FILES) or _PATH.fullmatch(name):
         return False
     return not Path(name).exists() and not ("/" in name and Path(name).parent.is_dir())
 
 
-def download(name: str, patterns: Sequence[str], what: str) -> Path:
-    """The directory of the files of a model, NAME or NAME@REVISION, downloaded if they are not in the cache.
+def download(name: str, patterns: Sequence[str], kind: str) -> Path:
+    """Download the files of a model into the cache, unless they are there, and return their directory.
 
-    Raises ImportError where the package is missing and OSError for a model that the Hub does not deliver; `what` says
-    what there is not on the disk either.
+    Args:
+        name: NAME or NAME@REVISION.
+        patterns: patterns of the file names.
+        kind: the kind of file, for messages.
+
+    Raises:
+        ImportError: the package huggingface_hub is missing.
+        OSError: the download failed.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ImportError(
-            f"{name} is no {what} here, and a download from the Hub needs the package huggingface_hub: "
+            f"there is no {kind} {name} on disk, and a download from the Hub needs the package huggingface_hub: "
             "pip install huggingface_hub"
         ) from None
     try:
@@ -55,4 +63,6 @@ def download(name: str, patterns: Sequence[str], what: str) -> Path:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise OSError(f"{name} is no {what} here, and the Hub did not deliver it: {reason}") from error
+        raise OSError(
+            f"there is no {kind} {name} on disk, and the download from the Hub failed: {reason}"
+        ) from error

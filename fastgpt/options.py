@@ -1,4 +1,4 @@
-"""A dataclass as a command line: the field `val_share` is the option `--val-share`."""
+"""Command-line options from a dataclass: the field `val_share` is the option `--val-share`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,21 @@ TEXT_KEY = "key or column of the text in JSON, CSV and Parquet files; a.b for a 
 
 
 def option(default: Any, text: str, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = ()) -> Any:
-    """A field with its help text, the values it may take where those are few, and other names of its option."""
+    """Define a field of such a dataclass.
+
+    Args:
+        default: the default value.
+        text: the help text.
+        choices: the allowed values; empty for any.
+        aliases: other names of the option.
+    """
     return field(default=default, metadata={"help": text, "choices": choices, "aliases": aliases})
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> None:
-    """One option for each field of a dataclass of `option`s; the parsed namespace holds those that were given and no
-    others.
+    """Add an option for each field of a dataclass of `option`s.
+
+    The parsed namespace contains only the options that were given.
     """
     hints = get_type_hints(options)
     for item in fields(options):
@@ -40,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def kind_of(hint: Any) -> type:
-    """The type of a field's value, None aside: of X and of X | None it is X."""
+    """Return the type of a field's value without None: X for both X and X | None."""
     kind: type = next((part for part in get_args(hint) if part is not type(None)), hint)
     return kind
 
@@ -49,7 +57,7 @@ _NUMBERS: dict[type, type] = {int: Integral, float: Real}
 
 
 def check_types(options: Any) -> None:
-    """Raise ValueError unless each field of a dataclass has a value of its type, int, float, bool or str."""
+    """Raise ValueError unless every field of a dataclass has a value of its type (int, float, bool or str)."""
     for name, hint in get_type_hints(type(options)).items():
         value, kind = getattr(options, name), _NUMBERS.get(hint, hint)
         if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
@@ -57,7 +65,7 @@ def check_types(options: Any) -> None:
 
 
 def check_sizes(options: Any, largest: dict[str, int]) -> None:
-    """Raise ValueError unless each of the fields is at least 1 and at most its largest value."""
+    """Raise ValueError unless every field is between 1 and its largest value."""
     for name, most in largest.items():
         value = getattr(options, name)
         if not 1 <= value <= most:

@@ -1,6 +1,6 @@
-"""Text to token ids and back, without loss: raw bytes, or byte-level BPE.
+"""Lossless tokenizers: raw bytes, and byte-level BPE.
 
-Both know every text: a byte is a token of the first kind, and the fallback of the second.
+Both encode every text: bytes are the tokens of the first and the fallback of the second.
 """
 
 from __future__ import annotations
@@ -20,64 +20,64 @@ from fastgpt.json_io import loads, read_json
 from fastgpt.tokenizer_json import MOST_TOKENS, check_ids, check_tokenizer, guarded
 
 FILE = "tokenizer.json"
-TOKENIZER_FILES = (
+TOKENIZER_FILES = (  # patterns of files on the Hub
     "tokenizer*",
     "vocab.json",
     "*.txt",
     "*.model",
     "*.spm",
     "*.tiktoken",
-)  # of a model on the Hub
-_TAKEN = (
-    "--tokenizer takes bytes, bpe or a tokenizer.json, a directory with one, vocab.json and merges.txt, or vocab.txt, "
-    "or a model's name on the Hub"
 )
-_END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>")  # of GPT-2, BERT, and many others
-_PIECE = 1 << 16  # characters encoded at once by BPE: many pieces are spread over the cores
+_SUPPORTED = (
+    "give --tokenizer bytes, bpe, a tokenizer.json, a directory with one, vocab.json and merges.txt, or vocab.txt, "
+    "or the name of a model on the Hub"
+)
+_END_OF_TEXT = ("<|endoftext|>", "[SEP]", "</s>")  # GPT-2, BERT, many others
+_PIECE = 1 << 16  # characters per piece; pieces are encoded in parallel
 
 
 class Tokenizer(Protocol):
-    """What the trainer and the generator ask of a tokenizer."""
+    """Interface of a tokenizer for the trainer and the generator."""
 
     name: str
 
     @property
     def vocab_size(self) -> int:
-        """V: token ids lie in [0, V)."""
+        """Size V of the vocabulary; token ids are in [0, V)."""
         ...
 
     @property
     def end_of_text(self) -> int | None:
-        """The id of the token behind a document, which `encode` never gives; None where there is none."""
+        """Id of the token after a document, which `encode` never returns; None if there is none."""
         ...
 
     def encode(self, text: str) -> Tensor:
-        """The ids of a text, (N,) uint8 or int32. Raises ValueError for a lone surrogate, no text."""
+        """Encode a text into ids, (N,) uint8 or int32. Raises ValueError for a lone surrogate."""
         ...
 
     def encode_batch(self, texts: list[str]) -> list[Tensor]:
-        """`encode` of each text, on all cores."""
+        """Encode several texts, on all cores."""
         ...
 
     def decode(self, tokens: Tensor) -> str:
-        """The text of ids (N,); an incomplete UTF-8 sequence becomes U+FFFD, an id outside [0, V) no text."""
+        """Decode ids (N,); an incomplete UTF-8 sequence becomes U+FFFD, ids outside [0, V) are skipped."""
         ...
 
     def words(self) -> list[str]:
-        """The word of each token id, (V,), without the space that marks its beginning; "" for what is none."""
+        """Return the word of each token id, (V,), without a leading space; "" for tokens that are not words."""
         ...
 
     def serialized(self) -> str:
-        """The text of its tokenizer.json."""
+        """Return the contents of its tokenizer.json."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Write `tokenizer.json`, from which `load_tokenizer` makes an equal tokenizer."""
+        """Write `tokenizer.json`, from which `load_tokenizer` restores an equal tokenizer."""
         ...
 
 
 class ByteTokenizer:
-    """One token a UTF-8 byte, V = 256. A NUL, which is in no text (`data.read_text`), ends a document."""
+    """Tokenizer of UTF-8 bytes, V = 256. NUL, which no text contains (`data.read_text`), ends a document."""
 
     name = "bytes"
     vocab_size = 256
@@ -95,7 +95,7 @@ class ByteTokenizer:
         return bytes(known).decode("utf-8", errors="replace")
 
     def words(self) -> list[str]:
-        """A character of ASCII that can be seen; "" for spaces, controls, and the bytes of longer characters."""
+        """Return the visible ASCII characters; "" for spaces, controls, and bytes of longer characters."""
         return [chr(byte) if 32 < byte < 127 else "" for byte in range(self.vocab_size)]
 
     def serialized(self) -> str:
@@ -108,41 +108,47 @@ class ByteTokenizer:
 class BPETokenizer:
     """Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2) by the package `tokenizers`.
 
-    What else that package reads, BERT's WordPiece for one, works too; it need not be without loss.
+    Other tokenizers of that package, such as BERT's WordPiece, are supported too; they may be lossy.
     """
 
     def __init__(self, serialized: str | dict[str, Any]) -> None:
-        """`serialized` is a tokenizer.json, its text or its value. Raises ValueError if it is not one, and for one
-        whose work is not known to be bounded (`fastgpt.tokenizer_json`).
+        """Load a tokenizer.json.
+
+        Args:
+            serialized: its text, or the parsed value.
+
+        Raises:
+            ValueError: it is not a tokenizer.json, or its work is not known to be bounded (`fastgpt.tokenizer_json`).
         """
         from tokenizers import Tokenizer as Engine
         from tokenizers.models import BPE
 
         value = loads(serialized) if isinstance(serialized, str) else serialized
         if not isinstance(value, dict):
-            raise ValueError("this is not a tokenizer.json")
+            raise ValueError("the file is not a tokenizer.json")
         check_tokenizer(value)
-        # Written again, so that what is read is what was checked, also where a key comes twice.
+        # Serialized again, so that `tokenizers` parses exactly what was checked, even if a key occurs twice.
         self.engine = guarded(Engine.from_str, json.dumps(value, allow_nan=False))
         check_ids(self.engine.get_vocab())
-        self.engine.encode_special_tokens = True  # a text that spells <|endoftext|> does not end by it
+        self.engine.encode_special_tokens = True  # <|endoftext|> in a text is not a special token
         self.engine.no_truncation()
         self.engine.no_padding()
         if isinstance(self.engine.model, BPE):
-            self.engine.model.dropout = None  # the same text, the same tokens
+            self.engine.model.dropout = None  # makes the encoding deterministic
         self.name = type(self.engine.model).__name__.lower()
 
     @classmethod
     def train(cls, documents: list[str], vocab_size: int) -> BPETokenizer:
-        """Learn the bytes, <|endoftext|> and vocab_size - 257 merges; a small text may have fewer. Raises
-        ValueError below 257.
+        """Train on documents: the bytes, <|endoftext|>, and vocab_size - 257 merges (fewer for a small text).
+
+        Raises ValueError for a vocab_size below 257 or above MOST_TOKENS.
         """
         from tokenizers import Tokenizer as Engine
         from tokenizers import decoders, models, pre_tokenizers, trainers
 
         if vocab_size < 257:
             raise ValueError(
-                "vocab_size must be at least 257 for bpe, which starts from bytes and an end of text, "
+                "vocab_size must be at least 257 for bpe, for the bytes and the end of text, "
                 f"not {vocab_size}"
             )
         if vocab_size > MOST_TOKENS:
@@ -151,14 +157,13 @@ class BPETokenizer:
         engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         engine.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        learned = sum(
-            len(_utf8(document)) for document in documents
-        )  # a merge needs two symbols to be in the text
+        # Every merge shortens the encoded text, so there are at most as many as bytes.
+        most_merges = sum(len(_utf8(document)) for document in documents)
         guarded(
             engine.train_from_iterator,
             documents,
             trainers.BpeTrainer(
-                vocab_size=min(vocab_size, 257 + learned),
+                vocab_size=min(vocab_size, 257 + most_merges),
                 initial_alphabet=alphabet,
                 special_tokens=list(_END_OF_TEXT[:1]),
                 show_progress=False,
@@ -167,7 +172,7 @@ class BPETokenizer:
         return cls(engine.to_str())
 
     @functools.cached_property
-    def vocab_size(self) -> int:  # an id may be missing below the largest
+    def vocab_size(self) -> int:  # ids may have gaps
         return max(self.engine.get_vocab().values(), default=-1) + 1
 
     @property
@@ -183,10 +188,10 @@ class BPETokenizer:
             _utf8(text)
         pieces = [_pieces(text) for text in texts]
         try:
-            every = guarded(self.engine.encode_batch_fast, [*chain(*pieces)], add_special_tokens=False)
+            encodings = guarded(self.engine.encode_batch_fast, [*chain(*pieces)], add_special_tokens=False)
         except ValueError as error:
             raise ValueError(f"the tokenizer cannot encode the text: {error}") from None
-        encoded = iter(every)
+        encoded = iter(encodings)
         none = np.empty(0, np.int32)
         return [
             torch.from_numpy(
@@ -200,9 +205,7 @@ class BPETokenizer:
         return guarded(self.engine.decode, known, skip_special_tokens=False)
 
     def words(self) -> list[str]:
-        """As the decoder writes each token by itself: "the" for both "Ġthe" and "the"; "" for spaces and for part of
-        a character.
-        """
+        """Return the decoded text of each token, stripped: "the" for both "Ġthe" and "the"."""
         ids = [[token] for token in range(self.vocab_size)]
         texts = guarded(self.engine.decode_batch, ids, skip_special_tokens=False)
         special = {token.content for token in self.engine.get_added_tokens_decoder().values()}
@@ -216,7 +219,7 @@ class BPETokenizer:
 
 
 def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names; `documents` and `vocab_size` matter to "bpe" alone."""
+    """Make the tokenizer that `--tokenizer` names; only "bpe" uses `documents` and `vocab_size`."""
     if name == "bytes":
         return ByteTokenizer()
     if name == "bpe":
@@ -225,16 +228,23 @@ def make_tokenizer(name: str, documents: list[str], vocab_size: int) -> Tokenize
 
 
 def matches_option(own: Tokenizer, name: str) -> bool:
-    """Whether `--tokenizer name` means the tokenizer that a model or a dataset has: "auto" always does, "bpe", which
-    learns one, never.
+    """Return True if `--tokenizer name` matches the tokenizer of a model or a dataset.
+
+    "auto" always matches; "bpe", which trains a tokenizer, never does.
     """
     return name == "auto" or (name != "bpe" and make_tokenizer(name, [], 0).serialized() == own.serialized())
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a directory that has one, GPT-2's vocab.json and merges.txt, or BERT's
-    vocab.txt (lower case unless tokenizer_config.json says otherwise); or that of a model on the Hub. Raises
-    FileNotFoundError, OSError and ValueError.
+    """Load a tokenizer from a file, a directory, or a model on the Hub.
+
+    Args:
+        path: a tokenizer.json; a directory with one, with GPT-2's vocab.json and merges.txt, or with BERT's vocab.txt
+            (lower case unless tokenizer_config.json sets otherwise); or the name of a model on the Hub.
+
+    Raises:
+        OSError: a file cannot be read (FileNotFoundError if there is none).
+        ValueError: a file is not a supported tokenizer.
     """
     if is_hub_name(str(path)):
         path = download(str(path), TOKENIZER_FILES, "tokenizer")
@@ -258,16 +268,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise
     except ValueError as error:
         reason = str(error).removeprefix(f"{file} ")
-        raise ValueError(f"{file} is not a tokenizer: {reason}; {_TAKEN}") from None
-    raise FileNotFoundError(f"there is no tokenizer {file}; {_TAKEN}")
+        raise ValueError(f"{file} is not a tokenizer: {reason}; {_SUPPORTED}") from None
+    raise FileNotFoundError(f"tokenizer {file} does not exist; {_SUPPORTED}")
 
 
 class _KindError(ValueError):
-    """A file is a tokenizer of a kind that is not read."""
+    """Error for a tokenizer of an unsupported kind."""
 
 
 def _check_kind(file: Path) -> None:
-    """Raise ValueError for a tokenizer of another library, with the way to one that is read."""
+    """Raise ValueError for a tokenizer of another library, with instructions to convert it."""
     kinds = {
         ".model": "a SentencePiece model",
         ".spm": "a SentencePiece model",
@@ -275,32 +285,33 @@ def _check_kind(file: Path) -> None:
     }
     if file.suffix in kinds:
         raise _KindError(
-            f"{file} is {kinds[file.suffix]}, which is not read; {_TAKEN}. transformers writes a tokenizer.json: "
+            f"{file} is {kinds[file.suffix]}, which is not supported; {_SUPPORTED}. Convert it with transformers: "
             "AutoTokenizer.from_pretrained(DIR).save_pretrained(OUT)"
         )
 
 
 def byte_vocabulary() -> dict[str, int]:
-    """Each byte under the character that byte-level BPE writes for it: its own where that can be seen, else the next
-    one from U+0100 on.
+    """Return the byte of each character of byte-level BPE.
+
+    A byte with a visible character is written as that; the others are written as the characters from U+0100 on.
     """
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(256 + hidden.index(b)) if b in hidden else chr(b): b for b in range(256)}
 
 
 def _is_bytes(engine: Any) -> bool:
-    """Whether it is byte-level BPE that knows the bytes and nothing else: a byte tokenizer as transformers reads it."""
+    """Return True for byte-level BPE with bytes only: a byte tokenizer in the format of transformers."""
     from tokenizers import models, pre_tokenizers
 
-    before = engine.pre_tokenizer
+    pre_tokenizer = engine.pre_tokenizer
     return (
         isinstance(engine.model, models.BPE)
         and engine.get_vocab() == byte_vocabulary()
         and not engine.get_added_tokens_decoder()
         and engine.normalizer is None
-        and isinstance(before, pre_tokenizers.ByteLevel)
-        and not before.add_prefix_space
+        and isinstance(pre_tokenizer, pre_tokenizers.ByteLevel)
+        and not pre_tokenizer.add_prefix_space
     )
 
 
@@ -339,7 +350,7 @@ def _bert(directory: Path) -> Any:
 
 
 def _with_special(engine: Any, tokens: tuple[str, ...]) -> Any:
-    """The engine, which is told that these tokens, where the vocabulary has them, are special."""
+    """Mark those tokens of the list that are in the vocabulary as special; return the engine."""
     engine.add_special_tokens([token for token in tokens if engine.token_to_id(token) is not None])
     return engine
 
@@ -348,11 +359,11 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text holds {text[error.start]!r}, which is no character") from None
+        raise ValueError(f"the text contains {text[error.start]!r}, which is not a character") from None
 
 
 def _pieces(text: str) -> list[str]:
-    """The text cut behind line ends, at least _PIECE characters each where it has so many."""
+    """Split a text after line ends into pieces of at least _PIECE characters."""
     pieces, start = [], 0
     while start < len(text):
         end = text.find("\n", start + _PIECE) + 1 or len(text)

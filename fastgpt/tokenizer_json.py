@@ -1,9 +1,9 @@
-"""What a tokenizer.json may hold, and the package `tokenizers` behind one door.
+"""Validation of tokenizer.json files, and a guard around the package `tokenizers`.
 
-Such a file is a small program: a normalizer rewrites the text, regular expressions cut it. It may be from anybody. So
-steps are of known kinds, what they may add to a text is bounded, and a regular expression is one of those of published
-tokenizers, or one without repetition, which cannot backtrack for ever. The package raises bare Exceptions, and for
-faults of its own a BaseException; `guarded` makes ValueErrors of them.
+Such a file is a small program: a normalizer rewrites the text, and regular expressions split it. It may come from an
+untrusted source. Therefore only known kinds of steps are accepted, the growth of the text is bounded, and a regular
+expression must be one of a published tokenizer, or have no repetition, so that it cannot backtrack exponentially. The
+package raises bare Exceptions, and a BaseException for its internal errors; `guarded` converts them to ValueErrors.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fastgpt.json_io import shown
 
 MOST_TOKENS = 1 << 24
 _SHOWN = 200  # characters of a message of the package
-_STEPS = 32  # of each kind
-_GROWTH = 128  # the factor by which all steps together may lengthen a text
-_LONGEST = 64  # bytes of a prefix, and of what a table of characters writes for one
-_LONGEST_WORD = 1000  # characters, of WordPiece, which takes time in proportion to their square
+_STEPS = 32  # steps per component
+_GROWTH = 128  # factor by which all steps of a component may lengthen a text
+_LONGEST = 64  # bytes of a prefix, and of the replacement of a character
+_LONGEST_WORD = 1000  # characters; WordPiece takes quadratic time
 
 _MODELS = ("BPE", "WordPiece", "WordLevel", "Unigram")
-# The kinds of steps, and the key of those in a sequence.
+# Accepted kinds of steps, and the key of the steps of a sequence.
 _KINDS = {
     "normalizer": (
         (
@@ -50,7 +50,7 @@ _KINDS = {
     ),
 }
 
-# Regular expressions with repetition, of published tokenizers, each of which takes linear time.
+# Regular expressions with repetition from published tokenizers; each takes linear time.
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REGEXES = {
     # GPT-2, CLIP, BLOOM
@@ -86,21 +86,21 @@ _WITHOUT_REPETITION = re.compile(
 
 
 def check_tokenizer(value: dict[str, Any]) -> None:
-    """Raise ValueError for a tokenizer.json, parsed, whose work is not known to be bounded."""
+    """Raise ValueError for a parsed tokenizer.json whose work is not known to be bounded."""
     for part, (kinds, _) in _KINDS.items():
         steps = list(_steps(value.get(part), part))
         for step in steps:
             if step.get("type") not in kinds:
-                raise ValueError(f"its {part} is of a kind that is not accepted, {shown(step.get('type'))}")
+                raise ValueError(f"its {part} has the unsupported type {shown(step.get('type'))}")
         if prod(map(_growth, steps)) > _GROWTH:
-            raise ValueError(f"its {part} may make a text more than {_GROWTH} times as long")
+            raise ValueError(f"its {part} may lengthen a text more than {_GROWTH} times")
     model = value.get("model")
-    # Old files do not say the type.
+    # Old files lack the type.
     if not isinstance(model, dict) or model.get("type", "BPE") not in _MODELS:
-        raise ValueError("it has no model of a kind that is known")
+        raise ValueError("it has no model of a supported type")
     longest = model.get("max_input_chars_per_word", 0)
     if type(longest) is not int or not 0 <= longest <= _LONGEST_WORD:
-        raise ValueError(f"its max_input_chars_per_word is not a number up to {_LONGEST_WORD}")
+        raise ValueError(f"its max_input_chars_per_word is not an integer up to {_LONGEST_WORD}")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         _size(model.get(name) or "", name)
     if isinstance(model.get("merges"), list):
@@ -108,7 +108,7 @@ def check_tokenizer(value: dict[str, Any]) -> None:
 
 
 def _check_merges(merges: list[Any], vocabulary: Any, prefix: str) -> None:
-    """Raise ValueError for a merge that makes no token; the package does not look where its memory ends."""
+    """Raise ValueError for a merge whose result is not a token; the package would read invalid memory."""
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not (
@@ -119,23 +119,23 @@ def _check_merges(merges: list[Any], vocabulary: Any, prefix: str) -> None:
             and pair[1].startswith(prefix)
             and pair[0] + pair[1][len(prefix) :] in vocabulary
         ):
-            raise ValueError(f"its merge {shown(merge)} is not of two tokens to another")
+            raise ValueError(f"its merge {shown(merge)} does not join two tokens to a third")
 
 
 def check_ids(vocabulary: dict[str, Any]) -> None:
-    """Raise ValueError for ids that are no numbers of rows of a matrix: integers, each once, most up to the largest."""
+    """Raise ValueError unless ids are distinct nonnegative integers without large gaps."""
     for token, number in vocabulary.items():
         if type(number) is not int or number < 0:
-            raise ValueError(f"the id of {shown(token)} is {shown(number)}")
+            raise ValueError(f"the id of {shown(token)} is {shown(number)}, not a nonnegative integer")
     largest = max(vocabulary.values(), default=0)
     if largest >= MOST_TOKENS or largest > 2 * len(vocabulary) + 1024:
-        raise ValueError(f"it has {len(vocabulary):,} tokens, and their ids go up to {largest:,}")
+        raise ValueError(f"it has {len(vocabulary):,} tokens with ids up to {largest:,}, too large a range")
     if len(set(vocabulary.values())) != len(vocabulary):
-        raise ValueError("two of its tokens have one id")
+        raise ValueError("two of its tokens have the same id")
 
 
 def guarded(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call a function of the package `tokenizers`. Raises ValueError for whatever goes wrong in it."""
+    """Call a function of the package `tokenizers`. Raises ValueError for any of its errors."""
     try:
         return function(*arguments, **options)
     except MemoryError:
@@ -148,25 +148,27 @@ def guarded(function: Callable[..., Any], *arguments: Any, **options: Any) -> An
 
 
 def _steps(component: Any, part: str) -> Iterator[dict[str, Any]]:
-    """The steps of a component, those of sequences in sequences too."""
-    waiting = [] if component is None else [component]
+    """Yield the steps of a component, with those of nested sequences."""
+    pending = [] if component is None else [component]
     count = 0
-    while waiting:
-        step = waiting.pop()
+    while pending:
+        step = pending.pop()
         count += 1
         if not isinstance(step, dict) or count > _STEPS:
-            raise ValueError(f"its {part} " + ("has too many steps" if count > _STEPS else "is no object"))
+            raise ValueError(
+                f"its {part} " + ("has too many steps" if count > _STEPS else "is not an object")
+            )
         if step.get("type") != "Sequence":
             yield step
             continue
         inner = step.get(_KINDS[part][1])
         if not isinstance(inner, list):
             raise ValueError(f"its {part} has a sequence without steps")
-        waiting += inner
+        pending += inner
 
 
 def _growth(step: dict[str, Any]) -> float:
-    """The factor by which a step may lengthen a text, as far as that is the file's choice."""
+    """Return the factor by which a step may lengthen a text, as far as the file determines it."""
     kind = step["type"]
     if kind == "Prepend":
         _size(step.get("prepend"), "prefix")
@@ -179,19 +181,19 @@ def _growth(step: dict[str, Any]) -> float:
     if kind not in ("Replace", "Split"):
         return 1
     pattern = step.get("pattern")
-    (way, text), *more = pattern.items() if isinstance(pattern, dict) and pattern else [("", "")]
-    if more or way not in ("String", "Regex") or not isinstance(text, str) or not text:
+    (mode, text), *more = pattern.items() if isinstance(pattern, dict) and pattern else [("", "")]
+    if more or mode not in ("String", "Regex") or not isinstance(text, str) or not text:
         raise ValueError(f"the pattern of its {kind} is neither a text nor a regular expression")
-    if way == "Regex" and text not in _REGEXES and not _WITHOUT_REPETITION.fullmatch(text):
-        raise ValueError(f"its regular expression {shown(text)} is none of those that are accepted")
+    if mode == "Regex" and text not in _REGEXES and not _WITHOUT_REPETITION.fullmatch(text):
+        raise ValueError(f"its regular expression {shown(text)} is not supported")
     if kind == "Split":
         return 1
-    shortest = len(text.encode("utf-8", "replace")) if way == "String" else 1
+    shortest = len(text.encode("utf-8", "replace")) if mode == "String" else 1
     return max(1, _size(step.get("content"), "replacement") / shortest)
 
 
 def _size(text: Any, name: str) -> int:
-    """The bytes of a text. Raises ValueError for more than _LONGEST."""
+    """Return the size of a text in bytes. Raises ValueError above _LONGEST."""
     size = len(text.encode("utf-8", "replace")) if isinstance(text, str) else _LONGEST + 1
     if size > _LONGEST:
         raise ValueError(f"its {name} is not a text of at most {_LONGEST} bytes")
@@ -199,7 +201,10 @@ def _size(text: Any, name: str) -> int:
 
 
 def _longest_replacement(table: Any) -> int:
-    """The bytes of the longest text in SentencePiece's table of characters: a trie, its size before it, and texts."""
+    """Return the bytes of the longest replacement in a SentencePiece character table.
+
+    The table consists of the size of a trie, the trie, and the replacements, each terminated by NUL.
+    """
     try:
         raw = base64.b64decode(table, validate=True)
         texts = raw[4 + int.from_bytes(raw[:4], "little") :]
@@ -208,7 +213,7 @@ def _longest_replacement(table: Any) -> int:
         texts = b""
     longest = max(map(len, texts.split(b"\0")))
     if not texts.endswith(b"\0") or longest > _LONGEST:
-        raise ValueError("its precompiled_charsmap is damaged, or makes long texts of characters")
+        raise ValueError("its precompiled_charsmap is damaged, or has replacements that are too long")
     return max(1, longest)
 
 
@@ -219,4 +224,4 @@ def _check_template(step: dict[str, Any]) -> None:
         pieces = pieces if isinstance(pieces, list) else [None] * (_STEPS + 1)
         texts = sum(isinstance(piece, dict) and "Sequence" in piece for piece in pieces)
         if len(pieces) > _STEPS or texts > most:
-            raise ValueError(f"its template {name!r} is no short list with the text once")
+            raise ValueError(f"its template {name!r} is too long or repeats the text")

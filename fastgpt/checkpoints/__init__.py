@@ -1,1 +1,1 @@
-"""Checkpoints in the native and in Hugging Face formats."""
+"""Checkpoints in the native format and in that of Hugging Face."""

@@ -1,8 +1,8 @@
-"""Hugging Face GPT-2 checkpoints, read and written: config.json and model.safetensors.
+"""Reading and writing of Hugging Face GPT-2 checkpoints: config.json and model.safetensors.
 
-The tensors keep their names, behind "transformer." or not. Two things differ from `fastgpt.model`: GPT-2's linear
-layers are "Conv1D" there, stored (in, out) instead of (out, in), and old checkpoints carry the causal mask as
-`attn.bias`. Weights are read from safetensors, else from pytorch_model.bin, whole or in shards.
+The tensors have the names of `fastgpt.model`, with or without the prefix "transformer.". Two things differ: linear
+layers of GPT-2 are "Conv1D", stored (in, out) instead of (out, in), and old checkpoints contain the causal mask as
+`attn.bias`. Weights are read from safetensors, else from pytorch_model.bin, in one file or in shards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastgpt.tokenizer import (
     byte_vocabulary,
 )
 
-# The models that were published (Radford et al. 2019), by their names on the Hub.
+# The published models (Radford et al. 2019), by their names on the Hub.
 GPT2_SIZES = {
     "gpt2": GPTConfig(50257, n_layer=12, n_head=12, n_embd=768),
     "gpt2-medium": GPTConfig(50257, n_layer=24, n_head=16, n_embd=1024),
@@ -43,18 +43,17 @@ GPT2_SIZES = {
 CONFIG = "config.json"
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
 _OWN_FILES = re.compile(r"config\.json|model\.safetensors|tokenizer(_config)?\.json")
-_SHOWN = 8  # names of tensors
+_SHOWN = 8  # names of tensors in a message
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 _CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 _MASKS = (".attn.bias", ".attn.masked_bias")
-_PREFIXES = re.compile(
-    r"((module|_orig_mod|transformer)\.)*"
-)  # of wrappers of PyTorch, and of the body beside a head
-_OWN = ("h.", "wte.", "wpe.", "ln_f.", "lm_head.")  # tensors of the model itself; others are of another head
+# Prefixes of PyTorch's wrappers, and of the body in a model with a head.
+_PREFIXES = re.compile(r"((module|_orig_mod|transformer)\.)*")
+_OWN = ("h.", "wte.", "wpe.", "ln_f.", "lm_head.")  # tensors of the model; others belong to another head
 
 _REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 
-# Options of GPT-2's configuration that change what is computed, with the value `fastgpt.model` computes.
+# Options of GPT-2 that change the computation, with the only values that `fastgpt.model` supports.
 _FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -82,7 +81,7 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
         options = read_json(directory / CONFIG)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{directory} holds no config.json, so it is no Hugging Face checkpoint"
+            f"no config.json in {directory}; give the directory of a Hugging Face checkpoint"
         ) from None
     config = _config(options, dropout, directory)
     weights = _weights(directory, config.tie_head)
@@ -90,17 +89,17 @@ def read_gpt2(name: str, dropout: float) -> tuple[GPTConfig, dict[str, Tensor]]:
 
 
 def checkpoint_directory(name: str) -> Path:
-    """Return the directory of a checkpoint; a name on the Hub is downloaded first."""
+    """Return the directory of a checkpoint, and download it first if the name is one on the Hub."""
     path = Path(name)
     if path.is_dir():
         return path
     if path.exists():
         raise FileNotFoundError(
-            f"{name} is a file and no checkpoint directory; a model is read from a directory with config.json and "
-            f"{_SAFETENSORS}, or from the directory of a run"
+            f"{name} is a file, not a checkpoint directory; give a directory with config.json and {_SAFETENSORS}, "
+            "or the directory of a run"
         )
     if not is_hub_name(name):
-        raise FileNotFoundError(f"there is no checkpoint directory {name}")
+        raise FileNotFoundError(f"checkpoint directory {name} does not exist")
     for kind in ("*.safetensors*", "*.bin*"):  # a repository may hold the weights in both
         path = download(name, (CONFIG, *TOKENIZER_FILES, kind), "directory")
         if any(path.glob(kind)):
@@ -111,31 +110,31 @@ def checkpoint_directory(name: str) -> Path:
 def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConfig:
     options = {"n_positions": options["n_ctx"]} | options if "n_ctx" in options else options
     if "model_type" not in options and all(name in options for name in _REQUIRED):
-        note(f"{directory / CONFIG} does not say model_type, as old ones do; its options are those of gpt2")
+        note(f"{directory / CONFIG} lacks model_type; assuming gpt2 from its other options")
         options = options | {"model_type": "gpt2"}
     if options.get("model_type") != "gpt2":
         raise ValueError(
-            f"{directory} holds a model of type {shown(options.get('model_type'))}; only 'gpt2' can be read"
+            f"{directory} contains a model of type {shown(options.get('model_type'))}; only 'gpt2' is supported"
         )
     for option, value in _FIXED.items():
         if options.get(option, value) != value:
             raise ValueError(
-                f"{directory} sets {option}={shown(options[option])}, which this GPT does not compute"
+                f"{directory} sets {option}={shown(options[option])}, which this GPT does not support"
             )
     absent = [option for option in _REQUIRED if option not in options]
     if absent:
-        raise ValueError(f"{directory / CONFIG} does not say {', '.join(absent)}")
+        raise ValueError(f"{directory / CONFIG} lacks {', '.join(absent)}")
     width = options["n_embd"]
     if type(width) is not int:
-        raise ValueError(f"{directory / CONFIG} does not say n_embd as an integer")
+        raise ValueError(f"n_embd in {directory / CONFIG} is not an integer")
     if options.get("n_inner") not in (None, 4 * width):
         raise ValueError(
-            f"{directory} sets n_inner={shown(options['n_inner'])}; this GPT's is 4 * n_embd = {4 * width}"
+            f"{directory} sets n_inner={shown(options['n_inner'])}; this GPT supports only 4 * n_embd = {4 * width}"
         )
     activation = options.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in _ACTIVATIONS:
         raise ValueError(
-            f"{directory} uses the activation {shown(activation)}; known are {', '.join(_ACTIVATIONS)}"
+            f"{directory} uses the activation {shown(activation)}; supported are {', '.join(_ACTIVATIONS)}"
         )
     return GPTConfig(
         vocab_size=options["vocab_size"],
@@ -151,7 +150,7 @@ def _config(options: dict[str, Any], dropout: float, directory: Path) -> GPTConf
 
 
 def _weights(directory: Path, tie_head: bool) -> dict[str, Tensor]:
-    """All tensors under the names and in the orientation of `fastgpt.model.GPT`."""
+    """Read all tensors, with the names and the orientation of `fastgpt.model.GPT`."""
     weights = {}
     for file in _weight_files(directory):
         for key, tensor in _tensors(file):
@@ -170,20 +169,20 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
                 for key in tensors.keys():  # noqa: SIM118 (no mapping)
                     yield key, tensors.get_tensor(key)
         except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+            raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
         return
     try:
         pickled = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes make of the unpickler
+    except Exception as error:  # damaged bytes may raise any exception in the unpickler
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{file} is not a whole file of PyTorch tensors: {reason[0]}") from None
+        raise ValueError(f"{file} is not a complete file of PyTorch tensors: {reason[0]}") from None
     if not isinstance(pickled, dict):
-        raise ValueError(f"{file} holds something else than named tensors")
+        raise ValueError(f"{file} contains something other than named tensors")
     for name, tensor in pickled.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-            raise ValueError(f"{file} holds something else than named tensors")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0
-            raise ValueError(f"{file} holds {name} in less memory than its shape takes")
+            raise ValueError(f"{file} contains something other than named tensors")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # has strides of 0
+            raise ValueError(f"{file} stores {name} in less memory than its shape needs")
         yield name, tensor
 
 
@@ -195,8 +194,8 @@ def _weight_files(directory: Path) -> list[Path]:
             if not isinstance(named, dict) or not all(
                 isinstance(shard, str) and shard.endswith(Path(whole).suffix) for shard in named.values()
             ):
-                raise ValueError(f"{index} is not the index of a checkpoint in shards")
-            # The files of a download from the Hub are links.
+                raise ValueError(f"{index} is not the index of a sharded checkpoint")
+            # Files downloaded from the Hub are symbolic links into a cache.
             files = [inside(directory, shard, links=True) for shard in sorted(set(named.values()))]
         elif (directory / whole).is_file():
             files = [directory / whole]
@@ -204,51 +203,55 @@ def _weight_files(directory: Path) -> list[Path]:
             continue
         for file in files:
             if not file.is_file():
-                raise FileNotFoundError(f"{directory} holds no {file.name}")
+                raise FileNotFoundError(f"{directory} lacks {file.name}")
         return files
-    raise FileNotFoundError(f"{directory} holds no {_SAFETENSORS}, and no {_PICKLE} either")
+    raise FileNotFoundError(f"{directory} contains neither {_SAFETENSORS} nor {_PICKLE}")
 
 
 def _checked(weights: dict[str, Tensor], config: GPTConfig, directory: Path) -> dict[str, Tensor]:
-    """The tensors of GPT(config), without those of other heads. Raises ValueError unless they are exactly those."""
+    """Return the tensors of GPT(config), without those of other heads.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or has another shape.
+    """
     wanted = parameter_shapes(config, len(weights), directory)
     odd = sorted(name for name in wanted.keys() ^ weights.keys() if name in wanted or name.startswith(_OWN))
     if odd:
-        verb = "lacks" if odd[0] in wanted else "holds"
+        verb = "lacks" if odd[0] in wanted else "has"
         raise ValueError(
-            f"{directory} {verb} the tensor {shown(odd[0])}, unlike the GPT-2 its config describes"
+            f"{directory} {verb} the tensor {shown(odd[0])}, unlike the GPT-2 in its config.json"
         )
     others = sorted(weights.keys() - wanted.keys())
     if others:
         more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         note(
-            f"{directory}: left out {', '.join(others[:_SHOWN])}{more}, tensors of a head that this GPT does not have"
+            f"{directory}: skipped {', '.join(others[:_SHOWN])}{more}, tensors of a head that this GPT lacks"
         )
     for name, shape in wanted.items():
         if tuple(weights[name].shape) != shape:
             raise ValueError(
-                f"{directory}: {name} has shape {tuple(weights[name].shape)}, its config says {shape}"
+                f"{directory}: {name} has shape {tuple(weights[name].shape)}, expected {shape} from its config.json"
             )
     return {name: weights[name] for name in wanted}
 
 
 def write_gpt2(model: GPT, directory: Path, tokenizer: Tokenizer | None) -> None:
-    """Write a GPT-2 checkpoint, which transformers' GPT2LMHeadModel loads with equal logits.
+    """Write a GPT-2 checkpoint that transformers' GPT2LMHeadModel loads, with equal logits.
 
-    Absent biases are written as 0, sinusoidal positions as learned ones, and the head beside the embedding.
-    AutoTokenizer reads the tokenizer, if one is given. The directory is complete or absent.
+    Missing biases are written as 0, and sinusoidal positions as learned ones, with an untied head. AutoTokenizer reads
+    the tokenizer if one is given. The directory is complete or absent.
 
     Raises:
-        ValueError: positions are rotary, which GPT-2 does not have, or the tokenizer has more tokens than the model.
+        ValueError: positions are rotary, which GPT-2 does not support, or the tokenizer has more tokens than the model.
         FileExistsError: the directory is not empty.
-        OSError: it cannot be written.
+        OSError: the directory cannot be written.
     """
     options = _options(model.config)
     if tokenizer is not None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer knows {tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}: "
-                "resize_token_embeddings first"
+                f"the tokenizer has {tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}; "
+                "call resize_token_embeddings first"
             )
         options["bos_token_id"] = options["eos_token_id"] = tokenizer.end_of_text
     check_outside_checkpoints(directory)
@@ -256,7 +259,7 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: Tokenizer | None) -> None
     writing = AtomicDirectory(directory, _OWN_FILES)
     temporary = writing.path
     try:
-        _check_empty(directory)  # another process may have written it meanwhile
+        _check_empty(directory)  # another process may have written to it before the lock
         (temporary / CONFIG).write_text(json.dumps(options, indent=2), "utf-8")
         write_tensors(temporary / _SAFETENSORS, _for_gpt2(model), metadata={"format": "pt"})
         if tokenizer is not None:
@@ -267,22 +270,21 @@ def write_gpt2(model: GPT, directory: Path, tokenizer: Tokenizer | None) -> None
     except OSError as error:
         writing.discard()
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"{directory} could not be written ({reason}); nothing of it remains") from error
+        raise OSError(f"{directory} could not be written ({reason}); no partial files remain") from error
     finally:
         writing.unlock()
 
 
 def _check_empty(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists already: remove it, or choose another directory")
+        raise FileExistsError(f"{directory} already exists; remove it, or choose another directory")
 
 
 def _options(config: GPTConfig) -> dict[str, Any]:
-    """config.json. Raises ValueError for what GPT-2 has no place for."""
+    """Return the contents of config.json. Raises ValueError for options that GPT-2 does not support."""
     if config.position == "rotary":
         raise ValueError(
-            "GPT-2 has no rotary positions, so no GPT-2 checkpoint can hold this model; "
-            "learned and sinusoidal positions can be written"
+            "GPT-2 does not support rotary positions; export a model with learned or sinusoidal positions"
         )
     activations = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     return {
@@ -304,10 +306,11 @@ def _options(config: GPTConfig) -> dict[str, Any]:
 
 
 def _for_gpt2(model: GPT) -> dict[str, Tensor]:
-    """The tensors of GPT2LMHeadModel: Conv1D turned, absent biases 0, sinusoidal positions as learned ones.
+    """Convert the state dict to that of GPT2LMHeadModel.
 
-    A sinusoidal model multiplies the embedding by sqrt(n_embd), which its head does not see: the embedding is
-    written multiplied, and the head beside it, untied. The sums are the same to the bit.
+    Conv1D weights are transposed, missing biases are 0, and sinusoidal positions become learned ones. A sinusoidal
+    model multiplies the embedding by sqrt(n_embd), but not the head: the embedding is written multiplied, and the head
+    separately, untied. The logits are bit-identical.
     """
     config, weights = model.config, {k: v.detach() for k, v in model.state_dict().items()}
     if config.position == "sinusoidal":
@@ -323,18 +326,18 @@ def _for_gpt2(model: GPT) -> dict[str, Tensor]:
             )
     named = {}
     for name, tensor in weights.items():
-        turned = tensor.T if name.endswith(_CONV1D) else tensor
-        named[name if name.startswith("lm_head") else f"transformer.{name}"] = turned.cpu().contiguous()
+        oriented = tensor.T if name.endswith(_CONV1D) else tensor
+        named[name if name.startswith("lm_head") else f"transformer.{name}"] = oriented.cpu().contiguous()
     return named
 
 
 def _write_tokenizer(tokenizer: Tokenizer, directory: Path, longest: int) -> None:
-    """tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+    """Write tokenizer.json and tokenizer_config.json for transformers' AutoTokenizer."""
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "model_max_length": longest,
-        "split_special_tokens": True,  # a text that spells <|endoftext|> does not end by it
+        "split_special_tokens": True,  # <|endoftext|> in a text is not a special token
     }
     if tokenizer.name == "bytes":
         (directory / FILE).write_text(_bytes_as_bpe(), "utf-8")
@@ -347,8 +350,9 @@ def _write_tokenizer(tokenizer: Tokenizer, directory: Path, longest: int) -> Non
 
 
 def _bytes_as_bpe() -> str:
-    """A tokenizer.json that gives the bytes of a text: byte-level BPE without merges. `load_tokenizer` knows it again;
-    that a NUL ends a text, transformers learns from config.json.
+    """Return a tokenizer.json for bytes: byte-level BPE without merges.
+
+    `load_tokenizer` recognizes it. config.json tells transformers that a NUL ends a text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Open the model at a path, whichever format it is in."""
+"""Loading of models in any supported format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt.tokenizer import Tokenizer, load_tokenizer
 
 
 def open_model(path: str | Path) -> tuple[GPT, Tokenizer]:
-    """Open a model, on the CPU, and its tokenizer.
+    """Load a model, on the CPU, and its tokenizer.
 
     Args:
         path: the directory of a run (`fastgpt train --out`) or of one of its checkpoints, a directory with a Hugging
@@ -27,7 +27,7 @@ def open_model(path: str | Path) -> tuple[GPT, Tokenizer]:
 
 
 def open_trained(path: str | Path) -> tuple[GPT, Tokenizer, dict[str, Any] | None]:
-    """Open a model as `open_model` does, with the options of the run that trained it; None for a Hugging Face GPT-2."""
+    """Load like `open_model`, with the options of the run that trained the model; None for a Hugging Face GPT-2."""
     path = checkpoint_directory(str(path))
     if not (path / CONFIG).is_file():
         opened = open_checkpoint(path)
@@ -38,7 +38,7 @@ def open_trained(path: str | Path) -> tuple[GPT, Tokenizer, dict[str, Any] | Non
     check_weights(model, path)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer in {path} knows {tokenizer.vocab_size} tokens, and the model "
-            f"{model.config.vocab_size}: they do not belong together"
+            f"the tokenizer in {path} has {tokenizer.vocab_size} tokens, and the model {model.config.vocab_size}; "
+            "use the tokenizer of this model"
         )
     return model, tokenizer, None

@@ -1,17 +1,18 @@
-"""Checkpoints that are whole or absent.
+"""Native checkpoints, complete or absent.
 
-    OUT/step-00000100/model.safetensors      the parameters, a tied head once
-                      optimizer.safetensors  the optimizers' moments, "<parameter>.<key>"
+    OUT/step-00000100/model.safetensors      the parameters; a tied head is stored once
+                      optimizer.safetensors  the optimizers' state, "<parameter>.<key>"
                       tokenizer.json
                       state.json             step, configurations, size and SHA-256 of the files above
 
-Of a sharded run (FSDP2) each process writes its rows of both, into `model-00001-of-00002.safetensors` and so on
-instead; any number of processes reads either kind. Random states are not kept: a step's follow from the seed and its
-number. A checkpoint may be from anybody: nothing in it is code, and only what state.json lists is read.
+In a sharded run (FSDP2) each process writes its rows of both, to `model-00001-of-00002.safetensors` and so on instead.
+Any number of processes can read either kind. Random states are not stored: those of a step follow from the seed and its
+number. A checkpoint may come from an untrusted source: it contains no code, and only files that state.json lists are
+read.
 
-All of it is written into a temporary sibling, flushed to the disk, and takes its name by one rename, which is
-atomic: a process killed while it saves, or a full disk, leaves the checkpoint before untouched. What such a
-death leaves behind is ignored and swept away by the next save.
+All files are written to a temporary sibling directory and flushed to disk; then the directory is renamed atomically. A
+process that is killed while it saves, or a full disk, leaves the previous checkpoint untouched. Temporary directories
+of killed processes are ignored, and the next save removes them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,44 +29,55 @@ import torch
 from torch import Tensor
 
 from fastgpt.atomic_io import AtomicDirectory, check_files, fingerprint
+from fastgpt.checkpoints.optimizer_state import named_state, sharded_like, state_keys
+from fastgpt.checkpoints.state_file import (
+    FORMAT,
+    STATE,
+    STEP_PREFIX,
+    expected_files,
+    options_of,
+    parts_of,
+    step_name,
+    step_of,
+    tensor_files,
+)
 from fastgpt.checkpoints.tensor_files import TensorFiles, write_tensors
 from fastgpt.distributed import DistributedContext, local
 from fastgpt.json_io import dumps, read_json, shown
 from fastgpt.model import GPT, GPTConfig
-from fastgpt.tokenizer import FILE, Tokenizer, load_tokenizer
+from fastgpt.tokenizer import Tokenizer, load_tokenizer
 
-KEEP = 2  # checkpoints that stay; the others are removed once a newer one is safe
-FORMAT = 2  # format 1 had no "parts", and pickles in what a sharded run wrote
-_STATE = "state.json"
-_PREFIX = "step-"
+KEEP = 2  # newest checkpoints that are not removed
 _TEMPORARY = ".writing-"
-_STEMS = ("model", "optimizer")
 _OWN = re.compile(r"(model|optimizer)(-\d{5}-of-\d{5})?\.safetensors|tokenizer\.json|state\.json")
-_OWN_OF_FORMAT_1 = re.compile(r"(model|optimizer)/(\.metadata|__\d+_\d+\.distcp)")
-_MOST_PARTS = 1 << 16
-_LONGEST_REASON = 500  # characters: a message may quote a name from the file
+_LONGEST_REASON = 500  # characters; a message may quote a long name from the file
 
 
 class CheckpointError(ValueError):
-    """There is no checkpoint, or it is not whole, or it is of another kind; the message says which."""
+    """Error for a checkpoint that is missing, incomplete, damaged or of another kind."""
 
 
 class StoredTensors(Protocol):
-    """Named tensors on the disk: `TensorFiles`, or `PickledParts` of format 1."""
+    """Named tensors on disk: `TensorFiles`, or `PickledParts` of format 1."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype | None]
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """One of them; the rows that this process holds of `like`, if that is sharded."""
+        """Read a tensor, or this process's rows of it if `like` is sharded."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files have been verified. The tensors are read on demand.
+    """A checkpoint with verified files. Tensors are read on demand.
 
-    options: those of the run that saved it; `training.config.trained_with` reads them.
-    parts: into how many files model and optimizer are cut each; None of a sharded one of format 1.
+    Attributes:
+        path: its directory.
+        step: number of optimizer steps.
+        options: options of the run that saved it; `training.config.trained_with` reads them.
+        model: configuration of the model.
+        extra: further state of the run.
+        parts: number of files per set of tensors; None for a sharded checkpoint of format 1.
     """
 
     path: Path
@@ -76,8 +88,10 @@ class Checkpoint:
     parts: int | None = 1
 
     def load_model(self) -> GPT:
-        """The model, on the CPU, in training mode. Raises CheckpointError before it is made if it is not that of the
-        tensors.
+        """Load the model, on the CPU, in training mode.
+
+        Raises:
+            CheckpointError: the tensors do not match the configuration; the model is then not allocated.
         """
         self._check_weights(self._stored("model"))
         model = GPT(self.model)
@@ -85,23 +99,22 @@ class Checkpoint:
         return model
 
     def load_weights(self, model: GPT) -> None:
-        """Copy the parameters into `model`, which may be sharded.
-
-        Raises CheckpointError if they are not those of its configuration.
-        """
+        """Copy the parameters into `model`, which may be sharded. Raises CheckpointError if they do not match."""
         stored = self._stored("model")
-        places = _parameters(model, self.model.tie_head)
-        _check_same("model", self.path, stored.shapes, {n: tuple(p.shape) for n, p in places.items()})
+        parameters = _parameters(model, self.model.tie_head)
+        _check_same("model", self.path, stored.shapes, {n: tuple(p.shape) for n, p in parameters.items()})
         with torch.no_grad():
-            for name, place in places.items():
-                local(place).copy_(self._read(stored, name, place))
+            for name, parameter in parameters.items():
+                local(parameter).copy_(self._read(stored, name, parameter))
 
     def load_training(self, model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Restore the state of the optimizers, so that training goes on bit for bit. One that has not taken a step, at
-        the beginning or because float16 overflowed in all of them, has none.
+        """Restore the state of the optimizers exactly.
 
-        Raises CheckpointError unless names, shapes and dtypes are those that the optimizers make themselves: their
-        fused kernels do not compare them.
+        An optimizer without any step so far has no state: at the start, or if float16 overflowed in every step.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes differ from the state that the optimizers create. This is checked
+                because their fused kernels do not check it.
         """
         stored = self._stored("optimizer")
         names = {parameter: name for name, parameter in model.named_parameters()}
@@ -109,7 +122,7 @@ class Checkpoint:
         states: list[tuple[torch.optim.Optimizer, Tensor, dict[str, str]]] = []
         for optimizer in optimizers:
             owned = [p for group in optimizer.param_groups for p in group["params"]]
-            keys = _state_keys(optimizer)
+            keys = state_keys(optimizer)
             if not any(f"{names[p]}.{key}" in stored.shapes for p in owned for key in keys):
                 continue
             for parameter in owned:
@@ -122,15 +135,15 @@ class Checkpoint:
                 counter = key == "step"
                 dtype = torch.float32 if counter else parameter.dtype
                 if stored.dtypes[entry] != dtype:
-                    raise CheckpointError(f"{self.path} holds {entry} in {stored.dtypes[entry]}, not {dtype}")
+                    raise CheckpointError(f"{self.path} has {entry} in {stored.dtypes[entry]}, not {dtype}")
                 tensor = self._read(stored, entry, None if counter else parameter)
                 if counter and not 0 <= tensor.item() < 1 << 53:
-                    raise CheckpointError(f"{self.path} says that {entry} is {tensor.item()}")
+                    raise CheckpointError(f"{self.path} has an invalid {entry}, {tensor.item()}")
                 tensor = tensor.to(parameter.device)
-                optimizer.state[parameter][key] = tensor if counter else _sharded_like(tensor, parameter)
+                optimizer.state[parameter][key] = tensor if counter else sharded_like(tensor, parameter)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model was trained with."""
+        """Load the tokenizer that the model was trained with."""
         return load_tokenizer(self.path)
 
     def _check_weights(self, stored: StoredTensors) -> None:
@@ -145,7 +158,7 @@ class Checkpoint:
                 from fastgpt.checkpoints.pickled_parts import PickledParts
 
                 return PickledParts(self.path / stem)
-            return TensorFiles([self.path / name for name in _file_names(stem, self.parts)])
+            return TensorFiles([self.path / name for name in tensor_files(stem, self.parts)])
         except ValueError as error:
             raise CheckpointError(str(error)) from None
 
@@ -157,45 +170,28 @@ class Checkpoint:
 
 
 def parameter_shapes(config: GPTConfig, tensors: int, source: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of GPT(config) by name, without making it.
+    """Return the shapes of the parameters of GPT(config) by name, without allocating them.
 
-    Raises CheckpointError for one of more layers than there are tensors in `source`, which would take for ever.
+    Raises CheckpointError if the model has more layers than `source` has tensors: building it could take too long.
     """
     if config.n_layer > tensors:
         raise CheckpointError(
-            f"{source} holds {tensors} tensors, which are not those of a model of {config.n_layer} layers"
+            f"{source} has {tensors} tensors, too few for a model of {config.n_layer} layers"
         )
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
 
 
 def _check_same(
-    what: str, path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+    kind: str, path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError unless the tensors of a checkpoint are those of the model or the optimizer."""
+    """Raise CheckpointError unless the tensors of a checkpoint match the model or the optimizer."""
     if odd := sorted(found.keys() ^ wanted.keys()):
-        verb = "holds" if odd[0] in found else "lacks"
-        raise CheckpointError(f"{path} does not fit the {what}: it {verb} {shown(odd[0])}")
+        verb = "has an unexpected" if odd[0] in found else "lacks"
+        raise CheckpointError(f"{path} does not match the {kind}: it {verb} {shown(odd[0])}")
     for name, shape in wanted.items():
         if found[name] != shape:
-            raise CheckpointError(f"{path} does not fit the {what}: {name} is {found[name]}, not {shape}")
-
-
-def _state_keys(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The names of what an optimizer keeps of each parameter, as `make_optimizers` makes it."""
-    if isinstance(optimizer, torch.optim.Muon):
-        return ("momentum_buffer",)
-    return ("step", "exp_avg", "exp_avg_sq")
-
-
-def _sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The rows of a moment that this process holds, as a tensor sharded like the parameter if that is sharded."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
-        return tensor
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(tensor, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+            raise CheckpointError(f"{path} does not match the {kind}: {name} is {found[name]}, not {shape}")
 
 
 def save(
@@ -210,37 +206,47 @@ def save(
     distributed: DistributedContext | None = None,
     best: int | None = None,
 ) -> Path:
-    """Write OUT/step-…, then remove all but the newest KEEP checkpoints and that of step `best`; return its path.
+    """Write OUT/step-..., and remove all but the newest KEEP checkpoints and that of step `best`.
 
-    All processes of a run call this. The main one writes, or all do where the model is sharded. A step that has been
-    saved already is left as it is.
+    All processes of a run call this function. The main process writes, or all processes if the model is sharded. A step
+    that was already saved is not written again.
 
     Args:
-        options: of the run; `training.config.trained_with` reads them.
-        extra: further state, anything that JSON can hold.
+        out: directory of the run.
+        step: number of optimizer steps.
+        model: the model.
+        optimizers: its optimizers.
+        tokenizer: its tokenizer.
+        options: options of the run; `training.config.trained_with` reads them.
+        extra: further state of the run, valid JSON.
+        distributed: the processes of the run; None for a single one.
+        best: step of a checkpoint that is not removed.
+
+    Returns:
+        The path of the checkpoint.
 
     Raises:
-        OSError: it cannot be written, for example to a full disk. Nothing of it remains then, and older checkpoints
-            are untouched.
+        OSError: it cannot be written, for example because the disk is full. No partial checkpoint remains, and older
+            checkpoints are untouched.
     """
     path = step_path(out, step)
     distributed = distributed or DistributedContext()
-    first = distributed.is_main
-    if distributed.all_reduce_sum(first and (path / _STATE).exists()) != [0]:
+    is_main = distributed.is_main
+    if distributed.all_reduce_sum(is_main and (path / STATE).exists()) != [0]:
         return path
     parts = distributed.world_size if distributed.sharded else 1
     writing: AtomicDirectory | None = None
     try:
         with distributed.raise_on_all_ranks():
-            if first:
+            if is_main:
                 sweep(out)
                 writing = AtomicDirectory(path, _OWN)
         tensors = {
             "model": _parameters(model, model.config.tie_head),
-            "optimizer": dict(_moments(model, optimizers)),
+            "optimizer": dict(named_state(model, optimizers)),
         }
         with distributed.raise_on_all_ranks():
-            if first or distributed.sharded:
+            if is_main or distributed.sharded:
                 _write_part(out / f"{_TEMPORARY}{path.name}", tensors, distributed.rank, parts)
         with distributed.raise_on_all_ranks():
             if writing is not None:
@@ -254,8 +260,8 @@ def save(
                     "extra": extra,
                     "files": {file.name: fingerprint(file) for file in sorted(writing.path.iterdir())},
                 }
-                (writing.path / _STATE).write_text(dumps(state, indent=2), "utf-8")
-                if path.exists():  # without a state: it was damaged, and is not ours to remove
+                (writing.path / STATE).write_text(dumps(state, indent=2), "utf-8")
+                if path.exists():  # it has no state.json, so it is damaged, and may contain files of the user
                     path.rename(out / f"{path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
                 writing.publish()
     except OSError as error:
@@ -267,7 +273,7 @@ def save(
     finally:
         if writing is not None:
             writing.unlock()
-    if first:
+    if is_main:
         for old in steps(out)[:-KEEP]:
             if best is None or old != step_path(out, best):
                 old.rename(out / f"{_TEMPORARY}{old.name}")
@@ -277,21 +283,26 @@ def save(
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`: a step's directory, or what `train --out` was given, and then its newest
-    step.
+    """Open a checkpoint and verify its files.
 
-    Every file that will be read is compared with the size and the SHA-256 in state.json, and must be listed there: that
-    shows damage, and does not show who wrote it. Raises CheckpointError where there is no checkpoint, or one that is
-    truncated, altered or foreign; the message names the newest whole one.
+    Size and SHA-256 of every file that is read are compared with state.json, which must list the file. This detects
+    damage; it does not authenticate the author.
+
+    Args:
+        path: directory of a step, or of a run (`train --out`); a run's newest step is opened.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is truncated, altered or foreign. The message contains the path
+            of the newest intact one.
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint directory {path}")
-    if (path / _STATE).exists():
+        raise CheckpointError(f"checkpoint directory {path} does not exist")
+    if (path / STATE).exists():
         return _open(path)
     found = steps(path)
     if not found:
-        raise CheckpointError(f"{path} holds no checkpoint")
+        raise CheckpointError(f"{path} contains no checkpoint")
     try:
         return _open(found[-1])
     except CheckpointError as error:
@@ -299,95 +310,55 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _instead_of(damaged: Path, older: Sequence[Path]) -> str:
-    """What can be used instead of a damaged checkpoint, and how."""
+    """Describe how to use an older checkpoint instead of a damaged one."""
     for path in older:
         try:
             _open(path)
         except CheckpointError:
             continue
-        return f"{path} is whole: to use it, move {damaged} to another place, or name {path} itself to load its model"
-    return "no older checkpoint is whole"
+        return f"{path} is intact; to use it, move {damaged} away, or give {path} to load its model"
+    return "no older checkpoint is intact"
 
 
 def _open(path: Path) -> Checkpoint:
-    """The checkpoint in a step's directory, verified."""
+    """Open the checkpoint in a step's directory, verified."""
     try:
-        state = read_json(path / _STATE)
-        parts = _parts(state)
-        check_files(path, state["files"], _expected_files(state, parts), _STATE)
+        state = read_json(path / STATE)
+        parts = parts_of(state)
+        check_files(path, state["files"], expected_files(state, parts), STATE)
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {error!r}") from None
+        raise CheckpointError(f"{path / STATE} is not the state of a checkpoint: {error!r}") from None
     try:
         return Checkpoint(
             path=path,
-            step=_step(state["step"], path),
-            options=_options(state["train"]),
+            step=step_of(state, path),
+            options=options_of(state),
             model=GPTConfig(**state["model"]),
             extra=dict(state["extra"]),
             parts=parts,
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)[:_LONGEST_REASON]
-        raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {reason}") from None
-
-
-def _parts(state: dict[str, Any]) -> int | None:
-    """Into how many files a checkpoint's tensors are cut; None where a sharded run of format 1 wrote them."""
-    if type(state["format"]) is not int or not 1 <= state["format"] <= FORMAT:
-        raise ValueError(
-            f"{_STATE} has format {shown(state['format'])}, and this version reads 1 and {FORMAT}"
-        )
-    if state["format"] == 1:
-        return None if "model/.metadata" in state["files"] else 1
-    parts = state["parts"]
-    if type(parts) is not int or not 1 <= parts <= _MOST_PARTS:
-        raise ValueError(f"{_STATE} says {shown(parts)} parts")
-    return parts
-
-
-def _options(found: Any) -> dict[str, Any]:
-    if not isinstance(found, dict):
-        raise ValueError(f"{_STATE} holds {shown(found)} instead of the options of a run")
-    return found
-
-
-def _expected_files(state: dict[str, Any], parts: int | None) -> set[str]:
-    """The names that `files` of state.json must list: those that will be read."""
-    if parts is None:
-        return {FILE, *(name for name in state["files"] if _OWN_OF_FORMAT_1.fullmatch(name))}
-    return {FILE, *(name for stem in _STEMS for name in _file_names(stem, parts))}
-
-
-def _file_names(stem: str, parts: int) -> list[str]:
-    if parts == 1:
-        return [f"{stem}.safetensors"]
-    return [f"{stem}-{part:05d}-of-{parts:05d}.safetensors" for part in range(1, parts + 1)]
-
-
-def _step(step: Any, path: Path) -> int:
-    """The number of the step, which the directory is named for unless it was renamed."""
-    if type(step) is not int or not 0 <= step < 1 << 53:
-        raise ValueError(f"{_STATE} says that the step is {shown(step)}")
-    if re.fullmatch(rf"{_PREFIX}\d{{8,}}", path.name) and path.name != step_path(path.parent, step).name:
-        raise ValueError(f"{_STATE} says that it is of step {step}")
-    return step
+        raise CheckpointError(f"{path / STATE} is not the state of a checkpoint: {reason}") from None
 
 
 def step_path(out: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
-    return out / f"{_PREFIX}{step:08d}"
+    """Return the path of a step's checkpoint, which need not exist."""
+    return out / step_name(step)
 
 
 def exists(out: Path) -> bool:
-    """Whether `train --out` has saved a checkpoint there."""
+    """Return True if a run has saved a checkpoint to its directory."""
     return bool(steps(out))
 
 
 def sweep(out: Path) -> None:
-    """Remove what is no checkpoint, or no longer one: what saves that died left, and what gave way."""
-    for leftover in out.glob(f"{_TEMPORARY}{_PREFIX}*"):  # others write there too: a data set, an export
+    """Remove the temporary directories of interrupted saves, and the checkpoints that newer ones replaced."""
+    for leftover in out.glob(
+        f"{_TEMPORARY}{STEP_PREFIX}*"
+    ):  # other temporary directories may exist beside them
         if leftover.is_symlink():
             leftover.unlink()
         else:
@@ -395,37 +366,29 @@ def sweep(out: Path) -> None:
 
 
 def steps(out: Path) -> list[Path]:
-    """The directories of complete checkpoints, the newest last."""
-    return sorted(path.parent for path in out.glob(f"{_PREFIX}*/{_STATE}"))
+    """List the directories of complete checkpoints, the newest last."""
+    return sorted(path.parent for path in out.glob(f"{STEP_PREFIX}*/{STATE}"))
 
 
 def check_weights(model: GPT, name: str | Path) -> None:
-    """Raise CheckpointError for a model on the CPU with weights that are NaN or infinite."""
+    """Raise CheckpointError if a weight of a model on the CPU is NaN or infinite."""
     for key, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise CheckpointError(
-                f"the weights of {name} cannot be used: {key} holds NaN or infinity, its training has diverged; "
-                "take an older checkpoint"
+                f"the weights of {name} cannot be used: {key} contains NaN or infinity, its training has diverged; "
+                "use an older checkpoint"
             )
 
 
 def _parameters(model: GPT, tied: bool) -> dict[str, Tensor]:
-    """The parameters by name, as one process holds them; a tied head is the embedding and left out."""
+    """Return this process's parameters by name; a tied head is left out, because the embedding is the same."""
     return {n: t for n, t in model.state_dict().items() if not (tied and n == "lm_head.weight")}
 
 
-def _moments(model: GPT, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
-        for parameter, state in optimizer.state.items():
-            for key, value in state.items():
-                yield f"{names[id(parameter)]}.{key}", value
-
-
 def _write_part(folder: Path, tensors: dict[str, dict[str, Tensor]], rank: int, parts: int) -> None:
-    """Write what one process holds of model and optimizer; what is not sharded, the first process does."""
+    """Write this process's rows of model and optimizer; the first process also writes unsharded tensors."""
     from torch.distributed.tensor import DTensor
 
     for stem, named in tensors.items():
-        kept = {n: local(t) for n, t in named.items() if rank == 0 or isinstance(t, DTensor)}
-        write_tensors(folder / _file_names(stem, parts)[rank], kept)
+        owned = {n: local(t) for n, t in named.items() if rank == 0 or isinstance(t, DTensor)}
+        write_tensors(folder / tensor_files(stem, parts)[rank], owned)

@@ -1,7 +1,7 @@
-"""Sharded checkpoints of format 1, which are no longer written: their list of tensors is a pickle.
+"""Reading of sharded checkpoints of format 1, whose list of tensors is a pickle.
 
-A pickle can run any code. Here it may name only what such a list is made of, and is then checked; the tensors PyTorch
-reads with weights_only=True.
+This format is no longer written. A pickle can run arbitrary code, so the unpickler accepts only the classes of such a
+list, and its contents are checked. PyTorch reads the tensors with weights_only=True.
 """
 
 from __future__ import annotations
@@ -40,15 +40,20 @@ class _Unpickler(pickle.Unpickler):
             if found is torch.Size or isinstance(found, torch.dtype):
                 return found
         if module.startswith("pathlib") and name in ("PosixPath", "WindowsPath"):
-            return PurePath  # where it was written, which nobody reads
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint")
+            return PurePath  # the original location, which is not used
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which does not belong in a checkpoint")
 
 
 class PickledParts:
-    """Named tensors, as in `TensorFiles`, from a directory that torch.distributed.checkpoint has written."""
+    """Named tensors, as in `TensorFiles`, from a directory written by torch.distributed.checkpoint."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ValueError for a malformed list, and for parts that do not make up the shape of their tensor."""
+        """Read the list of tensors.
+
+        Raises:
+            OSError: a file cannot be read.
+            ValueError: the list is malformed, or the parts of a tensor do not cover its shape.
+        """
         listed = directory / ".metadata"
         try:
             with listed.open("rb") as stream:
@@ -64,13 +69,18 @@ class PickledParts:
                 for name, facts in entries.items()
                 for c in facts.chunks
             }
-            for index, place in found.storage_data.items():
+            for index, storage in found.storage_data.items():
                 begin = tuple(index.offset or (0,) * len(self.shapes[index.fqn]))
                 size = sizes.pop((index.fqn, begin))
-                file = inside(directory, place.relative_path)
-                if not 0 <= int(place.offset) <= int(place.offset) + int(place.length) <= file.stat().st_size:
-                    raise ValueError(f"{index.fqn} lies outside of {file}")
-                chunk = (begin, size, file, int(place.offset), int(place.length))
+                file = inside(directory, storage.relative_path)
+                if (
+                    not 0
+                    <= int(storage.offset)
+                    <= int(storage.offset) + int(storage.length)
+                    <= file.stat().st_size
+                ):
+                    raise ValueError(f"{index.fqn} is outside of {file}")
+                chunk = (begin, size, file, int(storage.offset), int(storage.length))
                 self._chunks.setdefault(index.fqn, []).append(chunk)
             if sizes:
                 raise ValueError(f"{next(iter(sizes))[0]} is not stored")
@@ -79,11 +89,11 @@ class PickledParts:
                 _check_cover(name, self.shapes[name], self._chunks[name])
         except OSError:
             raise
-        except Exception as error:  # malformed bytes may raise any
+        except Exception as error:  # malformed bytes may raise any exception
             raise ValueError(f"{listed} is not the list of a sharded checkpoint: {one_line(error)}") from None
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """As `TensorFiles.read`."""
+        """Read a tensor like `TensorFiles.read`."""
         parts = []
         for _, size, file, offset, length in self._chunks[name]:
             with file.open("rb") as stream:
@@ -91,10 +101,10 @@ class PickledParts:
                 data = io.BytesIO(stream.read(length))
             try:
                 part = torch.load(data, map_location="cpu", weights_only=True)
-            except Exception as error:  # malformed bytes may raise any
-                raise ValueError(f"{file} does not hold {name}: {one_line(error)}") from None
+            except Exception as error:  # malformed bytes may raise any exception
+                raise ValueError(f"{file} does not contain {name}: {one_line(error)}") from None
             if not isinstance(part, Tensor) or tuple(part.shape) != size or part.dtype != self.dtypes[name]:
-                raise ValueError(f"{file} does not hold {name} as its list says")
+                raise ValueError(f"{file} does not contain {name} with the listed shape and dtype")
             parts.append(part)
         if not self.shapes[name]:
             return parts[0]
@@ -103,11 +113,11 @@ class PickledParts:
 
 
 def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Any]) -> None:
-    """Raise ValueError unless the chunks are all rows of the tensor, one behind the other."""
+    """Raise ValueError unless the chunks are consecutive and cover all rows of the tensor."""
     row = 0
     for begin, size, *_ in chunks:
         if shape and (begin[0] != row or any(begin[1:]) or size[1:] != shape[1:]):
-            raise ValueError(f"the parts of {name} do not fit")
+            raise ValueError(f"the parts of {name} do not cover its shape")
         row += size[0] if shape else 0
     if (shape and row != shape[0]) or (not shape and len(chunks) != 1):
-        raise ValueError(f"the parts of {name} do not fit")
+        raise ValueError(f"the parts of {name} do not cover its shape")

@@ -1,4 +1,4 @@
-"""Named tensors in safetensors files, whole or in parts: read one at a time, after their shapes are known."""
+"""Named tensors in safetensors files, complete or in parts; shapes are read first, tensors on demand."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class TensorFiles:
-    """The tensors of one or several safetensors files.
+    """Tensors of one or several safetensors files.
 
-    A tensor that several files have is their concatenation along the first dimension, in the order of the files: what
-    the processes of a sharded run wrote, of any number.
+    A tensor that occurs in several files is their concatenation along the first dimension, in the order of the files.
+    This is how the processes of a sharded run write it.
 
     Attributes:
-        shapes: of each tensor, by name.
-        dtypes: likewise; None for one that is not floating point.
+        shapes: shape of each tensor, by name.
+        dtypes: dtype of each tensor, by name; None if it is not floating point.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Read the headers, which safetensors compares with the sizes of the files.
+        """Read the headers; safetensors compares them with the sizes of the files.
 
-        Raises ValueError for a file that is damaged, and for parts that do not fit; OSError if one cannot be read.
+        Raises:
+            ValueError: a file is damaged, or parts of a tensor do not match.
+            OSError: a file cannot be read.
         """
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype | None] = {}
-        self._parts: dict[str, list[tuple[Path, int]]] = {}  # the files, and how many rows each has
+        self._parts: dict[str, list[tuple[Path, int]]] = {}  # files with their numbers of rows
         for file in files:
             for name, shape, dtype in _header(file):
                 rows = shape[0] if shape else 0
@@ -41,13 +43,16 @@ class TensorFiles:
                 else:
                     before = self.shapes[name]
                     if not shape or before[1:] != shape[1:] or self.dtypes[name] != dtype:
-                        raise ValueError(f"{file} does not fit the other parts: {name} is {shape} of {dtype}")
+                        raise ValueError(
+                            f"{file} does not match the other parts: {name} is {shape} of {dtype}"
+                        )
                     self.shapes[name] = (before[0] + rows, *shape[1:])
                 self._parts[name].append((file, rows))
 
     def read(self, name: str, like: Tensor | None = None) -> Tensor:
-        """A tensor on the CPU, of which only the part that this process holds of `like` if that is sharded and of the
-        same shape.
+        """Read a tensor to the CPU.
+
+        If `like` is sharded and has the same shape, only the rows that this process owns of it are read.
         """
         first, last = rows_of(self.shapes[name], like)
         read, begin = [], 0
@@ -78,11 +83,14 @@ def _header(file: Path) -> list[tuple[str, tuple[int, ...], torch.dtype | None]]
             views: list[tuple[str, Any]] = [(name, tensors.get_slice(name)) for name in tensors.keys()]  # noqa: SIM118
             return [(name, tuple(v.get_shape()), _DTYPES.get(v.get_dtype())) for name, v in views]
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from None
 
 
 def rows_of(shape: tuple[int, ...], like: Tensor | None) -> tuple[int, int]:
-    """The first row of what this process holds, and the one behind the last. FSDP2 cuts rows as torch.chunk does."""
+    """Return the first row that this process owns of `like`, and the end of its rows.
+
+    FSDP2 splits rows like torch.chunk.
+    """
     from torch.distributed.tensor import DTensor, Shard
 
     rows = shape[0] if shape else 0

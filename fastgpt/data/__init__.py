@@ -1,4 +1,4 @@
-"""Text in, batches out."""
+"""Datasets: reading, cleaning, tokenization, packing and batches."""
 
 from fastgpt.data.batches import Batch, Packed, Source, Stream, Tokens, batch, unigram_entropy, windows
 from fastgpt.data.corpus import HELD_OUT, Corpus, Loaded, load_corpus, load_documents, read_source, read_text

@@ -1,8 +1,8 @@
-"""BPE-dropout (Provilkov et al. 2020): the same words cut in other ways each time, as augmentation.
+"""BPE-dropout (Provilkov et al. 2020): random segmentations of the same words, as data augmentation.
 
-At every step of a word's encoding each possible merge is left out with probability p, and the best of the others is
-done. The package `tokenizers` can do so too, but draws from a generator that cannot be seeded; this one is in Python,
-slower, and a pure function of the seed.
+At every step of the encoding of a word, each possible merge is skipped with probability p, and the best remaining merge
+is applied. The package `tokenizers` also implements BPE-dropout, but its random generator cannot be seeded. This
+implementation in Python is slower, and a pure function of the seed.
 """
 
 from __future__ import annotations
@@ -19,30 +19,35 @@ from torch import Tensor
 from fastgpt.tokenizer import BPETokenizer, Tokenizer
 from fastgpt.tokenizer_json import guarded
 
-_LONGEST = 128  # characters of a word that are merged together; longer ones are cut
+_LONGEST = 128  # characters; longer words are split, because merging takes quadratic time
 
 
 class BPEDropout:
-    """Encodes with dropout what a byte-level `BPETokenizer` encodes without.
+    """Encoder with dropout for a byte-level `BPETokenizer`.
 
     Args:
-        tokenizer: whose merges are dropped.
-        rate: p in [0, 1]: 0 leaves out no merge, 1 all of them, so that single bytes remain.
+        tokenizer: the tokenizer whose merges are dropped.
+        rate: the probability p in [0, 1] of dropping a merge; 0 drops none, 1 drops all and leaves single bytes.
 
-    Raises ValueError for another rate, and for a tokenizer that has no merges of bytes.
+    Raises:
+        ValueError: the rate is outside [0, 1], or the tokenizer is not a byte-level BPE tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, rate: float) -> None:
         from tokenizers.pre_tokenizers import ByteLevel
 
         if not 0 <= rate <= 1:
-            raise ValueError(f"the rate of BPE-dropout must lie in [0, 1], not {rate}")
+            raise ValueError(f"the rate of BPE-dropout must be in [0, 1], not {rate}")
         model = json.loads(tokenizer.engine.to_str())["model"] if isinstance(tokenizer, BPETokenizer) else {}
         if model.get("type") != "BPE" or not set(ByteLevel.alphabet()) <= model["vocab"].keys():
-            raise ValueError(f"BPE-dropout needs a byte-level bpe tokenizer, not {tokenizer.name}")
+            raise ValueError(
+                f"BPE-dropout needs a byte-level bpe tokenizer, not {tokenizer.name}; use --tokenizer bpe"
+            )
         assert isinstance(tokenizer, BPETokenizer)
         if tokenizer.engine.pre_tokenizer is None:
-            raise ValueError("BPE-dropout needs a tokenizer that cuts a text into words")
+            raise ValueError(
+                "BPE-dropout needs a tokenizer that splits a text into words; use one with a pre-tokenizer"
+            )
         self._engine = tokenizer.engine
         self._rate = rate
         self._ids: dict[str, int] = model["vocab"]
@@ -52,7 +57,7 @@ class BPEDropout:
         }
 
     def encode(self, text: str, seed: str) -> Tensor:
-        """The ids of a text, (N,) int32: a pure function of the text, the rate and the seed."""
+        """Encode a text into ids, (N,) int32: a pure function of the text, the rate and the seed."""
         if self._engine.normalizer is not None:
             text = guarded(self._engine.normalizer.normalize_str, text)
         draw = random.Random(seed).random
@@ -62,7 +67,8 @@ class BPEDropout:
                 symbols = self._merged(list(word[start : start + _LONGEST]), draw)
                 if not self._ids.keys() >= set(symbols):
                     raise ValueError(
-                        "BPE-dropout needs a tokenizer whose words and merges are of bytes alone"
+                        "BPE-dropout needs a tokenizer whose vocabulary contains only bytes and their merges; "
+                        "use another tokenizer"
                     )
                 ids += (self._ids[symbol] for symbol in symbols)
         return torch.from_numpy(np.array(ids, np.int32))

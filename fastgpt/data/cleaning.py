@@ -1,8 +1,8 @@
-"""Raw text to clean text, or to the reason why a document is dropped. Pure functions of the text.
+r"""Cleaning and filtering of raw text; every function is a pure function of the text.
 
-In this order: markup is stripped, line ends become \\n, control characters go, Unicode is normalized (of more than 30
-combining marks in a row the first 30 stay); then documents are dropped that are empty, too short, too long, or mostly
-repetition. Everything takes time in proportion to the text.
+The order is: strip markup, convert line ends to \n, remove control characters, normalize Unicode (at most 30
+consecutive combining marks are kept). Then documents are dropped that are empty, too short, too long, or mostly
+repetition. Time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -23,31 +23,41 @@ MARKUP = ("auto", "strip", "keep")
 REPETITION = ("auto", "gopher", "keep")
 DROPPED = ("empty", "too short", "too long", "repeated lines", "repeated paragraphs", "repeated phrases")
 
-# Gopher (Rae et al. 2021, table A1): the largest share of a document's characters, or of its lines, that may repeat.
+# Gopher (Rae et al. 2021, table A1): largest fraction of a document's characters, or of its lines, that may repeat.
 _LINES = 0.30
 _LINES_CHARACTERS = 0.20
 _MOST_COMMON = {2: 0.20, 3: 0.18, 4: 0.16}  # in the most common n-gram of words
-_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # in n-grams that stood before
-_FEWEST_WORDS = 50  # shorter documents, which Gopher has none of, repeat themselves by chance
+_REPEATED = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}  # in n-grams that occurred earlier
+_FEWEST_WORDS = 50  # shorter documents repeat by chance; Gopher's rules drop them for their length
 
-# Controls but tab and line feed, which other ends of lines become; the byte order mark; what is no character.
+# All controls except tab and line feed (other line ends are converted first), byte order marks, noncharacters.
 _LINE_END = re.compile("\r\n|[\r\v\f\x85\u2028\u2029]")
 _CONTROL = re.compile(
     "[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ud800-\udfff\ufdd0-\ufdef"
     + "".join(chr(plane * 0x10000 + last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
     + "]"
 )
-_TERMINAL = re.compile("\x1b\\[[0-?]*+[ -/]*+[@-~]")  # colours and the like (ECMA-48)
-_MARKS = 30  # in a row, of a stream-safe text (Unicode Standard Annex #15): more than any language has
-_LAST_MARK = 0x1FFFF  # there are none beyond
+_TERMINAL = re.compile("\x1b\\[[0-?]*+[ -/]*+[@-~]")  # escape sequences, such as colours (ECMA-48)
+_MARKS = 30  # limit of the Stream-Safe Text Format (Unicode Standard Annex #15); no language needs more
+_LAST_MARK = 0x1FFFF  # no combining mark has a larger code point
 _ASCII = {code: None for code in (*range(32), 127)} | {9: 9, 10: 10, 11: 10, 12: 10, 13: 10}
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What `clean` does. Raises ValueError for a choice that there is not.
+    """Options of `clean`.
 
-    The rules about repetition were found on prose; "auto" applies them to what is no program.
+    The rules for repetition were developed for prose; repetition="auto" skips them for programs.
+
+    Attributes:
+        normalization: one of NORMALIZATIONS.
+        markup: one of MARKUP.
+        min_chars: characters of the shortest document that is kept.
+        max_chars: characters of the longest document that is kept; None for no limit.
+        repetition: one of REPETITION.
+
+    Raises:
+        ValueError: a choice does not exist, or max_chars < min_chars.
     """
 
     normalization: str = "NFC"
@@ -65,11 +75,17 @@ class Rules:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if self.max_chars is not None and self.max_chars < self.min_chars:
-            raise ValueError(f"max_chars={self.max_chars} must not be below min_chars={self.min_chars}")
+            raise ValueError(f"max_chars={self.max_chars} must be at least min_chars={self.min_chars}")
 
 
 class Cleaned(NamedTuple):
-    """A clean text; what changed it, of "markup", "control" and "unicode"; why to drop it, of DROPPED, or None."""
+    """Result of `clean`.
+
+    Attributes:
+        text: the clean text.
+        changes: the steps that changed it, out of "markup", "control" and "unicode".
+        dropped: the reason for dropping it, one of DROPPED, or None.
+    """
 
     text: str
     changes: list[str]
@@ -77,7 +93,7 @@ class Cleaned(NamedTuple):
 
 
 def clean(text: str, rules: Rules) -> Cleaned:
-    """Clean a document, and judge what is left."""
+    """Clean a document, and decide whether to drop it."""
     changes = []
     if rules.markup == "strip" or (rules.markup == "auto" and is_markup(text)):
         before, text = text, strip_markup(text)
@@ -103,19 +119,24 @@ def _reason(text: str, rules: Rules) -> str | None:
 
 
 def strip_control(text: str) -> str:
-    """Text whose lines end in \\n, without control characters (tabs stay), terminal colours, byte order marks,
-    surrogates and noncharacters.
+    r"""Convert line ends to \n, and remove characters that are not text.
+
+    Removed are control characters except tabs, terminal escape sequences, byte order marks, surrogates and
+    noncharacters.
     """
     if "\x1b" in text:
         text = _TERMINAL.sub("", text)
-    if text.isascii():  # many times as fast
+    if text.isascii():  # translate is many times faster than the regular expressions
         return text.replace("\r\n", "\n").translate(_ASCII)
     return _CONTROL.sub("", _LINE_END.sub("\n", text))
 
 
 def _normalized(text: str, form: Any) -> str:
-    """Normalize a text, with at most _MARKS non-starters in a row: `normalize` sorts a run in quadratic time."""
-    # A longer run has a character at one of these places.
+    """Normalize a text after truncating runs of more than _MARKS non-starters.
+
+    `unicodedata.normalize` sorts such a run in quadratic time.
+    """
+    # Every run of more than _MARKS marks covers one of these positions.
     if not (text.isascii() or _marks()[1].isdisjoint(text[_MARKS :: _MARKS + 1])):
         text = _without_long_runs(text)
     return unicodedata.normalize(form, text)
@@ -124,17 +145,18 @@ def _normalized(text: str, form: Any) -> str:
 def _without_long_runs(text: str) -> str:
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     is_mark = _marks()[0][np.minimum(codes, _LAST_MARK)]
-    places = np.arange(len(codes), dtype=np.int32)
-    before = np.maximum.accumulate(
-        np.where(is_mark, np.int32(-1), places)
-    )  # the last starter up to each place
-    kept = places - before <= _MARKS
+    positions = np.arange(len(codes), dtype=np.int32)
+    last_starter = np.maximum.accumulate(np.where(is_mark, np.int32(-1), positions))
+    kept = positions - last_starter <= _MARKS
     return text if kept.all() else codes[kept].tobytes().decode("utf-32-le", "surrogatepass")
 
 
 @functools.cache
 def _marks() -> tuple[npt.NDArray[np.bool_], frozenset[str]]:
-    """Which code points up to _LAST_MARK are non-starters, characters that decompose to combining marks alone."""
+    """Return the non-starters up to _LAST_MARK, as a mask over code points and as a set.
+
+    Non-starters are characters that decompose to combining marks only.
+    """
     decomposed = [unicodedata.normalize("NFKD", chr(code)) for code in range(_LAST_MARK + 1)]
     is_mark = [all(map(unicodedata.combining, characters)) for characters in decomposed]
     return np.array(is_mark), frozenset(chr(code) for code, found in enumerate(is_mark) if found)
@@ -165,7 +187,7 @@ _FLAGS = {  # attributes that have no value
 }  # fmt: skip
 _DOCUMENT = re.compile(r"\s*(?:<!doctype\b|<html[\s>]|<\?xml\b)", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
-# Possessive, so that a text made of beginnings takes no longer than another.
+# Possessive quantifiers keep the time linear for texts that consist of unfinished tags.
 _ATTRIBUTE = r"\s++([\w:.-]++)(?:\s*+=\s*+(?:\"[^\"<]*+\"|'[^'<]*+'|[^\s\"'<>=`]++))?+"
 _ATTRIBUTES = re.compile(_ATTRIBUTE)
 _MARK = re.compile(
@@ -173,7 +195,7 @@ _MARK = re.compile(
 )
 _EMPTY_LINES = re.compile(r"\n(?:[ \t]*+\n){2,}+")
 _BEFORE_A_STRING = "\"'`"
-# A line as programs have it and prose has not: it ends like a statement or begins with a keyword.
+# A line that is typical of programs and rare in prose: it ends like a statement or begins with a keyword.
 _CODE_LINE = re.compile(
     r"^[ \t]*+(?:#include\b|@\w|(?:def|class|fn|func|function|public|private|static|import|from|return|const|let|var|"
     r"namespace|using|package)\b(?:.*[:;{(=.]|[ ]\w+$)|[\w.]++(?:\[[^]\n]*+\])?+ [-+*/|&]?= |[\w.]++\(.*\)$)|"
@@ -184,17 +206,17 @@ _CODE_SHARE = 0.1
 
 
 def is_program(text: str) -> bool:
-    """Whether at least a tenth of the lines that hold anything look like those of a program."""
+    """Return True if at least a tenth of the nonblank lines look like lines of a program."""
     lines = sum(1 for line in text.split("\n") if line and not line.isspace())
     return sum(1 for _ in _CODE_LINE.finditer(text)) >= _CODE_SHARE * max(1, lines)
 
 
 def is_markup(text: str) -> bool:
-    """Whether a text is HTML or XML, or holds remnants of it, and is no program.
+    """Return True for HTML or XML, or text with remnants of it, but not for programs.
 
-    It is where it begins as such a document. Otherwise a pair of HTML's tags, a lone one such as <br>, a comment or an
-    entity says so, unless a quote stands before it or the text is a program: `a < b`, `List<int>`, `#include <x>` and
-    the HTML in a program's strings are no markup.
+    A text is markup if it begins like an HTML or XML document. Otherwise it must contain a pair of HTML tags, a single
+    tag such as <br>, a comment or an entity, not preceded by a quote, and must not be a program: `a < b`, `List<int>`,
+    `#include <x>` and HTML in the strings of a program are not markup.
     """
     return bool(_DOCUMENT.match(text)) or (_has_remnant(text) and not is_program(text))
 
@@ -222,7 +244,7 @@ def _unquoted(pattern: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
 
 
 def _is_html(mark: re.Match[str]) -> bool:
-    """Whether what has the form of a tag is one of HTML's: in `a<b and c>d` the "attributes" have no values."""
+    """Return True if a match is an HTML tag; in `a<b and c>d` the "attributes" have no values."""
     name = mark[2].lower()
     return (name in _BLOCKS or name in _INLINE) and all(
         "=" in attribute[0] or attribute[1].lower() in _FLAGS for attribute in _ATTRIBUTES.finditer(mark[3])
@@ -230,45 +252,49 @@ def _is_html(mark: re.Match[str]) -> bool:
 
 
 def strip_markup(text: str) -> str:
-    """The text of HTML or XML: tags, comments, scripts and styles gone, entities decoded, block elements on lines of
-    their own. Of a text that does not begin as a document, only HTML's own tags go.
+    """Extract the text of HTML or XML.
+
+    Tags, comments, scripts and styles are removed, entities are decoded, and block elements start new lines. If the
+    text does not begin like an HTML or XML document, only HTML tags are removed.
     """
     whole = bool(_DOCUMENT.match(text))
     parts: list[str] = []
-    unclosed: set[str] = set()  # ends that the rest of the text lacks, not to be looked for again
-    place = 0
+    unclosed: set[str] = (
+        set()
+    )  # end patterns that the rest lacks: repeated searches would take quadratic time
+    position = 0
 
-    def upto(end: str) -> tuple[int, int] | None:
-        """Where what opened at `place` ends; None if it never does."""
-        found = None if end in unclosed else re.compile(end, re.IGNORECASE).search(text, place)
+    def find_end(pattern: str) -> tuple[int, int] | None:
+        """Return the span of the end of the element opened at `position`; None if it is not closed."""
+        found = None if pattern in unclosed else re.compile(pattern, re.IGNORECASE).search(text, position)
         if found is None:
-            unclosed.add(end)
+            unclosed.add(pattern)
         return found.span() if found else None
 
-    while mark := _MARK.search(text, place):
-        parts.append(_decoded(text[place : mark.start()]))
-        place = mark.end()
+    while mark := _MARK.search(text, position):
+        parts.append(_decoded(text[position : mark.start()]))
+        position = mark.end()
         name = (mark[2] or "").lower()
         if mark[0] == "<!--" or mark[0] == "<![CDATA[":
-            end = upto("-->" if mark[0] == "<!--" else r"\]\]>")
+            end = find_end("-->" if mark[0] == "<!--" else r"\]\]>")
             if end is None:
                 parts.append(mark[0])
             else:
                 if mark[0] == "<![CDATA[":
-                    parts.append(text[place : end[0]])
-                place = end[1]
+                    parts.append(text[position : end[0]])
+                position = end[1]
         elif not name or (not whole and not _is_html(mark)):
             parts.append("" if whole else mark[0])
         elif (
             name in _INVISIBLE
             and not mark[1]
             and not mark[0].endswith("/>")
-            and (end := upto(rf"</{name}\s*>"))
+            and (end := find_end(rf"</{name}\s*>"))
         ):
-            place = end[1]
+            position = end[1]
         elif name in _BLOCKS:
             parts.append("\n")
-    parts.append(_decoded(text[place:]))
+    parts.append(_decoded(text[position:]))
     return _EMPTY_LINES.sub("\n\n", "".join(parts)) if len(parts) > 1 else parts[0]
 
 
@@ -280,7 +306,7 @@ def _decoded(text: str) -> str:
 
 
 def repetition(text: str) -> str | None:
-    """Why a document is too repetitive by Gopher's rules, or None; one of fewer than 50 words never is."""
+    """Return why a document is too repetitive by Gopher's rules, or None; under 50 words it never is."""
     words = text.split()
     if len(words) < _FEWEST_WORDS:
         return None
@@ -292,7 +318,7 @@ def repetition(text: str) -> str | None:
 
 
 def _repeats(parts: Iterable[str]) -> bool:
-    """Whether too many parts, or too many characters of them, stood before in the same text."""
+    """Return True if too many parts, or too many of their characters, repeat earlier parts."""
     seen: set[str] = set()
     count = repeated = characters = repeated_characters = 0
     for part in parts:
@@ -320,19 +346,19 @@ def _repeats_phrases(words: list[str]) -> bool:
         _, first = np.unique(_ngrams(ids, n), return_index=True)
         again = np.ones(len(ids) - n + 1, bool)
         again[first] = False
-        # A word counts once, in however many repeated n-grams it stands.
+        # A word counts once, even if several repeated n-grams contain it.
         covered = np.cumsum(np.bincount(np.flatnonzero(again), minlength=len(ids) + 1))
         covered[n:] -= covered[:-n].copy()
         repeated = int(length[covered[:-1] > 0].sum())
         if repeated > share * total:
             return True
         if repeated <= min(_REPEATED.values()) * total:
-            return False  # longer n-grams that repeat lie within these
+            return False  # longer repeated n-grams are contained in these
     return False
 
 
 def _ngrams(ids: npt.NDArray[np.uint64], n: int) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of each n-gram, (len(ids) - n + 1,): a polynomial of the words' numbers, modulo 2^64."""
+    """Hash each n-gram to 64 bits, (len(ids) - n + 1,): a polynomial in the word ids modulo 2^64."""
     hashes = np.zeros(len(ids) - n + 1, np.uint64)
     for i in range(n):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - n + 1 + i]

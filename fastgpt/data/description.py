@@ -1,4 +1,4 @@
-"""What dataset.json and the arrays beside it may say. It is checked before it is used."""
+"""Format of dataset.json and of the arrays beside it, with the checks of both."""
 
 from __future__ import annotations
 
@@ -24,16 +24,23 @@ _NPY = re.compile(
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype of token ids below vocab_size in a shard."""
+    """Return the dtype of token ids below vocab_size in a shard."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def read_description(file: Path) -> dict[str, Any]:
-    """The facts in a dataset.json. Raises OSError and ValueError for a file that is not one."""
+    """Read and check a dataset.json.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not a description of a data set.
+    """
     facts = read_json(file)
     try:
         if "format" in facts and facts["format"] != FORMAT:
-            raise ValueError(f"it has format {shown(facts['format'])}, and this version reads {FORMAT}")
+            raise ValueError(
+                f"it has format {shown(facts['format'])}, and this version reads format {FORMAT}"
+            )
         _check(facts)
     except ValueError as error:
         raise ValueError(f"{file} is not the description of a data set: {error}") from None
@@ -51,7 +58,7 @@ def _check(facts: dict[str, Any]) -> None:
         *((name, dict) for name in ("report", "files", "splits")),
     ):
         if type(facts.get(name)) is not kind:
-            raise ValueError(f"there is no {name}, or it is of another type")
+            raise ValueError(f"{name} is missing or has the wrong type")
     if sorted(facts["splits"]) != sorted(SPLITS):
         raise ValueError(f"the splits are not {', '.join(SPLITS)}")
     for name, split in facts["splits"].items():
@@ -60,10 +67,10 @@ def _check(facts: dict[str, Any]) -> None:
             raise ValueError(f"the split {name!r} has no list of shards")
         for number, shard in enumerate(shards):
             if type(shard) is not dict or shard.get("name") != f"{name}-{number:05d}":
-                raise ValueError(f"shard {number} of the split {name!r} is not named so")
+                raise ValueError(f"shard {number} of the split {name!r} has an unexpected name")
         for count in ("tokens", "documents"):
             if _integer(split, count, 0, _MOST) != sum(_integer(shard, count, 1, _MOST) for shard in shards):
-                raise ValueError(f"the split {name!r} has not the {count} of its shards")
+                raise ValueError(f"{count} of the split {name!r} differs from the sum over its shards")
 
 
 def _integer(facts: dict[str, Any], name: str, least: int, most: int) -> int:
@@ -74,7 +81,12 @@ def _integer(facts: dict[str, Any], name: str, least: int, most: int) -> int:
 
 
 def map_array(file: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
-    """The array (count,) in a NumPy file, read when it is used. Raises OSError, and ValueError for another array."""
+    """Memory-map the array (count,) in a NumPy file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file contains another array.
+    """
     with file.open("rb") as stream:
         header = _NPY.match(stream.read(1 << 12))
         size = stream.seek(0, 2)
@@ -84,5 +96,5 @@ def map_array(file: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
         or int(header[2]) != count
         or size != header.end() + count * dtype.itemsize
     ):
-        raise ValueError(f"{file} does not hold {count:,} numbers of type {dtype}")
+        raise ValueError(f"{file} does not contain {count:,} numbers of type {dtype}")
     return np.memmap(file, dtype, "r", header.end(), (count,))

@@ -1,7 +1,7 @@
-"""Files as streams: compressed or not, standard input and pipes, and the files below a directory.
+"""Files as streams: compressed files, standard input, pipes, and the files below a directory.
 
-Compression is known by a file's first bytes, not by its name. Decompression is streamed, and a file that unpacks to
-more than 64 MiB and 200 times its size, as no text does, is refused.
+Compression is detected from the first bytes of a file, not from its name. Decompression is streamed. A file that
+expands to more than 64 MiB plus 200 times its size is refused, because no text compresses that well.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ STANDARD_INPUT = "-"
 COMPRESSED = (".gz", ".gzip", ".zst", ".zstd", ".bz2", ".xz")
 _GZIP, _ZSTANDARD, _BZIP2, _XZ = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_HEAD = 6  # bytes that tell a compressed file
-_FREE, _RATIO = 1 << 26, 200  # bytes that any file may unpack to, and those for each byte of it beyond
-_CHUNK = 1 << 12  # compressed bytes at once: Zstandard can make 100 MB of them
+_HEAD = 6  # bytes that identify the compression
+_FREE, _RATIO = 1 << 26, 200  # limit of the expansion: _FREE + _RATIO * (bytes read)
+_CHUNK = 1 << 12  # compressed bytes per read; Zstandard can expand them to 100 MB
 
 
 class NotTextError(ValueError):
-    """A file is not UTF-8 text; the message names it."""
+    """Error for a file that is not UTF-8 text; the message contains its name."""
 
 
 def name_of(source: str | Path) -> str:
-    """A file's name in messages."""
+    """Return the name of a source for messages."""
     return "standard input" if str(source) == STANDARD_INPUT else str(source)
 
 
 def can_be_read_once(source: str | Path) -> bool:
-    """Whether a source is a stream, as standard input and pipes are."""
+    """Return True if a source is a stream, such as standard input or a pipe."""
     if str(source) == STANDARD_INPUT:
         return True
     try:
@@ -50,49 +50,60 @@ def can_be_read_once(source: str | Path) -> bool:
 
 @contextlib.contextmanager
 def open_bytes(source: str | Path) -> Iterator[io.BufferedReader]:
-    """Open a file, a pipe, or "-" for reading, decompressed.
+    """Open a file, a pipe, or "-" (standard input) for reading, decompressed.
 
-    Raises FileNotFoundError and OSError for what cannot be read, ValueError for a damaged file, ImportError where a
-    package is missing.
+    Raises:
+        OSError: the source cannot be read (FileNotFoundError if it does not exist).
+        ValueError: the file is damaged.
+        ImportError: a package is missing.
     """
     name = name_of(source)
     with _open(source) as raw:
         head = b""
-        while len(head) < _HEAD and (more := raw.read(_HEAD - len(head))):  # a pipe may give less at once
+        while len(head) < _HEAD and (
+            more := raw.read(_HEAD - len(head))
+        ):  # a pipe may return fewer bytes per read
             head += more
         try:
             yield _decompressed(_Rejoined(head, raw), head, name)
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, _ZstandardError) as error:
-            raise ValueError(f"{name} is damaged or cut short: {error}") from None
+            raise ValueError(f"{name} is damaged or truncated: {error}") from None
 
 
 @contextlib.contextmanager
 def open_text(source: str | Path) -> Iterator[io.TextIOWrapper]:
-    """`open_bytes` as UTF-8 text with its line ends, without a byte order mark. Raises NotTextError for other text."""
+    """Open like `open_bytes`, as UTF-8 text without a byte order mark; line ends are unchanged.
+
+    Raises:
+        NotTextError: the text is not UTF-8.
+    """
     with open_bytes(source) as stream, text_of_stream(stream, name_of(source)) as text:
         yield text
 
 
 @contextlib.contextmanager
 def text_of_stream(stream: io.BufferedReader, name: str) -> Iterator[io.TextIOWrapper]:
-    """An open stream as `open_text` gives it."""
+    """Decode an open stream in the same way as `open_text`."""
     if stream.peek(2)[:2] in _UTF16:
-        raise NotTextError(f"{name} is not UTF-8 text but UTF-16; convert it: iconv -f UTF-16 -t UTF-8")
+        raise NotTextError(f"{name} is UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8")
     try:
         yield io.TextIOWrapper(stream, "utf-8-sig", newline="")
     except UnicodeDecodeError:
-        raise NotTextError(f"{name} is not UTF-8 text") from None
+        raise NotTextError(f"{name} is not UTF-8 text; convert it with iconv") from None
 
 
 def reason_of(error: ValueError, file: Path) -> str:
-    """What an error says about a file, without its name."""
+    """Return the message of an error without the file name at its start."""
     return str(error).removeprefix(f"{file}").lstrip(" ,:").removeprefix("is ")
 
 
 def walk(root: Path) -> tuple[list[Path], list[str]]:
-    """The files below a directory, and a line for all else: links are not followed, hidden names left out.
+    """List the files below a directory, and a line for each entry that is skipped.
 
-    Raises OSError where the directory itself cannot be read.
+    Links and hidden entries are skipped.
+
+    Raises:
+        OSError: the directory itself cannot be read.
     """
     files: list[Path] = []
     left_out: list[str] = []
@@ -117,7 +128,7 @@ def walk(root: Path) -> tuple[list[Path], list[str]]:
             elif path.is_symlink():
                 left_out.append(f"{path}: link")
             elif not path.is_file():
-                left_out.append(f"{path}: no regular file")
+                left_out.append(f"{path}: not a regular file")
             else:
                 files.append(path)
     return files, left_out
@@ -130,7 +141,7 @@ def _open(source: str | Path) -> contextlib.AbstractContextManager[BinaryIO]:
         return contextlib.nullcontext(sys.stdin.buffer)
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or directory {path}")
+        raise FileNotFoundError(f"file or directory {path} does not exist")
     try:
         return path.open("rb")
     except OSError as error:
@@ -141,20 +152,20 @@ def _decompressed(packed: _Rejoined, head: bytes, name: str) -> io.BufferedReade
     plain: Any = io.BufferedReader(cast(Any, packed))
     if head.startswith(_BZIP2) and not head[3:4].isdigit():
         return plain
-    ways: dict[bytes, Callable[[Any], Any]] = {
+    decompressors: dict[bytes, Callable[[Any], Any]] = {
         _GZIP: lambda stream: gzip.GzipFile(fileobj=stream),
         _BZIP2: bz2.BZ2File,
         _XZ: lzma.LZMAFile,
         _ZSTANDARD: lambda stream: _Zstandard(stream, name),
     }
-    for start, unpacked in ways.items():
+    for start, unpacked in decompressors.items():
         if head.startswith(start):
             return io.BufferedReader(cast(Any, _Bounded(unpacked(plain), packed, name)))
     return plain
 
 
 class _Bounded(io.RawIOBase):
-    """What a compressed stream unpacks to. Raises ValueError where that is out of proportion."""
+    """Decompressed stream that raises ValueError if it is implausibly larger than its input."""
 
     def __init__(self, unpacked: Any, packed: _Rejoined, name: str) -> None:
         self._unpacked, self._packed, self._name = unpacked, packed, name
@@ -171,20 +182,20 @@ class _Bounded(io.RawIOBase):
 
 
 def check_proportion(made: int, packed: int, name: str) -> None:
-    """Raise ValueError where some bytes of a file have given more than a text's redundancy explains."""
+    """Raise ValueError if `packed` bytes of a file have expanded to implausibly many bytes."""
     if made > _FREE + _RATIO * packed:
         raise ValueError(
-            f"{name} unpacks to more than {_RATIO} times its size, as no text does; "
-            "if it is to be read, decompress it before"
+            f"{name} expands to more than {_RATIO} times its size, which is implausible for text; "
+            "decompress it first to read it anyway"
         )
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream with its first bytes, which have been read, in front of it again."""
+    """Stream whose first bytes, already consumed for detection, are read again."""
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
         self._head, self._rest = head, rest
-        self.count = 0  # bytes that have been read
+        self.count = 0  # bytes returned so far
 
     def readable(self) -> bool:
         return True
@@ -204,22 +215,22 @@ class _Rejoined(io.RawIOBase):
 
 
 class _ZstandardError(Exception):
-    """Zstandard's data are damaged."""
+    """Error for damaged Zstandard data."""
 
 
 class _Zstandard(io.RawIOBase):
-    """A decompressed stream of Zstandard frames."""
+    """Decompressed stream of Zstandard frames."""
 
     def __init__(self, stream: io.BufferedReader, name: str) -> None:
         try:
             import zstandard
         except ImportError:
             raise ImportError(
-                f"{name} is compressed by Zstandard, which the package zstandard reads: pip install zstandard"
+                f"{name} is compressed with Zstandard, which needs the package zstandard: pip install zstandard"
             ) from None
         self._stream, self._error = stream, zstandard.ZstdError
         self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame: Any = None  # the open one
+        self._frame: Any = None  # the frame being read
         self._made, self._packed = b"", b""
 
     def readable(self) -> bool:
@@ -230,7 +241,7 @@ class _Zstandard(io.RawIOBase):
             self._packed = self._packed or self._stream.read1(_CHUNK)
             if not self._packed:
                 if self._frame is not None:
-                    raise EOFError("the compressed data end before their end marker")
+                    raise EOFError("the compressed data end before their end marker; copy the file again")
                 return 0
             self._frame = self._frame or self._new()
             try:

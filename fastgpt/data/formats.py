@@ -1,4 +1,4 @@
-"""Records of JSON Lines, JSON, CSV, TSV and Parquet files, one at a time, and the text in them."""
+"""Records of JSON Lines, JSON, CSV, TSV and Parquet files, read one at a time, and their texts."""
 
 from __future__ import annotations
 
@@ -37,30 +37,38 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class FormatError(ValueError):
-    """A file does not hold records of its format, or not under the wanted key; the message names it."""
+    """Error for a file that is not of its format, or has no text under the key; the message contains its name."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record, and where it is from; `problem` says why there is none. A plain one is a text without a key."""
+    """One record of a file.
 
-    place: str
+    Attributes:
+        location: file and line or record number, for messages.
+        value: the parsed value.
+        problem: the reason why there is no value, or None.
+        plain: True if the value is the text itself, not an object with keys.
+    """
+
+    location: str
     value: Any = None
     problem: str | None = None
     plain: bool = False
 
 
 def format_of(source: str | Path) -> str:
-    """The format that a file's name says, "text" for all others; compression does not matter."""
+    """Return the format that a file's name implies, else "text"; a suffix for compression is ignored."""
     suffixes = [suffix.lower() for suffix in Path(source).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return _SUFFIXES.get(suffixes[-1], TEXT) if suffixes else TEXT
 
 
-def sniffed(stream: io.BufferedReader) -> str:
-    """The format of a stream without a name: JSON Lines if its first line is a JSON object, JSON if it begins as an
-    array of them, else text.
+def sniff_format(stream: io.BufferedReader) -> str:
+    """Detect the format of a stream without a name.
+
+    It is JSON Lines if the first line is a JSON object, JSON if it begins like an array of objects, else text.
     """
     start = stream.peek(_CHUNK).removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"["):
@@ -69,13 +77,13 @@ def sniffed(stream: io.BufferedReader) -> str:
         line, ended, _ = start.partition(b"\n")
         with contextlib.suppress(ValueError, RecursionError):
             return JSON_LINES if isinstance(json.loads(line), dict) else TEXT
-        return TEXT if ended else JSON_LINES  # a first line that is longer than what has been read
+        return TEXT if ended else JSON_LINES  # the first line is longer than the buffer
     return TEXT
 
 
 def records_of_stream(stream: io.BufferedReader, name: str) -> Iterator[Record] | None:
-    """The records of a stream without a name; None if it is a text."""
-    kind = sniffed(stream)
+    """Read the records of a stream without a name; return None for text."""
+    kind = sniff_format(stream)
     if kind == TEXT:
         return None
     return json_lines(stream, name) if kind == JSON_LINES else _json_of_stream(stream, name)
@@ -87,9 +95,18 @@ def _json_of_stream(stream: io.BufferedReader, name: str) -> Iterator[Record]:
 
 
 def read_records(source: str | Path, kind: str, keys: Sequence[str] = ()) -> Iterator[Record]:
-    """The records of a file, decompressed; where it has the keys, and that saves reading, without others.
+    """Read the records of a file, decompressed.
 
-    Raises FormatError, NotTextError, OSError, and ImportError where a package is missing.
+    Args:
+        source: the file.
+        kind: its format.
+        keys: keys to read; a Parquet file that has them is read without its other columns.
+
+    Raises:
+        FormatError: the file is not of its format.
+        NotTextError: the file is not UTF-8 text.
+        OSError: the file cannot be read.
+        ImportError: a package is missing.
     """
     if kind == PARQUET:
         yield from _parquet(source, keys)
@@ -104,7 +121,7 @@ def read_records(source: str | Path, kind: str, keys: Sequence[str] = ()) -> Ite
 
 
 def text_of(record: Record, key: str) -> str | Record:
-    """The text under a key, "a.b" for {"a": {"b": text}}; or a record with the problem."""
+    """Return the text under a key ("a.b" for {"a": {"b": text}}), or a record with the problem."""
     if record.problem is not None:
         return record
     if record.plain:
@@ -115,48 +132,52 @@ def text_of(record: Record, key: str) -> str | Record:
             found = _nested(record.value, key)
         if isinstance(found, str):
             return found
-        return Record(record.place, problem=f"there is no text under {key!r}; {_hint(record.value)}")
+        return Record(record.location, problem=f"there is no text under {key!r}; {_hint(record.value)}")
     kind = type(record.value).__name__
     return Record(
-        record.place, problem=f"there is no text under {key!r}: the record is no object but a {kind}"
+        record.location,
+        problem=f"there is no text under {key!r}: the record is of type {kind}, not an object",
     )
 
 
 def json_lines(stream: io.BufferedReader, name: str) -> Iterator[Record]:
-    """A JSON value a line; blank lines are none."""
+    """Read one JSON value per line; blank lines are skipped."""
     number = 0
     while line := stream.readline(_LONGEST + 1):
         number += 1
-        place = f"{name}, line {number}"
+        location = f"{name}, line {number}"
         if len(line) > _LONGEST:
-            raise FormatError(f"{place} is longer than {_LONGEST >> 20} MiB")
+            raise FormatError(f"{location} is longer than {_LONGEST >> 20} MiB; split the text")
         if not line.strip():
             continue
         try:
-            yield Record(place, json.loads(line.decode("utf-8-sig")))
+            yield Record(location, json.loads(line.decode("utf-8-sig")))
         except (ValueError, RecursionError) as error:
-            yield Record(place, problem=f"not JSON ({error})")
+            yield Record(location, problem=f"not JSON ({error})")
 
 
 def json_values(stream: io.TextIOBase, name: str) -> Iterator[Record]:
-    """The values of a JSON array, a string among them as the text itself; or JSON values that follow one another."""
+    """Read the values of a JSON array, or a sequence of JSON values.
+
+    A string in an array is a text without a key.
+    """
     reader = _JSONReader(stream, name)
     array = reader.skip("[")
     number = 0
     while not (array and reader.skip("]")) and not reader.at_end():
         if array and number and not reader.skip(","):
-            raise FormatError(f"{name} is not JSON: after record {number} there is no comma")
+            raise FormatError(f"{name} is not JSON: record {number} is not followed by a comma")
         number += 1
         value = reader.value()
         yield Record(f"{name}, record {number}", value, plain=array and isinstance(value, str))
     if array and not reader.closed:
-        raise FormatError(f"{name} is not JSON: the array has no end; was it cut short?")
+        raise FormatError(f"{name} is not JSON: the array has no end; check whether the file is truncated")
     if not reader.at_end():
-        raise FormatError(f"{name} is not JSON: there is more after the array")
+        raise FormatError(f"{name} is not JSON: there is text after the array")
 
 
 class _JSONReader:
-    """The JSON values of a stream, one in memory at a time."""
+    """Reader of the JSON values of a stream, with one value in memory at a time."""
 
     def __init__(self, stream: io.TextIOBase, name: str) -> None:
         self._stream, self._name = stream, name
@@ -164,16 +185,16 @@ class _JSONReader:
         self._decode = json.JSONDecoder().raw_decode
         self.closed = False
 
-    def skip(self, sign: str) -> bool:
-        """Go past a sign if it comes next."""
-        if self.at_end() or self._text[self._at] != sign:
+    def skip(self, character: str) -> bool:
+        """Skip a character if it is the next one; return True if it was."""
+        if self.at_end() or self._text[self._at] != character:
             return False
         self._at += 1
-        self.closed = sign == "]"
+        self.closed = character == "]"
         return True
 
     def at_end(self) -> bool:
-        """Whether only white space is left."""
+        """Return True if only white space is left."""
         while True:
             self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
             if self._at < len(self._text):
@@ -183,7 +204,7 @@ class _JSONReader:
             self._read()
 
     def value(self) -> Any:
-        """The next value."""
+        """Parse the next value."""
         self.at_end()
         while True:
             try:
@@ -195,22 +216,22 @@ class _JSONReader:
                 if self._ended or isinstance(error, RecursionError):
                     raise FormatError(f"{self._name} is not JSON ({error})") from None
             if len(self._text) - self._at > _LONGEST:
-                raise FormatError(f"{self._name} holds a value longer than {_LONGEST >> 20} MiB")
+                raise FormatError(f"{self._name} contains a value longer than {_LONGEST >> 20} MiB; split it")
             self._read()
 
     def _read(self) -> None:
-        """Read as much again as there is, so that a long value is parsed a logarithmic number of times."""
+        """Double the buffer, so that a long value is parsed only a logarithmic number of times."""
         rest = self._text[self._at :]
         more = self._stream.read(max(_CHUNK, len(rest)))
         self._text, self._at, self._ended = rest + more, 0, not more
 
 
 def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
-    """The rows of a table with a header; a CSV file's columns may be parted by semicolons or tabs, too."""
+    """Read the rows of a table with a header; columns of a CSV file may be separated by semicolons or tabs, too."""
     csv.field_size_limit(_LONGEST)
     start = stream.readline(_CHUNK)
     delimiter = "\t" if kind == TSV else max(",;\t", key=_QUOTED.sub("", start).count)
-    size = 0  # of the record so far, which may have several lines
+    size = 0  # characters of the current record, which may span several lines
 
     def lines() -> Iterator[str]:
         nonlocal size
@@ -218,7 +239,7 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
         while line:
             size += len(line)
             if size > _LONGEST:
-                raise FormatError(f"{name} holds a record longer than {_LONGEST >> 20} MiB")
+                raise FormatError(f"{name} contains a record longer than {_LONGEST >> 20} MiB; split it")
             yield line
             line = stream.readline(_LONGEST + 1)
 
@@ -228,15 +249,17 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
     try:
         for row in rows:
             size = 0
-            place, line = f"{name}, line {line}", rows.line_num + 1
+            location, line = f"{name}, line {line}", rows.line_num + 1
             if not row:
                 continue
             if not header:
                 header = [column.strip() for column in row]
             elif len(row) > len(header):
-                yield Record(place, problem=f"there are {len(row)} fields, and {len(header)} columns")
+                yield Record(
+                    location, problem=f"it has {len(row)} fields and the header {len(header)} columns"
+                )
             else:
-                yield Record(place, dict(zip(header, row, strict=False)))
+                yield Record(location, dict(zip(header, row, strict=False)))
     except csv.Error as error:
         raise FormatError(f"{name}, line {rows.line_num}: {error}") from None
 
@@ -244,13 +267,13 @@ def _table(stream: io.TextIOBase, name: str, kind: str) -> Iterator[Record]:
 def _parquet(source: str | Path, keys: Sequence[str]) -> Iterator[Record]:
     name = name_of(source)
     if can_be_read_once(source):
-        raise ValueError(f"{name}: a Parquet file cannot be read from a stream; give the name of a file")
+        raise ValueError(f"{name} is a stream, and Parquet needs random access; give the name of a file")
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise ImportError(
-            f"{name}: Parquet files are read by the package pyarrow: pip install pyarrow"
+            f"{name} is a Parquet file, which needs the package pyarrow: pip install pyarrow"
         ) from None
     number = made = 0
     size = Path(source).stat().st_size
@@ -259,24 +282,23 @@ def _parquet(source: str | Path, keys: Sequence[str]) -> Iterator[Record]:
             names = file.schema_arrow.names
             columns = [key if key in names else key.partition(".")[0] for key in keys]
             wanted = columns if columns and set(columns) <= set(names) else None
-            # One at a time: a row of a few bytes may be a long text, which all rows share in the file.
+            # One row at a time: the file may store one long text for many rows, and each row expands it.
             for batch in file.iter_batches(batch_size=1, columns=wanted):
                 number, made = number + 1, made + batch.nbytes
                 if batch.nbytes > _LONGEST:
-                    raise FormatError(f"{name}, record {number} is longer than {_LONGEST >> 20} MiB")
+                    raise FormatError(
+                        f"{name}, record {number} is longer than {_LONGEST >> 20} MiB; split it"
+                    )
                 check_proportion(made, size, name)
                 try:
                     (row,) = batch.to_pylist()
-                except (
-                    ValueError,
-                    OverflowError,
-                ) as error:  # bytes that are not UTF-8, a date beyond Python's
+                except (ValueError, OverflowError) as error:  # invalid UTF-8, or a date out of Python's range
                     raise FormatError(
                         f"{name}, record {number} cannot be read: {_first_line(error)}"
                     ) from None
                 yield Record(f"{name}, record {number}", row)
     except (ArrowException, OSError) as error:
-        raise FormatError(f"{name} is not a whole Parquet file: {_first_line(error)}") from None
+        raise FormatError(f"{name} is not a complete Parquet file: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
@@ -295,15 +317,15 @@ def _nested(value: Any, key: str) -> Any:
 
 
 def _hint(record: dict[Any, Any]) -> str:
-    """The keys that a text is under, for a message."""
+    """Describe the keys that have a text, for a message."""
     keys = list(_text_keys(record))
     if not keys:
-        return "no key has a text; the keys are " + listed([str(key) for key in record])
-    return f"the keys with a text are {listed(keys)}; name one with --text-key"
+        return "no key has a text; the keys are " + list_keys([str(key) for key in record])
+    return f"the keys with a text are {list_keys(keys)}; name one with --text-key"
 
 
-def listed(keys: list[str]) -> str:
-    """Keys for a message, not too many."""
+def list_keys(keys: list[str]) -> str:
+    """Format at most _SHOWN_KEYS keys for a message."""
     more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
     return (", ".join(map(shown, keys[:_SHOWN_KEYS])) or "none") + more
 

@@ -1,12 +1,12 @@
-"""Documents packed into blocks of one length, none cut that fits, next to nothing wasted.
+"""Packing of documents into blocks of one length, with few cuts and little padding.
 
-A document of n tokens has n - 1 places to learn at: there the token is the input, and the next one the target. The
-places of a longer document than a block are cut into pieces of a block's length, the last one shorter. All pieces then
-go into blocks by best fit, the longest first (best-fit decreasing; for training language models: Ding et al. 2024,
-"Fewer Truncations Improve Language Modeling"). What a block has left is filled with places that do not count.
+A document of n tokens has n - 1 positions, each with a token as the input and the next one as the target. Documents
+with more positions than a block are cut into pieces of a block's length, the last one shorter. All pieces are assigned
+to blocks by best-fit decreasing (for language models: Ding et al. 2024, "Fewer Truncations Improve Language Modeling").
+The rest of a block is padding that does not count towards the loss.
 
-Pieces of a block do not see each other, so that it does not matter which ones share it: blocks are packed once, and
-shuffled anew in each epoch.
+Pieces do not attend to each other, so it does not matter which ones share a block. Blocks are therefore packed once,
+and only their order is shuffled in each epoch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-PACKINGS = ("auto", "documents", "stream")  # how documents become batches
+PACKINGS = ("auto", "documents", "stream")  # choices of --packing
 Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Which pieces of the tokens each block holds.
+    """Assignment of pieces of documents to blocks.
 
-    first:  (blocks + 1,), block b holds the pieces first[b] to first[b + 1].
-    start:  (pieces,), where in the tokens a piece begins.
-    length: (pieces,), its places; it reads one token more, the last target.
+    Attributes:
+        block_size: positions per block.
+        first: (blocks + 1,) int64, block b contains pieces first[b] to first[b + 1] - 1.
+        start: (pieces,) int64, the first token of each piece.
+        length: (pieces,) int64, the positions of each piece; it reads one more token, the last target.
     """
 
     block_size: int
@@ -35,24 +37,28 @@ class Packing:
     length: Integers
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """Return the number of blocks."""
         return len(self.first) - 1
 
     def pieces(self, block: int) -> list[tuple[int, int]]:
-        """(start, length) of each piece of a block."""
+        """Return (start, length) of each piece of a block."""
         part = slice(self.first[block], self.first[block + 1])
         return list(zip(self.start[part].tolist(), self.length[part].tolist(), strict=True))
 
     @property
     def fill(self) -> float:
-        """The share of places that count."""
+        """Fraction of positions that are not padding."""
         return float(self.length.sum()) / max(1, len(self) * self.block_size)
 
 
 def pack(ends: Integers, block_size: int) -> Packing:
-    """Pack documents into blocks of block_size places; ends (documents,) says where in the tokens each one ends.
+    """Pack documents into blocks; a deterministic function of its arguments.
 
-    A document of a single token has nothing to predict and is left out. Always the same for the same documents.
+    A document with a single token has no target and is left out.
+
+    Args:
+        ends: (documents,), the end of each document in the tokens.
+        block_size: positions per block.
     """
     start, length = _cut(np.asarray(ends, dtype=np.int64), block_size)
     order = np.argsort(-length, kind="stable")
@@ -66,33 +72,35 @@ def pack(ends: Integers, block_size: int) -> Packing:
 
 
 def _cut(ends: Integers, block_size: int) -> tuple[Integers, Integers]:
-    """Start and length of the pieces of all documents, in their order."""
+    """Return start and length of the pieces of all documents, in their order."""
     begins = np.concatenate((np.zeros(1, dtype=np.int64), ends))[:-1]
-    places = np.maximum(ends - begins - 1, 0)
-    count = -(-places // block_size)
-    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)  # of a piece in its document
+    positions = np.maximum(ends - begins - 1, 0)
+    count = -(-positions // block_size)
+    number = np.arange(count.sum()) - np.repeat(
+        np.cumsum(count) - count, count
+    )  # index of a piece in its document
     start = np.repeat(begins, count) + number * block_size
-    return start, np.minimum(np.repeat(places, count) - number * block_size, block_size)
+    return start, np.minimum(np.repeat(positions, count) - number * block_size, block_size)
 
 
 def _best_fit(lengths: list[int], block_size: int) -> Integers:
-    """The block of each piece, for lengths in descending order."""
+    """Return the block of each piece, (pieces,) int64; `lengths` must be in descending order."""
     chosen = np.empty(len(lengths), dtype=np.int64)
-    roomy: list[list[int]] = [[] for _ in range(block_size + 1)]  # blocks by the places they have left
-    rooms = 0  # bit r is set where roomy[r] has a block: the least room that is enough is a shift and a lowest bit
+    by_room: list[list[int]] = [[] for _ in range(block_size + 1)]  # blocks by the number of free positions
+    rooms = 0  # bit r is set if by_room[r] is not empty; the best fit is the lowest bit after a shift
     blocks = 0
     for piece, length in enumerate(lengths):
         enough = rooms >> length
         if enough:
             room = length + (enough & -enough).bit_length() - 1
-            block = roomy[room].pop()
-            if not roomy[room]:
+            block = by_room[room].pop()
+            if not by_room[room]:
                 rooms &= ~(1 << room)
         else:
             room, block = block_size, blocks
             blocks += 1
         chosen[piece] = block
         if room > length:
-            roomy[room - length].append(block)
+            by_room[room - length].append(block)
             rooms |= 1 << (room - length)
     return chosen

@@ -1,7 +1,7 @@
-"""From raw text to token shards: read, clean, drop duplicates, hold out, encode, write; and a report of it all.
+"""Preparation of token shards: read, clean, remove duplicates, hold out, encode and write, with a report.
 
-Documents stream by. What grows with the corpus is a hash for each document, its signature if near duplicates are looked
-for, and where documents end in the open shard.
+Documents are streamed. Memory grows only with a hash per document, its signature if near duplicates are removed, and
+the ends of the documents in the open shard.
 """
 
 from __future__ import annotations
@@ -27,84 +27,94 @@ from fastgpt.options import TEXT_KEY, option
 from fastgpt.tokenizer import make_tokenizer
 from fastgpt.tokenizer_json import MOST_TOKENS
 
-_BATCH = 1 << 20  # characters that are encoded together, on all cores
-_SAMPLE_PIECE, _SAMPLE_PIECES = 1 << 12, 1 << 12  # characters, and how many of them the tokenizer learns from
-_HELD_OUT_OF_ONE = 0.1  # of a single document, its end
+_BATCH = 1 << 20  # characters per call of the tokenizer, which encodes on all cores
+_SAMPLE_PIECE, _SAMPLE_PIECES = 1 << 12, 1 << 12  # characters of a piece, and pieces of the sample
+_HELD_OUT_OF_ONE = 0.1  # fraction of a single document, at its end
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """All options of `fastgpt data` but its inputs. Raises ValueError for values that make no data set."""
+    """Options of `fastgpt data`, except its inputs.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
 
     out: str = option("out/data", "directory of the prepared data set")
-    overwrite: bool = option(False, "replace the data set that is there already, once the new one is whole")
+    overwrite: bool = option(False, "replacement of an existing data set, once the new one is complete")
 
     text_key: str = option("text", TEXT_KEY, aliases=("--text-field",))
-    separator: str = option(END_OF_TEXT, "the line between the documents of a text file")
-    skip_broken: bool = option(False, "leave out, and count, records without a text")
+    separator: str = option(END_OF_TEXT, "line between the documents of a text file")
+    skip_broken: bool = option(False, "skipping (and counting) of records without a text")
 
-    normalization: str = option("NFC", "of Unicode", NORMALIZATIONS)
-    markup: str = option("auto", "strip HTML and XML where a text holds it, always, or never", MARKUP)
-    min_chars: int = option(1, "characters of the shortest document")
-    max_chars: int | None = option(None, "characters of the longest document")
-    repetition: str = option("auto", "Gopher's rules for prose, for programs too, or for none", REPETITION)
-    exact_duplicates: bool = option(True, "drop documents that were there before")
+    normalization: str = option("NFC", "Unicode normalization form", NORMALIZATIONS)
+    markup: str = option("auto", "removal of HTML and XML: where detected, always, or never", MARKUP)
+    min_chars: int = option(1, "minimum characters per document")
+    max_chars: int | None = option(None, "maximum characters per document")
+    repetition: str = option(
+        "auto", "Gopher's repetition rules: for prose only, for all documents, or off", REPETITION
+    )
+    exact_duplicates: bool = option(True, "removal of exact duplicates")
     near_duplicates: float | None = option(
-        None, "drop documents that share so much of their five-word shingles (Jaccard) with one before: 0.8"
+        None, "removal of near duplicates: minimum Jaccard similarity of five-word shingles, such as 0.8"
     )
 
-    val_share: float = option(0.01, "share of the documents that is held out, by a hash of their text")
+    val_share: float = option(0.01, "fraction of the documents to hold out, chosen by a hash of their text")
     tokenizer: str = option(
-        "bpe", "bytes, bpe (learned from the data), a tokenizer.json, or a model of the Hub"
+        "bpe", "bytes, bpe (trained on the data), a tokenizer.json, or a model on the Hub"
     )
-    vocab_size: int = option(4096, "tokens that bpe learns")
-    bpe_dropout: float = option(
-        0.0, "rate at which merges are left out of the training split, as augmentation"
-    )
-    shard_tokens: int = option(SHARD_TOKENS, "tokens a shard")
-    seed: int = option(1337, "of the tokenizer's sample and of BPE-dropout")
+    vocab_size: int = option(4096, "vocabulary size of bpe")
+    bpe_dropout: float = option(0.0, "probability of dropping a merge in the training split, as augmentation")
+    shard_tokens: int = option(SHARD_TOKENS, "tokens per shard")
+    seed: int = option(1337, "random seed (tokenizer sample, BPE-dropout)")
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_share < 1:
-            raise ValueError(f"val_share must lie in [0, 1), not {self.val_share}")
+            raise ValueError(f"val_share must be in [0, 1), not {self.val_share}")
         if not 0 <= self.bpe_dropout <= 1:
-            raise ValueError(f"bpe_dropout must lie in [0, 1], not {self.bpe_dropout}")
+            raise ValueError(f"bpe_dropout must be in [0, 1], not {self.bpe_dropout}")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise ValueError(f"near_duplicates must lie in (0, 1], not {self.near_duplicates}")
+            raise ValueError(f"near_duplicates must be in (0, 1], not {self.near_duplicates}")
         if self.vocab_size > MOST_TOKENS:
             raise ValueError(f"vocab_size must be at most {MOST_TOKENS:,}, not {self.vocab_size:,}")
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens must be at least 1, not {self.shard_tokens}")
         if not self.separator or "\n" in self.separator:
-            raise ValueError("separator must be one line that is not empty")
+            raise ValueError("separator must be a single nonempty line")
         self.rules()
 
     def rules(self) -> Rules:
-        """The part that cleaning needs. Raises ValueError as `Rules` does."""
+        """Return the options of cleaning; raises ValueError like `Rules`."""
         return Rules(self.normalization, self.markup, self.min_chars, self.max_chars, self.repetition)
 
 
 class _Document(NamedTuple):
     text: str
-    key: bytes  # its digest
+    key: bytes  # digest of the text
 
 
 def prepare(inputs: Sequence[str], config: PrepareConfig) -> Report:
-    """Write the data set `config.out` from inputs as `Sources` takes them; the report is also in its dataset.json.
+    """Write the data set `config.out`; its dataset.json contains the report, too.
 
-    A document is held out if a hash of its text says so, whatever its place and the others; if none is, the one with
-    the smallest hash; of a single one, its last tenth.
+    A hash of its text decides whether a document is held out, independently of the other documents. If no document is
+    held out, the one with the smallest hash is. Of a single document, the last tenth is held out. After an error
+    nothing is written, and an existing data set stays.
 
-    Raises OSError and ValueError, in one sentence, for what cannot be read or is no text, where no document is left,
-    and for a full disk; then nothing is written, and what was there stays.
+    Args:
+        inputs: inputs as in `Sources`.
+        config: the options.
+
+    Raises:
+        OSError: an input cannot be read, or the disk is full.
+        ValueError: an input is not text, or no document is left.
     """
     started = time.perf_counter()
     check_destination(Path(config.out), config.overwrite)
     once = [name_of(source) for source in inputs if can_be_read_once(source)]
     if once and config.tokenizer == "bpe":
         raise ValueError(
-            f"{once[0]} can be read once, and --tokenizer bpe reads the text twice; take --tokenizer bytes or the path "
-            "of a tokenizer, or write the text to a file first"
+            f"{once[0]} can be read only once, and --tokenizer bpe reads the text twice; use --tokenizer bytes or "
+            "the path of a tokenizer, or write the text to a file first"
         )
     near = None if config.near_duplicates is None else NearDuplicates(config.near_duplicates)
     tokenizer = make_tokenizer(config.tokenizer, _sample(inputs, config), config.vocab_size)
@@ -135,16 +145,17 @@ def prepare(inputs: Sequence[str], config: PrepareConfig) -> Report:
                 count(report.tokens, split, len(ids) + 1)
 
         documents = _split(_kept(inputs, config, report, near), config.val_share)
-        with ThreadPoolExecutor(
-            1
-        ) as thread:  # `tokenizers` leaves the interpreter free to clean the next batch
+        # `tokenizers` releases the GIL, so that the next batch is cleaned during the encoding.
+        with ThreadPoolExecutor(1) as thread:
             writing = thread.submit(write, [])
             for batch in _batches(documents):
                 writing.result()
                 writing = thread.submit(write, batch)
             writing.result()
         if not report.documents:
-            raise ValueError(f"no document is left of {report.read} read{_reasons(report)}")
+            raise ValueError(
+                f"no document is left of {report.read} read{_reasons(report)}; relax the options, or give other inputs"
+            )
         report.seconds = time.perf_counter() - started
         writer.finish(report.as_dict())
     report.seconds = time.perf_counter() - started
@@ -152,12 +163,13 @@ def prepare(inputs: Sequence[str], config: PrepareConfig) -> Report:
 
 
 def _sample(inputs: Sequence[str], config: PrepareConfig) -> list[str]:
-    """Pieces of clean documents that are not held out, for bpe to learn from: all of a small corpus, and a fair sample
-    of bounded size of a large one (Vitter 1985, algorithm R).
+    """Sample pieces of clean training documents for the training of a BPE tokenizer.
+
+    The sample is all of a small corpus, and a uniform sample of bounded size of a large one (Vitter 1985, algorithm R).
     """
     if config.tokenizer != "bpe":
         return []
-    draw = random.Random(config.seed)
+    rng = random.Random(config.seed)
     pieces: list[str] = []
     seen = 0
     for document in _clean_documents(inputs, config, Report(config.out), "learning the tokenizer"):
@@ -168,18 +180,18 @@ def _sample(inputs: Sequence[str], config: PrepareConfig) -> list[str]:
             seen += 1
             if len(pieces) < _SAMPLE_PIECES:
                 pieces.append(piece)
-            elif (place := draw.randrange(seen)) < _SAMPLE_PIECES:
-                pieces[place] = piece
+            elif (index := rng.randrange(seen)) < _SAMPLE_PIECES:
+                pieces[index] = piece
     return pieces
 
 
 def _clean_documents(
-    inputs: Sequence[str], config: PrepareConfig, report: Report, doing: str
+    inputs: Sequence[str], config: PrepareConfig, report: Report, description: str
 ) -> Iterator[_Document]:
-    """The documents that cleaning leaves, counted."""
+    """Yield the documents that cleaning keeps, and count all of them in the report."""
     sources = Sources(inputs, config.text_key, config.separator, config.skip_broken, report)
     rules = config.rules()
-    bar = Progress(desc=doing, total=sources.size(), unit="B", unit_scale=True)
+    bar = Progress(desc=description, total=sources.size(), unit="B", unit_scale=True)
     with contextlib.closing(bar):
         for text in sources.documents():
             size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
@@ -198,7 +210,7 @@ def _clean_documents(
 def _kept(
     inputs: Sequence[str], config: PrepareConfig, report: Report, near: NearDuplicates | None
 ) -> Iterator[_Document]:
-    """The clean documents of which there was none before, counted."""
+    """Yield the clean documents that are not duplicates, and count all of them in the report."""
     exact = ExactDuplicates() if config.exact_duplicates else None
     for document in _clean_documents(inputs, config, report, "writing tokens"):
         if exact and exact.seen(document.key):
@@ -215,7 +227,10 @@ def _is_held_out(key: bytes, share: float) -> bool:
 
 
 def _split(documents: Iterable[_Document], share: float) -> Iterator[tuple[str, _Document]]:
-    """Each document with its split. Until one is held out, that with the smallest hash waits."""
+    """Yield each document with its split.
+
+    The training document with the smallest hash so far is delayed until another document is held out.
+    """
     waiting: _Document | None = None
     total, found = 0, share == 0
     for document in documents:
@@ -244,7 +259,7 @@ def _split(documents: Iterable[_Document], share: float) -> Iterator[tuple[str, 
 
 
 def _batches(documents: Iterable[tuple[str, _Document]]) -> Iterator[list[tuple[str, _Document]]]:
-    """Documents together, until they have _BATCH characters."""
+    """Group documents into batches of at least _BATCH characters."""
     batch: list[tuple[str, _Document]] = []
     size = 0
     for split, document in documents:

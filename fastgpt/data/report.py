@@ -1,4 +1,4 @@
-"""What became of the documents of a corpus, for people and for programs."""
+"""Report of the preparation of a data set, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 _SHOWN = 60  # characters of an example
-MOST_LINES = 100  # about files that were not read
+MOST_LINES = 100  # skipped files that are listed
 
 
 @dataclass
 class Report:
-    """read = kept + the sum of dropped.
+    """Counts of documents, tokens and time; read = kept + the sum of dropped.
 
     Attributes:
-        out: the data set's directory.
-        read, kept: documents.
-        bytes: of the documents read, in UTF-8.
-        changed: clean documents that were not so before, by what changed them.
-        dropped: documents by reason.
-        skipped: lines and files that gave no document, by reason.
-        left_out: of directories, each file, link and directory that was not read, with the reason.
-        examples: for each reason, the beginning of the first document, or where the first line or file is.
-        tokens, documents: by split, ends of text included.
-        vocab_size: tokens that the tokenizer knows.
-        seconds: of everything; learning_seconds: of those, until there was a tokenizer.
+        out: directory of the data set.
+        read: documents read.
+        kept: documents written.
+        bytes: UTF-8 bytes of the documents read.
+        changed: documents changed by cleaning, by kind of change.
+        dropped: documents dropped, by reason.
+        skipped: lines and files without a document, by reason.
+        left_out: a line for each file, link and directory that was skipped below a directory, with the reason.
+        examples: for each reason, the beginning of the first document, or the location of the first line or file.
+        tokens: tokens by split, ends of text included.
+        documents: documents by split.
+        vocab_size: size of the tokenizer's vocabulary.
+        seconds: total time.
+        learning_seconds: part of it until the tokenizer was ready.
     """
 
     out: str
@@ -44,27 +47,27 @@ class Report:
 
     @property
     def mb_per_second(self) -> float:
-        """10^6 bytes of text read a second of `seconds`."""
+        """Megabytes (10^6 bytes) of text read per second of `seconds`."""
         return self.bytes / 1e6 / self.seconds if self.seconds else 0.0
 
     def drop(self, reason: str, text: str) -> None:
-        """Count a document that is left out."""
+        """Count a dropped document."""
         count(self.dropped, reason)
         self.examples.setdefault(reason, repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…"))
 
-    def skip(self, reason: str, place: str) -> None:
-        """Count a line or file that is none."""
+    def skip(self, reason: str, location: str) -> None:
+        """Count a line or file without a document."""
         count(self.skipped, reason)
-        self.examples.setdefault(reason, place)
+        self.examples.setdefault(reason, location)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them, and the megabytes a second."""
+        """Return the fields and the megabytes per second as values for JSON."""
         return asdict(self) | {"mb_per_second": self.mb_per_second}
 
     def table(self) -> str:
-        """The report for people."""
+        """Format the report as a table."""
         rows = [("documents read", self.read, f"{self.bytes:,} bytes"), ("  kept", self.kept, "")]
-        rows += [(f"  changed: {what}", number, "") for what, number in sorted(self.changed.items())]
+        rows += [(f"  changed: {step}", number, "") for step, number in sorted(self.changed.items())]
         rows += [
             (f"  {verb}: {reason}", number, self.examples[reason])
             for verb, reasons in (("dropped", self.dropped), ("skipped", self.skipped))
@@ -82,12 +85,12 @@ class Report:
 
 
 def left_out_lines(left_out: list[str]) -> list[str]:
-    """A line for each file that was not read, and one for those beyond MOST_LINES."""
+    """Format a line for each of the first MOST_LINES skipped files, and one for the number of the others."""
     lines = [f"left out {entry}" for entry in left_out[:MOST_LINES]]
     more = len(left_out) - MOST_LINES
     return [*lines, f"left out {more:,} more"] if more > 0 else lines
 
 
-def count(counts: dict[str, int], what: str, number: int = 1) -> None:
-    """Add to a count that may not have begun."""
-    counts[what] = counts.get(what, 0) + number
+def count(counts: dict[str, int], key: str, number: int = 1) -> None:
+    """Add to a count that may not exist yet."""
+    counts[key] = counts.get(key, 0) + number

@@ -1,4 +1,4 @@
-"""Where documents come from, one at a time: files of text and records, directories, pipes, Hugging Face."""
+"""Sources of documents, read one at a time: text files, records, directories, pipes, Hugging Face data sets."""
 
 from __future__ import annotations
 
@@ -32,12 +32,10 @@ from fastgpt.data.formats import (
 )
 from fastgpt.data.report import Report
 
-LONGEST = (
-    1 << 22
-)  # characters of a text file that are one document at most; a longer one is cut behind a line end
-END_OF_TEXT = "<|endoftext|>"  # a line of its own between the documents of a text file
+LONGEST = 1 << 22  # characters of a document of a text file; a longer one is split after a line end
+END_OF_TEXT = "<|endoftext|>"  # line between the documents of a text file
 _HUGGING_FACE = "hf:"
-_SHOWN = 5  # files of a directory without one that is read
+_SHOWN = 5  # skipped files that an error message lists
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,10 @@ class Sources:
     Attributes:
         inputs: "stdlib", "hf:NAME", "hf:NAME:SPLIT" or "hf:NAME@REVISION:SPLIT", "-" for standard input, a directory,
             or a file: JSON Lines, JSON, CSV, TSV or Parquet by its name, else text; compressed or not.
-        text_key: the key or column of the text in records, "a.b" for one in another.
-        separator: the line between the documents of a text file.
-        skip_broken: leave out JSON lines without a text instead of ending there.
-        report: where lines and files that are left out are counted.
+        text_key: key or column of the text in records; "a.b" for a nested one.
+        separator: line between the documents of a text file.
+        skip_broken: skip records without a text instead of raising ValueError.
+        report: counts the skipped lines and files.
     """
 
     inputs: Sequence[str]
@@ -60,7 +58,7 @@ class Sources:
     report: Report
 
     def size(self) -> int | None:
-        """The bytes of all files, None where one input does not say."""
+        """Return the total size of the files in bytes, or None if that of one input is unknown."""
         if any(source.startswith(_HUGGING_FACE) or can_be_read_once(source) for source in self.inputs):
             return None
         files = [file for source in self.inputs for file in _files(source)[0]]
@@ -69,10 +67,14 @@ class Sources:
         return sum(file.stat().st_size for file in files)
 
     def documents(self) -> Iterator[str]:
-        """Every text, unclean. One document at a time is in memory, of a text file at most twice LONGEST characters.
+        """Yield every text, before cleaning, with one document in memory at a time.
 
-        A file that is named must be of its format and not empty; of a directory, other files are left out and reported,
-        hidden ones and links too. Raises OSError and ValueError, with the file's name and the line's number.
+        A document of a text file has at most twice LONGEST characters. A named file must be of its format and not
+        empty. In a directory, other files, hidden files and links are skipped and reported.
+
+        Raises:
+            OSError: an input cannot be read.
+            ValueError: an input is not of its format; the message contains the file's name and the line number.
         """
         for source in self.inputs:
             if source.startswith(_HUGGING_FACE):
@@ -99,7 +101,7 @@ class Sources:
                     self.report.left_out.append(f"{file}: {reason_of(error, file)}")
 
     def _stream(self, source: str) -> Iterator[str]:
-        """Standard input or a pipe, whose format shows in its beginning."""
+        """Read standard input or a pipe, and detect the format from the first bytes."""
         name = name_of(source)
         with open_bytes(source) as stream:
             if not stream.peek(1):
@@ -117,21 +119,21 @@ class Sources:
             with open_text(file) as text:
                 yield from _text_documents(text, str(file), self.separator if named else None)
         else:
-            # Below a directory a JSON file or a table may be about something else than texts.
+            # JSON files and tables of a directory often contain no texts.
             yield from self._texts(
                 read_records(file, kind, [self.text_key]), must_fit=not named and kind != JSON_LINES
             )
 
     def _texts(self, records: Iterator[Record], must_fit: bool = False) -> Iterator[str]:
-        """The texts of records; the first one must have a text where that decides whether the file is of use."""
+        """Yield the texts of records. With must_fit, raise FormatError if the first record has no text."""
         for record in records:
             text = text_of(record, self.text_key)
             if isinstance(text, str):
                 yield text
             elif must_fit:
-                raise FormatError(f"{text.place}: {text.problem}")
+                raise FormatError(f"{text.location}: {text.problem}")
             else:
-                yield from self._broken(f"{text.place}: {text.problem}")
+                yield from self._broken(f"{text.location}: {text.problem}")
             must_fit = False
 
     def _hugging_face(self, source: str) -> Iterator[str]:
@@ -139,33 +141,35 @@ class Sources:
             from datasets import load_dataset
         except ImportError:
             raise ImportError(
-                "Hugging Face data sets are read by the package datasets: pip install 'fastgpt[data]'"
+                "Hugging Face data sets need the package datasets: pip install 'fastgpt[data]'"
             ) from None
         name, _, split = source.removeprefix(_HUGGING_FACE).partition(":")
         revision = None
         if "@" in name and not Path(name).exists():
             name, _, revision = name.partition("@")
         if not name or revision == "":
-            raise ValueError("hf: names no data set; give hf:NAME, hf:NAME:SPLIT or hf:NAME@REVISION:SPLIT")
+            raise ValueError(
+                "hf: lacks the name of a data set; give hf:NAME, hf:NAME:SPLIT or hf:NAME@REVISION:SPLIT"
+            )
         try:
             records = load_dataset(name, split=split or "train", revision=revision, streaming=True)
             for number, record in enumerate(records, 1):
                 yield from self._texts(iter((Record(f"{source}, record {number}", record),)))
         except (OSError, ValueError):
             raise
-        except Exception as error:  # the package has many of its own
+        except Exception as error:  # the package defines many exceptions of its own
             raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
 
-    def _broken(self, sentence: str) -> Iterator[str]:
-        """Nothing, or the end: a line that gives no text."""
+    def _broken(self, message: str) -> Iterator[str]:
+        """Report a record without a text, or raise ValueError unless skip_broken is set; yield nothing."""
         if not self.skip_broken:
-            raise ValueError(f"{sentence}; --skip-broken leaves such lines out")
-        self.report.skip("broken line", sentence)
+            raise ValueError(f"{message}; give --skip-broken to skip such records")
+        self.report.skip("broken line", message)
         yield from ()
 
 
 def _files(source: str) -> tuple[list[Path], list[str]]:
-    """The files of an input, those of a directory ordered by `in_order_of_hash`, and a line for each file left out."""
+    """List the files of an input (of a directory by `in_order_of_hash`), and a line for each skipped file."""
     root = Path(sysconfig.get_path("stdlib") if source == "stdlib" else source)
     left_out: list[str] = []
     if source == "stdlib":
@@ -173,22 +177,22 @@ def _files(source: str) -> tuple[list[Path], list[str]]:
     elif root.is_dir():
         files, left_out = walk(root)
         if not files:
-            reasons = f"; left out: {', '.join(left_out[:_SHOWN])}" if left_out else ""
-            raise ValueError(f"{root} holds no files{reasons}")
+            reasons = f"; skipped: {', '.join(left_out[:_SHOWN])}" if left_out else ""
+            raise ValueError(f"{root} contains no files{reasons}")
     elif root.exists():
         return [root], []
     else:
-        raise FileNotFoundError(f"there is no file or directory {root}")
+        raise FileNotFoundError(f"file or directory {root} does not exist")
     return in_order_of_hash(root, files), left_out
 
 
 def _text_documents(text: io.TextIOBase, name: str, separator: str | None) -> Iterator[str]:
-    """The documents of a text, split at lines equal to `separator`; the whole text if it is None."""
+    """Split a text at lines equal to `separator`; None does not split."""
     lines: list[str] = []
     length = 0
     while line := text.readline(LONGEST):
         if "\0" in line:
-            raise NotTextError(f"{name} is not UTF-8 text: it holds a NUL")
+            raise NotTextError(f"{name} is not UTF-8 text: it contains a NUL character")
         ends = separator is not None and line.rstrip("\r\n") == separator
         if not ends:
             lines.append(line)

@@ -1,11 +1,12 @@
-"""Pretrained word vectors, from the text files of GloVe and fastText into a model's token embedding.
+"""Pretrained word vectors: text files of GloVe and fastText, copied into a model's token embedding.
 
     vectors = load_word_vectors("glove.6B.300d.txt", tokenizer.words())
     print(vectors.into(model, tokenizer.words()))  # how many words were found
 
-A line is a word and its D numbers, parted by spaces. fastText (and word2vec's text format) puts a line "count D" in
-front, GloVe none (https://fasttext.cc/docs/en/english-vectors.html, https://nlp.stanford.edu/projects/glove/). In
-glove.840B words have spaces in them (". . ."), so a line's last D fields are its numbers, what is before them its word.
+A line is a word and its D numbers, separated by spaces. fastText and word2vec's text format start with a line "count
+D", GloVe does not (https://fasttext.cc/docs/en/english-vectors.html, https://nlp.stanford.edu/projects/glove/). Words
+of glove.840B may contain spaces (". . ."): the last D fields of a line are its numbers, and everything before them is
+its word.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ _ZIP, _GZIP, _FASTTEXT_BINARY = b"PK\x03\x04", b"\x1f\x8b", b"\xba\x16\x4f\x2f"
 
 @dataclass(frozen=True)
 class Placed:
-    """What `WordVectors.into` did; prints as a sentence.
+    """Result of `WordVectors.into`; `str` formats it as a message.
 
-    found:      words of the vocabulary whose row was written.
-    missing:    the others; their rows are as they were.
-    vocabulary: both.
+    Attributes:
+        found: words of the vocabulary whose row was written.
+        missing: the other words; their rows are unchanged.
+        vocabulary: all words of the vocabulary.
     """
 
     found: int
@@ -45,28 +47,33 @@ class Placed:
         share = self.found / max(1, self.vocabulary)
         return (
             f"{self.found:,} of {self.vocabulary:,} words found ({share:.1%}), "
-            f"{self.missing:,} missing, which keep the rows they had"
+            f"{self.missing:,} missing (rows unchanged)"
         )
 
 
 @dataclass(frozen=True)
 class WordVectors:
-    """Words, each once, and their vectors: matrix (len(words), D) float32."""
+    """Words and their vectors.
+
+    Attributes:
+        words: the words, without duplicates.
+        matrix: (len(words), D) float32, their vectors.
+    """
 
     words: list[str]
     matrix: Tensor
 
     def into(self, model: nn.Module, vocabulary: Sequence[str]) -> Placed:
-        """Writes the vectors into the rows of a token embedding, in place; tied weights stay tied.
+        """Write the vectors into the rows of a token embedding, in place; tied weights stay tied.
 
         Args:
-            model: an `nn.Embedding`, a `fastgpt.model.GPT`, or a model with `get_input_embeddings` (transformers); its
-                embedding is as wide as the vectors, of any dtype and on any device.
-            vocabulary: the word of each token id, as `tokenizer.words()` gives them. Several ids may have the
-                same word. Rows beyond it are left as they are.
+            model: an `nn.Embedding`, a `fastgpt.model.GPT`, or a model with `get_input_embeddings` (transformers). The
+                width of its embedding must be that of the vectors; dtype and device are arbitrary.
+            vocabulary: the word of each token id, as from `tokenizer.words()`. Several ids may have the same word. Rows
+                beyond the vocabulary are unchanged.
 
         Returns:
-            The counts. Words without a vector keep the rows that they have.
+            The counts. Rows of words without a vector are unchanged.
 
         Raises:
             TypeError: the model has no token embedding that can be found, or vocabulary is one string.
@@ -76,20 +83,20 @@ class WordVectors:
         if isinstance(vocabulary, str):
             raise TypeError("vocabulary must be a sequence with one word a token id, got one string")
         if weight.is_meta:
-            raise ValueError("the embedding is on the meta device, without data; materialise the model first")
+            raise ValueError("the embedding is on the meta device, without data; materialize the model first")
         rows, width = weight.shape
         if width != self.matrix.shape[1]:
             raise ValueError(
-                f"the vectors have {self.matrix.shape[1]} numbers a word and the embedding is {width} wide; "
-                f"take vectors of {width} numbers or a model that is {self.matrix.shape[1]} wide"
+                f"the vectors have {self.matrix.shape[1]} dimensions and the embedding has {width}; "
+                f"use vectors of {width} dimensions or a model of width {self.matrix.shape[1]}"
             )
         if len(vocabulary) > rows:
             raise ValueError(
                 f"the vocabulary has {len(vocabulary)} words and the embedding {rows} rows; "
-                "is it the vocabulary of another model?"
+                "use the vocabulary of this model"
             )
-        places = {word: place for place, word in enumerate(self.words)}
-        pairs = [(row, places[word]) for row, word in enumerate(vocabulary) if word in places]
+        index = {word: i for i, word in enumerate(self.words)}
+        pairs = [(row, index[word]) for row, word in enumerate(vocabulary) if word in index]
         if pairs:
             ids, sources = torch.tensor(pairs).unbind(1)
             with torch.no_grad():
@@ -98,47 +105,45 @@ class WordVectors:
 
 
 def load_word_vectors(path: str | Path, words: Iterable[str] | None = None) -> WordVectors:
-    """The vectors in a text file of GloVe's or fastText's, which may be compressed by gzip.
+    """Load vectors from a text file of GloVe or fastText, optionally compressed with gzip.
 
-    The file is read as a stream, and of it only what is asked for is kept; when all words asked for are found, the
-    rest is not read. Of a word that stands in it twice the first vector counts. A word that is not UTF-8 has U+FFFD
-    in place of what cannot be read.
+    The file is streamed, and only the vectors of `words` are kept. Reading stops when all of them are found. The first
+    vector of a repeated word counts. Invalid UTF-8 in a word is replaced by U+FFFD.
 
     Args:
-        words: the words wanted, in any order; empty ones are no words. None for all that the file has.
+        path: the file.
+        words: the words to load, in any order; empty strings are ignored. None loads all words.
 
     Returns:
         The words in the file's order, and their vectors.
 
     Raises:
-        OSError: the file cannot be read; FileNotFoundError where there is none.
+        OSError: the file cannot be read (FileNotFoundError if it does not exist).
         TypeError: words is one string.
-        ValueError: the file is empty, cut short, or not of this format; a line lacks numbers or has others than
-            finite ones. The message names the line.
+        ValueError: the file is empty, truncated, or not of this format, or a line has too few or nonfinite numbers. The
+            message contains the line number.
     """
     path = Path(path)
     if isinstance(words, str):
-        raise TypeError(f"words must be several words, got the string {words!r}; write [{words!r}]")
+        raise TypeError(f"words must be a sequence of words, got the string {words!r}; use [{words!r}]")
     wanted = None if words is None else {word.encode("utf-8", "replace") for word in words if word}
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"file {path} does not exist")
     try:
         with path.open("rb") as file:
             return _read(_lines(_unpacked(file, path), path), path, wanted)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+        raise ValueError(f"{path} is damaged or truncated: {error}") from None
 
 
 def _unpacked(file: BinaryIO, path: Path) -> BinaryIO:
-    """The text of the file; what it is shows in its first bytes, whatever its name."""
+    """Return the text stream of a file; compression is detected from the first bytes, not from the name."""
     start = file.read(4)
     file.seek(0)
     if start == _ZIP:
-        raise ValueError(f"{path} is a zip archive; unpack it and name one of the files in it")
+        raise ValueError(f"{path} is a zip archive; unpack it and give one of its files")
     if start == _FASTTEXT_BINARY:
-        raise ValueError(
-            f"{path} is a binary model of fastText; take the text file of vectors (.vec) instead"
-        )
+        raise ValueError(f"{path} is a binary model of fastText; use the text file of vectors (.vec) instead")
     return gzip.GzipFile(fileobj=file) if start[:2] == _GZIP else file  # type: ignore[return-value]
 
 
@@ -159,14 +164,14 @@ def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> Word
     promised, size = _header(first[1])
     if promised is None:
         size = _width(first[1], path)
-    # Most lines are not asked for: their first field, up to a space, says so without taking them apart.
+    # The first field of a line is enough to reject most lines without splitting them.
     beginnings = None if wanted is None else {word.partition(b" ")[0] for word in wanted}
     numbers, found, count = array("f"), dict[bytes, None](), 0
     for number, line in numbered if promised is not None else chain([first], numbered):
         count += 1
         if line.count(b" ") < size:
-            have = f"there are {line.count(b' ') + 1} fields"
-            raise ValueError(f"{path}, line {number}: a word and {size} numbers are expected, {have}")
+            have = f"got {line.count(b' ') + 1} fields"
+            raise ValueError(f"{path}, line {number}: expected a word and {size} numbers, {have}")
         if beginnings is not None and line.partition(b" ")[0] not in beginnings:
             continue
         word, *fields = line.rsplit(b" ", size)
@@ -182,21 +187,22 @@ def _read(lines: Iterable[bytes], path: Path, wanted: set[bytes] | None) -> Word
     else:
         if promised is not None and count != promised:
             raise ValueError(
-                f"{path} promises {promised} words in its first line and has {count}; was it cut short?"
+                f"{path} has {count} words, and its first line promises {promised}; check whether it is truncated"
             )
     matrix = (
         torch.frombuffer(numbers, dtype=torch.float32).view(-1, size) if numbers else torch.empty(0, size)
     )
-    # Decoded, two words that are not UTF-8 may be the same: again the first counts.
-    places: dict[str, int] = {}
-    for place, word in enumerate(found):
-        places.setdefault(word.decode("utf-8", "replace"), place)
-    return WordVectors(list(places), matrix if len(places) == len(found) else matrix[list(places.values())])
+    # Two words with invalid UTF-8 may become equal when they are decoded: again the first one counts.
+    index: dict[str, int] = {}
+    for i, word in enumerate(found):
+        index.setdefault(word.decode("utf-8", "replace"), i)
+    return WordVectors(list(index), matrix if len(index) == len(found) else matrix[list(index.values())])
 
 
 def _lines_with_fields(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number, line) without its end and the file's byte order mark; empty ones left out. Only spaces part fields:
-    words may hold others.
+    """Yield (number, line) of nonempty lines, without line end and byte order mark.
+
+    Only spaces separate fields: words may contain other white space.
     """
     for number, line in enumerate(lines, 1):
         stripped = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip(b" \r\n")
@@ -205,7 +211,7 @@ def _lines_with_fields(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _header(line: bytes) -> tuple[int | None, int]:
-    """(count, D) of the line that fastText puts in front, or (None, 0)."""
+    """Parse the line "count D" at the start of fastText's files; return (None, 0) for another line."""
     fields = line.split(b" ")
     if len(fields) == 2 and all(field.isdigit() for field in fields) and int(fields[1]) > 0:
         return int(fields[0]), int(fields[1])
@@ -213,15 +219,15 @@ def _header(line: bytes) -> tuple[int | None, int]:
 
 
 def _width(line: bytes, path: Path) -> int:
-    """D of a file without a header: how many numbers its first line ends with."""
+    """Return D of a file without a header: the count of numbers at the end of its first line."""
     fields = line.split(b" ")
     width = 0
     while width < len(fields) - 1 and _is_number(fields[-1 - width]):
         width += 1
     if width == 0:
         raise ValueError(
-            f"{path}, line 1: a word and its numbers are expected, got {_shown(line)}; "
-            "is it a text file of word vectors?"
+            f"{path}, line 1: expected a word and its numbers, got {_shown(line)}; "
+            "give a text file of word vectors"
         )
     return width
 
@@ -231,7 +237,7 @@ def _is_number(field: bytes) -> bool:
         float(field)
     except ValueError:
         return False
-    return b"_" not in field  # 1_0 is a number in Python alone
+    return b"_" not in field  # Python alone accepts 1_0 as a number
 
 
 def _numbers(fields: list[bytes], word: bytes, number: int, path: Path) -> array[float]:
@@ -241,9 +247,11 @@ def _numbers(fields: list[bytes], word: bytes, number: int, path: Path) -> array
             raise ValueError
     except ValueError:
         wrong = next(field for field in fields if not _is_number(field))
-        raise ValueError(f"{path}, line {number}: {_shown(wrong)} of {_shown(word)} is no number") from None
+        raise ValueError(
+            f"{path}, line {number}: {_shown(wrong)} of {_shown(word)} is not a number"
+        ) from None
     if not all(map(math.isfinite, values)):
-        raise ValueError(f"{path}, line {number}: the vector of {_shown(word)} holds NaN or infinity")
+        raise ValueError(f"{path}, line {number}: the vector of {_shown(word)} contains NaN or infinity")
     return values
 
 
@@ -253,7 +261,7 @@ def _shown(field: bytes) -> str:
 
 
 def _token_embedding(model: Any) -> nn.Embedding:
-    """The embedding of the tokens: the model itself, what it calls its input embeddings, or a GPT's `wte`."""
+    """Return the token embedding: the model itself, its input embeddings, or a GPT's `wte`."""
     if isinstance(model, nn.Embedding):
         return model
     find = getattr(model, "get_input_embeddings", None)
@@ -261,5 +269,5 @@ def _token_embedding(model: Any) -> nn.Embedding:
     if isinstance(found, nn.Embedding):
         return found
     raise TypeError(
-        f"no token embedding is known of a {type(model).__name__}; give its nn.Embedding instead of the model"
+        f"cannot find the token embedding of a {type(model).__name__}; pass its nn.Embedding instead of the model"
     )

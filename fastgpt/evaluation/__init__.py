@@ -1,1 +1,1 @@
-"""Evaluation: perplexity, learning in context, tasks."""
+"""Evaluation: perplexity, in-context learning, tasks."""

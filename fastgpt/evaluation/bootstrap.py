@@ -21,15 +21,15 @@ class Estimate:
 
 
 def resampled_sums(statistics: Floats) -> Floats:
-    """Sum the rows of statistics (n, k), and of RESAMPLES resamples of n rows, always the same: (1 + RESAMPLES, k)."""
-    n, draw = len(statistics), np.random.default_rng(0)
+    """Sum the rows of statistics (n, k), and of RESAMPLES reproducible resamples: (1 + RESAMPLES, k)."""
+    n, rng = len(statistics), np.random.default_rng(0)
     counts = [np.ones(n, np.int64)]
-    counts += [np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]
+    counts += [np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)]
     return np.array([count @ statistics for count in counts])
 
 
 def estimates(values: Floats) -> list[Estimate]:
-    """Return the estimate of each column of values (1 + RESAMPLES, k): first the value itself, then its resamples."""
+    """Return the estimate of each column of values (1 + RESAMPLES, k): the value in row 0, then its resamples."""
     low, high = np.quantile(values[1:], (0.025, 0.975), axis=0)
     return [Estimate(*map(float, found)) for found in zip(values[0], low, high, strict=True)]
 

@@ -1,16 +1,15 @@
-"""How much a model learns from its context: `fastgpt eval --in-context`.
+"""In-context learning of a model: `fastgpt eval --in-context`.
 
-Three measurements, each with a 95 % interval:
+Three measurements, each with a 95% confidence interval:
 
-- the loss by position in the context, on a text: what every further token of context is worth;
-- the induction score (Olsson et al. 2022): a random word of n distinct tokens, twice; how often the most likely token
-  is the right one in the second pass, where copying what followed the first time is all it takes, and in the first,
-  where nothing helps;
-- k-shot accuracy on classes of functions (in the spirit of Garg et al. 2022): k examples x y of a function drawn from
-  the class, then x, and whether the most likely token is y.
+- loss by position in the context, on a text: the benefit of each further token of context; - induction score (Olsson et
+al. 2022): a random word of n distinct tokens, twice; the accuracy of the most likely token in the second pass, where
+copying the token after the previous occurrence is sufficient, and in the first pass, which is unpredictable; - k-shot
+accuracy on classes of functions (in the spirit of Garg et al. 2022): k examples x y of a random function of the class,
+then x; the accuracy of the most likely token as y.
 
-Tokens are drawn from an alphabet, the words of the model's tokenizer (`alphabet`), in which the most likely token is
-looked for, so that chance is one over its size.
+Tokens are drawn from an alphabet, the words of the model's tokenizer (`alphabet`). The most likely token is taken from
+the alphabet only, so that the accuracy of guessing is one over its size.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from fastgpt.json_io import finite
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 
-SEQUENCES = 256  # of each kind
-_AT_ONCE = 8192  # tokens a forward pass
-_LOGITS_AT_ONCE = 1 << 26  # of them, where the logits are needed
-_SYMBOLS = 8  # inputs that a function is defined on
+SEQUENCES = 256  # per measurement
+_AT_ONCE = 8192  # tokens per forward pass
+_LOGITS_AT_ONCE = 1 << 26  # logits per forward pass
+_SYMBOLS = 8  # size of the domain of a lookup function
 _Generator = np.random.Generator
 
 
 @dataclass(frozen=True)
 class Induction:
-    """The accuracy in both passes over a random word of `length` tokens."""
+    """Accuracy in both passes over a random word of `length` tokens."""
 
     length: int
     first: Estimate
@@ -55,7 +54,7 @@ class Induction:
 
 @dataclass(frozen=True)
 class Shots:
-    """The accuracy after `shots` examples of a function of the class `functions`."""
+    """Accuracy after `shots` examples of a function of the class `functions`."""
 
     functions: str
     shots: int
@@ -64,7 +63,7 @@ class Shots:
 
 @dataclass(frozen=True)
 class Position:
-    """The loss, in nats a token, of the targets at positions first..last (from 1) of their window."""
+    """Loss, in nats per token, of the targets at positions first..last (from 1) of their window."""
 
     first: int
     last: int
@@ -73,7 +72,14 @@ class Position:
 
 @dataclass(frozen=True)
 class InContext:
-    """All that is found; `chance` is the accuracy of guessing, `positions` are those of a text, if there is one."""
+    """Results of all measurements.
+
+    Attributes:
+        chance: accuracy of guessing.
+        induction: induction scores by length of the word.
+        shots: k-shot accuracies by class of functions and k.
+        positions: loss by position; empty without a text.
+    """
 
     chance: float
     induction: list[Induction]
@@ -81,11 +87,11 @@ class InContext:
     positions: list[Position]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
+        """Return the results as values for JSON."""
         return finite(asdict(self))
 
     def table(self) -> str:
-        """The same for people."""
+        """Format the results as tables."""
         lines = [f"induction (chance {self.chance:.2%})", "length   first pass                  second pass"]
         lines += [
             f"{item.length:<7}{_percent(item.first):<28}{_percent(item.second)}" for item in self.induction
@@ -110,9 +116,21 @@ def in_context(
     text_key: str = "text",
     skip_broken: bool = False,
 ) -> InContext:
-    """Measure a model, in float32; with a text, `source` as `evaluate` takes it, by position too.
+    """Measure in-context learning of a model, in float32; with a text, also the loss by position.
 
-    Raises as `evaluate` does, and ValueError for an alphabet or a context that is too small.
+    Args:
+        checkpoint: as in `evaluate`.
+        source: the text, as in `evaluate`; None for no text.
+        device: the device.
+        backend: the backend of the kernels.
+        seed: seed of the words and functions.
+        text_key: as in `evaluate`.
+        skip_broken: as in `evaluate`.
+
+    Raises:
+        ValueError: as in `evaluate`, or the alphabet or the context is too small.
+        OSError: the text cannot be read.
+        FloatingPointError: the logits are NaN or infinite.
     """
     model, tokenizer = open_model(checkpoint)
     model = model.to(resolve_device(device)).eval()
@@ -125,20 +143,20 @@ def in_context(
 
 
 def alphabet(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """(A,) int64, the ids of all tokens that are words: not spaces, parts of characters, or special."""
+    """Return the ids of all tokens that are words (not spaces, parts of characters, or special), (A,) int64."""
     return torch.tensor([i for i, word in enumerate(tokenizer.words()[:vocab_size]) if word])
 
 
 def measure(model: GPT, tokens: Tensor, *, sequences: int = SEQUENCES, seed: int = 0) -> InContext:
-    """Induction and k-shot accuracy of a model in evaluation mode, on an alphabet `tokens` (A,).
+    """Measure induction and k-shot accuracy of a model in evaluation mode, on an alphabet `tokens` (A,).
 
-    Raises ValueError for an alphabet or a context that is too small.
+    Raises ValueError if the alphabet or the context is too small.
     """
     block = model.config.block_size
     if len(tokens) < 2 * _SYMBOLS or block < 4:
         raise ValueError(
-            f"in-context learning is measured with {2 * _SYMBOLS} tokens and a context of 4, "
-            f"not {len(tokens)} and {block}"
+            f"in-context learning needs an alphabet of at least {2 * _SYMBOLS} tokens and a context of 4, "
+            f"not {len(tokens)} and {block}; use another model"
         )
     lengths = [n for n in (4, 8, 16, 32, 64, 128, 256) if n <= len(tokens) and 2 * n <= block]
     found = [induction(model, tokens, n, sequences=sequences, seed=seed) for n in lengths or [2]]
@@ -154,13 +172,13 @@ def measure(model: GPT, tokens: Tensor, *, sequences: int = SEQUENCES, seed: int
 def induction(
     model: GPT, tokens: Tensor, length: int, *, sequences: int = SEQUENCES, seed: int = 0
 ) -> Induction:
-    """The induction score for words of `length` distinct tokens."""
-    draw = np.random.default_rng((seed, length))
-    words = torch.from_numpy(np.stack([draw.permutation(len(tokens))[:length] for _ in range(sequences)]))
-    places = torch.cat((words, words), dim=1)
-    right = torch.cat([guess == part[:, 1:] for part, guess in _guesses(model, tokens, places)]).double()
-    # The guess at place i is for the token at i + 1: the first length - 1 are of the first pass.
-    # The first token of the second pass follows none that was seen with a successor; it counts in neither.
+    """Measure the induction score for words of `length` distinct tokens."""
+    rng = np.random.default_rng((seed, length))
+    words = torch.from_numpy(np.stack([rng.permutation(len(tokens))[:length] for _ in range(sequences)]))
+    indices = torch.cat((words, words), dim=1)
+    right = torch.cat([guess == part[:, 1:] for part, guess in _guesses(model, tokens, indices)]).double()
+    # The guess at position i predicts the token at i + 1, so the first length - 1 belong to the first pass.
+    # The first token of the second pass follows a token that had no successor before; it counts in neither pass.
     return Induction(
         length, bootstrap.mean(right[:, : length - 1].mean(1)), bootstrap.mean(right[:, length:].mean(1))
     )
@@ -169,24 +187,32 @@ def induction(
 def k_shot(
     model: GPT, tokens: Tensor, functions: str, shots: int, *, sequences: int = SEQUENCES, seed: int = 0
 ) -> Estimate:
-    """The accuracy behind x1 y1 … xk yk x, for functions of a class in `FUNCTIONS`."""
-    draw = np.random.default_rng((seed, shots, sorted(FUNCTIONS).index(functions)))
+    """Measure the accuracy after x1 y1 ... xk yk x, for functions of a class in `FUNCTIONS`."""
+    rng = np.random.default_rng((seed, shots, sorted(FUNCTIONS).index(functions)))
     rows, answers = [], []
     for _ in range(sequences):
-        x, y = FUNCTIONS[functions](draw, shots, len(tokens))
+        x, y = FUNCTIONS[functions](rng, shots, len(tokens))
         rows.append(np.stack((x, y), axis=1).reshape(-1))
         answers.append(y[-1])
-    places = torch.from_numpy(np.stack(rows))
-    guesses = torch.cat([guess[:, -1] for _, guess in _guesses(model, tokens, places)])
+    indices = torch.from_numpy(np.stack(rows))
+    guesses = torch.cat([guess[:, -1] for _, guess in _guesses(model, tokens, indices)])
     return bootstrap.mean((guesses == torch.tensor(np.array(answers))).double())
 
 
 @torch.no_grad()
 def loss_by_position(model: GPT, tokens: Tensor, *, windows: int = SEQUENCES) -> list[Position]:
-    """The loss of a text, tokens (N,), by position in windows spread evenly over it; an interval over the windows.
+    """Measure the loss by position in evenly spaced windows of a text, with intervals over the windows.
 
-    There are fewer windows in a short text, so that they do not overlap, which would make the interval too narrow.
-    Raises ValueError for a text that does not fill a window.
+    A short text has fewer windows: overlapping windows would make the intervals too narrow.
+
+    Args:
+        model: a model in evaluation mode.
+        tokens: (N,), the text.
+        windows: maximum number of windows.
+
+    Raises:
+        ValueError: the text does not fill one window.
+        FloatingPointError: the loss is not finite.
     """
     block = model.config.block_size
     windows = max(1, min(windows, (len(tokens) - 1) // block))
@@ -205,33 +231,33 @@ def loss_by_position(model: GPT, tokens: Tensor, *, windows: int = SEQUENCES) ->
     ]
 
 
-def _copy(draw: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    x = draw.integers(size, size=shots + 1)
+def _copy(rng: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    x = rng.integers(size, size=shots + 1)
     return x, x
 
 
-def _constant(draw: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    return draw.integers(size, size=shots + 1), np.full(shots + 1, draw.integers(size))
+def _constant(rng: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    return rng.integers(size, size=shots + 1), np.full(shots + 1, rng.integers(size))
 
 
-def _lookup(draw: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    table = draw.permutation(size)[:_SYMBOLS], draw.integers(size, size=_SYMBOLS)
-    shown = draw.integers(_SYMBOLS, size=shots)
-    asked = draw.choice(shown, size=1) if shots else draw.integers(_SYMBOLS, size=1)
-    chosen = np.concatenate((shown, asked))
+def _lookup(rng: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    table = rng.permutation(size)[:_SYMBOLS], rng.integers(size, size=_SYMBOLS)
+    examples = rng.integers(_SYMBOLS, size=shots)
+    query = rng.choice(examples, size=1) if shots else rng.integers(_SYMBOLS, size=1)
+    chosen = np.concatenate((examples, query))
     return table[0][chosen], table[1][chosen]
 
 
-def _shift(draw: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    x = draw.integers(size, size=shots + 1)
-    return x, (x + draw.integers(1, size)) % size
+def _shift(rng: _Generator, shots: int, size: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    x = rng.integers(size, size=shots + 1)
+    return x, (x + rng.integers(1, size)) % size
 
 
-# Classes of functions: (random numbers, k, A) to the k + 1 inputs and outputs of one of them, places in the alphabet.
+# Classes of functions: (generator, k, A) to k + 1 inputs and outputs of a random function, indices into the alphabet.
 #   copy:     y = x
-#   constant: y = c, drawn for the function
-#   lookup:   y is drawn for each of eight symbols x; the symbol asked for is among the examples
-#   shift:    y = x + c in the order of the alphabet, which begins anew behind its end
+#   constant: y = c, with a random c per function
+#   lookup:   random y for each of eight symbols x; the examples include the last x
+#   shift:    y = (x + c) modulo the size of the alphabet
 FUNCTIONS: dict[str, Callable[[_Generator, int, int], tuple[NDArray[Any], NDArray[Any]]]] = {
     "copy": _copy,
     "constant": _constant,
@@ -241,13 +267,15 @@ FUNCTIONS: dict[str, Callable[[_Generator, int, int], tuple[NDArray[Any], NDArra
 
 
 @torch.no_grad()
-def _guesses(model: GPT, tokens: Tensor, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows of places (N, T) in the alphabet, and the place of the most likely token behind each of the first
-    T - 1, both on the CPU.
+def _guesses(model: GPT, tokens: Tensor, indices: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of `indices` (N, T) into the alphabet, and the most likely next tokens.
+
+    The second tensor has the index of the most likely token after each of the first T - 1 positions. Both are on the
+    CPU.
     """
     device = model.wte.weight.device
     at_once = min(_AT_ONCE, _LOGITS_AT_ONCE // model.config.vocab_size)
-    for part in places.split(max(1, at_once // places.shape[1])):
+    for part in indices.split(max(1, at_once // indices.shape[1])):
         logits = model(tokens[part[:, :-1]].to(device))[0]
         if not logits.amax().isfinite():
             raise FloatingPointError(UNUSABLE)

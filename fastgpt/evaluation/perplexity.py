@@ -1,4 +1,4 @@
-"""How well a checkpoint predicts a text: `fastgpt eval`."""
+"""Loss and perplexity of a checkpoint on a text: `fastgpt eval`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,14 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Bucket:
-    """The mean loss of the targets at positions first..last (from 1) of their window; `tokens` of them."""
+    """Mean loss of a range of positions.
+
+    Attributes:
+        first: first position (from 1) in the window.
+        last: last position.
+        loss: mean loss of the targets, in nats per token.
+        tokens: number of targets.
+    """
 
     first: int
     last: int
@@ -40,8 +47,16 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats a token; `bits_per_byte` compares models with different tokenizers; packing is "documents" or
-    "stream". The perplexity is infinite for a loss above 709.
+    """Losses of a text.
+
+    Attributes:
+        loss: mean loss in nats per token.
+        perplexity: exp(loss), infinite above 709 nats.
+        bits_per_byte: comparable between models with different tokenizers.
+        unigram_entropy: entropy of the token frequencies, in nats per token.
+        tokens: number of targets.
+        packing: "documents" or "stream".
+        positions: loss by position.
     """
 
     loss: float
@@ -53,11 +68,11 @@ class Evaluation:
     positions: list[Bucket]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it: a perplexity that is too large for a number is None."""
+        """Return the results as values for JSON; an infinite perplexity is None."""
         return finite(asdict(self))
 
     def table(self) -> str:
-        """The same for people."""
+        """Format the results as a table."""
         lines = [
             f"loss        {self.loss:.4f} nats/token",
             f"perplexity  {self.perplexity:.3f}",
@@ -83,18 +98,26 @@ def evaluate(
     device: str = "auto",
     backend: str = "auto",
 ) -> Evaluation:
-    """Evaluate a model on a text, in float32: every target once, in blocks as long as those it was trained on.
+    """Evaluate a model on a text, in float32, with every target once, in blocks of the length used in training.
 
-    checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
-    source:     a file, "-" for standard input, or a directory, evaluated whole, or "stdlib" or a prepared dataset, of
-                which the held-out part is evaluated.
-    text_key:   the key or column of the text in records; with skip_broken those without one are left out.
-    packing:    as `TrainConfig.packing`; "auto" is that of the run. Packed documents do not see each other, their ends
-                of text are targets, and a position counts from the beginning of its document, or of the piece of it,
-                where it is longer than a block.
+    Packed documents do not attend to each other, their ends of text are targets, and a position counts from the
+    beginning of its document (or of a piece of a document longer than a block).
 
-    Raises CheckpointError for the checkpoint, OSError and ValueError for the text, FloatingPointError for a model whose
-    loss is no number.
+    Args:
+        checkpoint: the directory of a run (`fastgpt train --out`) or of a Hugging Face GPT-2.
+        source: a file, "-" (standard input) or a directory, evaluated completely, or "stdlib" or a prepared data set,
+            whose held-out part is evaluated.
+        packing: as in `TrainConfig.packing`; "auto" uses that of the run.
+        text_key: key or column of the text in records.
+        skip_broken: skip records without text.
+        device: the device.
+        backend: the backend of the kernels.
+
+    Raises:
+        CheckpointError: the checkpoint is invalid.
+        OSError: the text cannot be read.
+        ValueError: the text is invalid or too short.
+        FloatingPointError: the loss is not finite.
     """
     if packing not in PACKINGS:
         raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, not {packing!r}")
@@ -102,13 +125,11 @@ def evaluate(
     block_size = model.config.block_size
     if options is not None:
         packing, block_size = _trained_with(options, packing, block_size)
-    where = resolve_device(device)
+    resolved_device = resolve_device(device)
     documents, size, packed = _read_documents(source, tokenizer, packing, text_key, skip_broken)
     count = len(documents.tokens)
     if count < 2:
-        raise ValueError(
-            f"{data.name_of(source)} has {count} token; predicting one from another takes at least two"
-        )
+        raise ValueError(f"{data.name_of(source)} has {count} token; give a text of at least two")
     try:
         batches = documents.source(
             packed,
@@ -118,7 +139,7 @@ def evaluate(
     except ValueError as error:
         raise ValueError(f"{data.name_of(source)} cannot be evaluated: {error}") from None
     with use_backend(backend):
-        sums, counts = losses_by_position(model.to(where).eval(), batches.sequential())
+        sums, counts = losses_by_position(model.to(resolved_device).eval(), batches.sequential())
     loss = float(sums.sum() / counts.sum())
     check_loss(loss, checkpoint)
     return Evaluation(
@@ -133,28 +154,28 @@ def evaluate(
 
 
 def _trained_with(options: dict[str, Any], packing: str, block_size: int) -> tuple[str, int]:
-    """Return the packing ("auto": that of the run) and the block size that a run's options say.
+    """Return the packing ("auto": that of the run) and the block size of a run's options.
 
-    Raises CheckpointError for options, which come from the checkpoint, that cannot be right.
+    Raises CheckpointError for invalid options, which may come from an untrusted checkpoint.
     """
     found, length = options.get("packing"), options.get("block_size")
     if found not in PACKINGS or type(length) is not int or not 1 <= length <= block_size:
         raise CheckpointError(
-            f"the options of the checkpoint cannot be used: packing {shown(found)}, block_size {shown(length)}"
+            f"the options of the checkpoint are invalid: packing {shown(found)}, block_size {shown(length)}"
         )
     return (found if packing == "auto" else packing), length
 
 
 def check_loss(loss: float, model: object) -> None:
-    """Raise FloatingPointError for a loss that is no number."""
+    """Raise FloatingPointError for a loss that is not finite."""
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss of {model} is {loss}: its training has diverged; take an older checkpoint"
+            f"the loss of {model} is {loss}: its training has diverged; use an older checkpoint"
         )
 
 
 def _exp(value: float) -> float:
-    """The exponential, infinite where it is too large for a number."""
+    """Compute the exponential; infinite on overflow."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -162,8 +183,9 @@ def _exp(value: float) -> float:
 
 
 def read_texts(source: str, text_key: str = "text", skip_broken: bool = False) -> list[str]:
-    """The documents that a model is measured on: of a file or a directory all, of "stdlib" or a prepared dataset
-    those held out.
+    """Read the documents for an evaluation.
+
+    These are all of a file or directory, and the held-out ones of "stdlib" or a prepared data set.
     """
     return _read_texts(source, text_key, skip_broken).texts
 
@@ -183,8 +205,12 @@ def _read_texts(source: str, text_key: str, skip_broken: bool) -> data.Loaded:
 def _read_documents(
     source: str, tokenizer: Tokenizer, packing: str, text_key: str, skip_broken: bool
 ) -> tuple[data.Documents, int, bool]:
-    """The same in a model's tokens, how many bytes of text they are, and whether they are packed. The tokens of a
-    dataset are read as they are, ends of text included, unless the model has others.
+    """Read and encode the documents for an evaluation.
+
+    The tokens of a prepared data set are used directly if the model has the same tokenizer.
+
+    Returns:
+        The documents, their size in bytes of text, and True if they are packed.
     """
     if data.is_dataset(source):
         dataset, packed = data.open_dataset(source), packing != "stream"
@@ -202,7 +228,7 @@ def _read_documents(
 
 
 def _decoded(split: data.TokenSplit, tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of each document."""
+    """Yield the text of each document."""
     start = 0
     for end in split.document_ends.tolist():
         yield tokenizer.decode(split[start : end - 1])
@@ -210,7 +236,7 @@ def _decoded(split: data.TokenSplit, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def spans(positions: int) -> list[tuple[int, int]]:
-    """Positions 1, 2, 3-4, 5-8, … as (first, last): each range as long as all before it."""
+    """Return the ranges 1, 2, 3-4, 5-8, ... as (first, last); each is as long as all before it."""
     found = [(1, 1)]
     while found[-1][1] < positions:
         last = found[-1][1]
@@ -220,23 +246,26 @@ def spans(positions: int) -> list[tuple[int, int]]:
 
 @torch.no_grad()
 def losses_by_position(model: GPT, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """For each position in the context the sum of the losses and their number, both (block_size,) float64. Of packed
-    documents a target's position is its place in its document.
+    """Sum the losses at each position in the context, and count them.
+
+    Returns:
+        Sums and counts, (block_size,) float64 each. In packed documents a position counts from the start of the
+        document.
     """
     block_size = model.config.block_size
     sums, counts = torch.zeros(2, block_size, dtype=torch.float64)
     for batch in batches:
-        there = batch.to(model.wte.weight.device)
-        loss = model(there.idx, there.targets, cu_seqlens=there.cu_seqlens, reduction="none")[1]
+        on_device = batch.to(model.wte.weight.device)
+        loss = model(on_device.idx, on_device.targets, cu_seqlens=on_device.cu_seqlens, reduction="none")[1]
         counted = batch.targets != IGNORED
-        places = batch.positions[counted]
-        sums += torch.bincount(places, loss.double().cpu()[counted], block_size)
-        counts += torch.bincount(places, minlength=block_size)
+        positions = batch.positions[counted]
+        sums += torch.bincount(positions, loss.double().cpu()[counted], block_size)
+        counts += torch.bincount(positions, minlength=block_size)
     return sums, counts
 
 
 def _buckets(sums: Tensor, counts: Tensor) -> list[Bucket]:
-    """The ranges of positions that have tokens."""
+    """Aggregate the ranges of positions that have tokens."""
     buckets = []
     for first, last in spans(int((counts > 0).sum())):
         part = slice(first - 1, last)

@@ -1,4 +1,4 @@
-"""The pictures of a run: its loss over the steps, over the position in the context, and what it learns in context."""
+"""Plots of a run: loss over steps, loss by position in the context, in-context learning."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TRAIN, _VAL, _ENTROPY = "#9db8d9", "#c8442d", "#666666"
 
 
 class PlotError(ValueError):
-    """matplotlib could not draw; the message says which file and why."""
+    """Error of matplotlib; the message contains the file and the reason."""
 
 
 def _drawing(draw: F) -> F:
-    """Hide MPLBACKEND from a function that draws, and name its file when it fails.
+    """Decorate a plotting function: hide MPLBACKEND from it, and add the file name to its errors.
 
-    A notebook sets that variable for its own process. Where the backend is not installed, matplotlib cannot be
-    imported, although no backend is needed.
+    A notebook sets MPLBACKEND for its own process. If that backend is not installed, importing matplotlib fails,
+    although no backend is needed here.
     """
 
     @functools.wraps(draw)
@@ -59,11 +59,9 @@ def loss_curve(
     entropy: float,
     entropy_name: str,
 ) -> None:
-    """Write the (step, loss) curves as a PNG, with the loss of the best model without context as a dashed
-    line.
-    """
+    """Write the (step, loss) curves as a PNG, with the entropy of a model without context as a dashed line."""
     train, val = ([point for point in curve if math.isfinite(point[1])] for curve in (train, val))
-    figure, axes = _canvas("step", "loss, nats a token")
+    figure, axes = _canvas("step", "loss, nats per token")
     if train:
         axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1, label="training")
     if val:
@@ -82,10 +80,8 @@ def loss_curve(
 
 @_drawing
 def loss_by_position(path: str | Path, buckets: Sequence[tuple[int, int, float]], mean: float) -> None:
-    """Write the loss of each (first, last, loss) range of positions as a PNG, positions on a logarithmic
-    axis.
-    """
-    figure, axes = _canvas("position in the context", "loss, nats a token")
+    """Write the loss of each (first, last, loss) range of positions as a PNG with a logarithmic axis."""
+    figure, axes = _canvas("position in the context", "loss, nats per token")
     axes.plot([(first * last) ** 0.5 for first, last, _ in buckets], [loss for *_, loss in buckets],
               color=_VAL, linewidth=2, marker="o", markersize=3.5)  # fmt: skip
     axes.axhline(mean, color=_ENTROPY, linestyle="--", linewidth=1, label=f"mean {mean:.3f}")
@@ -97,7 +93,7 @@ def loss_by_position(path: str | Path, buckets: Sequence[tuple[int, int, float]]
 
 @_drawing
 def in_context_panels(path: str | Path, found: InContext) -> None:
-    """Write what `fastgpt.evaluation.in_context` found as a PNG, a panel for each measurement, with its intervals."""
+    """Write the results of `fastgpt.evaluation.in_context` as a PNG, a panel per measurement, with intervals."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,8 +109,10 @@ def in_context_panels(path: str | Path, found: InContext) -> None:
         _with_interval(panels[0], [item.length for item in induction], estimates, color, name)
     _frame(panels[1], "examples in the context", "accuracy")
     for number, name in enumerate(dict.fromkeys(item.functions for item in found.shots)):
-        of = [item for item in found.shots if item.functions == name]
-        _with_interval(panels[1], [item.shots for item in of], [i.accuracy for i in of], f"C{number}", name)
+        curve = [item for item in found.shots if item.functions == name]
+        _with_interval(
+            panels[1], [item.shots for item in curve], [i.accuracy for i in curve], f"C{number}", name
+        )
     for panel, title in zip(panels, ("induction", "k-shot"), strict=False):
         panel.axhline(found.chance, color=_ENTROPY, linestyle="--", linewidth=1, label="chance")
         panel.set_title(title)
@@ -125,7 +123,7 @@ def in_context_panels(path: str | Path, found: InContext) -> None:
     panels[1].set_xscale("symlog", base=2, linthresh=1)
     panels[1].xaxis.set_major_formatter("{x:g}")
     if found.positions:
-        _frame(panels[2], "position in the context", "loss, nats a token")
+        _frame(panels[2], "position in the context", "loss, nats per token")
         middle = [(item.first * item.last) ** 0.5 for item in found.positions]
         _with_interval(panels[2], middle, [item.loss for item in found.positions], _VAL, None)
         panels[2].set_xscale("log", base=2)

@@ -1,1 +1,1 @@
-"""Generation of tokens and text: the key-value cache, sampling, decoding."""
+"""Generation of tokens and text: key-value cache, sampling, decoding."""

@@ -1,7 +1,7 @@
 """Autoregressive decoding of a batch of prompts.
 
-The number in [0, 1) that a draw takes belongs to (row, step) alone. A row draws the same tokens whatever else is in its
-batch, on every device, and when other rows end.
+The random number of a draw, in [0, 1), depends on (row, step) only. A row therefore samples the same tokens on every
+device, independently of the other rows of its batch and of when they end.
 
 Shapes: B rows, N of them not ended, V = vocab_size.
 """
@@ -21,10 +21,10 @@ from fastgpt.generation.kv_cache import KVCache
 from fastgpt.generation.sampling import Sampling
 from fastgpt.ops._checks import check_tokens
 
-UNUSABLE = "the model's logits are NaN or infinite: its training has diverged; take an older checkpoint"
-NOTHING = -1  # in place of a token, after the end of a row
+UNUSABLE = "the model's logits are NaN or infinite: its training has diverged; use an older checkpoint"
+NOTHING = -1  # fills a row after its end
 MOST_NEW_TOKENS = 1 << 24
-_BLOCK = 1024  # steps that memory is allocated for at once
+_BLOCK = 1024  # steps per allocation of memory
 
 
 class ModelConfig(Protocol):
@@ -39,7 +39,7 @@ class ModelConfig(Protocol):
 
 
 class CausalLM(Protocol):
-    """A causal language model as decoding calls it; `fastgpt.model.GPT` is one."""
+    """Interface of a causal language model for decoding; `fastgpt.model.GPT` implements it."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -72,23 +72,24 @@ def generate(
 ) -> Tensor:
     """Sample up to `max_new_tokens` tokens after each prompt.
 
-    A key-value cache makes a token cost one row. When the text outgrows block_size the window slides: each further
-    token is predicted from the last block_size tokens, at the cost of a full pass, because positions count from the
-    window's start. The model is in evaluation mode meanwhile.
+    With the key-value cache, a new token needs a forward pass of one row. When the text exceeds block_size, the window
+    slides: each further token is predicted from the last block_size tokens with a full forward pass, because positions
+    count from the start of the window. The model is in evaluation mode during generation.
 
     Args:
-        idx: (B, T) integers, the prompts, padded on the right where `lengths` is given.
-        max_new_tokens: a row's further tokens.
-        temperature: divisor of the logits; 0 takes the most likely token.
+        model: the model.
+        idx: (B, T) integers, the prompts, padded on the right if `lengths` is given.
+        max_new_tokens: maximum number of new tokens per row.
+        temperature: divisor of the logits; 0 selects the most likely token.
         top_k: number of the most likely tokens to sample from.
         top_p: probability of the smallest set of tokens to sample from (Holtzman et al. 2020).
-        seed: row b draws what it would draw alone with seed + b, and torch's generator is left alone. None: torch's
-            generator is drawn from.
-        repetition_penalty: divisor of the positive logits of tokens that are in the row already, and factor of the
-            negative ones (Keskar et al. 2019, CTRL, section 4.1).
-        lengths: (B,) integers from 1 to T, the length of each row's prompt. New tokens follow the row's own prompt.
+        seed: row b samples as it does alone with seed + b, and torch's generator is unchanged. None uses torch's
+            generator.
+        repetition_penalty: divisor of the positive logits, and factor of the negative logits, of tokens that the row
+            already contains (Keskar et al. 2019, CTRL, section 4.1).
+        lengths: (B,) integers from 1 to T, the length of each prompt. New tokens directly follow the row's prompt.
         end_token: a row ends at this token.
-        on_token: called with (row, token) for every token; a row ends where it returns True.
+        on_token: called with (row, token) for every token; a row ends when it returns True.
         num_tokens: only ids below it are sampled, for a padded vocabulary.
 
     Returns:
@@ -120,7 +121,7 @@ def _decode(
     on_token: Callable[[int, int], bool | None] | None,
     num_tokens: int | None,
 ) -> Tensor:
-    """Run `generate` for a model in evaluation mode, without gradients."""
+    """Implement `generate` for a model in evaluation mode, without gradients."""
     B, T = idx.shape  # noqa: N806
     _check_prompts(idx, lengths, max_new_tokens)
     device = idx.device
@@ -130,10 +131,10 @@ def _decode(
     vocab_size = model.config.vocab_size if num_tokens is None else min(num_tokens, model.config.vocab_size)
     seen = _seen(text, vocab_size) if sampling.repetition_penalty != 1 else None
 
-    finished: list[tuple[Tensor, Tensor]] = []  # (places, rows of `text`), as they end
+    finished: list[tuple[Tensor, Tensor]] = []  # (row indices, rows of `text`)
     rows = torch.arange(B, device=device)
     cache = KVCache(model.config.n_layer, min(model.config.block_size, T + max_new_tokens))
-    even = lengths is None  # then nothing has to be read back from the device
+    even = lengths is None  # then no length is read back from the device
     longest = T if even else int(ends.max())
     unusable = torch.zeros((), dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
@@ -152,36 +153,44 @@ def _decode(
         ends, longest = ends + 1, longest + 1
         if end_token is None and on_token is None:
             continue
-        goes_on = [
+        unfinished = [
             not ((on_token is not None and on_token(row, one)) or one == end_token)
             for row, one in zip(rows.tolist(), token.tolist(), strict=True)
         ]
-        if not all(goes_on):
-            going = torch.tensor(goes_on, device=device)
-            finished.append((rows[~going], text[~going]))
-            kept = going.nonzero()[:, 0]
+        if not all(unfinished):
+            is_unfinished = torch.tensor(unfinished, device=device)
+            finished.append((rows[~is_unfinished], text[~is_unfinished]))
+            kept = is_unfinished.nonzero()[:, 0]
             rows, text, ends = rows[kept], text[kept], ends[kept]
             seen = None if seen is None else seen[kept]
             if not len(rows):
                 break
             cache.keep(kept)
             longest = longest if even else int(ends.max())
-    if unusable:  # a GPU is not waited for before
+    if unusable:  # checked once at the end on a GPU, because reading the flag synchronizes
         raise FloatingPointError(UNUSABLE)
-    whole = torch.full((B, T + max_new_tokens), NOTHING, device=device)
-    for places, part in (*finished, (rows, text)):
-        whole[places, : part.shape[1]] = part
-    return whole
+    out = torch.full((B, T + max_new_tokens), NOTHING, device=device)
+    for indices, part in (*finished, (rows, text)):
+        out[indices, : part.shape[1]] = part
+    return out
 
 
 def _last_hidden(
     model: CausalLM, text: Tensor, ends: Tensor, longest: int, even: bool, cache: KVCache
 ) -> Tensor:
-    """What the head reads at the last token of each row, (N, C).
+    """Compute the hidden state of the last token of each row.
 
-    text (N, …) holds the rows, ends (N,) their lengths, longest the largest of them, even says that they are equal,
-    cache has the tokens before the last; it is filled anew at the first call, and when the longest row has
-    outgrown the block.
+    Args:
+        model: the model.
+        text: (N, ...) int64, the rows.
+        ends: (N,) int64, the lengths of the rows.
+        longest: the largest length.
+        even: True if all lengths are equal.
+        cache: keys and values of all tokens but the last. It is refilled at the first call and once the longest row
+            exceeds the block size.
+
+    Returns:
+        (N, C), the input of the head.
     """
     block = model.config.block_size
     if cache.length and longest <= block:
@@ -198,7 +207,7 @@ def _last_hidden(
 
 
 class _Uniform:
-    """Numbers in [0, 1), float64; with a seed row b is a stream of its own, that of seed + b."""
+    """Uniform random numbers in [0, 1), float64; with a seed, row b has its own stream, that of seed + b."""
 
     def __init__(self, rows: int, steps: int, seed: int | None, device: torch.device) -> None:
         if seed is not None and seed < 0:
@@ -210,7 +219,7 @@ class _Uniform:
         self._block = torch.empty(rows, 0)
 
     def at(self, step: int) -> Tensor:
-        """Those of a step, (rows,); steps come one after the other."""
+        """Return the numbers of a step, (rows,); steps must be consecutive."""
         if step % _BLOCK == 0:
             size = min(_BLOCK, self._steps - step)
             if self._streams:
@@ -222,7 +231,7 @@ class _Uniform:
 
 
 def _seen(text: Tensor, vocab_size: int) -> Tensor:
-    """Which tokens below vocab_size each row of text (N, …) holds: bool (N, vocab_size)."""
+    """Mark the tokens below vocab_size that each row of text (N, ...) contains: (N, vocab_size) bool."""
     seen = torch.zeros(len(text), vocab_size + 1, dtype=torch.bool, device=text.device)
     seen.scatter_(1, text.masked_fill((text == NOTHING) | (text > vocab_size), vocab_size), True)
     return seen[:, :vocab_size].contiguous()
@@ -231,7 +240,7 @@ def _seen(text: Tensor, vocab_size: int) -> Tensor:
 def _check_prompts(idx: Tensor, lengths: Tensor | None, max_new_tokens: int) -> None:
     B, T = idx.shape  # noqa: N806
     if not T:
-        raise ValueError("generation needs a prompt of at least one token")
+        raise ValueError("the prompt is empty; give at least one token")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must not be negative, not {max_new_tokens}")
     if max_new_tokens > MOST_NEW_TOKENS:
@@ -241,7 +250,7 @@ def _check_prompts(idx: Tensor, lengths: Tensor | None, max_new_tokens: int) -> 
     if lengths.shape != (B,) or lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise ValueError(f"lengths must be ({B},) integers, not {tuple(lengths.shape)} of {lengths.dtype}")
     if not B:
-        raise ValueError("lengths of no prompts: give at least one, or omit lengths")
+        raise ValueError("lengths given for an empty batch; omit lengths")
     shortest, longest = int(lengths.min()), int(lengths.max())
     if shortest < 1 or longest > T:
-        raise ValueError(f"lengths must lie in 1 to {T}, not in {shortest} to {longest}")
+        raise ValueError(f"lengths must be from 1 to {T}, not from {shortest} to {longest}")

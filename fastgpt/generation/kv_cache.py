@@ -1,12 +1,11 @@
-"""Keys and values of the tokens already seen, so that a new token costs one row of attention.
+"""Key-value cache: stores keys and values of past tokens, so that a new token needs one row of attention.
 
 Rows may have different lengths. Prompts are padded on the right: causality hides the padding in the first pass, which
-so needs no mask. A further token goes right behind its own row, over the padding, and a mask over the columns hides
-what is left of it. The columns of a row, and so the kernels' tiles and their split over keys, are where they are for
-the row alone; padding on the left would shift them, and need a mask in every pass. While all rows are equally long
-there is no mask at all.
+therefore needs no mask. New tokens of a row overwrite its padding, and a mask over the columns hides the rest. The
+columns of a row, and thus the kernels' tiles and their split over keys, are the same as for the row alone; padding on
+the left would shift them and need a mask in every pass. No mask is needed while all rows have the same length.
 
-Shapes: B rows, H heads, T new tokens, D channels a head.
+Shapes: B rows, H heads, T new tokens, D channels per head.
 """
 
 # ruff: noqa: N806  (sizes are written B, H, T as above)
@@ -18,14 +17,15 @@ from torch import Tensor
 
 
 class KVCache:
-    """One (B, H, capacity, D) buffer a layer for the keys and one for the values.
+    """Key and value buffers, (B, H, capacity, D) each, per layer.
 
-    They are allocated at the first `append`, when shape and dtype are known. A pass of the model is `begin`,
-    `append` in every layer, `advance`.
+    They are allocated at the first `append`, when shape and dtype are known. A forward pass of the model calls `begin`,
+    then `append` in every layer, then `advance`.
 
-    length:  how many positions the longest row fills.
-    lengths: (B,) int64, how many each row fills; None while they are equal.
-    mask:    bool (B, 1, 1, length + 1), the columns that the new token of each row sees; None for all.
+    Attributes:
+        length: number of positions that the longest row fills.
+        lengths: (B,) int64, number of positions that each row fills; None if all are equal.
+        mask: (B, 1, 1, length + 1) bool, the columns that the new token of each row attends to; None for all.
     """
 
     def __init__(self, n_layer: int, capacity: int) -> None:
@@ -36,25 +36,31 @@ class KVCache:
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
 
     def begin(self, count: int) -> slice | Tensor:
-        """Where `count` new tokens a row go: a range of positions, or (B, 1) where the rows differ.
+        """Start a forward pass of `count` new tokens per row.
 
-        Raises ValueError for more than one token where they do.
+        Returns:
+            The positions of the new tokens: a slice, or (B, 1) int64 if the lengths differ.
+
+        Raises:
+            ValueError: the lengths differ and count is not 1.
         """
         if self.lengths is None:
             self.mask = None
             return slice(self.length, self.length + count)
         if count != 1:
-            raise ValueError(f"rows of different lengths take one token at a time, not {count}")
+            raise ValueError(
+                f"rows of different lengths accept one token per pass, not {count}; append them one by one"
+            )
         columns = torch.arange(self.length + 1, device=self.lengths.device)
         self.mask = (columns <= self.lengths[:, None])[:, None, None]
         return self.lengths[:, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, H, T, D) behind the filled positions; return all, (B, H, length + T, D)."""
+        """Store k and v (B, H, T, D) after the filled positions; return all, (B, H, length + T, D)."""
         B, H, T, D = k.shape
         buffers = self._layers[layer]
         if buffers is None:
-            # Zeros: a masked column of shorter rows may never be written, and 0 times what lies there could be NaN.
+            # Zeros: masked columns of shorter rows may stay unwritten, and 0 times an uninitialized value can be NaN.
             buffers = k.new_zeros(B, H, self.capacity, D), v.new_zeros(B, H, self.capacity, D)
             self._layers[layer] = buffers
         end = self.length + T
@@ -66,22 +72,22 @@ class KVCache:
         return buffers[0][:, :, :end], buffers[1][:, :, :end]
 
     def advance(self, count: int) -> None:
-        """Count the `count` tokens a row that were appended in every layer."""
+        """Add `count`, the number of new tokens per row, to the lengths, after `append` in every layer."""
         self.length += count
         if self.lengths is not None:
             self.lengths += count
 
     def set_lengths(self, lengths: Tensor) -> None:
-        """Forget what each row has behind its first lengths (B,) tokens, int64."""
+        """Truncate each row to `lengths` (B,) int64 tokens."""
         self.length = int(lengths.max())
         self.lengths = None if bool((lengths == self.length).all()) else lengths.clone()
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows (N,) int64 alone."""
+        """Keep only these rows (N,) int64."""
         self._layers = [None if kv is None else (kv[0][rows], kv[1][rows]) for kv in self._layers]
         if self.lengths is not None:
             self.set_lengths(self.lengths[rows])
 
     def clear(self) -> None:
-        """Forget all tokens; the buffers stay."""
+        """Remove all tokens; the buffers stay allocated."""
         self.length, self.lengths = 0, None

@@ -1,8 +1,8 @@
-"""Sampling of a token: options, and the distribution that it is drawn from.
+"""Sampling of a token from logits.
 
     logits -> repetition penalty -> temperature -> top-k -> top-p -> draw
 
-A draw is the inverse of the cumulative distribution at a number in [0, 1).
+A draw evaluates the inverse cumulative distribution at a uniform number in [0, 1).
 
 Shapes: N rows, V = vocab_size.
 """
@@ -20,9 +20,10 @@ _TINY, _HUGE = (getattr(torch.finfo(torch.float32), name) for name in ("tiny", "
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from logits; the options are those of `GPT.generate`.
+    """Options of sampling, as in `GPT.generate`.
 
-    Raises ValueError for values that choose none.
+    Raises:
+        ValueError: an option is out of range.
     """
 
     temperature: float = 1.0
@@ -33,22 +34,26 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, not {self.top_k}")
-        # Beyond these numbers of float32, quotients and products are NaN.
-        for name, most, also in (
+        # Outside the normal range of float32, quotients and products become NaN.
+        for name, most, zero in (
             ("temperature", _HUGE, "0 or "),
             ("top_p", 1.0, ""),
             ("repetition_penalty", _HUGE, ""),
         ):
             value = getattr(self, name)
-            if value is not None and not _TINY <= value <= most and not (also and value == 0):
-                raise ValueError(f"{name} must be {also}from {_TINY:.2g} to {most:.2g}, not {value}")
+            if value is not None and not _TINY <= value <= most and not (zero and value == 0):
+                raise ValueError(f"{name} must be {zero}from {_TINY:.2g} to {most:.2g}, not {value}")
 
     def choose(self, logits: Tensor, seen: Tensor | None, uniform: Tensor | None) -> Tensor:
-        """A token (N,) int64 for each row; any of the V where the logits are not numbers.
+        """Sample a token for each row.
 
-        logits:  (N, V) float32.
-        seen:    (N, V) bool, the tokens that the repetition penalty acts on; None for none.
-        uniform: (N,) float64 in [0, 1), what is drawn; not used at temperature 0.
+        Args:
+            logits: (N, V) float32.
+            seen: (N, V) bool, the tokens that the repetition penalty affects; None for none.
+            uniform: (N,) float64 in [0, 1), the random numbers; None selects the most likely token (temperature 0).
+
+        Returns:
+            (N,) int64, the tokens; arbitrary valid ids in rows with logits that are NaN.
         """
         if seen is not None:
             penalty = self.repetition_penalty
@@ -58,18 +63,17 @@ class Sampling:
             return logits.argmax(dim=-1)
         probabilities = sampling_distribution(logits, self.temperature, self.top_k, self.top_p)
         edges = probabilities.double().cumsum(dim=-1)
-        edges = edges / edges[:, -1:]  # the last is exactly 1, which no draw reaches
-        token = torch.searchsorted(edges, uniform[:, None], right=True)[
-            :, 0
-        ]  # never a token of probability 0
-        return token.clamp(max=logits.shape[-1] - 1)  # NaN is below no edge
+        edges = edges / edges[:, -1:]  # the last edge is exactly 1, above every draw
+        # right=True never selects a token of probability 0.
+        token = torch.searchsorted(edges, uniform[:, None], right=True)[:, 0]
+        return token.clamp(max=logits.shape[-1] - 1)  # NaN compares below no edge, which gives index V
 
 
 def sampling_distribution(
     logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Tensor:
-    """The probabilities (..., V) that `GPT.generate` draws from, given logits (..., V); temperature > 0."""
-    # From the largest logit down, so that a quotient overflows to -inf alone.
+    """Return the probabilities (..., V) that `GPT.generate` samples from, for temperature > 0."""
+    # Relative to the largest logit, so that a quotient can only overflow to -inf.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]

@@ -1,4 +1,4 @@
-"""Text from a checkpoint: `fastgpt generate`."""
+"""Text generation from a checkpoint: `fastgpt generate`."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from fastgpt.generation.sampling import Sampling
 from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer
 
-MOST_ROWS = 1 << 16  # of a batch
-_CONTEXT = 4  # tokens decoded again before a new one, for decoders that look at the neighbour; the most of a character
-_MOST_HELD = 64  # tokens without a whole character at their end: more are not waited for
+MOST_ROWS = 1 << 16  # limit of batch_size
+_CONTEXT = (
+    4  # tokens decoded before new ones, for decoders that depend on neighbours; most tokens of a character
+)
+_MOST_HELD = 64  # tokens to hold back for an incomplete last character
 
 
 @dataclass
 class IncrementalDetokenizer:
-    """The text behind a prompt, as its tokens come: whole characters alone, cut before the first stop string.
+    """Incremental decoder of the text after a prompt.
 
-    What may be the beginning of a stop string, or of a character, is held back until that is decided. The pieces that
-    `add` and `close` return make up `text`.
+    It returns complete characters only, up to the first stop string, and holds back a possible beginning of a stop
+    string or of a character until it is decided. The pieces that `add` and `close` return add up to `text`.
 
-    tokens: those of the prompt, and then all.
-    ended:  whether a stop string has come.
+    Attributes:
+        tokenizer: decodes the tokens.
+        tokens: those of the prompt at first, then all.
+        stop: the stop strings.
+        text: the decoded text after the prompt.
+        ended: True after a stop string.
     """
 
     tokenizer: Tokenizer
@@ -39,7 +45,7 @@ class IncrementalDetokenizer:
     text: str = ""
     ended: bool = False
     _held: str = ""
-    _read: int = field(init=False)  # tokens that are in `text` or held back
+    _read: int = field(init=False)  # number of tokens in `text` or held back
 
     def __post_init__(self) -> None:
         if "" in self.stop:
@@ -47,24 +53,24 @@ class IncrementalDetokenizer:
         self._read = len(self.tokens)
 
     def add(self, token: int) -> str:
-        """Take one more token; the text that is certain by it."""
+        """Append a token, and return the text that is now certain."""
         self.tokens.append(token)
         end = len(self.tokens)
         new = self._decoded(end)
-        if new.endswith("\ufffd"):  # its last character may not be whole yet
+        if new.endswith("\ufffd"):  # the last character may be incomplete
             ends = range(end - _CONTEXT, end - 2 * _CONTEXT, -1) if end - self._read > _MOST_HELD else ()
             end, new = next(
-                ((e, some) for e in ends if new.startswith(some := self._decoded(e))), (self._read, "")
+                ((e, prefix) for e in ends if new.startswith(prefix := self._decoded(e))), (self._read, "")
             )
         return self._take(new, end, last=False)
 
     def close(self) -> str:
-        """What was held back, now that no token comes any more."""
+        """Return the text that was held back, after the last token."""
         end = len(self.tokens)
         return "" if self.ended else self._take(self._decoded(end), end, last=True)
 
     def _decoded(self, end: int) -> str:
-        """The text of the tokens from `_read` to an end, which is U+FFFD at its end where a character is not whole."""
+        """Decode the tokens from `_read` to `end`; an incomplete last character is U+FFFD."""
         start = max(0, self._read - _CONTEXT)
         before, now = (
             self.tokenizer.decode(torch.tensor(self.tokens[start:stop], dtype=torch.long))
@@ -78,15 +84,15 @@ class IncrementalDetokenizer:
         found = [at for at in map(self._held.find, self.stop) if at >= 0]
         if found:
             self.ended = True
-            sure = min(found)
+            certain = min(found)
         else:
-            sure = len(self._held) - (0 if last else self._possible_stop())
-        piece, self._held = self._held[:sure], self._held[sure:]
+            certain = len(self._held) - (0 if last else self._possible_stop())
+        piece, self._held = self._held[:certain], self._held[certain:]
         self.text += piece
         return piece
 
     def _possible_stop(self) -> int:
-        """How many characters at the end may be the beginning of a stop string."""
+        """Return the number of characters at the end that may be the beginning of a stop string."""
         longest = max(map(len, self.stop), default=1) - 1
         ends = range(min(longest, len(self._held)), 0, -1)
         return next((n for n in ends if any(s.startswith(self._held[-n:]) for s in self.stop)), 0)
@@ -94,7 +100,13 @@ class IncrementalDetokenizer:
 
 @dataclass(frozen=True)
 class Generated:
-    """A prompt and what came behind it; `sample` counts the continuations of one prompt from 1."""
+    """A prompt and its continuation.
+
+    Attributes:
+        prompt: the prompt.
+        sample: number of the continuation of this prompt, from 1.
+        continuation: the text after the prompt.
+    """
 
     prompt: str
     sample: int
@@ -117,7 +129,7 @@ def generate(
     device: str = "auto",
     backend: str = "auto",
 ) -> str:
-    """The prompt and its continuation, as `generate_texts` makes them. Raises as that does."""
+    """Return the prompt and one continuation; arguments and exceptions are those of `generate_texts`."""
     sampling = Sampling(temperature, top_k, top_p)
     texts = generate_texts(
         checkpoint, [prompt], max_new_tokens, sampling, seed=seed, device=device, backend=backend
@@ -139,14 +151,27 @@ def generate_texts(
     backend: str = "auto",
     on_text: Callable[[int, str], object] | None = None,
 ) -> Iterator[Generated]:
-    """num_samples continuations of every prompt, in float32, batch_size of them at once, in order.
+    """Generate num_samples continuations of every prompt, in order, in float32.
 
-    checkpoint: what `fastgpt train --out` was given, or a Hugging Face GPT-2 directory.
-    stop:       a text ends before the first of these strings, and at the tokenizer's end of text.
-    seed:       text number i, from 0, is what it is alone with seed + i.
-    on_text:    called with (i, prompt), and then with (i, piece) for every piece of the continuation as it comes.
+    Args:
+        checkpoint: the directory of a run (`fastgpt train --out`) or of a Hugging Face GPT-2.
+        prompts: the prompts.
+        max_new_tokens: maximum number of new tokens per text.
+        sampling: options of sampling.
+        num_samples: continuations per prompt.
+        batch_size: texts that are generated together.
+        stop: a text ends before the first of these strings; it also ends at the tokenizer's end of text.
+        seed: text i, from 0, is the same as alone with seed + i.
+        device: the device.
+        backend: the backend of the kernels.
+        on_text: called with (i, prompt), then with (i, piece) for every new piece of the continuation.
 
-    Raises ValueError for the checkpoint, a prompt or an option, OSError for what cannot be read.
+    Yields:
+        The texts, sample by sample of each prompt.
+
+    Raises:
+        ValueError: the checkpoint, a prompt or an option is invalid.
+        OSError: a file cannot be read.
     """
     model, tokenizer = open_model(checkpoint)
     yield from continue_texts(
@@ -174,7 +199,7 @@ def continue_texts(
     backend: str = "auto",
     on_text: Callable[[int, str], object] | None = None,
 ) -> Iterator[Generated]:
-    """`generate_texts` with a model at hand, where it is and in its dtype."""
+    """Generate like `generate_texts`, with a loaded model, on its device and in its dtype."""
     for name, value, most in (("num_samples", num_samples, None), ("batch_size", batch_size, MOST_ROWS)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
@@ -185,22 +210,25 @@ def continue_texts(
         raise ValueError("the prompt is empty; give it at least one character")
     texts = ((sample, *pair) for pair in encoded for sample in range(1, num_samples + 1))
     first = 0
-    while some := list(islice(texts, batch_size)):
-        rows = [IncrementalDetokenizer(tokenizer, tokens.tolist(), stop) for _, _, tokens in some]
-        say = _with_prompts(on_text, first, [prompt for _, prompt, _ in some])
+    while chunk := list(islice(texts, batch_size)):
+        rows = [IncrementalDetokenizer(tokenizer, tokens.tolist(), stop) for _, _, tokens in chunk]
+        on_piece = _with_prompts(on_text, first, [prompt for _, prompt, _ in chunk])
         with use_backend(backend):
-            _continue(model, rows, max_new_tokens, sampling, None if seed is None else seed + first, say)
-        for (sample, prompt, _), done in zip(some, rows, strict=True):
+            _continue(model, rows, max_new_tokens, sampling, None if seed is None else seed + first, on_piece)
+        for (sample, prompt, _), done in zip(chunk, rows, strict=True):
             yield Generated(prompt, sample, done.text)
-        first += len(some)
+        first += len(chunk)
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The prompts in a text file, one a line; "-" is standard input. Raises OSError and ValueError for a file that has
-    none.
+    """Read prompts from a text file, one per line; "-" is standard input.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not text, or a line is empty.
     """
     if (kind := data.format_of(path)) != "text":
-        raise ValueError(f"prompts are read from a text file, one a line, and {path} is named as {kind}")
+        raise ValueError(f"{path} is named as {kind}; give a text file with one prompt per line")
     prompts = data.read_text(path).removesuffix("\n").split("\n")
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip("\r"):
@@ -216,14 +244,14 @@ def _continue(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int | None,
-    say: Callable[[int, str], object],
+    on_piece: Callable[[int, str], object],
 ) -> None:
-    """Let every row grow to its end."""
+    """Generate the continuations of one batch."""
     end = rows[0].tokenizer.end_of_text
 
     def on_token(row: int, token: int) -> bool:
         if token != end:
-            say(row, rows[row].add(token))
+            on_piece(row, rows[row].add(token))
         return rows[row].ended
 
     prompts = [torch.tensor(row.tokens) for row in rows]
@@ -241,22 +269,22 @@ def _continue(
         **asdict(sampling),
     )
     for number, row in enumerate(rows):
-        say(number, row.close())
+        on_piece(number, row.close())
 
 
 def _with_prompts(
     on_text: Callable[[int, str], object] | None, first: int, prompts: Sequence[str]
 ) -> Callable[[int, str], None]:
-    """on_text for rows counted from `first`; it hears the prompt before the first piece, and no empty piece."""
-    told: set[int] = set()
+    """Wrap on_text for rows counted from `first`: pass each prompt before its first piece, and no empty pieces."""
+    started: set[int] = set()
 
-    def say(row: int, piece: str) -> None:
+    def on_piece(row: int, piece: str) -> None:
         if on_text is None:
             return
-        if row not in told:
-            told.add(row)
+        if row not in started:
+            started.add(row)
             on_text(first + row, prompts[row])
         if piece:
             on_text(first + row, piece)
 
-    return say
+    return on_piece

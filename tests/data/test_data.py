@@ -1,4 +1,4 @@
-"""The corpus: what is read, what is held out, what is refused, and which batch a step gets."""
+"""Corpora: reading, held-out parts, invalid inputs, and the batch of a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_stdlib_is_python_source_without_tests_the_same_each_time():
     assert 5e6 < len(train) < 3e7
     assert 0.05 < len(val) / (len(train) + len(val)) < 0.10
     assert train.count("import ") > 1000 and val.count("def ") > 100
-    assert "class TestCase(" in train + val  # unittest is a module of the library; its own tests are not in
+    assert "class TestCase(" in train + val  # a module of the library, whose own tests are excluded
     assert not any("idlelib" in text[:200] for text in corpus.train)
     assert data.load_corpus("stdlib") == corpus
 
@@ -66,11 +66,11 @@ def test_what_is_no_text_is_refused_in_a_sentence(tmp_path: Path):
     latin.write_bytes("Käse".encode("latin-1"))
     folder.mkdir()
     for path, kind, message in [
-        (tmp_path / "absent", FileNotFoundError, "there is no file or directory"),
+        (tmp_path / "absent", FileNotFoundError, "file or directory .* does not exist"),
         (empty, ValueError, "is empty"),
         (binary, ValueError, "not UTF-8 text"),
         (latin, ValueError, "not UTF-8 text"),
-        (folder, ValueError, "holds no text files"),
+        (folder, ValueError, "contains no text files"),
     ]:
         with pytest.raises(kind, match=message):
             data.load_corpus(str(path))

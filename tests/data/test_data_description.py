@@ -1,4 +1,4 @@
-"""What a data set's files say is checked before it is used, also where their checksums are right."""
+"""Checks of the contents of a data set's files, even if their checksums are correct."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.data.test_data_shards import write
 
 
 def forge(path: Path, name: str, array: np.ndarray) -> None:
-    """Write another array and put its size and checksum into dataset.json, so that only its content is wrong."""
+    """Write another array with a matching size and checksum in dataset.json."""
     np.save(path / name, array)
     list_again(path, name)
 
 
 def list_again(path: Path, name: str) -> None:
-    """Put the size and checksum of a file into dataset.json."""
+    """Write the size and checksum of a file to dataset.json."""
     facts = json.loads((path / "dataset.json").read_text())
     facts["files"][name] = fingerprint(path / name)
     (path / "dataset.json").write_text(json.dumps(facts))
@@ -29,14 +29,14 @@ def list_again(path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "message"),
     [
-        ("train-00000.npy", np.full(105, 300, np.uint16), "token 300, and the vocabulary has 256"),
-        ("train-00000.npy", np.zeros(104, np.uint16), "does not hold 105 numbers"),
-        ("train-00000.npy", np.zeros(105, np.int64), "does not hold 105 numbers of type uint16"),
-        ("train-00000.ends.npy", np.array([6, 8, 64, 104]), "does not part"),
-        ("train-00000.ends.npy", np.array([6, 64, 8, 105]), "does not part"),
-        ("train-00000.ends.npy", np.array([6, 8, 105]), "does not hold 4 numbers"),
-        ("train-00000.ends.npy", np.array([6.0, 8, 64, 105]), "does not hold 4 numbers of type int64"),
-        ("train-00000.ends.npy", np.array([-(2**63), 8, 64, 105]), "does not part"),
+        ("train-00000.npy", np.full(105, 300, np.uint16), "token 300, but the vocabulary has 256"),
+        ("train-00000.npy", np.zeros(104, np.uint16), "does not contain 105 numbers"),
+        ("train-00000.npy", np.zeros(105, np.int64), "does not contain 105 numbers of type uint16"),
+        ("train-00000.ends.npy", np.array([6, 8, 64, 104]), "does not match"),
+        ("train-00000.ends.npy", np.array([6, 64, 8, 105]), "does not match"),
+        ("train-00000.ends.npy", np.array([6, 8, 105]), "does not contain 4 numbers"),
+        ("train-00000.ends.npy", np.array([6.0, 8, 64, 105]), "does not contain 4 numbers of type int64"),
+        ("train-00000.ends.npy", np.array([-(2**63), 8, 64, 105]), "does not match"),
     ],
 )
 def test_wrong_content_under_a_right_checksum_is_refused(
@@ -49,7 +49,7 @@ def test_wrong_content_under_a_right_checksum_is_refused(
 
 
 def changed(facts: dict, place: str, value: object) -> dict:
-    """A copy with another value at a place such as splits.train.shards.0.name."""
+    """Copy a description with another value at a path such as splits.train.shards.0.name."""
     copy = json.loads(json.dumps(facts))
     *parents, last = (int(part) if part.isdigit() else part for part in place.split("."))
     found = copy
@@ -123,7 +123,7 @@ def test_the_header_of_an_array_that_lies_is_refused_in_one_message(tmp_path: Pa
     magic = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
     (path / name).write_bytes(magic + text.encode() + content)
     list_again(path, name)
-    with pytest.raises(DatasetError, match="does not hold") as error:
+    with pytest.raises(DatasetError, match="does not contain") as error:
         open_dataset(path)
     assert "\n" not in str(error.value)
 
@@ -135,5 +135,5 @@ def test_an_archive_or_a_pickle_is_no_array(tmp_path: Path):
         with (path / "train-00000.npy").open("wb") as file:
             save(file)
         list_again(path, "train-00000.npy")
-        with pytest.raises(DatasetError, match="does not hold"):
+        with pytest.raises(DatasetError, match="does not contain"):
             open_dataset(path)

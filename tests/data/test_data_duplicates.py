@@ -1,4 +1,4 @@
-"""Duplicates: every planted one is found, nothing else is, and memory is signatures."""
+"""Duplicates: all planted ones are found, no others, and memory is bounded by signatures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEXTS = [" ".join(f"word{RANDOM.randrange(5000)}" for _ in range(200)) for _ in 
 
 
 def altered(text: str, words: int) -> str:
-    """The text with some words changed, at the same distance from one another."""
+    """Change evenly spaced words of a text."""
     parts = text.split()
     for i in range(words):
         parts[(2 * i + 1) * len(parts) // (2 * words)] = "CHANGED"
@@ -49,7 +49,7 @@ def test_every_planted_near_duplicate_is_found_and_nothing_else():
 
 @pytest.mark.parametrize(("threshold", "found"), [(0.75, 40), (0.4, 80), (1.0, 0)])
 def test_the_threshold_is_the_similarity(threshold: float, found: int):
-    """Of pairs that are 0.95 and 0.57 alike 0.75 finds the half, 0.4 finds all and 1 none."""
+    """Of pairs with similarities 0.95 and 0.57, threshold 0.75 finds half, 0.4 all, and 1 none."""
     count = 0
     for text in TEXTS[:40]:
         for words in (1, 11):
@@ -67,7 +67,7 @@ def test_short_texts_and_scripts_without_spaces_have_shingles():
 
 
 def test_memory_is_a_signature_whatever_the_text():
-    """The figures of the docstrings: 160 bytes for an exact duplicate, 8 kB for a near one at 0.8."""
+    """Check the docstrings' figures: 160 bytes per exact duplicate, 8 kB per near one at 0.8."""
     near, exact, long = NearDuplicates(0.8), ExactDuplicates(), "\n".join(TEXTS[:20])
     near.seen("warm up")
     tracemalloc.start()
@@ -85,7 +85,7 @@ def test_memory_is_a_signature_whatever_the_text():
 
 def test_a_wrong_threshold_and_a_missing_package_are_said(monkeypatch: pytest.MonkeyPatch):
     for threshold in (0.0, -1.0, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
             NearDuplicates(threshold)
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(ImportError, match=r"pip install 'fastgpt\[data\]'"):

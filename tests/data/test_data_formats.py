@@ -1,4 +1,4 @@
-"""Every format, compressed or not, gives the same documents; nothing is taken for prose or left out silently."""
+"""Formats: equal documents from every format, compressed or not; no record becomes prose or is lost silently."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def written(directory: Path, name: str, packed: str = "", upper: bool = False) -
 
 
 def prepared(inputs: list[str], out: Path, **options: object) -> list[str]:
-    """The documents of a data set in their order."""
+    """Read the documents of a data set in their order."""
     keep = {"tokenizer": "bytes", "val_share": 0.0, "normalization": "none", "repetition": "keep"}
     prepare(inputs, PrepareConfig(str(out), **{**keep, "markup": "keep", **options}))
     dataset = open_dataset(out)
@@ -140,30 +140,30 @@ def test_a_key_with_a_dot_in_its_name(tmp_path: Path):
     [
         ("a.json", b'[{"text": "a"}, {"text": ', "is not JSON"),
         ("a.json", b'[{"text": "a"}, {"text": "b"}', "the array has no end"),
-        ("a.json", b'[{"text": "a"} {"text": "b"}]', "after record 1 there is no comma"),
-        ("a.json", b'[{"text": "a"}] and more', "more after the array"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "record 1 is not followed by a comma"),
+        ("a.json", b'[{"text": "a"}] and more', "text after the array"),
         ("a.json", b'{"version": 1, "name": "x"}', "the keys with a text are 'name'"),
-        ("a.json", b"[1, 2]", "the record is no object but a int"),
-        ("a.json", b"[]", "holds no record with a text"),
+        ("a.json", b"[1, 2]", "the record is of type int, not an object"),
+        ("a.json", b"[]", "contains no record with a text"),
         ("a.json", b"\xff\xfe[", "UTF-16"),
         ("a.json", b'["K\xe4se"]', "not UTF-8"),
         ("a.csv", b"id,body\n1,a\n", "the keys with a text are 'id', 'body'"),
-        ("a.csv", b"text\na,b\n", "line 2: there are 2 fields, and 1 columns"),
-        ("a.csv", b"text\n", "holds no record with a text"),
-        ("a.parquet", b"PAR1 and no more", "is not a whole Parquet file"),
+        ("a.csv", b"text\na,b\n", "line 2: it has 2 fields and the header 1 columns"),
+        ("a.csv", b"text\n", "contains no record with a text"),
+        ("a.parquet", b"PAR1 and no more", "is not a complete Parquet file"),
         ("a.parquet", b"", "is empty"),
-        ("a.jsonl", b'{"text": "a\\u0000"}\n', "line 1: the text holds a NUL"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: the text holds a NUL or half a character"),
+        ("a.jsonl", b'{"text": "a\\u0000"}\n', "line 1: the text contains a NUL"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: the text contains a NUL or a surrogate"),
         (
             "a.jsonl",
             b'{"text": null}\n',
             "there is no text under 'text'; no key has a text; the keys are 'text'",
         ),
-        ("a.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], "damaged or cut short"),
-        ("a.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:30] + b"\0" * 30, "damaged or cut short"),
-        ("a.txt.bz2", bz2.compress(b"text " * 999)[:-9], "damaged or cut short"),
-        ("a.txt.xz", lzma.compress(b"text " * 999)[:-9], "damaged or cut short"),
-        ("a.txt", "\ufefftext".encode("utf-16"), "UTF-16; convert it"),
+        ("a.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], "damaged or truncated"),
+        ("a.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:30] + b"\0" * 30, "damaged or truncated"),
+        ("a.txt.bz2", bz2.compress(b"text " * 999)[:-9], "damaged or truncated"),
+        ("a.txt.xz", lzma.compress(b"text " * 999)[:-9], "damaged or truncated"),
+        ("a.txt", "\ufefftext".encode("utf-16"), "UTF-16, not UTF-8 text; convert it"),
     ],
 )
 def test_what_is_damaged_or_of_no_use_is_refused_in_a_sentence(
@@ -183,7 +183,7 @@ def test_damaged_zstandard_and_many_frames(tmp_path: Path):
     assert read_text(tmp_path / "a.zst") == "first second"
     for damaged in (whole[:-3], whole[:20] + b"\xff" * 9):
         (tmp_path / "a.zst").write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged or cut short"):
+        with pytest.raises(ValueError, match="damaged or truncated"):
             read_text(tmp_path / "a.zst")
 
 
@@ -232,7 +232,7 @@ def test_a_file_that_unpacks_out_of_proportion_is_refused(
 
     write(30_000, lambda i: "x" * 20)
     for read in (load_documents, lambda path: prepared([path], tmp_path / "out")):
-        with pytest.raises(ValueError, match="unpacks to more than 200 times its size") as error:
+        with pytest.raises(ValueError, match="expands to more than 200 times its size") as error:
             read(str(path))
         assert str(path) in str(error.value) and not (tmp_path / "out").exists()
     for count, text in ((1000, lambda i: "x" * 20), (10_000, lambda i: f"x{i:019}")):
@@ -249,7 +249,7 @@ def test_a_parquet_file_whose_rows_share_a_long_text(tmp_path: Path, monkeypatch
     shared = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["x" * 100_000]))
     pyarrow.parquet.write_table(pa.table({"text": shared}), path, compression="zstd")
     assert path.stat().st_size < 2000
-    with pytest.raises(ValueError, match="unpacks to more than 200 times its size"):
+    with pytest.raises(ValueError, match="expands to more than 200 times its size"):
         load_documents(str(path))
     monkeypatch.setattr(formats, "_LONGEST", 99_999)
     with pytest.raises(ValueError, match="record 1 is longer than"):
@@ -311,7 +311,7 @@ def test_a_name_that_is_not_utf8(tmp_path: Path):
 
 def test_prompts_are_not_records(tmp_path: Path):
     (tmp_path / "p.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match=r"prompts are read from a text file, .* is named as JSON Lines"):
+    with pytest.raises(ValueError, match=r"is named as JSON Lines; give a text file"):
         read_prompts(tmp_path / "p.jsonl")
 
 
@@ -347,7 +347,7 @@ def test_records_are_packed_as_documents_and_text_is_a_stream(tmp_path: Path):
 def test_broken_records_are_left_out_of_training_on_request(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines() + b'{"text": 1}\n{"text": \n{"text": ""}\n')
-    with pytest.raises(ValueError, match=r"line 15: there is no text under 'text'.*; --skip-broken leaves"):
+    with pytest.raises(ValueError, match=r"line 15: there is no text under 'text'.*; give --skip-broken"):
         load_corpus(str(path))
     corpus = load_corpus(str(path), skip_broken=True)
     assert corpus.train + corpus.val == TEXTS
@@ -367,9 +367,9 @@ def test_the_old_name_of_the_option_still_works(tmp_path: Path):
 
 
 def test_a_data_set_of_hugging_face_without_a_name():
-    with pytest.raises(ValueError, match="hf: names no data set"):
+    with pytest.raises(ValueError, match="hf: lacks the name of a data set"):
         prepare(["hf:"], PrepareConfig("unused", tokenizer="bytes"))
-    with pytest.raises(ValueError, match="hf: names no data set"):
+    with pytest.raises(ValueError, match="hf: lacks the name of a data set"):
         prepare(["hf:name@:train"], PrepareConfig("unused", tokenizer="bytes"))
 
 

@@ -1,4 +1,4 @@
-"""Directories report what they leave out; pipes and standard input are read wherever a text is."""
+"""Inputs: directories report skipped files; pipes and standard input are accepted wherever files are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.data.test_data_formats import CONTENTS, PACKERS, TEXTS, lines, prepar
 
 
 def untidy(root: Path) -> None:
-    """A directory with everything that may be in one."""
+    """Make a directory with every kind of entry."""
     (root / "sub").mkdir(parents=True)
     (root / "outside").mkdir()
     for i in range(12):
@@ -56,7 +56,7 @@ LEFT_OUT = {
     **{
         "package.json": "there is no text under 'text'",
         "numbers.csv": "there is no text",
-        "pipe": "no regular file",
+        "pipe": "not a regular file",
     },
 }
 
@@ -149,7 +149,9 @@ def test_a_pipe_is_read_once(tmp_path: Path, name: str, packed: str):
         writer.start()
         assert read() == expected
         writer.join()
-    with pytest.raises(ValueError, match=r"pipe can be read once, and --tokenizer bpe reads the text twice"):
+    with pytest.raises(
+        ValueError, match=r"pipe can be read only once, and --tokenizer bpe reads the text twice"
+    ):
         prepare([str(pipe)], PrepareConfig(str(tmp_path / "bpe")))
     with pytest.raises(ValueError, match="can be read by one process"):
         check_source(TrainConfig(data=str(pipe)), 2)

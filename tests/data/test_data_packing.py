@@ -1,4 +1,4 @@
-"""Packed documents: all of them, each uncut where it fits, in blocks that waste next to nothing, in shuffled epochs."""
+"""Packing: all documents, uncut if they fit, in nearly full blocks, in shuffled epochs."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_little_is_wasted():
 
 
 def stream(lengths: list[int]) -> tuple[torch.Tensor, np.ndarray]:
-    """Tokens 1, 2, 3, …, so that a token says where it was."""
+    """Make tokens 1, 2, 3, ..., each of which identifies its position."""
     return torch.arange(1, sum(lengths) + 1), ends_of(lengths)
 
 
@@ -100,9 +100,9 @@ def test_validation_blocks_are_spread_and_not_repeated():
     batches = source.validation_batches(3)
     seen = torch.cat([b.idx for b in batches])
     assert len(batches) == 3 and len(seen.unique(dim=0)) == len(seen)
-    assert len(source.validation_batches(100)) == 8  # all there are
+    assert len(source.validation_batches(100)) == 8  # the number of blocks
     (few,) = Packed(tokens[:18], ends[:2], batch_size=8, block_size=8).validation_batches(5)
-    assert few.idx.shape == (8, 8) and few.num_targets == 16  # empty blocks make up the number
+    assert few.idx.shape == (8, 8) and few.num_targets == 16  # padded with empty blocks
 
 
 def test_tokens_that_do_not_count_are_no_targets():
@@ -115,7 +115,7 @@ def test_tokens_that_do_not_count_are_no_targets():
 
 @pytest.mark.parametrize("ends", [[], [1], [1, 2, 3]])
 def test_documents_without_a_target_are_refused(ends: list[int]):
-    with pytest.raises(ValueError, match="no document has two tokens"):
+    with pytest.raises(ValueError, match="no document has at least two tokens"):
         Packed(torch.arange(9), np.array(ends, dtype=np.int64), batch_size=1, block_size=4)
 
 

@@ -1,4 +1,4 @@
-"""`fastgpt data` from end to end: what is planted is found, the rest arrives, and failures leave nothing."""
+"""`fastgpt data` end to end: planted problems are found, other documents are written, failures leave no files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 
 
 def documents(dataset: TokenDataset, split: str) -> list[str]:
-    """The texts of a split, taken apart again."""
+    """Decode the documents of a split."""
     tokens, tokenizer = dataset.split(split), dataset.tokenizer()
     ends = tokens.document_ends.tolist()
     assert all(tokens[end - 1 : end].item() == tokenizer.end_of_text for end in ends)
@@ -112,7 +112,7 @@ def test_a_share_of_zero_holds_out_nothing(tmp_path: Path):
     source = write_jsonl(tmp_path / "in.jsonl", DOCUMENTS)
     report = prepare([str(source)], PrepareConfig(str(tmp_path / "out"), tokenizer="bytes", val_share=0))
     assert report.documents == {"train": len(DOCUMENTS)}
-    with pytest.raises(DatasetError, match="holds no document"):
+    with pytest.raises(DatasetError, match="is empty"):
         open_dataset(tmp_path / "out").split("val")
 
 
@@ -198,15 +198,15 @@ def test_a_long_text_file_is_cut_behind_line_ends(tmp_path: Path, monkeypatch: p
         (
             "broken.jsonl",
             b'{"text": "a"}\n{"text": "b"\n',
-            r"broken.jsonl, line 2: not JSON .*; --skip-broken",
+            r"broken.jsonl, line 2: not JSON .*; give --skip-broken",
         ),
         ("latin.jsonl", b'{"text": "a"}\n\n{"text": "K\xe4se"}\n', "line 3: not JSON"),
         ("deep.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("field.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2: there is no text under 'text'"),
         ("type.jsonl", b'{"text": 5}\n', "line 1: there is no text"),
         ("list.jsonl", b'["text"]\n', "line 1: there is no text"),
-        ("absent.txt", None, "there is no file or directory"),
-        ("hollow", "directory", "holds no files"),
+        ("absent.txt", None, "absent.txt does not exist"),
+        ("hollow", "directory", "contains no files"),
     ],
 )
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
@@ -299,7 +299,7 @@ def command(source: Path, out: Path, *options: str) -> list[str]:
 
 
 def big_jsonl(path: Path, megabytes: int) -> Path:
-    """Distinct documents of about 10 kB."""
+    """Write distinct documents of about 10 kB."""
     text = prose(1700)
     with path.open("w") as file:
         for i in range(100 * megabytes):
@@ -317,7 +317,7 @@ def test_a_kill_in_the_middle_leaves_nothing_that_opens(tmp_path: Path):
             time.sleep(0.005)
         os.kill(process.pid, signal.SIGKILL)
     assert not out.exists()
-    with pytest.raises(DatasetError, match="not finished"):
+    with pytest.raises(DatasetError, match="incomplete"):
         open_dataset(working)
     assert prepare([str(source)], PrepareConfig(str(out), tokenizer="bytes")).kept == 1200
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in.jsonl", "out"]

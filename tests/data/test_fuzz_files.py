@@ -1,4 +1,4 @@
-"""Damaged files of every format give a result or one message: no other exception, no hang, no memory without bound."""
+"""Fuzzing of all file formats: a result or one message, no other exception, no hang, bounded memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.data.test_data_formats import CONTENTS, PACKERS
 from tests.model.test_tokenizer_json import bert, gpt2, llama2, llama3, t5
 from tests.support.fuzz import Case, Files, cases, check
 
-FEW, MANY = 40, 1000  # cases of a format, here and in the slow tier
+FEW, MANY = 40, 1000  # cases per format, in the fast and the slow tier
 COUNTS = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=pytest.mark.slow)]
 TEXT = "".join(f"line {i} of naïve 漢字 text 😀\n" for i in range(40))
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _nothing_outside_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The working directory, and what lies beside the files, stay as they are."""
+    """Check that the working directory and files beside the inputs are unchanged."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "precious.txt").write_text("years")
@@ -51,7 +51,7 @@ def _nothing_outside_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def fuzz(
     valid: Files, count: int, directory: Path, read: Callable[[Path, Case], object], **options: Files
 ) -> None:
-    """Read the valid files, and many damaged ones."""
+    """Read the valid files and many damaged ones."""
     Case(valid, []).write(directory)
     assert read(directory, Case(valid, [])) is not None
     results = 0
@@ -73,7 +73,7 @@ def text_files() -> dict[str, bytes]:
 
 
 def read_texts(file: Path) -> list[str]:
-    """As `train --data`, and as `fastgpt data` does."""
+    """Read like `train --data` and like `fastgpt data`."""
     texts = load_documents(str(file))
     assert all(text and "\0" not in text for text in texts)
     for text in Sources([str(file)], "text", "<|endoftext|>", True, Report("")).documents():
@@ -88,7 +88,7 @@ def test_texts_and_records(tmp_path: Path, name: str, count: int):
 
 @pytest.mark.parametrize("packed", [*PACKERS][1:])
 def test_compressed_texts(tmp_path: Path, packed: str, count: int):
-    """Damaged before and after they were compressed."""
+    """Damage files before and after compression."""
     for name, content in {"a.txt": TEXT.encode(), "a.jsonl": CONTENTS["jsonl"]()}.items():
         valid = {name + packed: PACKERS[packed](content)}
         fuzz(
@@ -133,7 +133,7 @@ def data_set(directory: Path) -> Files:
 
 
 def listed(path: Path, case: Case) -> Case:
-    """The case with the sizes and checksums of its files in dataset.json, which then guards against nothing."""
+    """Update sizes and checksums in dataset.json, so that they do not detect the damage."""
     try:
         facts = json.loads((path / "dataset.json").read_bytes())
         for name in facts["files"]:

@@ -1,4 +1,4 @@
-"""Word vectors: both formats read as written, bad files refused in a sentence, rows where they belong."""
+"""Word vectors: both formats are read, invalid files are refused in one message, rows are correct."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_glove(write):
 
 
 def test_fasttext(write):
-    """Its first line is no word, its lines end in a space, and a word may be a space of another kind."""
+    """Its first line is a header, its lines end in a space, and words may contain other white space."""
     vectors = load_word_vectors(str(write(FASTTEXT)))
     assert vectors.words == ["the", "\u00a0", "Straße"]
     assert vectors.matrix.tolist() == [[1, 2], [3, 4], [5, 6]]
@@ -95,7 +95,7 @@ def test_words_that_are_not_utf8(write):
     header=st.booleans(),
 )
 def test_what_is_written_is_read(tmp_path_factory, words, width, header):
-    """Any words; in front of GloVe's a plain one, as these files have."""
+    """Use arbitrary words; GloVe's first word is a plain one, as in the published files."""
     words = words if header else ["the", *(word for word in words if word != "the")]
     matrix = torch.randn(len(words), width)
     lines = [f"{len(words)} {width}"] if header else []
@@ -116,17 +116,20 @@ def test_what_is_written_is_read(tmp_path_factory, words, width, header):
     [
         ("", "is empty"),
         ("\n \n", "is empty"),
-        ("just some text\n", "line 1: a word and its numbers .* 'just some text'; is it a text file"),
-        ("the\n", "line 1: a word and its numbers"),
-        ("the 1 2\nof 3\n", "line 2: a word and 2 numbers are expected, there are 2 fields"),
-        ("the 1 2\nof 3 x\n", "line 2: 'x' of 'of' is no number"),
-        ("the 1 2\n\nof 3 nan\n", "line 3: the vector of 'of' holds NaN or infinity"),
-        ("the 1 2\nof 3 1e60\n", "line 2: the vector of 'of' holds NaN or infinity"),
+        (
+            "just some text\n",
+            "line 1: expected a word and its numbers, got 'just some text'; give a text file",
+        ),
+        ("the\n", "line 1: expected a word and its numbers"),
+        ("the 1 2\nof 3\n", "line 2: expected a word and 2 numbers, got 2 fields"),
+        ("the 1 2\nof 3 x\n", "line 2: 'x' of 'of' is not a number"),
+        ("the 1 2\n\nof 3 nan\n", "line 3: the vector of 'of' contains NaN or infinity"),
+        ("the 1 2\nof 3 1e60\n", "line 2: the vector of 'of' contains NaN or infinity"),
         ("the 1 2\n 3 4\n", "line 2: there is no word"),
-        ("3 2\nthe 1 2\nof 3 4\n", "promises 3 words in its first line and has 2"),
+        ("3 2\nthe 1 2\nof 3 4\n", "has 2 words, and its first line promises 3"),
         (b"PK\x03\x04....", "is a zip archive; unpack it"),
         (b"\xba\x16\x4f\x2f....", "binary model of fastText"),
-        (gzip.compress(b"the 1 2\n" * 1000, mtime=0)[:-20], "is damaged or cut short"),
+        (gzip.compress(b"the 1 2\n" * 1000, mtime=0)[:-20], "is damaged or truncated"),
     ],
 )
 def test_bad_files_are_refused_in_a_sentence(write, content, said):
@@ -143,11 +146,11 @@ def test_a_line_of_any_length_is_not_read(write, monkeypatch):
 
 
 def test_bad_arguments_are_refused_in_a_sentence(write, tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         load_word_vectors(tmp_path / "absent.txt")
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         load_word_vectors(tmp_path)
-    with pytest.raises(TypeError, match=r"write \['the'\]"):
+    with pytest.raises(TypeError, match=r"use \['the'\]"):
         load_word_vectors(write(GLOVE), "the")
 
 
@@ -160,7 +163,7 @@ def test_rows_go_where_their_words_are_and_the_others_stay(dtype):
     before = embedding.weight.detach().clone()
     report = VECTORS.into(embedding, ["of", "absent", "", "the", "of"])
     assert (report.found, report.missing, report.vocabulary) == (3, 2, 5)
-    assert str(report) == "3 of 5 words found (60.0%), 2 missing, which keep the rows they had"
+    assert str(report) == "3 of 5 words found (60.0%), 2 missing (rows unchanged)"
     after = embedding.weight
     assert after.dtype == dtype and after.requires_grad
     assert after[[0, 3, 4]].tolist() == VECTORS.matrix[[1, 0, 1]].tolist()
@@ -177,13 +180,13 @@ def test_nothing_found_changes_nothing():
 
 def test_bad_targets_are_refused_in_a_sentence_and_left_alone():
     embedding = nn.Embedding(2, 3)
-    with pytest.raises(ValueError, match="4 numbers a word and the embedding is 3 wide"):
+    with pytest.raises(ValueError, match="4 dimensions and the embedding has 3"):
         VECTORS.into(embedding, ["the"])
     with pytest.raises(ValueError, match="3 words and the embedding 2 rows"):
         VECTORS.into(nn.Embedding(2, 4), ["the", "of", "and"])
     with pytest.raises(TypeError, match="one string"):
         VECTORS.into(nn.Embedding(2, 4), "of")
-    with pytest.raises(TypeError, match="no token embedding is known of a Linear"):
+    with pytest.raises(TypeError, match="cannot find the token embedding of a Linear"):
         VECTORS.into(nn.Linear(4, 4), ["the"])
     with pytest.raises(ValueError, match="meta device"):
         VECTORS.into(nn.Embedding(2, 4, device="meta"), ["the"])
@@ -213,7 +216,7 @@ def test_words_of_bytes():
 
 
 def test_vectors_into_a_gpt_by_its_tokenizer(write):
-    """The rows are those of the tokens, and the output projection, which is the same matrix, has them too."""
+    """The rows belong to the tokens, also in the tied output projection."""
     tokenizer = BPETokenizer.train(CORPUS, 300)
     model = GPT(GPTConfig(vocab_size=304, block_size=8, n_layer=1, n_head=2, n_embd=4))
     before = model.wte.weight.detach().clone()
@@ -250,6 +253,6 @@ def test_spaces_before_the_numbers_are_no_part_of_the_word(write):
 
 
 def test_underscore_makes_no_number(write):
-    with pytest.raises(ValueError, match="line 2: '1_0' of 'b' is no number"):
+    with pytest.raises(ValueError, match="line 2: '1_0' of 'b' is not a number"):
         load_word_vectors(write("a 1 2\nb 1_0 2\n"))
     assert load_word_vectors(write("a 1_0 2\n")).words == ["a 1_0"]

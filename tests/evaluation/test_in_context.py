@@ -1,4 +1,4 @@
-"""What is measured of in-context learning: perfect induction scores 1, chance scores chance, and nothing leaks."""
+"""In-context measurements: perfect induction scores 1, chance scores chance, and the validation data do not leak."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOKENS = alphabet(ByteTokenizer(), 256)
 
 
 class Copying(torch.nn.Module):
-    """Predicts what followed the current token last time, and token 0 where it is new: a perfect induction head."""
+    """Perfect induction head: predicts the token after the previous occurrence, and token 0 for a new one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,14 +53,14 @@ def test_a_perfect_induction_head_scores_1_and_nothing_in_the_first_pass():
     for length in (2, 4, 32):
         score = induction(Copying(), TOKENS, length, sequences=8)
         assert (score.second.value, score.second.low, score.second.high) == (1, 1, 1)
-        assert score.first.value <= 1 / (length - 1)  # the token that stands for "new" may happen to be right
+        assert score.first.value <= 1 / (length - 1)  # the constant guess for a new token may be correct
 
 
 def test_a_perfect_induction_head_looks_functions_up():
     for k in (1, 4, 16):
         assert (
             k_shot(Copying(), TOKENS, "lookup", k, sequences=32).value > 0.9
-        )  # an output may be an input too
+        )  # an output may equal an input
     assert k_shot(Copying(), TOKENS, "shift", 8, sequences=64).value < 0.2
 
 
@@ -95,7 +95,7 @@ def test_intervals_are_of_the_right_width(ones: int, zeros: int):
     n, p = ones + zeros, ones / (ones + zeros)
     assert found.value == pytest.approx(p)
     assert found.low <= found.value <= found.high
-    expected = min(1.0, 2 * 1.96 * (p * (1 - p) / n) ** 0.5)  # an interval of shares is no wider than 1
+    expected = min(1.0, 2 * 1.96 * (p * (1 - p) / n) ** 0.5)  # an interval of fractions has at most width 1
     assert found.high - found.low == pytest.approx(expected, abs=0.5 / n**0.5)
 
 
@@ -147,12 +147,12 @@ def test_validation_words_are_others_than_those_of_training():
 
 
 def test_an_alphabet_or_a_block_that_is_too_small_is_refused():
-    with pytest.raises(ValueError, match="an alphabet of as many"):
+    with pytest.raises(ValueError, match="distinct tokens and a block_size"):
         Repeats(TOKENS[:3], batch_size=1, block_size=64)
-    with pytest.raises(ValueError, match="a block of 8, not 94 and 7"):
+    with pytest.raises(ValueError, match="a block_size of 8, not 94 and 7"):
         Repeats(TOKENS, batch_size=1, block_size=7)
     model = GPT(GPTConfig(vocab_size=256, block_size=16, n_layer=1, n_head=1, n_embd=8)).eval()
-    with pytest.raises(ValueError, match="measured with 16 tokens"):
+    with pytest.raises(ValueError, match="alphabet of at least 16 tokens"):
         measure(model, TOKENS[:15])
 
 
@@ -196,7 +196,7 @@ def test_the_command_measures_draws_and_says_what_is_missing(tmp_path: Path, cap
         assert done.returncode and f"error: {tmp_path / 'odd'} is not the directory of a run: " in done.stderr
     assert (tmp_path / "moment.png").read_bytes().startswith(b"\x89PNG")
     assert main(["eval", "--checkpoint", out]) == 2
-    assert "eval needs --data" in capsys.readouterr().err
+    assert "give --data or --in-context" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"
 
 
 def write(path: Path, *lines: object) -> Path:
-    """A JSON Lines file; a string is a line as it stands."""
+    """Write a JSON Lines file; a string is a line."""
     path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines), "utf-8")
     return path
 
@@ -72,11 +72,11 @@ def test_a_template_that_is_none_is_refused():
 
     assert parse_template("t", toml()).prompt("x") == "x:"
     for example in ("{output}", "{input}", "{output} {input}", "{input} {output}."):
-        with pytest.raises(ValueError, match=r"must hold \{input\} and end in \{output\}"):
+        with pytest.raises(ValueError, match=r"must contain \{input\} and end in \{output\}"):
             parse_template("t", toml(example=example))
     with pytest.raises(ValueError, match="separator of the template t must not be empty"):
         parse_template("t", toml(separator=""))
-    with pytest.raises(ValueError, match="no task 'sing'; the tasks are answer, code"):
+    with pytest.raises(ValueError, match="unknown task 'sing'; the tasks are answer, code"):
         load_template("sing")
     with pytest.raises(ValueError, match="input of code is empty"):
         load_template("code").prompt(" \n")
@@ -98,40 +98,40 @@ def test_json_lines_are_read_as_they_were_written(
     ("line", "said"),
     [
         ('{"input": "a", "output"', r"not JSON \("),
-        ('{"input": "a"}', "there is no 'output'"),
-        ('{"output": "a"}', "there is no 'input'"),
+        ('{"input": "a"}', "it lacks 'output'"),
+        ('{"output": "a"}', "it lacks 'input'"),
         ('["a", "b"]', "not a JSON object"),
         ('{"input": "a", "output": 3}', "'output' is not a string"),
         ('{"input": null, "output": "b"}', "'input' is not a string"),
         ('{"input": " \\n", "output": "b"}', "'input' is empty"),
         ('{"input": "a", "output": ""}', "'output' is empty"),
-        ('{"input": "a\\u0000", "output": "b"}', "'input' holds a NUL"),
-        ('{"input": "a", "output": "\\ud800"}', r"'output' holds '\\ud800', which is no character"),
+        ('{"input": "a\\u0000", "output": "b"}', "'input' contains a NUL"),
+        ('{"input": "a", "output": "\\ud800"}', r"'output' contains '\\ud800', which is not a character"),
         ("[" * 100_000, r"not JSON \("),
     ],
 )
 def test_a_line_that_is_no_example_is_named_and_left_out_on_request(tmp_path: Path, line: str, said: str):
     good = {"input": "a", "output": "b"}
     path = write(tmp_path / "e.jsonl", good, "", line, good)
-    with pytest.raises(ValueError, match=rf"e\.jsonl, line 3: {said}.*; --skip-broken leaves such lines out"):
+    with pytest.raises(ValueError, match=rf"e\.jsonl, line 3: {said}.*; give --skip-broken"):
         read_examples(path)
     assert read_examples(path, skip_broken=True) == ([Example("a", "b")] * 2, 1)
 
 
 def test_a_file_without_examples_is_refused(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*absent; a task takes a JSON Lines file"):
+    with pytest.raises(FileNotFoundError, match=r"file .*absent does not exist; give a JSON Lines file"):
         read_examples(tmp_path / "absent")
     with pytest.raises(OSError, match="directory"):
         read_examples(tmp_path)
     for lines in ([], ["", " "]):
-        with pytest.raises(ValueError, match="holds no examples; it takes lines of"):
+        with pytest.raises(ValueError, match="contains no examples; give lines of"):
             read_examples(write(tmp_path / "e.jsonl", *lines))
-    with pytest.raises(ValueError, match="holds no examples"):
+    with pytest.raises(ValueError, match="contains no examples"):
         read_examples(write(tmp_path / "e.jsonl", "{"), skip_broken=True)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="binary, line 1: not JSON"):
         read_examples(tmp_path / "binary")
-    with pytest.raises(ValueError, match="one input alone"):
+    with pytest.raises(ValueError, match="a single input"):
         load_examples("answer", str(write(tmp_path / "e.jsonl", *[{"input": "a", "output": "b"}] * 3)))
 
 
@@ -148,7 +148,7 @@ def test_an_input_is_on_one_side_and_stays_there(
     more = [*reversed(records), *({"input": f"more {i}", "output": "x"} for i in range(200))]
     grown = load_examples("answer", str(write(folder / "grown.jsonl", *more)))
     moved = inputs[1] - {example.input for example in grown.held_out}
-    assert len(moved) <= 1  # the one of the smallest hash, held out where no other is
+    assert len(moved) <= 1  # the item with the smallest hash, which is held out if no other is
     assert not inputs[0] & {example.input for example in grown.held_out}
 
 
@@ -185,7 +185,7 @@ def test_embedded_numbers_are_the_same_in_every_notation():
             elif notation == "words":
                 assert words.setdefault(text, item.key) == item.key
             elif notation is not None:
-                assert int(text) == int(item.key)  # of any script
+                assert int(text) == int(item.key)  # digits of any script
     by_number = {number: text for text, number in words.items()}
     assert len(by_number) == len(words) > 1000
     for text, number in words.items():
@@ -290,7 +290,7 @@ def test_a_score_is_highest_for_the_expected_text(metric: str, expected: str, go
 
 
 def test_intervals_are_those_of_a_share():
-    """Of 400 answers 100 are right: the standard error of a share of 0.25 is 2.2 percent."""
+    """Of 400 answers 100 are right: the standard error of the fraction 0.25 is 2.2 percent."""
     answered = [Answered("?", "yes", "yes" if i % 4 == 0 else "no") for i in range(400)]
     template = load_template("answer")
     (found,) = score(METRICS["exact_match"], template, answered)
@@ -298,7 +298,7 @@ def test_intervals_are_those_of_a_share():
     assert found.value == 25
     assert found.low == pytest.approx(25 - 1.96 * error, abs=0.6)
     assert found.high == pytest.approx(25 + 1.96 * error, abs=0.6)
-    with pytest.raises(ValueError, match="nothing to score"):
+    with pytest.raises(ValueError, match="no answers to score"):
         score(METRICS["f1"], template, [])
 
 

@@ -1,4 +1,4 @@
-"""Streamed text: pieces of whole characters that concatenate to the text, which ends before a stop string."""
+"""Text generation: streamed pieces of complete characters add up to the text, which ends before a stop string."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastgpt.generation.text import IncrementalDetokenizer, generate_texts, read
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer
 
-pytestmark = pytest.mark.xdist_group("generate")  # whose fixtures are made once
+pytestmark = pytest.mark.xdist_group("generate")  # its fixtures are created once
 
 TEXT = "für 漢字 🙂🙂 == != for i in range(10):\n" * 30
 TOKENIZERS = {"bytes": ByteTokenizer(), "bpe": BPETokenizer.train([TEXT], 330)}
@@ -62,7 +62,7 @@ def test_text_ends_before_the_first_stop_string_however_tokens_fall(kind, text, 
     pieces.append(row.close())
     assert "".join(pieces) == row.text
 
-    # Said once more without streaming: the text of ever more tokens, until one holds a stop string.
+    # The same without streaming: decode longer and longer prefixes, until one contains a stop string.
     ids = tokenizer.encode(text).tolist()
     for count in range(len(ids) + 1):
         so_far = tokenizer.decode(torch.tensor(ids[:count], dtype=torch.long))
@@ -81,7 +81,7 @@ def test_text_ends_before_the_first_stop_string_however_tokens_fall(kind, text, 
     often=st.sampled_from([b"\xff", b"\x82", b"\xe2\x82", b"\xef\xbf\xbd", b"\xf0\x9f\x98"]),
 )
 def test_tokens_that_never_make_a_character_are_decoded_in_linear_time(noise: list[int], often: bytes):
-    """Each of them some times, in calls of bounded size; characters that are whole in the end are whole."""
+    """Each token is decoded a bounded number of times, in calls of bounded size."""
     tokenizer, decoded = ByteTokenizer(), []
     tokens = [*often * 100, *noise, *"€".encode(), *often * 50]
     spy = SimpleNamespace(decode=lambda ids: decoded.append(len(ids)) or tokenizer.decode(ids))
@@ -105,7 +105,7 @@ def test_what_may_become_a_stop_string_is_held_back():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An untrained model whose weights are large, so that it says something else everywhere."""
+    """Save an untrained model with large weights, so that its output varies everywhere."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=330, block_size=32, n_layer=2, n_head=2, n_embd=32))
     with torch.no_grad():
@@ -199,9 +199,9 @@ def test_prompts_are_the_lines_of_a_file(tmp_path: Path):
         (["--stop", ""], "a stop string must not be empty"),
         (["--repetition-penalty", "0"], "repetition_penalty must be from 1.2e-38"),
         (["--seed", "-1"], "seed must not be negative"),
-        (["--prompts", "nowhere.txt"], "there is no file or directory nowhere.txt"),
+        (["--prompts", "nowhere.txt"], "file or directory nowhere.txt does not exist"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "\udc80"], "which is no character"),
+        (["--prompt", "\udc80"], "which is not a character"),
         (["--max-new-tokens", "-1"], "max_new_tokens must not be negative"),
     ],
 )

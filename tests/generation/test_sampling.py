@@ -1,4 +1,4 @@
-"""Batched generation: each row is what it is alone, whatever else is in the batch, and ends where it should."""
+"""Batched generation: rows are independent of their batch, and end where they should."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MODELS = {
 
 
 def batch(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Prompts (T,) padded on the right by a token that would change much if it were seen, and their lengths."""
+    """Pad prompts (T,) on the right with a token that would change the output; return them with their lengths."""
     lengths = torch.tensor([len(p) for p in prompts])
     return torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=60), lengths
 
 
 def grown(row: Tensor) -> list[int]:
-    """The tokens of a row of a result."""
+    """Return the tokens of a row of a result."""
     assert (row[(row == NOTHING).cumsum(0) > 0] == NOTHING).all(), "a hole in the row"
     return row[row != NOTHING].tolist()
 
@@ -41,7 +41,7 @@ prompt_lengths = st.lists(st.integers(1, 30), min_size=1, max_size=4)
     lengths=prompt_lengths, position=st.sampled_from(POSITIONS), seed=st.integers(0, 2**40), data=st.data()
 )
 def test_a_row_of_a_ragged_batch_is_what_it_is_alone(lengths, position, seed, data):
-    """Greedy and sampled, within the block and past it, with rows that end by themselves."""
+    """Compare greedy and sampled rows, within the block and beyond it, with rows that end early."""
     model = MODELS[position]
     prompts = [tokens(n, seed=i) for i, n in enumerate(lengths)]
     options = data.draw(
@@ -78,12 +78,12 @@ def test_a_ragged_decoding_step_has_the_logits_of_the_row_alone(position: str):
         for b, n in enumerate(lengths):
             alone = model.hidden_states(torch.cat((idx[b, :n], new[b], new[b]))[None])[0, -2:]
             torch.testing.assert_close(torch.stack((found[0][b], found[1][b])), alone, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="one token at a time, not 2"):
+    with pytest.raises(ValueError, match="one token per pass, not 2"):
         model.hidden_states(tokens(3, 2), cache)
 
 
 def test_rows_that_have_ended_are_computed_no_more(monkeypatch: pytest.MonkeyPatch):
-    """The batch of every pass, while rows end after 1, 2 and 4 tokens."""
+    """Record the batch size of every pass, while rows end after 1, 2 and 4 tokens."""
     model, sizes, count = MODELS["learned"], [], [0, 0, 0]
     hidden = GPT.hidden_states
     monkeypatch.setattr(
@@ -129,7 +129,7 @@ def test_repetition_penalty_divides_positive_multiplies_negative_logits():
 
 
 def test_a_strong_penalty_never_repeats_while_tokens_are_left():
-    """A seen token is left with a logit of about 0 or far below, and a third of the others with more."""
+    """Seen tokens keep a logit of about 0 or far below; a third of the others have a larger one."""
     model = lively(tie_head=False).eval()
     out = model.generate(tokens(1, 1), 22, temperature=0, repetition_penalty=1e30)[0]
     assert len(set(out.tolist())) == 23
@@ -166,8 +166,8 @@ def test_the_greatest_draw_stays_within_the_tokens_that_are_kept():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": torch.tensor([1, 4])}, "lengths must lie in 1 to 3, not in 1 to 4"),
-        ({"lengths": torch.tensor([0, 3])}, "lengths must lie in 1 to 3, not in 0 to 3"),
+        ({"lengths": torch.tensor([1, 4])}, "lengths must be from 1 to 3, not from 1 to 4"),
+        ({"lengths": torch.tensor([0, 3])}, "lengths must be from 1 to 3, not from 0 to 3"),
         ({"lengths": torch.tensor([1])}, r"lengths must be \(2,\) integers, not \(1,\)"),
         ({"lengths": torch.tensor([1.0, 2.0])}, "not \\(2,\\) of torch.float32"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty must be from 1.2e-38 to 3.4e\+38, not 0.0"),
@@ -204,7 +204,7 @@ def test_the_smallest_and_largest_options_choose_a_token(logits, extremes, top_p
 
 
 def test_memory_is_taken_as_rows_grow(monkeypatch: pytest.MonkeyPatch):
-    """In blocks, with the same draws; rows that end early take no more."""
+    """Allocate in blocks, with the same draws; rows that end early allocate no more."""
     model, idx = MODELS["learned"], tokens(3, 4)
     ends = {0: 2, 1: 9, 2: 30}
 
@@ -228,7 +228,7 @@ def test_memory_is_taken_as_rows_grow(monkeypatch: pytest.MonkeyPatch):
 
 def test_no_rows_are_no_rows():
     assert MODELS["learned"].generate(tokens(0, 3), 2, seed=1).shape == (0, 5)
-    with pytest.raises(ValueError, match="lengths of no prompts"):
+    with pytest.raises(ValueError, match="lengths given for an empty batch"):
         MODELS["learned"].generate(tokens(0, 3), 2, lengths=torch.empty(0, dtype=torch.long))
 
 

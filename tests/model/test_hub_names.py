@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub, tokenizers of other libraries, and checkpoints with more or less than a GPT-2 has."""
+"""Names on the Hugging Face Hub, tokenizers of other libraries, and checkpoints that differ from a plain GPT-2."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path: Path, tokenizer: BPETokenizer) -> Path:
 
 @pytest.fixture
 def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A Hub with the model as "owner/tiny" and "tiny", in an empty working directory; yields the requested names."""
+    """Fake a Hub with the model as "owner/tiny" and "tiny", in an empty working directory; record requests."""
     asked: list[str] = []
 
     def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
@@ -108,7 +108,7 @@ def test_a_name_that_is_nowhere(
     hub: list[str], arguments: list[str], what: str, capsys: pytest.CaptureFixture
 ):
     assert main(arguments) == 2
-    expected = f"unknown/model is no {what} here, and the Hub did not deliver it: there is no repository"
+    expected = f"there is no {what} unknown/model on disk, and the download from the Hub failed: there is no repository"
     error = capsys.readouterr().err
     assert error.startswith(f"fastgpt: error: {expected}") and error.count("\n") == 1
 
@@ -127,9 +127,9 @@ def test_a_name_may_have_a_revision(hub: list[str], model: Path, name: str):
     "name", ["out/rum", "runs/tiny", "checkpoints/last", "models/gpt2", "data/set", "mine/step-00001000"]
 )
 def test_a_mistyped_path_asks_nobody_for_a_model(hub: list[str], name: str):
-    """Nor does a right one in a wrong working directory."""
+    """A correct path in a wrong working directory must not be looked up either."""
     assert not is_hub_name(name)
-    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint directory {name}"):
+    with pytest.raises(FileNotFoundError, match=f"checkpoint directory {name} does not exist"):
         GPT.from_pretrained(name)
     assert hub == []
 
@@ -152,9 +152,9 @@ def test_paths_are_not_looked_up_on_the_hub(hub: list[str], tmp_path: Path, caps
     ):
         assert not is_hub_name(name), name
     assert main(["generate", "--checkpoint", "./absent"]) == 2
-    assert "there is no checkpoint directory ./absent" in capsys.readouterr().err
+    assert "checkpoint directory ./absent does not exist" in capsys.readouterr().err
     assert main(["generate", "--checkpoint", str(tmp_path / "ckpt.pt")]) == 2
-    assert "ckpt.pt is a file and no checkpoint directory; a model is read from" in capsys.readouterr().err
+    assert "ckpt.pt is a file, not a checkpoint directory; give a directory" in capsys.readouterr().err
     assert hub == []
 
 
@@ -181,13 +181,13 @@ def test_what_is_no_tokenizer_is_answered_with_what_is(tmp_path: Path):
     (tmp_path / "a.json").write_text("text")
     for path in (tmp_path / "a.json", tmp_path, tmp_path / "absent.json"):
         with pytest.raises(
-            (ValueError, FileNotFoundError), match=r"--tokenizer takes bytes, bpe or a tokenizer\.json"
+            (ValueError, FileNotFoundError), match=r"give --tokenizer bytes, bpe, a tokenizer\.json"
         ):
             load_tokenizer(path)
 
 
 def changed(model: Path, options: dict, tensors: dict, rename: str = "{}") -> None:
-    """Write the model with other options (None: without one), further tensors and other names."""
+    """Write the model with other options (None removes one), additional tensors and other names."""
     file, config = model / "model.safetensors", model / "config.json"
     named = {rename.format(name): tensor for name, tensor in load_file(file).items()}
     save_file(named | tensors, file)
@@ -200,10 +200,10 @@ def changed(model: Path, options: dict, tensors: dict, rename: str = "{}") -> No
 @pytest.mark.parametrize(
     ("options", "tensors", "rename", "notes"),
     [
-        ({}, {"score.weight": torch.ones(2, 32)}, "{}", ["left out score.weight, tensors of a head"]),
-        ({}, {"v_head.summary.bias": torch.ones(1)}, "{}", ["left out v_head.summary.bias"]),
+        ({}, {"score.weight": torch.ones(2, 32)}, "{}", ["skipped score.weight, tensors of a head"]),
+        ({}, {"v_head.summary.bias": torch.ones(1)}, "{}", ["skipped v_head.summary.bias"]),
         ({}, {f"a.{i}": torch.ones(1) for i in range(11)}, "{}", ["a.4, a.5, a.6 and 3 more, tensors"]),
-        ({"model_type": None}, {}, "{}", ["does not say model_type, as old ones do"]),
+        ({"model_type": None}, {}, "{}", ["lacks model_type; assuming gpt2"]),
         (
             {"model_type": None, "n_positions": None, "n_ctx": 32, "architectures": None},
             {},
@@ -236,11 +236,11 @@ def test_a_checkpoint_with_more_or_an_older_one_loads_with_a_note(
 @pytest.mark.parametrize(
     ("options", "tensors", "message"),
     [
-        ({}, {"transformer.h.1.ln_1.weight": torch.ones(32)}, "holds the tensor 'h.1.ln_1.weight'"),
+        ({}, {"transformer.h.1.ln_1.weight": torch.ones(32)}, "has the tensor 'h.1.ln_1.weight'"),
         (
             {},
             {"transformer.h.0.crossattention.c_attn.bias": torch.ones(32)},
-            "holds the tensor 'h.0.crossattention",
+            "has the tensor 'h.0.crossattention",
         ),
         ({"model_type": None, "n_head": None}, {}, "of type None; only 'gpt2'"),
         ({"model_type": "opt"}, {}, "of type 'opt'; only 'gpt2'"),

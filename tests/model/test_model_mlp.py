@@ -1,4 +1,4 @@
-"""The model's MLP: one op, and what others put on its layers is called all the same."""
+"""MLP of the model: one op, and modules or hooks on its layers still run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_mlp_is_one_op(activation: str):
 
 
 class Adapter(torch.nn.Module):
-    """It has a weight too, but may compute more."""
+    """Layer with a weight, like nn.Linear, that computes more."""
 
     def __init__(self, base: torch.nn.Linear, seen: list[Tensor]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def test_what_is_put_on_a_layer_of_the_mlp_is_called(how: str, layer: str):
 
 @pytest.mark.parametrize("layer", ["c_fc", "c_proj"])
 def test_a_layer_of_the_mlp_may_be_pruned(layer: str):
-    """A layer whose weight is recomputed by a hook before each call."""
+    """A hook recomputes the weight before each call."""
     model = tiny()
     pruned = getattr(model.h[0].mlp, layer)
     torch.nn.utils.prune.random_unstructured(pruned, "weight", 0.5)

@@ -1,4 +1,4 @@
-"""GPT-2 checkpoints out and in: what we write transformers reads with equal logits, and every layout is read."""
+"""GPT-2 checkpoints: transformers reads ours with equal logits, and all of its layouts are read."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_reduced_precision_is_kept(tmp_path: Path):
 
 
 def test_rotary_positions_have_no_place_in_gpt2(tmp_path: Path):
-    with pytest.raises(ValueError, match="GPT-2 has no rotary positions"):
+    with pytest.raises(ValueError, match="GPT-2 does not support rotary positions"):
         lively(position="rotary").save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
@@ -68,7 +68,7 @@ def test_rotary_positions_have_no_place_in_gpt2(tmp_path: Path):
 
 
 def rewritten(directory: Path, layout: str) -> None:
-    """The same checkpoint in another layout that the Hub has of GPT-2."""
+    """Rewrite a checkpoint in another layout that is used on the Hub."""
     file = directory / "model.safetensors"
     weights = load_file(file)
     if "bare" in layout:  # openai-community/gpt2: no prefix, and the causal masks
@@ -121,7 +121,7 @@ def test_safetensors_come_before_pickles(tmp_path: Path):
 
 
 class Planted:
-    """What a pickle may run when it is loaded."""
+    """Object whose unpickling runs code."""
 
     def __reduce__(self):
         return (Path.touch, (Path("planted"),))
@@ -133,22 +133,22 @@ def test_a_bad_pickle_is_named_and_runs_nothing(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "model.safetensors").unlink()
     file = tmp_path / "pytorch_model.bin"
     torch.save({"wte.weight": Planted()}, file)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a whole file of PyTorch tensors"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a complete file of PyTorch tensors"):
         GPT.from_pretrained(tmp_path)
     assert not (tmp_path / "planted").exists()
     for content in (b"", b"\x80", b"nonsense"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a whole file of PyTorch tensors"):
+        with pytest.raises(ValueError, match="is not a complete file of PyTorch tensors"):
             GPT.from_pretrained(tmp_path)
     for value in ([1], {"a": 1}):
         torch.save(value, file)
-        with pytest.raises(ValueError, match="something else than named tensors"):
+        with pytest.raises(ValueError, match="something other than named tensors"):
             GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
-    with pytest.raises(ValueError, match="not the index of a checkpoint in shards"):
+    with pytest.raises(ValueError, match="not the index of a sharded checkpoint"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match=r"holds no gone\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"lacks gone\.safetensors"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -174,19 +174,19 @@ def test_a_directory_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr("fastgpt.checkpoints.tensor_files.save_file", full)
         with pytest.raises(
-            OSError, match=r"could not be written \(No space left on device\); nothing of it remains"
+            OSError, match=r"could not be written \(No space left on device\); no partial files remain"
         ):
             model.save_pretrained(out)
     assert not list(out.parent.iterdir())
-    (out.parent / ".writing-model").mkdir()  # of a save that was killed
+    (out.parent / ".writing-model").mkdir()  # left by a killed save
     (out.parent / ".writing-model" / "config.json").write_text("{")
-    out.mkdir()  # empty: nothing is lost
+    out.mkdir()  # an empty directory may be replaced
     model.save_pretrained(out)
     assert [p.name for p in out.parent.iterdir()] == ["model"]
-    with pytest.raises(FileExistsError, match="exists already: remove it"):
+    with pytest.raises(FileExistsError, match="already exists; remove it"):
         model.save_pretrained(out)
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         model.save_pretrained(tmp_path / "file")
     with pytest.raises(OSError):
         model.save_pretrained(tmp_path / "file" / "model")
@@ -217,7 +217,9 @@ def test_transformers_reads_the_tokenizer_too(tmp_path: Path, kind: str):
 def test_bytes_written_as_bpe_are_the_bytes(tmp_path_factory: pytest.TempPathFactory, text: str):
     directory = tmp_path_factory.mktemp("bytes")
     lively(vocab_size=256).save_pretrained(directory / "model", ByteTokenizer())
-    read = BPETokenizer((directory / "model" / "tokenizer.json").read_text("utf-8"))  # as transformers does
+    read = BPETokenizer(
+        (directory / "model" / "tokenizer.json").read_text("utf-8")
+    )  # the way transformers reads it
     assert read.encode(text).tolist() == list(text.encode())
     assert read.decode(read.encode(text)) == text
     shutil.rmtree(directory)
@@ -225,7 +227,7 @@ def test_bytes_written_as_bpe_are_the_bytes(tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize(("token", "ends"), [(0, True), (ord("x"), False)])
 def test_bytes_come_back_with_their_end_of_text(tmp_path: Path, token: int, ends: bool):
-    """From a model that says one token whatever it reads."""
+    """Use a model that always predicts the same token."""
     model = lively(vocab_size=256, tie_head=False)
     with torch.no_grad():
         model.ln_f.weight.zero_()
@@ -250,20 +252,22 @@ def test_bytes_are_known_again_when_transformers_has_written_them(tmp_path: Path
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     loaded.save_pretrained(tmp_path / "theirs")
     assert isinstance(load_tokenizer(tmp_path / "theirs"), ByteTokenizer)
-    loaded.add_tokens(["def"])  # no longer bytes alone
+    loaded.add_tokens(["def"])  # the vocabulary has more than bytes
     loaded.save_pretrained(tmp_path / "more")
     more = load_tokenizer(tmp_path / "more")
     assert isinstance(more, BPETokenizer) and more.encode("def").tolist() == [256]
 
 
 def test_tokenizers_that_know_more_than_the_model_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="knows 256 tokens, and the model 61: resize_token_embeddings first"):
+    with pytest.raises(
+        ValueError, match="the tokenizer has 256 tokens, and the model 61; call resize_token_embeddings first"
+    ):
         lively().save_pretrained(tmp_path / "model", ByteTokenizer())
     lively().save_pretrained(tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer .* does not exist"):
         open_model(tmp_path / "model")
     BPETokenizer.train([TEXT], 300).save(tmp_path / "model")
-    with pytest.raises(ValueError, match="knows 300 tokens, and the model 61: they do not belong together"):
+    with pytest.raises(ValueError, match="has 300 tokens, and the model 61; use the tokenizer"):
         open_model(tmp_path / "model")
 
 

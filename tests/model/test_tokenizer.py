@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, repeatable, and the same after being saved."""
+"""Tokenizers: lossless, deterministic, and unchanged by saving and loading."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_saved_tokenizer_is_the_same(tmp_path: Path, tokenizer: Tokenizer):
 
 
 def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"takes bytes, bpe or a tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"--tokenizer bytes, bpe, a tokenizer\.json"):
         make_tokenizer(str(tmp_path / "absent.json"), [], 1)
     for content in ("not json", "{}", "[]", '{"type": "words"}'):
         (tmp_path / "tokenizer.json").write_text(content)
@@ -74,7 +74,7 @@ def test_what_is_no_tokenizer_is_refused_in_a_sentence(tmp_path: Path):
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
 def test_a_lone_surrogate_is_no_text(tokenizer: Tokenizer):
-    with pytest.raises(ValueError, match="no character"):
+    with pytest.raises(ValueError, match="not a character"):
         tokenizer.encode("a\ud800")
 
 
@@ -178,7 +178,7 @@ def test_dropout_loses_nothing_and_is_a_function_of_its_seed(text: str, rate: fl
 
 
 def test_dropout_cuts_a_word_as_often_as_tokenizers_own_does():
-    """Tokens a text on average, of both, over many draws."""
+    """Compare the mean number of tokens per text over many draws."""
     text = CORPUS[0][:32]
     engine = Engine.from_str(BPE.engine.to_str())
     for rate in (0.1, 0.4):
@@ -197,7 +197,7 @@ def test_dropout_draws_anew_with_each_seed_and_refuses_what_it_cannot():
     long = "x" * 10_000
     assert BPE.decode(dropout.encode(long, "")) == long
     for rate in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"must be in \[0, 1\]"):
             BPEDropout(BPE, rate)
     with pytest.raises(ValueError, match="needs a byte-level bpe tokenizer, not bytes"):
         BPEDropout(ByteTokenizer(), 0.1)

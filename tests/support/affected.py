@@ -126,6 +126,8 @@ TABLE = [
     ("fastgpt/distributed.py", "train_distributed train resume", ""),
     ("fastgpt/checkpoints/load.py", "pretrained cli checkpoint", ""),
     ("fastgpt/checkpoints/native.py", RUNS, ""),
+    ("fastgpt/checkpoints/optimizer_state.py", RUNS, ""),
+    ("fastgpt/checkpoints/state_file.py", RUNS, ""),
     ("fastgpt/checkpoints/tensor_files.py", f"{RUNS} pretrained", ""),
     ("fastgpt/checkpoints/pickled_parts.py", CHECKPOINTS, ""),
     ("fastgpt/console.py", f"{RUNS} terminal", ""),

@@ -1,4 +1,4 @@
-"""Checkpoints: exact, atomic, and refused in a sentence when they are not whole."""
+"""Checkpoints: exact, atomic, and refused in one message if they are incomplete."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if kind == "safetensors":
-        monkeypatch.setattr(checkpoint, "_moments", full)
+        monkeypatch.setattr(checkpoint, "named_state", full)
     else:
         monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match=r"step-00000010 could not be written \(No space left on device\)"):
@@ -131,16 +131,16 @@ def test_every_damaged_file_is_noticed(tmp_path: Path, name: str):
 
 
 def test_a_foreign_or_missing_checkpoint_is_refused_in_a_sentence(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="no checkpoint directory"):
+    with pytest.raises(CheckpointError, match=r"checkpoint directory .* does not exist"):
         open_checkpoint(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no checkpoint"):
         open_checkpoint(tmp_path)
     state = save(tmp_path, 5) / "state.json"
     good = json.loads(state.read_text())
     for content, message in [
         ("{", "is not JSON"),
-        ("[]", "does not hold an object"),
-        ("[" * 100_000, "nested too deep"),
+        ("[]", "does not contain a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
         (json.dumps(good | {"format": 99}), "has format 99"),
         (json.dumps(good | {"train": {"n_layers": 3}}), "did you mean"),
         (json.dumps(good | {"model": good["model"] | {"n_head": 3}}), "not divisible"),
@@ -154,12 +154,12 @@ def test_a_foreign_or_missing_checkpoint_is_refused_in_a_sentence(tmp_path: Path
 def test_weights_of_another_model_do_not_load(tmp_path: Path):
     save(tmp_path, 5)
     other = GPT(CONFIG.override({"n_embd": 32}).model(256))
-    with pytest.raises(CheckpointError, match="does not fit the model"):
+    with pytest.raises(CheckpointError, match="does not match the model"):
         open_checkpoint(tmp_path).load_weights(other)
 
 
 def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
-    """`fastgpt data` writes OUT/data through OUT/.writing-data, and keeps the old one in .writing-data.old."""
+    """Keep .writing-data and .writing-data.old, through which `fastgpt data` writes OUT/data."""
     for name in (".writing-data", ".writing-data.old"):
         (tmp_path / name).mkdir()
     save(tmp_path, 5)
@@ -167,7 +167,7 @@ def test_what_others_are_writing_beside_it_stays(tmp_path: Path):
 
 
 def test_files_are_flushed_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch):
-    """What a power failure leaves is a whole checkpoint or none."""
+    """A power failure leaves a complete checkpoint or none."""
     done: list[tuple[str, str]] = []
     flush, rename = atomic_io.flush, Path.rename
     monkeypatch.setattr(atomic_io, "flush", lambda path: done.append(("flush", path.name)) or flush(path))

@@ -1,4 +1,4 @@
-"""The command line: options and TOML say the same, errors are one sentence, output is what was promised."""
+"""Command line: options equal TOML keys, errors are one message, and the output is as documented."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with text.txt, options.toml and a trained out/."""
+    """Make a directory with text.txt, options.toml and a trained out/."""
     directory = tmp_path_factory.mktemp("run")
     (directory / "text.txt").write_text(TEXT)
     lines = [f"{name} = {value}" for name, value in SMALL.items()]
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The one line that a failing command prints to stderr."""
+    """Run a failing command, and return the one line that it prints to stderr."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -163,7 +163,7 @@ DOCUMENTS = [f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 5) for i in range(
 
 
 def prepared(directory: Path, tokenizer: Tokenizer) -> str:
-    """DOCUMENTS as a prepared dataset; every eighth is held out."""
+    """Prepare DOCUMENTS as a data set; every eighth is held out."""
     with DatasetWriter(directory, tokenizer, seed=0) as writer:
         for i, text in enumerate(DOCUMENTS):
             writer.add("val" if i % 8 == 0 else "train", tokenizer.encode(text))
@@ -270,10 +270,10 @@ def test_errors_are_one_sentence_and_status_2(run: Path, tmp_path: Path, capsys:
     assert "n_layer must be of type int, not '3'" in fails(["train", "--config", str(toml)], capsys)
     toml.write_text("n_layer = ")
     assert "is not a TOML file" in fails(["train", "--config", str(toml)], capsys)
-    assert "no checkpoint directory" in fails(["generate", "--checkpoint", absent], capsys)
+    assert "checkpoint directory" in fails(["generate", "--checkpoint", absent], capsys)
     assert "prompt is empty" in fails(["generate", "--checkpoint", out, "--prompt", ""], capsys)
     assert "top_k" in fails(["generate", "--checkpoint", out, "--top-k", "0"], capsys)
-    assert "there is no file" in fails(["eval", "--checkpoint", out, "--data", absent], capsys)
+    assert "does not exist" in fails(["eval", "--checkpoint", out, "--data", absent], capsys)
     (tmp_path / "short").write_text("a")
     assert "at least two" in fails(["eval", "--checkpoint", out, "--data", str(tmp_path / "short")], capsys)
     assert "device 'tpu9'" in fails(["generate", "--checkpoint", out, "--device", "tpu9"], capsys)
@@ -296,7 +296,7 @@ def test_python_m_fastgpt_is_the_command(tmp_path: Path):
     assert command("--version").stdout == f"fastgpt {fastgpt.__version__}\n"
     failed = command("generate", "--checkpoint", str(tmp_path))
     assert failed.returncode == 2 and failed.stdout == ""
-    assert failed.stderr == f"fastgpt: error: {tmp_path} holds no checkpoint\n"
+    assert failed.stderr == f"fastgpt: error: {tmp_path} contains no checkpoint\n"
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_memory_that_there_is_not_is_one_message(
     monkeypatch.setattr("fastgpt.env_report.main", lambda **_: fail())
     assert main(["info"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fastgpt: error: there is not enough memory; ") and error.count("\n") == 1
+    assert error.startswith("fastgpt: error: out of memory; ") and error.count("\n") == 1
 
 
 def test_another_runtime_error_is_no_message(monkeypatch: pytest.MonkeyPatch):

@@ -1,4 +1,4 @@
-"""What the commands print arrives on streams of any encoding; one that closes ends them without a traceback."""
+"""Output of the commands on streams of any encoding; a closed stream ends them without a traceback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of random weights, whose texts have characters that are not ASCII, and a text file."""
+    """Save a model with random weights, whose texts contain non-ASCII characters, and a text file."""
     directory = tmp_path_factory.mktemp("console")
     small = GPTConfig(256, block_size=32, n_layer=1, n_head=2, n_embd=32)
     GPT(small).save_pretrained(directory / "model", ByteTokenizer())
@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def commands(model: Path, out: Path) -> dict[str, list[str]]:
-    """Every command that prints."""
+    """Return the arguments of every command that prints."""
     text, checkpoint = str(model / "text.txt"), str(model / "model")
     generate = ["generate", "--checkpoint", checkpoint, "--prompt", "café 😀", "--max-new-tokens", "9"]
     data = ["data", text, "--tokenizer", "bytes", "--repetition", "keep"]
@@ -54,7 +54,7 @@ NAMES = list(commands(Path(), Path()))
 
 
 class Stream(io.TextIOWrapper):
-    """A stream of the process in place of stdout, over a buffer or a descriptor of its own."""
+    """Replacement of stdout, over a buffer or a descriptor."""
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch, stdout: io.TextIOBase) -> int:
@@ -160,7 +160,7 @@ def test_a_run_with_closed_streams_goes_to_its_end(model: Path, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves_and_ends(model: Path, tmp_path: Path):
-    """stdout and stderr are a terminal: the bar is drawn, SIGHUP comes, and writing fails with EIO."""
+    """On a closed terminal SIGHUP arrives, and writing fails with EIO."""
     ours, theirs = os.openpty()
     command = flags(model, tmp_path / "out", max_steps=100_000)
     # setsid and an open of the terminal make it the controlling one, so that closing it sends SIGHUP.

@@ -1,4 +1,4 @@
-"""A loss or weights that are no numbers end a run, and every command says so; no good checkpoint is lost to them."""
+"""Divergence: nonfinite losses or weights end a run with a message, and good checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def options(tmp_path: Path) -> dict:
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, at: int, what: str) -> None:
-    """Have the weights, or the optimizer's state, change behind step `at`, whose own loss is a number."""
+    """Change the weights or the optimizer's state after step `at`, whose own loss is finite."""
     update = Trainer.optimizer_step
 
     def updated(self: Trainer) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_a_validation_loss_that_is_no_number_ends_the_run(options: dict, monkeyp
 
 
 def spoil(model: GPT, how: str) -> GPT:
-    """Weights that are NaN, or finite ones whose outputs are."""
+    """Set weights to NaN, or to finite values with nonfinite outputs."""
     with torch.no_grad():
         if how == "nan":
             model.h[0].attn.c_proj.weight[1, 2] = math.nan
@@ -94,7 +94,7 @@ def spoil(model: GPT, how: str) -> GPT:
 
 @pytest.fixture(params=["nan", "huge"])
 def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Such a model in both kinds of directories: gpt2/, and run/ with an older checkpoint of good weights."""
+    """Save such a model in both formats: gpt2/, and run/ with an older checkpoint of good weights."""
     config = TrainConfig(out=str(tmp_path / "run"), **SMALL)
     model = GPT(config.model(256))
     for step in (1, 2):
@@ -140,7 +140,7 @@ def test_a_model_whose_outputs_are_no_numbers_is_refused(
     assert main([command, "--checkpoint", str(spoiled / kind), *rest]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "its training has diverged; take an older checkpoint" in err
+    assert "its training has diverged; use an older checkpoint" in err
 
 
 def test_no_run_goes_on_from_such_a_model(spoiled: Path, options: dict):

@@ -32,7 +32,7 @@ SMALL = {
 
 @pytest.fixture
 def examples(tmp_path: Path) -> str:
-    """Sixty questions with one of three answers."""
+    """Write sixty questions with one of three answers."""
     lines = [{"input": f"What is {i}?", "output": ("fizz", "two words", "größer")[i % 3]} for i in range(60)]
     path = tmp_path / "examples.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -46,7 +46,7 @@ def options(tmp_path: Path, examples: str) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """out/ of a model that answers every question with "ja", and the examples it learned from."""
+    """Train a model in out/ that answers every question with "ja"; return it with its training examples."""
     folder = tmp_path_factory.mktemp("trained")
     lines = [json.dumps({"input": f"{i}?", "output": "ja"}) for i in range(30)]
     (folder / "examples.jsonl").write_text("\n".join(lines))
@@ -62,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
-    """The one line that a failing command prints to stderr."""
+    """Run a failing command, and return the one line that it prints to stderr."""
     capsys.readouterr()
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -138,10 +138,10 @@ def test_an_example_as_long_as_a_block_is_kept(options: dict, tmp_path: Path):
 
 def test_what_cannot_be_trained_on_is_refused(options: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
     common = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "data"]
-    assert "there is no file stdlib; a task takes" in fails(["finetune", *common], capsys)
+    assert "file stdlib does not exist; give" in fails(["finetune", *common], capsys)
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input": "a"}\n')
-    assert "bad.jsonl, line 1: there is no 'output'" in fails(["finetune", *common, f"--data={path}"], capsys)
+    assert "bad.jsonl, line 1: it lacks 'output'" in fails(["finetune", *common, f"--data={path}"], capsys)
     assert "packing='stream'" in fails(["finetune", *common, "--data=embedded", "--packing=stream"], capsys)
     assert "finetune needs a --task: answer, code" in fails(["finetune", f"--data={path}"], capsys)
     assert not Path(options["out"]).exists()
@@ -253,10 +253,10 @@ def test_what_cannot_be_asked_is_refused(
     assert "input of answer is empty" in fails([*generate, "--prompt", ""], capsys)
     assert "input of answer is empty" in fails(generate, capsys)
     assert "must not be negative" in fails([*generate, "--prompt", "a", "--num-shots", "-1"], capsys)
-    assert "99 examples cannot be shown: there are 30" in fails(
+    assert "99 shots need as many examples, and there are 30" in fails(
         [*generate, "--prompt", "a", "--num-shots", "99", "--shots", data], capsys
     )
-    assert "there is no file" in fails(
+    assert "does not exist" in fails(
         [*generate, "--prompt", "a", "--num-shots", "1", "--shots", str(tmp_path / "absent")], capsys
     )
     assert "limit must be at least 1" in fails([*evaluate, "--limit", "0"], capsys)
@@ -271,7 +271,7 @@ def test_what_cannot_be_asked_is_refused(
 
 
 def test_the_whole_path_from_text_to_answers(tmp_path: Path, examples: str, capsys: pytest.CaptureFixture):
-    """prepare -> train -> finetune -> eval -> generate, a command each."""
+    """Run prepare, train, finetune, eval and generate, one command each."""
     (tmp_path / "corpus").mkdir()
     for i in range(40):
         text = f"Document {i} says what {i} is: {'fizz' if i % 3 else 'two words'}.\n" * 5

@@ -1,4 +1,4 @@
-"""Damaged checkpoints, models of others and logs give a right result or one message, as `test_fuzz_files` has it."""
+"""Fuzzing of checkpoints, foreign models and logs: a correct result or one message, as in `test_fuzz_files`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def saved(directory: Path) -> Path:
 
 
 def in_parts(path: Path) -> None:
-    """Make it the checkpoint of a sharded run of two processes."""
+    """Convert it to the checkpoint of a sharded run of two processes."""
     for stem in ("model", "optimizer"):
         parts: list[dict[str, torch.Tensor]] = [{}, {}]
         for name, tensor in load_file(path / f"{stem}.safetensors").items():
@@ -54,7 +54,7 @@ def in_parts(path: Path) -> None:
 
 
 def list_again(path: Path) -> None:
-    """Put the sizes and checksums of the files into state.json, which then guards against nothing."""
+    """Update sizes and checksums in state.json, so that they do not detect the damage."""
     try:
         state = json.loads((path / "state.json").read_bytes())
         found = [file for file in path.rglob("*") if file.is_file() and file.name != "state.json"]
@@ -65,7 +65,7 @@ def list_again(path: Path) -> None:
 
 
 def use(path: Path) -> object:
-    """Load all of a checkpoint, and take a step and a token with it."""
+    """Load a complete checkpoint, then take a step and generate a token."""
     opened = open_checkpoint(path)
     opened.load_tokenizer()
     model = opened.load_model()

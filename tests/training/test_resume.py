@@ -1,4 +1,4 @@
-"""What a resumed run says: which checkpoint is whole and what differs from before; and what a launcher set wrong."""
+"""Messages of a resumed run: intact checkpoints, changed options, and launcher misconfiguration."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def test_a_damaged_checkpoint_names_the_newest_whole_one(
     older, newest = checkpoint.steps(out)
     (newest / file).write_bytes(b"{")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    whole = f"{older} is whole: to use it, move {newest} to another place, or name {older} itself"
-    with pytest.raises(CheckpointError, match=f"--resume cannot continue {out}: .*{whole}"):
+    intact = f"{older} is intact; to use it, move {newest} away, or give {older}"
+    with pytest.raises(CheckpointError, match=f"--resume cannot continue {out}: .*{intact}"):
         config_from({"out": str(out), "resume": True})
     assert main(["generate", "--checkpoint", str(out)]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and whole in error
+    assert error.count("\n") == 1 and intact in error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert main(["generate", "--checkpoint", str(older), "--max-new-tokens", "1"]) == 0
     newest.rename(out.parent / "aside")
@@ -52,7 +52,7 @@ def test_no_whole_checkpoint_is_promised_where_there_is_none(options: dict):
     train(TrainConfig().override(options))
     for path in checkpoint.steps(Path(options["out"])):
         (path / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks model.safetensors; no older checkpoint is whole"):
+    with pytest.raises(CheckpointError, match=r"lacks model.safetensors; no older checkpoint is intact"):
         open_checkpoint(options["out"])
 
 

@@ -1,4 +1,4 @@
-"""The directory of a run belongs to one run at a time, and nothing in it is overwritten that another program wrote."""
+"""Run directories: one run at a time, and files of other programs are never overwritten."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 def holder(directory: Path, after: str = "") -> subprocess.Popen:
-    """A process that has the lock of a directory, and waits."""
+    """Start a process that locks a directory and waits."""
     script = "import sys, time; from pathlib import Path; from fastgpt.training.directory_lock import DirectoryLock\n"
     script += f"lock = DirectoryLock(Path(sys.argv[1]))\n{after}\nprint('locked', flush=True); time.sleep(60)"
     process = subprocess.Popen(
@@ -139,7 +139,7 @@ def test_nothing_else_is_written_into_a_checkpoint(
     )
     before = files(tmp_path / "out")
     assert main([command, *inputs, f"--out={step / 'sub' / 'deep'}"]) == 2
-    assert f"is in the checkpoint {step}" in capsys.readouterr().err
+    assert f"is inside the checkpoint {step}" in capsys.readouterr().err
     assert files(tmp_path / "out") == before and not (step / "sub").exists()
 
 

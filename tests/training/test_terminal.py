@@ -1,4 +1,4 @@
-"""What a model writes, and what files are named, does not command a terminal; pipes and files get it unchanged."""
+"""Terminals: model output and file names cannot send control characters; pipes and files get them unmodified."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = "\\x1b]52;c;aGk=\\x07\\x9b2J\\x7f\\r\\u202egpj.exe\\u2066"
 
 
 class Stream(io.TextIOWrapper):
-    """A stream that is a terminal or a pipe, and remembers what was written."""
+    """Terminal or pipe that records what is written."""
 
     def __init__(self, terminal: bool) -> None:
         self.terminal = terminal
@@ -40,7 +40,7 @@ class Stream(io.TextIOWrapper):
 
 @pytest.fixture(params=[True, False], ids=["terminal", "pipe"])
 def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[Stream]]:
-    """Put streams in the place of stdout and stderr; to be called in the test, because pytest puts its own before."""
+    """Replace stdout and stderr; to be called inside a test, because pytest replaces them before it."""
 
     def replaced() -> list[Stream]:
         made = [Stream(request.param), Stream(request.param)]
@@ -52,7 +52,7 @@ def streams(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def shown(text: str, stream: Stream) -> str:
-    """The text as it is expected on a stream."""
+    """Return the expected text on a stream."""
     for evil, harmless in ((EVIL, SHOWN), ("\x1b", "\\x1b")) if stream.terminal else ():
         text = text.replace(evil, harmless)
     return text
@@ -60,7 +60,7 @@ def shown(text: str, stream: Stream) -> str:
 
 @pytest.fixture(scope="module")
 def escaping(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that writes nothing but ESC."""
+    """Save a model that writes only ESC."""
     model = GPT(GPTConfig(256, block_size=32, n_layer=1, n_head=1, n_embd=8))
     with torch.no_grad():
         model.ln_f.weight.zero_()

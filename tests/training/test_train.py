@@ -1,4 +1,4 @@
-"""Training: it learns, it resumes bit for bit after being killed, and it says what is wrong."""
+"""Training: the loss decreases, a killed run resumes bit for bit, and errors have clear messages."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def options(tmp_path: Path) -> dict:
 
 
 def losses(out: str | Path) -> list[tuple]:
-    """Every (step, kind, loss) of log.jsonl, unrounded."""
+    """Read every (step, kind, loss) of log.jsonl, unrounded."""
     records = map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines())
     return [(r["step"], kind, r[kind]) for r in records for kind in ("train_loss", "val_loss") if kind in r]
 
@@ -192,7 +192,7 @@ def test_resuming_on_another_text_says_so(options: dict, tmp_path: Path, capfd: 
 
 
 def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict):
-    """The file-size limit of a process stands for the full disk: parameters fit, moments no longer do."""
+    """Simulate a full disk with a file-size limit: parameters fit, moments do not."""
     train(TrainConfig().override(options | {"max_steps": 4}))
     limit = (
         checkpoint.open_checkpoint(options["out"]).path.joinpath("model.safetensors").stat().st_size + 1000
@@ -208,7 +208,7 @@ def test_a_full_disk_ends_the_run_and_spares_the_checkpoint_before(options: dict
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    """From now on there is no room for a file of this name."""
+    """Make every later write to a file of this name fail."""
 
     def replace(old: str, new: Path, rename: Callable[..., None] = os.replace) -> None:
         if Path(new).name == file:
@@ -231,7 +231,7 @@ def test_a_full_disk_says_what_could_not_be_written(
 def test_what_is_optional_warns_once_and_does_not_end_the_run(
     options: dict, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
-    """A plot, a sample and TensorBoard that fail, each in its own way and again and again."""
+    """Let plot, sample and TensorBoard fail repeatedly, each in its own way."""
     import torch.utils.tensorboard
 
     class Writer:
@@ -298,7 +298,7 @@ def test_every_step_and_process_draws_its_own_dropout():
 
 
 def test_accumulation_is_the_same_step_as_one_large_batch(options: dict, monkeypatch: pytest.MonkeyPatch):
-    """Two passes of 4 sequences against one of 8, the same sequences: equal but for rounding."""
+    """Compare two passes of 4 sequences with one of the same 8: equal except for rounding."""
     original = Stream.batch
 
     def pooled(self: Stream, number: int, rows: slice) -> Batch:
@@ -385,7 +385,7 @@ def test_no_page_faults_for_freed_memory_without_malloc_trimming():
 def test_a_restart_by_torchrun_resumes_the_same_run_and_no_other(
     options: dict, monkeypatch: pytest.MonkeyPatch
 ):
-    """The first start refuses a directory with a checkpoint; the restart must not take it for its own."""
+    """The first start refuses a directory with a checkpoint; the restart must not resume it."""
     train(config_from(options | {"max_steps": 2}))
     assert not config_from(options | {"max_steps": 2}).resume
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -397,7 +397,7 @@ def test_a_restart_by_torchrun_resumes_the_same_run_and_no_other(
 
 @pytest.fixture
 def _interruptible():
-    """SIGINT and SIGHUP act, which are ignored where a shell has started the tests in the background or under nohup."""
+    """Enable SIGINT and SIGHUP, which are ignored in background jobs and under nohup."""
     former = (
         signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.signal(signal.SIGHUP, signal.SIG_DFL),
@@ -409,7 +409,7 @@ def _interruptible():
 
 @pytest.mark.usefixtures("_interruptible")
 def test_a_second_sigterm_does_not_cut_the_save_short():
-    """torchrun passes on the signal that a scheduler has sent to every process."""
+    """Handle the signal that torchrun forwards although a scheduler sent it to every process."""
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -427,7 +427,7 @@ def test_a_second_sigterm_does_not_cut_the_save_short():
 
 
 def test_a_hangup_that_is_ignored_stays_ignored():
-    """As under nohup."""
+    """Ignore SIGHUP like nohup."""
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal() as stop:

@@ -1,4 +1,4 @@
-"""Training on many processes: the losses of one, checkpoints for any number, and an end in a sentence when one dies."""
+"""Distributed training: the losses of one process, checkpoints for any number, one message after a lost process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRAIN = ["-m", "fastgpt", "train"]
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """Documents of different lengths, packed, in two passes a step: every denominator is one of all processes."""
+    """Use packed documents of different lengths and two passes per step, so that all denominators are global."""
     folder = tmp_path_factory.mktemp("corpus")
     chance = random.Random(0)
     for i in range(60):
@@ -84,7 +84,7 @@ def assert_same(found: str | Path, expected: str | Path) -> None:
 
 @pytest.fixture(scope="module")
 def alone(options: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one process."""
+    """Train in one process."""
     out = tmp_path_factory.mktemp("runs") / "alone"
     run(options | {"out": out})
     return out
@@ -92,7 +92,7 @@ def alone(options: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(options: dict, alone: Path) -> Path:
-    """The first half of the same run, sharded over two processes."""
+    """Train the first half of the same run, sharded over two processes."""
     out = alone.parent / "sharded"
     run(options | {"out": out, "parallel": "fsdp", "max_minutes": 1e-9}, processes=2)
     return out
@@ -105,7 +105,7 @@ def test_two_processes_have_the_losses_of_one(options: dict, alone: Path):
 
 
 def test_the_reducer_never_holds_the_group_last(monkeypatch: pytest.MonkeyPatch):
-    """A group that dies with it waits for gloo's threads holding the GIL: on a busy machine a run hung at its end."""
+    """A group destroyed with the reducer waits for gloo's threads under the GIL, which could hang a run at its end."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # a group puts its own there
     died: list[str] = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_one_goes_on_sharded(options: dict, alone: Path):
 
 
 def workers(launcher: subprocess.Popen) -> list[psutil.Process]:
-    """The training processes of a launcher, by rank."""
+    """Return the training processes of a launcher, by rank."""
     found = [child for child in psutil.Process(launcher.pid).children() if "train" in child.cmdline()]
     return sorted(found, key=lambda child: int(child.environ()["RANK"]))
 
@@ -248,8 +248,10 @@ def test_a_signal_to_one_process_alone_saves_and_ends_all(options: dict, tmp_pat
 
 
 def two_processes(options: dict, folder: Path, mischief: str) -> tuple[list[str], str]:
-    """Train in two processes, `mischief` happening in the one whose `rank` it looks for; what each returned ("" of one
-    that was killed) and what they wrote to stderr. torchrun, which ends the others, looks once a second.
+    """Train in two processes, with `mischief` in the one whose `rank` it checks.
+
+    Return their results ("" for a killed one) and their output on stderr. torchrun, which ends the others, polls once a
+    second.
     """
     script = folder / "train.py"
     lines = [
@@ -336,7 +338,7 @@ def test_a_sharded_checkpoint_that_was_half_written_is_never_resumed_from(
 def test_data_that_one_process_alone_cannot_read_ends_all_in_the_sentence(
     options: dict, tmp_path: Path, kind: str
 ):
-    """Each has a disk of its own."""
+    """Each process has its own disk."""
     for rank in range(2):
         folder = tmp_path / f"disk-{rank}"
         folder.mkdir()

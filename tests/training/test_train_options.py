@@ -1,4 +1,4 @@
-"""What a run can be told: how documents become batches, optimizers, schedules, losses, where it starts and ends."""
+"""Training options: batches, optimizers, schedules, losses, initialization and early stopping."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def options(tmp_path: Path) -> dict:
 
 
 def run(options: dict, **others: object) -> tuple[list[float], str]:
-    """The training losses, and the output directory."""
+    """Train, and return the training losses and the output directory."""
     options = options | others
     train(config_from(options))
     records = map(json.loads, (Path(options["out"]) / "log.jsonl").read_text().splitlines())
@@ -98,7 +98,7 @@ def test_each_optimizer_learns_and_resumes_exactly(options: dict, tmp_path: Path
 
 
 def test_decay_is_decoupled_in_adamw_and_part_of_the_gradient_in_adam():
-    """Without a gradient AdamW shrinks a weight by lr * decay; Adam makes a whole step of the decay term."""
+    """Without gradients AdamW shrinks a weight by lr * decay; Adam takes a full step along the decay term."""
     found = {}
     for name in ("adamw", "adam", "muon"):
         torch.manual_seed(0)
@@ -131,7 +131,7 @@ def test_schedules():
     wsd = config.override({"schedule": "wsd"})
     assert [learning_rate(step, wsd) for step in (4, 10, 60, 90)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
     assert [learning_rate(step, wsd) for step in (100, 110, 500)] == pytest.approx([0.6, 0.2, 0.2])
-    short = config.override({"schedule": "wsd", "decay_steps": 1000})  # the decay begins behind the warm-up
+    short = config.override({"schedule": "wsd", "decay_steps": 1000})  # the decay begins after the warm-up
     assert [learning_rate(step, short) for step in (10, 60)] == pytest.approx([1.0, 0.6])
 
 
@@ -336,7 +336,7 @@ def test_the_state_of_another_optimizer_is_refused(options: dict):
 
 
 def test_a_run_that_patience_ended_does_not_go_on(options: dict, capfd, monkeypatch):
-    """It got worse from the start: what it started from is the best, and is kept."""
+    """The loss increases from the start: the initial weights are the best, and are kept."""
     from fastgpt.training import trainer as module
 
     monkeypatch.setattr(
@@ -357,7 +357,7 @@ def test_a_run_that_patience_ended_does_not_go_on(options: dict, capfd, monkeypa
 
 
 def test_no_optimizer_takes_a_step_in_which_float16_overflowed(options: dict):
-    """AdamW's gradients are finite sooner than Muon's; a checkpoint without a step so far can be resumed."""
+    """AdamW's gradients become finite before Muon's; a checkpoint without any step can be resumed."""
     options |= {"dtype": "float16", "optimizer": "muon", "block_size": 16, "sample_tokens": 0}
     whole = Trainer(config_from(options), DistributedContext())
     whole.scaler = torch.amp.GradScaler("cpu", init_scale=1e9)

@@ -1,4 +1,4 @@
-"""A checkpoint or run directory from anybody runs no code, reaches nothing outside of it, and fits or is refused."""
+"""Untrusted checkpoints and run directories: no code runs, no outside file is read, mismatches are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CONFIG = TrainConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, max_steps=9, 
 
 
 class Code:
-    """Unpickled, it writes a file."""
+    """Object whose unpickling writes a file."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -64,7 +64,7 @@ def path(good: Path, tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, change: dict[str, Any]) -> None:
-    """Change state.json, and list the files as they are now."""
+    """Change state.json, and list the current files."""
     state = json.loads((path / "state.json").read_text())
     state |= change
     if "files" not in change:
@@ -74,7 +74,7 @@ def rewrite(path: Path, change: dict[str, Any]) -> None:
 
 
 def format_1(path: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
-    """Make a checkpoint that a sharded run of format 1 wrote."""
+    """Make a sharded checkpoint of format 1."""
     from torch.distributed.checkpoint import FileSystemWriter, save
 
     for stem, named in tensors.items():
@@ -120,7 +120,7 @@ def test_code_in_the_pickle_of_format_1_does_not_run(path: Path, tmp_path: Path)
     format_1(path, {stem: load_file(path / f"{stem}.safetensors") for stem in ("model", "optimizer")})
     (path / "model" / ".metadata").write_bytes(pickle.dumps(Code(tmp_path / "proof")))
     rewrite(path, {})
-    with pytest.raises(CheckpointError, match=r"it names pathlib\.Path\.write_text|it names pathlib"):
+    with pytest.raises(CheckpointError, match=r"it refers to pathlib\.Path\.write_text|it refers to pathlib"):
         open_checkpoint(path).load_model()
     assert not (tmp_path / "proof").exists()
 
@@ -132,7 +132,7 @@ def test_functions_named_in_the_pickle_of_format_1_are_not_called(path: Path, na
     call = f"c{module}\n{function}\n(S'7'\ntR.".encode()  # the function, of one string
     (path / "model" / ".metadata").write_bytes(call)
     rewrite(path, {})
-    with pytest.raises(CheckpointError, match=rf"it names {module}\.{function}"):
+    with pytest.raises(CheckpointError, match=rf"it refers to {module}\.{function}"):
         open_checkpoint(path).load_model()
 
 
@@ -163,7 +163,7 @@ def test_a_list_of_format_1_that_lies_is_refused(path: Path, change: Any):
 def test_the_list_names_what_is_read_and_nothing_else(path: Path, name: str):
     files = json.loads((path / "state.json").read_text())["files"]
     rewrite(path, {"files": files | {name: files["tokenizer.json"]}})
-    with pytest.raises(CheckpointError, match=r"state\.json lists .*, which is not a file of it"):
+    with pytest.raises(CheckpointError, match=r"state\.json lists .*, an unexpected file"):
         open_checkpoint(path)
 
 
@@ -245,7 +245,7 @@ def test_parts_of_any_sizes_are_one_tensor(tmp_path: Path):
 def test_parts_that_do_not_fit_are_refused(tmp_path: Path, second: Tensor):
     save_file({"a": torch.ones(2, 3)}, tmp_path / "0.safetensors")
     save_file({"a": second}, tmp_path / "1.safetensors")
-    with pytest.raises(ValueError, match="does not fit the other parts: a is"):
+    with pytest.raises(ValueError, match="does not match the other parts: a is"):
         TensorFiles([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
 
 
@@ -256,11 +256,11 @@ def one_number(moments: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (one_number, r"does not fit the optimizer: .* is \(1,\), not"),
+        (one_number, r"does not match the optimizer: .* is \(1,\), not"),
         (lambda m: m.pop("wte.weight.exp_avg"), "lacks .wte.weight.exp_avg"),
         (lambda m: m.pop("h.0.ln_1.bias.step"), "lacks .h.0.ln_1.bias.step"),
-        (lambda m: m.update({"wte.weight.more": torch.ones(1)}), "holds .wte.weight.more"),
-        (lambda m: m.update({"exp_avg": torch.ones(1)}), "holds .exp_avg"),
+        (lambda m: m.update({"wte.weight.more": torch.ones(1)}), "has an unexpected .wte.weight.more"),
+        (lambda m: m.update({"exp_avg": torch.ones(1)}), "has an unexpected .exp_avg"),
         (lambda m: m.update({"wte.weight.exp_avg": m["wte.weight.exp_avg"].T.contiguous()}), "not"),
         (
             lambda m: m.update({"wte.weight.exp_avg": m["wte.weight.exp_avg"].half()}),
@@ -269,9 +269,12 @@ def one_number(moments: dict[str, Tensor]) -> None:
         (lambda m: m.update({"wte.weight.exp_avg": m["wte.weight.exp_avg"].long()}), "in None, not"),
         (
             lambda m: m.update({"wte.weight.step": torch.tensor(float("nan"))}),
-            "says that wte.weight.step is nan",
+            "has an invalid wte.weight.step, nan",
         ),
-        (lambda m: m.update({"wte.weight.step": torch.tensor(-1.0)}), r"wte.weight.step is -1\.0"),
+        (
+            lambda m: m.update({"wte.weight.step": torch.tensor(-1.0)}),
+            r"has an invalid wte.weight.step, -1\.0",
+        ),
         (lambda m: m.update({"wte.weight.step": torch.ones(1)}), r"wte.weight.step is \(1,\), not \(\)"),
     ],
 )
@@ -316,7 +319,7 @@ def test_all_files_have_the_mode_that_the_umask_says(tmp_path: Path, mask: int):
 
 @pytest.mark.parametrize("name", ["..", "../x", "/x", "a/../../x", "", ".", "a\0b", 5, None, "a\\b"])
 def test_a_name_that_leaves_the_directory_is_refused(tmp_path: Path, name: Any):
-    with pytest.raises(ValueError, match="is not the name of a file"):
+    with pytest.raises(ValueError, match="is not a valid name of a file"):
         inside(tmp_path, name)
 
 
@@ -356,7 +359,7 @@ def test_what_is_in_the_way_of_a_temporary_directory_stays(tmp_path: Path, kind:
     else:
         way.mkdir()
         (way / "thesis.tex").write_text("precious")
-    with pytest.raises(FileExistsError, match="is in the way"):
+    with pytest.raises(FileExistsError, match="cannot be used"):
         model.save_pretrained(tmp_path / "run" / "exported", ByteTokenizer())
     assert (precious / "model.safetensors").read_text() == "precious"
     assert kind != "foreign" or (way / "thesis.tex").read_text() == "precious"
@@ -380,7 +383,7 @@ def test_a_directory_that_another_process_has_just_written_is_not_emptied(tmp_pa
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, on a text beside it."""
+    """Train two steps, on a text beside the run."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "text").write_text("some text of a line\n" * 200)
     options = "--n-layer=1 --n-head=1 --n-embd=8 --block-size=8 --batch-size=2 --max-steps=2 --eval-batches=1"

@@ -1,4 +1,4 @@
-"""Tasks of input and output: examples, templates, metrics, evaluation.
+"""Tasks with inputs and outputs: examples, templates, metrics, evaluation.
 
-A task is a file of `templates/`; its embedded examples, if it has any, are a function of `embedded.py`.
+A task is a file of `templates/`; its embedded examples, if it has any, are generated in `embedded.py`.
 """

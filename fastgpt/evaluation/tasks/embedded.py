@@ -1,11 +1,11 @@
-"""Example sets made from what every Python has: no download, the same at every call, for one version of Python.
+"""Example sets generated from the Python installation: no download, deterministic for one version of Python.
 
 summarize  a function of the standard library without its docstring -> the docstring's first line
 answer     a function's signature and a question about it -> the answer
 code       the head of a function -> its body
 translate  a number in one notation -> the same in another: words, Roman numerals, digits of several scripts
 
-An item's key says what it is about; what is held out is about other things than what is trained on.
+The key of an item identifies its subject; held-out and training items have different subjects.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from typing import NamedTuple
 
 from fastgpt.data.corpus import stdlib_files
 
-_LONGEST_SUMMARIZED, _SUMMARY = (
-    320,
-    (12, 80),
-)  # characters of a function, and of the first line of its docstring
+_LONGEST_SUMMARIZED = 320  # characters of a function
+_SUMMARY = (12, 80)  # characters of the first line of its docstring, at least and at most
 _PARAMETERS, _LONGEST_SIGNATURE = (2, 6), 100
 _LONGEST_HEAD, _LONGEST_BODY = 100, 140
-_NUMBERS = range(1, 4000)  # those that Roman numerals know
-_PAIRS = 3  # of notations, for each number
-_SCRIPTS = {"Arabic-Indic": "\u0660", "Devanagari": "\u0966", "Thai": "\u0e50"}  # by their digit zero
+_NUMBERS = range(1, 4000)  # range of Roman numerals
+_PAIRS = 3  # pairs of notations per number
+_SCRIPTS = {"Arabic-Indic": "\u0660", "Devanagari": "\u0966", "Thai": "\u0e50"}  # digit zero of each script
 
 
 class Item(NamedTuple):
-    """An example, and what it is about."""
+    """An example, and a key that identifies its subject."""
 
     key: str
     input: str
@@ -43,14 +41,14 @@ class Item(NamedTuple):
 
 
 def embedded(task: str) -> list[Item]:
-    """The embedded examples of a task, each once. Raises ValueError for a task that has none."""
+    """Return the embedded examples of a task, without duplicates. Raises ValueError if it has none."""
     if task not in _SETS:
         raise ValueError(f"{task} has no embedded examples; give a JSON Lines file")
     return list(dict.fromkeys(_SETS[task]()))
 
 
 class _Function(NamedTuple):
-    """A function of the standard library, its docstring's first line, and its source without the docstring in two."""
+    """A function of the standard library: first line of its docstring, and source without docstring in two parts."""
 
     name: str
     arguments: ast.arguments
@@ -61,14 +59,14 @@ class _Function(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def _functions() -> tuple[_Function, ...]:
-    """The functions of the standard library whose head and body are on lines of their own."""
+    """List the functions of the standard library whose head and body are on separate lines."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for file in sorted(stdlib_files(root)):
         try:
             source = file.read_text("utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about escapes in strings
+                warnings.simplefilter("ignore")  # invalid escapes in strings
                 tree = ast.parse(source)
         except (ValueError, SyntaxError):
             continue
@@ -78,7 +76,7 @@ def _functions() -> tuple[_Function, ...]:
 
 
 def _definitions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
-    """The functions of a module and the methods of its classes."""
+    """Yield the functions of a module and the methods of its classes."""
     for node in tree.body:
         for inner in node.body if isinstance(node, ast.ClassDef) else [node]:
             if isinstance(inner, ast.FunctionDef):
@@ -99,7 +97,7 @@ def _function(node: ast.FunctionDef, lines: list[str]) -> _Function | None:
 
 
 def _cut(text: str, count: int) -> tuple[str, str]:
-    """The first `count` lines of a text, each with its line end, and the others."""
+    """Split a text after `count` lines; the first part keeps its line ends."""
     lines = text.split("\n")
     return "".join(f"{line}\n" for line in lines[:count]), "\n".join(lines[count:])
 
@@ -125,16 +123,18 @@ def _answer() -> Iterator[Item]:
         signature = f"def {function.name}({ast.unparse(arguments)})"
         if len(signature) > _LONGEST_SIGNATURE:
             continue
-        draw = random.Random(signature)
-        before = draw.randrange(len(names) - 1)
-        absent = draw.choice(("value", "name", "path", "other", "key", "data"))
-        asked = absent if absent not in names and draw.random() < 0.5 else draw.choice(names)
-        taken = asked in [argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)]
+        rng = random.Random(signature)
+        before = rng.randrange(len(names) - 1)
+        absent = rng.choice(("value", "name", "path", "other", "key", "data"))
+        queried = absent if absent not in names and rng.random() < 0.5 else rng.choice(names)
+        exists = queried in [
+            argument.arg for argument in ast.walk(arguments) if isinstance(argument, ast.arg)
+        ]
         for question, answer in (
             ("What is the function's name?", function.name),
             ("What are its parameters?", ", ".join(names)),
             (f"Which parameter follows {names[before]}?", names[before + 1]),
-            (f"Is there a parameter {asked}?", "yes" if taken else "no"),
+            (f"Is there a parameter {queried}?", "yes" if exists else "no"),
         ):
             yield Item(signature, f"{signature}\n{question}", answer)
 
@@ -149,15 +149,15 @@ def _code() -> Iterator[Item]:
 
 def _translate() -> Iterator[Item]:
     for number in _NUMBERS:
-        draw = random.Random(number)
+        rng = random.Random(number)
         for _ in range(_PAIRS):
-            source, target = draw.sample(sorted(_NOTATIONS), 2)
+            source, target = rng.sample(sorted(_NOTATIONS), 2)
             text = f"{_NOTATIONS[source](number)} in {target}"
             yield Item(str(number), text, _NOTATIONS[target](number))
 
 
 def _words(number: int) -> str:
-    """A number below 10,000 in English, of words that Unicode's names of characters have."""
+    """Write a number below 10,000 in English, with words from Unicode character names."""
     tens = number % 100
     parts = [number // 1000 * 1000, number % 1000 // 100 * 100]
     parts += [tens] if 10 < tens < 20 else [tens // 10 * 10, tens % 10]
@@ -166,7 +166,10 @@ def _words(number: int) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _names() -> dict[int, str]:
-    """The names of Aegean numbers, which are "ten", "three hundred" and the like, and of circled ones from 11 to 19."""
+    """Return English numerals from Unicode character names.
+
+    Aegean numbers give "ten", "three hundred" and so on, circled numbers give 11 to 19.
+    """
     characters = [*range(0x10107, 0x10134), *range(0x246A, 0x2473)]
     return {
         int(unicodedata.numeric(chr(code))): unicodedata.name(chr(code)).partition(" NUMBER ")[2].lower()
@@ -175,7 +178,7 @@ def _names() -> dict[int, str]:
 
 
 def _roman(number: int) -> str:
-    """Roman numerals with subtraction, as in 1994 = MCMXCIV."""
+    """Write Roman numerals with subtraction, as in 1994 = MCMXCIV."""
     written = ""
     for value, letters in zip(
         (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
@@ -188,7 +191,7 @@ def _roman(number: int) -> str:
 
 
 def _digits_from(zero: str) -> Callable[[int], str]:
-    """Writing with the ten digits of a script, which follow one another in Unicode."""
+    """Make a function that writes numbers with the ten consecutive digits of a script."""
     return lambda number: "".join(chr(ord(zero) + int(digit)) for digit in str(number))
 
 

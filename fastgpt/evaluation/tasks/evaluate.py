@@ -1,4 +1,4 @@
-"""How well a model does a task: `fastgpt eval --task`, and answers to inputs: `fastgpt generate --task`."""
+"""Evaluation of a task (`fastgpt eval --task`), and answers to inputs (`fastgpt generate --task`)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What a model reached, in percent.
+    """Results of a model on a task, in percent.
 
-    source:    where the examples are from; `examples` of them were answered, with `num_shots` shown before each.
-    cut:       examples of which the context could not hold all: the model did not see their beginning.
-    scores:    by the name of the metric.
-    untrained: the same of a model with new weights, and the margin above it; None unless asked for.
-    answered:  all examples with their answers.
+    Attributes:
+        task: name of the task.
+        source: origin of the examples.
+        examples: number of answered examples.
+        num_shots: number of examples in each prompt.
+        cut: number of examples that exceed the context; the model did not see their beginning.
+        scores: estimates by metric.
+        untrained: estimates of a model with new weights; None without a baseline.
+        margin: `scores` minus `untrained`; None without a baseline.
+        answered: all examples with their answers.
     """
 
     task: str
@@ -47,15 +52,15 @@ class TaskEvaluation:
     answered: list[Answered]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it."""
+        """Return the results as values for JSON."""
         return asdict(self)
 
     def table(self) -> str:
-        """The same for people, with some of the answers."""
-        shots = f", {self.num_shots} shown before each" if self.num_shots else ""
+        """Format the scores and some of the answers."""
+        shots = f", {self.num_shots} shots each" if self.num_shots else ""
         lines = [f"{self.task}: {self.examples:,} examples, {self.source}{shots}"]
         if self.cut:
-            lines.append(f"{self.cut:,} are longer than the context: the model did not see their beginning")
+            lines.append(f"{self.cut:,} exceed the context; the model did not see their beginning")
         columns = {"model": self.scores}
         if self.untrained is not None and self.margin is not None:
             columns |= {"untrained": self.untrained, "margin": self.margin}
@@ -85,18 +90,29 @@ def evaluate_task(
     device: str = "auto",
     backend: str = "auto",
 ) -> TaskEvaluation:
-    """The likeliest answers of a model to examples of a task, and the task's metrics.
+    """Answer examples of a task with the most likely tokens, and compute the task's metrics.
 
-    source:         a JSON Lines file, evaluated whole or, with `held_out`, the part that training on it leaves out; or
-                    "embedded", of which the held-out part is evaluated.
-    num_shots:      examples shown before each input: the first of the file `shots`, or else of those that are not
-                    evaluated; of a file that is evaluated whole, its first, which then are not.
-    limit:          evaluate no more than so many examples.
-    baseline:       evaluate a model of the same configuration with new weights too.
-    max_new_tokens: the longest answer; None makes room for the longest expected one.
+    Args:
+        checkpoint: as in `open_model`.
+        task: name of the task.
+        source: a file of records, evaluated completely unless `held_out` is set, or "embedded", whose held-out part is
+            evaluated.
+        held_out: evaluate only the part of a file that training on it holds out.
+        shots: a file of examples for the prompts; None takes examples that are not evaluated, of a file that is
+            evaluated completely its first ones.
+        num_shots: number of examples in each prompt.
+        limit: maximum number of examples.
+        baseline: also evaluate a model of the same configuration with new weights.
+        max_new_tokens: maximum length of an answer; None uses that of the longest expected one.
+        batch_size: examples per batch.
+        skip_broken: skip records that are not examples.
+        device: the device.
+        backend: the backend of the kernels.
 
-    Raises ValueError for the checkpoint, the task or an option, OSError and ValueError for the examples, ImportError
-    where a metric needs a package.
+    Raises:
+        ValueError: the checkpoint, the task, an option or an example is invalid.
+        OSError: a file cannot be read.
+        ImportError: a metric needs a package.
     """
     for name, value, least in (("num_shots", num_shots, 0), ("limit", limit, 1)):
         if value is not None and value < least:
@@ -107,16 +123,16 @@ def evaluate_task(
         examples = load_examples(task, source, skip_broken=skip_broken)
         name, spare, evaluated = f"held out of {examples.name}", examples.train, examples.held_out
     else:
-        whole, _ = read_examples(source, skip_broken=skip_broken)
+        all_examples, _ = read_examples(source, skip_broken=skip_broken)
         own = 0 if shots else num_shots
-        name, spare, evaluated = name_of(source), whole[:own], whole[own:]
+        name, spare, evaluated = name_of(source), all_examples[:own], all_examples[own:]
     shown = _first(read_examples(shots)[0] if shots else spare, num_shots)
     evaluated = evaluated[:limit]
     if not evaluated:
-        raise ValueError(f"no example of {name} is left to evaluate")
+        raise ValueError(f"no example of {name} is left to evaluate; use fewer shots or more examples")
     prompts = [template.prompt(example.input, shown) for example in evaluated]
     sizes = [len(tokenizer.encode(template.answer(example.output))) for example in evaluated]
-    room = max(sizes) + 1 if max_new_tokens is None else max_new_tokens
+    longest = max(sizes) + 1 if max_new_tokens is None else max_new_tokens
     block = model.config.block_size
     cut = sum(
         len(tokenizer.encode(prompt)) + size > block for prompt, size in zip(prompts, sizes, strict=True)
@@ -125,10 +141,10 @@ def evaluate_task(
     if baseline:
         torch.manual_seed(0)
         models.append(GPT(model.config))
-    where = resolve_device(device)
+    resolved_device = resolve_device(device)
     answers = []
     for one in models:
-        got = _answers(one.to(where), tokenizer, template, prompts, room, batch_size, backend)
+        got = _answers(one.to(resolved_device), tokenizer, template, prompts, longest, batch_size, backend)
         pairs = zip(evaluated, got, strict=True)
         answers.append([Answered(example.input, example.output, text) for example, text in pairs])
     scores = {metric: score(METRICS[metric], template, *answers) for metric in template.metrics}
@@ -158,11 +174,25 @@ def answer_inputs(
     stop: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[Generated]:
-    """Answers to inputs: `generate_texts` with prompts of the task's template; the prompt of each is its input.
+    """Answer inputs: `generate_texts` with prompts from the task's template.
 
-    shots: the JSON Lines file whose first num_shots examples are shown before each input, or "embedded".
+    Args:
+        checkpoint: as in `generate_texts`.
+        task: name of the task.
+        inputs: the inputs.
+        max_new_tokens: maximum length of an answer.
+        sampling: options of sampling.
+        shots: a file of examples for the prompts, or "embedded".
+        num_shots: number of examples in each prompt, the first of `shots`.
+        stop: further stop strings.
+        **options: options of `generate_texts`.
 
-    Raises as `generate_texts` and `load_examples`.
+    Yields:
+        The answers, each with its input as the prompt.
+
+    Raises:
+        ValueError: as in `generate_texts` and `load_examples`.
+        OSError: a file cannot be read.
     """
     template = load_template(task)
     if num_shots < 0:
@@ -188,7 +218,7 @@ def _answers(
     batch_size: int,
     backend: str,
 ) -> list[str]:
-    """The likeliest answer to each prompt; prompts of like length are computed at once."""
+    """Return the most likely answer to each prompt; batches consist of prompts of similar length."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     texts = continue_texts(
         *(model, tokenizer, [prompts[number] for number in order], max_new_tokens, Sampling(temperature=0.0)),
@@ -202,7 +232,9 @@ def _answers(
 
 def _first(examples: Sequence[Example], count: int) -> list[Example]:
     if len(examples) < count:
-        raise ValueError(f"{count} examples cannot be shown: there are {len(examples)}")
+        raise ValueError(
+            f"{count} shots need as many examples, and there are {len(examples)}; use fewer shots"
+        )
     return list(examples[:count])
 
 
@@ -211,5 +243,5 @@ def _cell(score: Estimate) -> str:
 
 
 def _row(text: str) -> str:
-    """A text of many lines in a table."""
+    """Indent the lines of a text for the table."""
     return text.strip("\n").replace("\n", "\n          ")

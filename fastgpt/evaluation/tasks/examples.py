@@ -1,4 +1,4 @@
-"""Examples of a task, read from JSON Lines or made from what every Python has, and which of them are held out."""
+"""Examples of a task, read from files or embedded, and their split into training and held-out ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.files import STANDARD_INPUT, name_of
-from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, listed, read_records
+from fastgpt.data.formats import JSON_LINES, TEXT, Record, format_of, list_keys, read_records
 from fastgpt.evaluation.tasks.embedded import embedded
 
 EMBEDDED = "embedded"
-HELD_OUT = 0.1  # the share that is never trained on
+HELD_OUT = 0.1  # fraction of the examples
 
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is given, and what it is to write."""
+    """Input and expected output of a task."""
 
     input: str
     output: str
@@ -26,7 +26,14 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleSet:
-    """Examples to learn from and examples held out; `skipped` lines were none."""
+    """Training and held-out examples.
+
+    Attributes:
+        name: the source.
+        train: the training examples.
+        held_out: the held-out examples.
+        skipped: number of records that were not examples.
+    """
 
     name: str
     train: list[Example]
@@ -35,13 +42,15 @@ class ExampleSet:
 
 
 def load_examples(task: str, source: str, *, skip_broken: bool = False) -> ExampleSet:
-    """The examples that `source` names: "embedded", or a file as `read_examples` takes it.
+    """Load the examples of a source: "embedded", or a file as in `read_examples`.
 
-    An example is held out by a hash of its input, so that it is on the same side whatever else a file holds, and no
-    input is on both. Of embedded examples all about one number or one function are on the same side. The order is the
-    hash's.
+    A hash of its input decides whether an example is held out, independently of the other examples, so that no input is
+    in both parts. Embedded examples about the same number or function are in the same part. Examples are ordered by the
+    hash.
 
-    Raises OSError and ValueError for what cannot be read, ValueError for a single example.
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is invalid, or all examples have the same input.
     """
     if source == EMBEDDED:
         items = [(item.key, Example(item.input, item.output)) for item in embedded(task)]
@@ -51,16 +60,22 @@ def load_examples(task: str, source: str, *, skip_broken: bool = False) -> Examp
 
 
 def read_examples(path: str | Path, *, skip_broken: bool = False) -> tuple[list[Example], int]:
-    """The examples in a file of records, {"input": …, "output": …} each, in their order, and how many records held none
-    and were left out. It is JSON Lines, or JSON, CSV, TSV or Parquet by its name; "-" is standard input. Other keys are
-    ignored, and so are blank lines.
+    """Read the examples of a file of records, {"input": ..., "output": ...} each, in their order.
 
-    Raises OSError for a file that cannot be read; ValueError for one without examples, and, with its number, for a line
-    that is no example unless `skip_broken` is true.
+    The file is JSON, CSV, TSV or Parquet by its name, else JSON Lines; "-" is standard input. Other keys and blank
+    lines are ignored.
+
+    Returns:
+        The examples, and the number of records that were skipped.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file has no examples, or, unless `skip_broken` is set, a record is not an example; the message
+            contains its number.
     """
     name = name_of(path)
     if str(path) != STANDARD_INPUT and not Path(path).exists():
-        raise FileNotFoundError(f"there is no file {path}; a task takes a JSON Lines file, or {EMBEDDED}")
+        raise FileNotFoundError(f"file {path} does not exist; give a JSON Lines file, or {EMBEDDED}")
     kind = format_of(path)
     examples: list[Example] = []
     skipped = 0
@@ -69,15 +84,17 @@ def read_examples(path: str | Path, *, skip_broken: bool = False) -> tuple[list[
             examples.append(_example(record))
         except ValueError as error:
             if not skip_broken:
-                raise ValueError(f"{record.place}: {error}; --skip-broken leaves such lines out") from None
+                raise ValueError(
+                    f"{record.location}: {error}; give --skip-broken to skip such records"
+                ) from None
             skipped += 1
     if not examples:
-        raise ValueError(f'{name} holds no examples; it takes lines of {{"input": "…", "output": "…"}}')
+        raise ValueError(f'{name} contains no examples; give lines of {{"input": "…", "output": "…"}}')
     return examples, skipped
 
 
 def _example(record: Record) -> Example:
-    """The example in a record. Raises ValueError for what is wrong with it."""
+    """Convert a record. Raises ValueError if it is not an example."""
     if record.problem is not None:
         raise ValueError(record.problem)
     if not isinstance(record.value, dict):
@@ -87,31 +104,31 @@ def _example(record: Record) -> Example:
 
 def _field(record: dict[str, Any], name: str) -> str:
     if name not in record:
-        raise ValueError(f"there is no {name!r}; the keys are {listed([str(key) for key in record])}")
+        raise ValueError(f"it lacks {name!r}; the keys are {list_keys([str(key) for key in record])}")
     text = record[name]
     if not isinstance(text, str):
         raise ValueError(f"{name!r} is not a string")
     if not text.strip():
         raise ValueError(f"{name!r} is empty")
-    if "\0" in text:  # the end of a text of bytes
-        raise ValueError(f"{name!r} holds a NUL")
+    if "\0" in text:  # the byte tokenizer marks the end of a text with NUL
+        raise ValueError(f"{name!r} contains a NUL character")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name!r} holds {text[error.start]!r}, which is no character") from None
+        raise ValueError(f"{name!r} contains {text[error.start]!r}, which is not a character") from None
     return text
 
 
 def _hold_out(name: str, items: Iterable[tuple[str, Example]], skipped: int) -> ExampleSet:
-    """The examples on their sides, by a hash of their keys; if none is held out, those of the smallest hash are."""
+    """Split the examples by a hash of their keys; if none is held out, those with the smallest hash are."""
     hashed = sorted(((_hash(key), example) for key, example in items), key=lambda item: item[0])
     if not hashed or hashed[0][0] == hashed[-1][0]:
-        raise ValueError(f"{name} holds one input alone; to hold one out takes at least two")
+        raise ValueError(f"{name} has a single input; give at least two, to hold one out")
     bound = max(HELD_OUT, hashed[0][0])
     held_out = [example for value, example in hashed if value <= bound]
     return ExampleSet(name, [example for value, example in hashed if value > bound], held_out, skipped)
 
 
 def _hash(key: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Hash a text to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "little") / 2**64

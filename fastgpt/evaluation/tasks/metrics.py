@@ -1,11 +1,11 @@
-"""How good answers are, in percent, with 95% bootstrap confidence intervals.
+"""Metrics of answers, in percent, with 95% bootstrap confidence intervals.
 
 rouge1, rouge2, rougeL  F1 of shared words, word pairs, longest common subsequence (Lin 2004), by `rouge_score`; its
-                        words are of ASCII letters and digits, so that it sees nothing of other scripts
-bleu                    of the corpus (Papineni et al. 2002), by `sacrebleu` with its defaults
+                        words are ASCII letters and digits, so that it ignores other scripts
+bleu                    corpus BLEU (Papineni et al. 2002), by `sacrebleu` with its defaults
 exact_match, f1         of SQuAD (Rajpurkar et al. 2016): without case, punctuation, articles; F1 of shared words
-identical               the same text but for white space at its ends
-parses                  for code: the example with the answer in it is a Python program, and the answer not empty
+identical               equality except for leading and trailing white space
+parses                  for code: the example with the answer is a valid Python program, and the answer is not empty
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Answered:
-    """An example, and what a model wrote for it."""
+    """An example and the answer of a model.
+
+    Attributes:
+        input: the input.
+        expected: the expected output.
+        got: the model's output.
+    """
 
     input: str
     expected: str
@@ -40,10 +46,11 @@ class Answered:
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of many answers that is a function of a sum over them.
+    """A score that is a function of statistics summed over all answers.
 
-    statistics: what each answer adds, (answers, k).
-    combine:    the score of a sum (k,) over n answers.
+    Attributes:
+        statistics: computes the statistics of each answer, (answers, k).
+        combine: computes the score of their sum (k,) over n answers.
     """
 
     statistics: Callable[[Template, Sequence[Answered]], Floats]
@@ -51,14 +58,14 @@ class Metric:
 
 
 def score(metric: Metric, template: Template, *answered: Sequence[Answered]) -> list[Estimate]:
-    """The score of each list of answers to the same examples; of two, also how much the first is above the second.
+    """Score each list of answers to the same examples; for two lists, also the first minus the second.
 
-    The interval is the middle 95% of 1,000 resamples of the examples (Efron 1979), always the same ones; a difference
-    is of two scores of one resample. Raises ValueError where there are no answers.
+    The interval is the middle 95% of 1,000 reproducible resamples of the examples (Efron 1979); a difference is taken
+    within each resample. Raises ValueError if there are no answers.
     """
     n = len(answered[0])
     if not n:
-        raise ValueError("there is nothing to score")
+        raise ValueError("there are no answers to score")
     statistics = [metric.statistics(template, answers) for answers in answered]
     parts = np.split(resampled_sums(np.hstack(statistics)), len(answered), axis=1)
     scores = np.array([[metric.combine(total, n) for total in part] for part in parts]).T
@@ -68,32 +75,32 @@ def score(metric: Metric, template: Template, *answered: Sequence[Answered]) -> 
 
 
 def normalized(text: str) -> str:
-    """A text as SQuAD compares it: lower case, without punctuation and articles, single spaces."""
+    """Normalize a text like SQuAD: lower case, without punctuation and articles, single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_WITHOUT_PUNCTUATION)).split())
 
 
 def token_f1(expected: str, got: str) -> float:
-    """The harmonic mean of precision and recall of the words of `got`, in [0, 1]; 1 where both have none."""
-    wanted, found = (normalized(text).split() for text in (expected, got))
-    if not wanted or not found:
-        return float(wanted == found)
-    shared = (Counter(wanted) & Counter(found)).total()
-    return 2 * shared / (len(wanted) + len(found))
+    """Compute the F1 score of the words of `got`, in [0, 1]; 1 if both texts have no words."""
+    expected_words, words = (normalized(text).split() for text in (expected, got))
+    if not expected_words or not words:
+        return float(expected_words == words)
+    shared = (Counter(expected_words) & Counter(words)).total()
+    return 2 * shared / (len(expected_words) + len(words))
 
 
 def is_python(source: str) -> bool:
-    """Whether a text is a Python program, as far as its syntax goes."""
+    """Return True if a text is a syntactically valid Python program."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about escapes in strings
+            warnings.simplefilter("ignore")  # invalid escapes in strings
             ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two from deep nesting
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # deep nesting raises the last two
         return False
     return True
 
 
 def _mean(share: Callable[[Template, Answered], float]) -> Metric:
-    """100 times the mean of a number in [0, 1]."""
+    """Make a metric from a number in [0, 1] per answer: 100 times its mean."""
 
     def statistics(template: Template, answered: Sequence[Answered]) -> Floats:
         return np.array([[100.0 * share(template, one)] for one in answered])
@@ -111,7 +118,7 @@ def _rouge(name: str) -> Metric:
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError:
-            raise ImportError("ROUGE is measured by rouge-score: pip install 'fastgpt[tasks]'") from None
+            raise ImportError("ROUGE needs the package rouge-score: pip install 'fastgpt[tasks]'") from None
         scorer = RougeScorer([name])
         return np.array([[100.0 * scorer.score(one.expected, one.got)[name].fmeasure] for one in answered])
 
@@ -122,20 +129,20 @@ def _sacrebleu() -> Any:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
-        raise ImportError("BLEU is measured by sacrebleu: pip install 'fastgpt[tasks]'") from None
+        raise ImportError("BLEU needs the package sacrebleu: pip install 'fastgpt[tasks]'") from None
     return BLEU
 
 
 def _bleu_statistics(template: Template, answered: Sequence[Answered]) -> Floats:
-    """The matches and n-grams for n from 1 to 4, and the lengths of answer and reference: (answers, 10)."""
-    bleu = _sacrebleu()(effective_order=True)  # it only matters to the score of a sentence, which is not used
+    """Count matches and n-grams for n from 1 to 4, and the lengths of answer and reference: (answers, 10)."""
+    bleu = _sacrebleu()(effective_order=True)  # affects sentence scores only, which are not used
     scores = [bleu.sentence_score(one.got, [one.expected]) for one in answered]
     return np.array([[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in scores], np.float64)
 
 
 def _bleu(total: Floats, n: int) -> float:
-    whole = [int(number) for number in total]
-    return float(_sacrebleu().compute_bleu(whole[:4], whole[4:8], *whole[8:], smooth_method="exp").score)
+    sums = [int(number) for number in total]
+    return float(_sacrebleu().compute_bleu(sums[:4], sums[4:8], *sums[8:], smooth_method="exp").score)
 
 
 METRICS = {

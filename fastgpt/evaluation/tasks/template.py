@@ -1,8 +1,8 @@
-"""How the examples of a task become text. A template is a TOML file of `templates/`, named for its task:
+"""Templates that turn the examples of a task into text: TOML files of `templates/`, named like their tasks.
 
-instruction  stands at the beginning, once
+instruction  text at the beginning of a prompt
 example      one example: {input}, then {output} at its end
-separator    stands behind each example that is shown; an answer ends where the model writes it, or the end of text
+separator    text after each example in a prompt; an answer ends before it, or at the end of text
 metrics      names of `metrics.METRICS`
 """
 
@@ -23,9 +23,14 @@ TASKS = tuple(sorted(file.stem for file in _FOLDER.glob("*.toml")))
 class Template:
     """The parts of a template.
 
-    before:  what stands before an input.
-    between: what stands between an input and its output, without the spaces at its end.
-    lead:    those spaces. They belong to the answer: tokenizers make " Paris" one token.
+    Attributes:
+        task: name of the task.
+        instruction: text at the beginning of a prompt.
+        before: text before an input.
+        between: text between an input and its output, without trailing spaces.
+        lead: those spaces. They belong to the answer, because tokenizers make " Paris" one token.
+        separator: text after each example.
+        metrics: names of the metrics.
     """
 
     task: str
@@ -37,25 +42,25 @@ class Template:
     metrics: tuple[str, ...]
 
     def example(self, example: Example) -> str:
-        """A whole example."""
+        """Format a complete example."""
         return f"{self._question(example.input)}{self.answer(example.output)}"
 
     def prompt(self, text: str, shots: Sequence[Example] = ()) -> str:
-        """The text that an answer to the input `text` comes behind, with examples shown before it.
+        """Format the prompt for an input, with examples before it.
 
-        Raises ValueError for an input that is empty.
+        Raises ValueError if the input is empty.
         """
         if not text.strip():
             raise ValueError(f"the input of {self.task} is empty; give it at least one character")
-        shown = "".join(f"{self.example(shot)}{self.separator}" for shot in shots)
-        return f"{self.instruction}{shown}{self._question(text)}"
+        examples = "".join(f"{self.example(shot)}{self.separator}" for shot in shots)
+        return f"{self.instruction}{examples}{self._question(text)}"
 
     def answer(self, output: str) -> str:
-        """An output as it stands behind its prompt."""
+        """Format an output as it follows its prompt."""
         return f"{self.lead}{output}"
 
     def output(self, continuation: str) -> str:
-        """The output in what a model wrote behind a prompt: the inverse of `answer`."""
+        """Extract the output from a continuation of a prompt: the inverse of `answer`."""
         return continuation.partition(self.separator)[0].removeprefix(self.lead)
 
     def _question(self, text: str) -> str:
@@ -63,15 +68,15 @@ class Template:
 
 
 def load_template(task: str) -> Template:
-    """The template of a task. Raises ValueError for a task that there is not, or a template that is none."""
+    """Load the template of a task. Raises ValueError if the task does not exist, or its template is invalid."""
     if task not in TASKS:
-        raise ValueError(f"there is no task {task!r}; the tasks are {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     file = _FOLDER / f"{task}.toml"
     return parse_template(task, file.read_text("utf-8"))
 
 
 def parse_template(task: str, toml: str) -> Template:
-    """A template from the text of its file. Raises ValueError if it is none."""
+    """Parse the text of a template's file. Raises ValueError if it is invalid."""
     parts = loads_toml(toml)
     metrics = parts.get("metrics")
     texts = [parts.get(name) for name in ("instruction", "example", "separator")]
@@ -84,7 +89,7 @@ def parse_template(task: str, toml: str) -> Template:
     before, found, rest = example.partition("{input}")
     if not found or not rest.endswith("{output}"):
         raise ValueError(
-            f"the example of the template {task} must hold {{input}} and end in {{output}}, not {shown(example)}"
+            f"the example of the template {task} must contain {{input}} and end in {{output}}, not {shown(example)}"
         )
     if not separator:
         raise ValueError(f"the separator of the template {task} must not be empty")
