@@ -267,13 +267,11 @@ def _merge(out: Path, facts: Record) -> None:
 
 
 def _finish(out: Path) -> None:
-    from bench.report.write import write_report
+    from bench.report.page import html
 
     results = out / "results.json"
     if results.exists():
-        write_report(results, out)
-        if (out / "plots").exists():
-            shutil.move(out / "plots", out / "work" / "plots")
+        (out / "report.html").write_text(html([load(results)]), encoding="utf-8")
     with tarfile.open(out / "rest.tar.gz", "w:gz") as tar:
         tar.add(out / "work", "rest")
     shutil.rmtree(out / "work")

@@ -42,7 +42,7 @@ def moved(case: Case) -> tuple[float, float]:
     return 4 * size, 7 * size
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The result and the sum; one gradient serves both branches."""
     return 3 * case.dims["N"] * case.dims["C"] * case.itemsize
 
@@ -61,7 +61,7 @@ OP = Op(
     peers=[eager(pytorch), compiled(pytorch), Peer("Liger-Kernel", "liger-kernel", liger)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "N",

@@ -111,7 +111,7 @@ def moved(case: Case) -> tuple[float, float]:
     return 4 * tensor + lse, 12 * tensor + 2 * lse
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The output and three gradients."""
     b, h, t, d = case.dims.values()
     return 4 * b * h * t * d * case.itemsize
@@ -153,7 +153,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "T",

@@ -110,7 +110,7 @@ def moved(case: Case) -> tuple[float, float]:
     return 4 * tensor + lse, 12 * tensor + 2 * lse
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The output and three gradients."""
     return 4 * case.dims["N"] * case.dims["H"] * case.dims["D"] * case.itemsize
 
@@ -139,7 +139,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
 )
 
 

@@ -48,7 +48,7 @@ def moved(case: Case) -> tuple[float, float]:
     return size, 3 * size
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The gradient of the logits."""
     return case.dims["N"] * case.dims["V"] * case.itemsize
 
@@ -72,7 +72,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "N",

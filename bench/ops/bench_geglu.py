@@ -45,7 +45,7 @@ def moved(case: Case) -> tuple[float, float]:
     return 3 * size, 8 * size
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The result and the two gradients."""
     return 3 * case.dims["N"] * case.dims["C"] * case.itemsize
 
@@ -63,7 +63,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
 )
 

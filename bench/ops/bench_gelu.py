@@ -44,7 +44,7 @@ def moved(case: Case) -> tuple[float, float]:
     return 2 * size, 5 * size
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The result and the gradient."""
     return 2 * case.dims["N"] * case.dims["C"] * case.itemsize
 
@@ -70,7 +70,7 @@ OP = Op(
     peers=[eager(pytorch), compiled(pytorch), Peer("transformers", "transformers", transformers)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
     sweeps=[ROWS],
 )
@@ -97,7 +97,7 @@ BIAS_GELU = Op(
     peers=[eager(biased_pytorch), compiled(biased_pytorch)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
 )
 
 

@@ -87,7 +87,7 @@ def moved(case: Case) -> tuple[float, float]:
     return size, 3 * size
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The gradients of hidden states and weight."""
     return (case.dims["N"] + case.dims["V"]) * case.dims["C"] * case.itemsize
 
@@ -116,7 +116,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "N",

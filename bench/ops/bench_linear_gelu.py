@@ -40,7 +40,7 @@ def moved(case: Case) -> tuple[float, float]:
     return layer + size, 3 * layer + 4 * size
 
 
-def held(case: Case) -> float:
+def min_peak_bytes(case: Case) -> float:
     """The result and the gradients of x and weight."""
     n, c, f = (case.dims[letter] for letter in "NCF")
     return (n * f + (n + f) * c) * case.itemsize
@@ -60,7 +60,7 @@ OP = Op(
     peers=[eager(pytorch), compiled(pytorch)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
 )
 

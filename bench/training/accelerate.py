@@ -1,7 +1,7 @@
 """Somebody else's model, before and after `fastgpt.accelerate`:  python -m bench accelerate
 
 Models of transformers, as they come, compiled, with what Liger-Kernel offers, and accelerated, from the same
-weights on the same batches. The model as it comes is the reference of the losses, which are compared without
+weights on the same batches. The model unmodified is the reference of the losses, which are compared without
 dropout; the times are with the dropout that the model's configuration has.
 """
 
@@ -21,7 +21,7 @@ from bench.harness.records import Record
 from bench.training.steps import Peer, name, run_steps, tokens_and_targets
 from bench.training.train import LigerLoss
 
-PEERS = ("as it comes", "torch.compile", "transformers + Liger-Kernel")
+PEERS = ("unmodified", "torch.compile", "transformers + Liger-Kernel")
 
 FAMILIES = ("GPT2LMHeadModel", "BertForMaskedLM", "ElectraForPreTraining")
 # Layers, heads, width, length, sequences a step, vocabulary. GPT-2 124M and ELECTRA-Small are among them.

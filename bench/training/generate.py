@@ -146,7 +146,7 @@ def _contenders(model: GPT, dtype: str, size: dict[str, int], plan: Plan) -> Ite
         ("transformers", partial(transformers, cache_implementation="static")),
     ]
     for peer, (package, make) in zip(PEERS, peers, strict=True):
-        if plan.wants(peer):
+        if plan.includes(peer):
             yield Contender(package, peer, make)
 
 
@@ -200,13 +200,16 @@ def _roof(model: GPT, size: dict[str, int], dtype: str) -> dict[str, float]:
 
 
 def _record(facts: Record, contender: Contender, contenders: list[Contender], machine: Machine) -> Record:
-    bandwidth, gemm = machine.roofs(facts["dtype"])
+    bandwidth, gemm = machine.roofline_bounds(facts["dtype"])
     moving, computing = facts["bytes"] / bandwidth, facts["flops"] / gemm
     record = contender.record() | facts | {"group": "generate", "direction": "generate"}
-    record |= {"roof": max(moving, computing), "bound": "memory" if moving > computing else "compute"}
+    record |= {
+        "roofline_seconds": max(moving, computing),
+        "bound": "memory" if moving > computing else "compute",
+    }
     if contender.status == "ok":
         record |= contender.summary("generate") | {"peak_bytes": contender.peak_bytes}
-        record["share_of_roof"] = record["roof"] / record["seconds"]
+        record["share_of_roofline"] = record["roofline_seconds"] / record["seconds"]
         record["tokens_per_second"] = facts["dims"]["B"] * facts["dims"]["N"] / record["seconds"]
         record |= ratio(contender, "generate", contenders)
     return record

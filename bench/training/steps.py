@@ -131,7 +131,7 @@ def _contenders(
     for backend in plan.ours("attention"):
         yield Contender(backend, None, to_train(partial(ours, backend)))
     for peer in peers:
-        if plan.wants(peer.name):
+        if plan.includes(peer.name):
             yield Contender(peer.package, peer.name, to_train(peer.make, peer.compiled))
 
 
@@ -168,12 +168,12 @@ def _turn(batches: Sequence[Any], contender: Contender, number: int) -> Turn:
 def _record(
     facts: Record, contender: Contender, contenders: list[Contender], losses: list[float], machine: Machine
 ) -> Record:
-    gemm = machine.roofs(facts["dtype"])[1]
+    gemm = machine.roofline_bounds(facts["dtype"])[1]
     record = contender.record() | facts
     record |= {
         "group": "train",
         "direction": "step",
-        "roof": facts["flops"] / gemm,
+        "roofline_seconds": facts["flops"] / gemm,
         "bound": "compute",
         "losses": losses,
     }
@@ -184,7 +184,7 @@ def _record(
         sheet = machine.datasheet_flops()
         size = facts["dims"]
         record["tokens_per_second"] = size["B"] * size["T"] / record["seconds"]
-        record["share_of_roof"] = record["mfu_measured"] = rate / gemm
+        record["share_of_roofline"] = record["mfu_measured"] = rate / gemm
         record["mfu_datasheet"] = rate / sheet[facts["dtype"]] if sheet else None
         record |= ratio(contender, "step", contenders)
     return record

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.xdist_group("bench_generate")  # whose fixtures are mad
 @pytest.fixture(scope="module")
 def machine():
     machine = Machine("cpu")
-    machine._roofs = dict.fromkeys(("fp32", "bf16"), (1e10, 1e11))  # no need to measure them here
+    machine._bounds = dict.fromkeys(("fp32", "bf16"), (1e10, 1e11))  # no need to measure them here
     return machine
 
 
