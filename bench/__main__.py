@@ -128,7 +128,8 @@ def _run(
     """Measure the jobs and print their records; return 1 if a result of fastgpt is wrong."""
     from tqdm import tqdm
 
-    from bench.harness.measure import Plan, bound_records, run_case
+    from bench.harness.machine import bound_records
+    from bench.harness.measure import Plan, run_case
     from bench.training.accelerate import run_accelerate
     from bench.training.generate import run_generate
     from bench.training.train import run_train

@@ -13,13 +13,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.harness.gpu_clock import Call, GpuClock, Times
+from bench.harness.records import EMPTY, Record
 from fastgpt.malloc import disable_malloc_trimming
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +185,37 @@ class Machine:
         cpuinfo = Path("/proc/cpuinfo")
         mhz = re.findall(r"cpu MHz\s*: ([\d.]+)", cpuinfo.read_text()) if cpuinfo.exists() else []
         return f"{statistics.mean(map(float, mhz)):.0f} MHz" if mhz else None
+
+
+def bound_records(machine: Machine, dtypes: Sequence[str]) -> Iterator[Record]:
+    """Yield the records of the roofline bounds of each dtype: copy bandwidth and matmul peak."""
+    for dtype in dtypes:
+        bandwidth, matmul_peak = machine.roofline_bounds(dtype)
+        n, size = machine.bound_sizes
+        for direction, name, flops, moved, seconds in (
+            ("copy", f"copy of {size >> 20} MiB", 0, 2 * size, 2 * size / bandwidth),
+            ("matmul", f"matmul {n}³", 2 * n**3, 3 * n * n * DTYPES[dtype].itemsize, 2 * n**3 / matmul_peak),
+        ):
+            yield EMPTY | {
+                "op": "roofline",
+                "group": "roofline",
+                "case": name,
+                "dims": {"N": n} if direction == "matmul" else {},
+                "dtype": dtype,
+                "direction": direction,
+                "backend": "torch",
+                "peer": "PyTorch",
+                "status": "ok",
+                "verified": True,
+                "seconds": seconds,
+                "spread": 0.0,
+                "rounds": BOUND_ROUNDS,
+                "flops": flops,
+                "bytes": moved,
+                "roofline_seconds": seconds,
+                "share_of_roofline": 1.0,
+                "bound": "memory" if direction == "copy" else "compute",
+            }
 
 
 def percentile(values: list[float], share: float) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastgpt
 from bench.harness.cases import Case, Function, Op
-from bench.harness.machine import BOUND_ROUNDS, DTYPES, Machine, percentile
+from bench.harness.machine import Machine, percentile
 from bench.harness.peers import MissingError
 from bench.harness.records import EMPTY, Record
 from fastgpt.testing import ErrorRule
@@ -378,34 +378,3 @@ def ratio(contender: Contender, direction: str, contenders: list[Contender]) -> 
         "ratio_low": percentile(ratios, 0.1),
         "ratio_high": percentile(ratios, 0.9),
     }
-
-
-def bound_records(machine: Machine, dtypes: Sequence[str]) -> Iterator[Record]:
-    """Yield the records of the roofline bounds of each dtype: copy bandwidth and matmul peak."""
-    for dtype in dtypes:
-        bandwidth, matmul_peak = machine.roofline_bounds(dtype)
-        n, size = machine.bound_sizes
-        for direction, name, flops, moved, seconds in (
-            ("copy", f"copy of {size >> 20} MiB", 0, 2 * size, 2 * size / bandwidth),
-            ("matmul", f"matmul {n}³", 2 * n**3, 3 * n * n * DTYPES[dtype].itemsize, 2 * n**3 / matmul_peak),
-        ):
-            yield EMPTY | {
-                "op": "roofline",
-                "group": "roofline",
-                "case": name,
-                "dims": {"N": n} if direction == "matmul" else {},
-                "dtype": dtype,
-                "direction": direction,
-                "backend": "torch",
-                "peer": "PyTorch",
-                "status": "ok",
-                "verified": True,
-                "seconds": seconds,
-                "spread": 0.0,
-                "rounds": BOUND_ROUNDS,
-                "flops": flops,
-                "bytes": moved,
-                "roofline_seconds": seconds,
-                "share_of_roofline": 1.0,
-                "bound": "memory" if direction == "copy" else "compute",
-            }

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from bench.harness.records import Record, contender, is_timed
-
-K = TypeVar("K", bound=Hashable)
 
 HEADLINE = ("op", "case", "dtype", "ours, ms", "of roofline", "fastest peer", "peer, ms", "speedup",
             "memory, ours / peer")  # fmt: skip
 
 
-def unique(values: Iterable[K]) -> list[K]:
+def unique(values: Iterable[Any]) -> list[Any]:
     """List the distinct values in the order of their first occurrence."""
     return list(dict.fromkeys(values))
 

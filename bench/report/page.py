@@ -44,6 +44,8 @@ COLUMNS: dict[str, Callable[[Record], str]] = {
     "error / allowed": lambda r: cell(r, "error", format_number),
     "status": lambda r: r["status"] + (f": {r['reason']}" if r["reason"] else ""),
 }
+OURS = ' class="ours"'
+FACTS = ("torch", "triton", "date", "command", "python", "threads", "driver", "cuda", "cudnn", "clocks")
 CSS = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: auto; padding: 1rem }
@@ -67,23 +69,10 @@ def html(runs: list[list[Record]]) -> str:
 
 def _run(records: list[Record]) -> str:
     facts = records[0]
-    known = (
-        "torch",
-        "triton",
-        "date",
-        "command",
-        "python",
-        "threads",
-        "malloc",
-        "driver",
-        "cuda",
-        "cudnn",
-        "clocks",
-    )
     words = [
         f"commit {commit(facts)}",
         facts["malloc"],
-        *(f"{key} {facts[key]}" for key in known if facts[key]),
+        *(f"{key} {facts[key]}" for key in FACTS if facts[key]),
     ]
     parts = [f"<h2>{escape(facts['device'])}</h2><p>{escape('; '.join(words))}</p>"]
     if facts["rehearsal"]:
@@ -117,9 +106,7 @@ def _records(records: list[Record]) -> str:
 def _table(names: tuple[str, ...], cells: list[list[str]], ours: list[bool] | None = None) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in names)
     body = "".join(
-        ('<tr class="ours">' if own else "<tr>")
-        + "".join(f"<td>{escape(text)}</td>" for text in line)
-        + "</tr>\n"
+        f"<tr{OURS * own}>" + "".join(f"<td>{escape(text)}</td>" for text in line) + "</tr>\n"
         for line, own in zip(cells, ours or [False] * len(cells), strict=True)
     )
     return f"<div><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>"

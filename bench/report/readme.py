@@ -13,7 +13,7 @@ from bench.report.headlines import HEADLINE, commit, headline_rows, unique
 from bench.report.plots import PLOTS, svg
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-WORDS = ("op", "case", "dtype", "fastest peer")
+TEXT_COLUMNS = ("op", "case", "dtype", "fastest peer")
 SHOWN = ("speedup", "training")  # the plots in README
 
 
@@ -30,7 +30,7 @@ def tables(records: list[Record]) -> str:
     bad = (r for r in records if r["peer"] is None and r["status"] != "ok")
     said = (f"{r['status']}: {contender(r)}, {r['op']} {r['case']} {r['dtype']}: {r['reason']}" for r in bad)
     failures = ("\n" + _markdown(text[0].upper() + text[1:]) for text in unique(said))
-    return "\n".join([*([markdown_table(HEADLINE, rows, WORDS)] if rows else []), *failures])
+    return "\n".join([*([markdown_table(HEADLINE, rows, TEXT_COLUMNS)] if rows else []), *failures])
 
 
 def _markdown(text: str) -> str:
