@@ -18,7 +18,7 @@ MEASUREMENTS = {
     "all": "ops, train, accelerate and scaling",
 }
 _DTYPES = ("fp32", "bf16", "fp16")
-_JSON = "output of JSON instead of a table"
+_JSON = "JSON output instead of a table"
 _REHEARSE = "the same steps on the CPU, at toy sizes, with Triton interpreted"
 _COMMIT = "commit of these files, for a directory without .git"
 
@@ -58,7 +58,9 @@ def _add_measurement(commands: Any, name: str, text: str) -> None:
     command.add_argument(
         "--backend", action="append", metavar="NAME", help="only this backend of fastgpt (may be repeated)"
     )
-    command.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if available, else cpu")
+    command.add_argument(
+        "--device", choices=("cpu", "cuda"), help="device (default: cuda if available, else cpu)"
+    )
     command.add_argument(
         "--seconds", type=float, help="approximate duration of the rounds of a case and direction"
     )
@@ -78,21 +80,31 @@ def _add_studies(commands: Any) -> None:
     trainer = commands.add_parser(
         "trainer", help="fastgpt train next to a bare training step; packed next to padded documents"
     )
-    trainer.add_argument("--size", default="cpu", choices=("tiny", "cpu"), help="default: cpu")
-    trainer.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
+    trainer.add_argument(
+        "--size", default="cpu", choices=("tiny", "cpu"), help="size of the model (default: cpu)"
+    )
+    trainer.add_argument("--rounds", type=int, default=20, metavar="N", help="number of rounds (default: 20)")
     trainer.add_argument("--json", action="store_true", help=_JSON)
 
     data = commands.add_parser(
         "data", help="speed and memory of data preparation, next to the package tokenizers alone"
     )
-    data.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    data.add_argument("--rounds", type=int, default=5, metavar="N", help="number of rounds (default: 5)")
     data.add_argument("--json", action="store_true", help=_JSON)
 
 
 def _add_gpu(commands: Any) -> None:
     gpu = commands.add_parser("gpu", help="tests, benchmarks and profiles on a GPU within a time budget")
-    gpu.add_argument("--budget-minutes", type=float, default=12.0, metavar="N", help="default: 12")
-    gpu.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
+    gpu.add_argument(
+        "--budget-minutes", type=float, default=12.0, metavar="N", help="time budget (default: 12)"
+    )
+    gpu.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/gpu"),
+        metavar="DIR",
+        help="directory of the results (default: out/gpu)",
+    )
     gpu.add_argument("--rehearse", action="store_true", help=_REHEARSE)
     gpu.add_argument("--commit", help=_COMMIT)
 
@@ -101,7 +113,9 @@ def _add_gpu(commands: Any) -> None:
     )
     tune.add_argument("op", nargs="*", help="only these ops")
     tune.add_argument("--shape", action="append", metavar="AxB…", help="size (may be repeated; one op)")
-    tune.add_argument("--dtype", action="append", choices=_DTYPES, help="default: bf16")
+    tune.add_argument(
+        "--dtype", action="append", choices=_DTYPES, help="dtype (may be repeated; default: bf16)"
+    )
     tune.add_argument("--rehearse", action="store_true", help=_REHEARSE)
 
 
@@ -122,6 +136,4 @@ def _add_codegen(commands: Any) -> None:
         help="only these kernels (default: Triton, and CUDA C++ if nvcc is installed)",
     )
     resources.add_argument("--json", action="store_true", help=_JSON)
-    resources.add_argument(
-        "--write", action="store_true", help="also an update of bench/results/resources.json"
-    )
+    resources.add_argument("--write", action="store_true", help="update of bench/results/resources.json")

@@ -132,7 +132,7 @@ def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
         sets = _input_sets(op, case, machine, contenders)
         for direction in plan.directions:
             turn = partial(_turn, direction, sets)
-            race(direction, contenders, turn, machine, plan)
+            time_rounds(direction, contenders, turn, machine, plan)
         for one in sets:
             one.clear()
         for contender in contenders:
@@ -161,14 +161,14 @@ def contenders_of(op: Op, case: Case, machine: Machine, plan: Plan) -> tuple[lis
 def _contenders(op: Op, case: Case, plan: Plan) -> list[Contender]:
     found = []
     for backend in plan.ours(op.name):
-        found.append(Contender(backend, None, partial(_on, backend, op.ours(case))))
+        found.append(Contender(backend, None, partial(_with_backend, backend, op.ours(case))))
     for peer in op.peers:
         if plan.includes(peer.name):
             found.append(Contender(peer.package, peer.name, partial(peer.make, case), peer.mutates))
     return found
 
 
-def _on(backend: str, function: Function) -> Function:
+def _with_backend(backend: str, function: Function) -> Function:
     """Wrap a function so that it runs with a backend of fastgpt."""
 
     def pinned(*inputs: Any) -> Any:
@@ -183,7 +183,7 @@ def _verify(op: Op, case: Case, machine: Machine, contenders: list[Contender]) -
     rule = ErrorRule(
         op.pytorch(case),
         inputs,
-        exact=_on("reference", op.ours(case)),
+        exact=_with_backend("reference", op.ours(case)),
         part=lambda t: op.part(case, t),
         places=0,
     )
@@ -284,7 +284,7 @@ def guarded(contender: Contender, call: Call) -> Call:
     return guarded_call
 
 
-def race(
+def time_rounds(
     direction: str,
     contenders: list[Contender],
     turn: Callable[[Contender, int], Turn],
@@ -301,13 +301,13 @@ def race(
     """
 
     def one_round(number: int) -> float:
-        racing = [c for c in contenders if c.status == "ok"]
+        active = [c for c in contenders if c.status == "ok"]
         # The order alternates, because a contender can find data of the previous one in the cache.
-        racing = racing if number % 2 else racing[::-1]
-        turns = [(c, *turn(c, number)) for c in racing]
+        active = active if number % 2 else active[::-1]
+        turns = [(c, *turn(c, number)) for c in active]
         calls = [(before, guarded(c, call)) for c, before, call in turns]
-        times = machine.time_round(calls, [id(c) for c in racing], whole=whole)
-        for contender, taken in zip(racing, times, strict=True):
+        times = machine.time_round(calls, [id(c) for c in active], whole=whole)
+        for contender, taken in zip(active, times, strict=True):
             contender.times.setdefault(direction, []).append(taken.seconds)
             if machine.is_gpu:
                 contender.host_times.setdefault(direction, []).append(taken.host)

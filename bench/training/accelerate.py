@@ -80,15 +80,15 @@ def run_accelerate(
     model = _model(family, size)
     dropout = {path: module.p for path, module in model.named_modules() if isinstance(module, nn.Dropout)}
     _set_dropout(model, dict.fromkeys(dropout, 0.0))
-    racing: list[Any] = []
+    copies: list[Any] = []
 
     def copied() -> Any:
-        racing.append(copy.deepcopy(model))
-        return racing[-1]
+        copies.append(copy.deepcopy(model))
+        return copies[-1]
 
     def restore_dropout() -> None:
-        for racer in racing:
-            _set_dropout(racer, dropout)
+        for trained in copies:
+            _set_dropout(trained, dropout)
         torch._dynamo.reset()  # otherwise it compiles for a variable dropout rate, which is slower
 
     peers = [

@@ -27,8 +27,8 @@ from bench.harness.measure import (
     Plan,
     Turn,
     measure_peak_memory,
-    race,
     ratio,
+    time_rounds,
 )
 from bench.harness.peers import MissingError, require
 from bench.harness.records import Record
@@ -83,7 +83,7 @@ def run_generate(
             assert contender.function is not None
             return lambda: None, partial(contender.function, prompts)
 
-        race("generate", contenders, turn, machine, plan, whole=True)
+        time_rounds("generate", contenders, turn, machine, plan, whole=True)
         for contender in contenders:
             if contender.status == "ok":
                 measure_peak_memory(contender, turn(contender, 0), machine)

@@ -25,8 +25,8 @@ from bench.harness.measure import (
     Plan,
     Turn,
     measure_peak_memory,
-    race,
     ratio,
+    time_rounds,
 )
 from bench.harness.peers import MissingError
 from bench.harness.records import Record
@@ -121,7 +121,7 @@ def run_steps(
         losses = [_check(contender, batches, exact, off) for contender in found]
         after_check()
         turn = partial(_turn, batches)
-        race("step", found, turn, machine, plan, whole=True)
+        time_rounds("step", found, turn, machine, plan, whole=True)
         for contender in found:
             if contender.status == "ok":
                 measure_peak_memory(contender, turn(contender, 0), machine)
