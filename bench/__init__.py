@@ -1,1 +1,1 @@
-"""Benchmarks against the best peers, from a checkout:  python -m bench --help"""
+"""Benchmarks against verified peers, in a checkout: `python -m bench --help`."""

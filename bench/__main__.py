@@ -1,4 +1,4 @@
-"""The benchmarks' command line:  python -m bench --help  (from a checkout)"""
+"""Command line of the benchmarks, in a checkout: `python -m bench --help`."""
 
 from __future__ import annotations
 
@@ -11,129 +11,29 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastgpt.backends import OPS as OP_NAMES
+from bench.cli import parser
 
-MEASURING = {
-    **{name: f"{name}: forward and backward beside every peer" for name in OP_NAMES},
-    "ops": "all ops",
-    "train": "whole training steps of a GPT-2",
-    "accelerate": "whole training steps of models of transformers, as they come and accelerated",
-    "generate": "tokens a second of generated text, with the cache and without, beside transformers'",
-    "scaling": "seconds and memory of each op while one size grows",
-    "all": "ops, train, accelerate and scaling",
-}
-
-
-# The dtypes of each preset; the last one is training's.
+# The dtypes of each preset; training steps use the last one.
 DTYPES_OF = {"tiny": ("fp32",), "quick": ("fp32", "bf16"), "cpu": ("fp32", "bf16"), "gpu": ("fp32", "bf16")}
-# Seconds of rounds a case and direction, about.
+# Approximate seconds of the rounds of a case and direction.
 SECONDS = {"tiny": 0.3, "quick": 1.2, "full": 2.0}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0 if all is well, 1 if a result of ours was wrong, 2 for a wrong option."""
-    options = _parser().parse_args(arguments)
+    """Run a command.
+
+    Returns:
+        0; 1 if a result of fastgpt is wrong or two files differ; 2 for a wrong option; 130 after an interrupt.
+    """
+    options = parser().parse_args(arguments)
     try:
-        return int(options.run(options))
+        return COMMANDS.get(options.command, _measure)(options)
     except ValueError as error:
         print(f"python -m bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("python -m bench: interrupted; what was measured is in the output file", file=sys.stderr)
+        print("python -m bench: interrupted; the output file has the finished cases", file=sys.stderr)
         return 130
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="fastgpt's benchmarks")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, text in MEASURING.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=_measure, command=name)
-        command.add_argument(
-            "--quick", action="store_true", help="the first sizes only, forward + backward, short"
-        )
-        command.add_argument(
-            "--tiny", action="store_true", help="toy sizes, on the CPU Triton's interpreter too"
-        )
-        command.add_argument(
-            "--shape", action="append", metavar="AxB…", help="only this size (may be repeated)"
-        )
-        command.add_argument(
-            "--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="only this dtype"
-        )
-        command.add_argument(
-            "--peer", action="append", metavar="NAME", help="only this peer; none for no peer"
-        )
-        command.add_argument("--backend", action="append", metavar="NAME", help="only this backend of ours")
-        command.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-        command.add_argument(
-            "--seconds", type=float, help="time for the rounds of one case and direction, about"
-        )
-        command.add_argument("--out", type=Path, metavar="DIR", help="write DIR/results.json as results come")
-        command.add_argument("--json", action="store_true", help="print the records instead of the table")
-        command.add_argument("--plot", action="store_true", help="also draw DIR/plots and DIR/report.html")
-        command.add_argument("--commit", help="what commit this is, where there is no .git to ask")
-
-    trainer = commands.add_parser(
-        "trainer", help="fastgpt train beside a bare training step, and packed documents beside padded ones"
-    )
-    trainer.set_defaults(run=_trainer)
-    trainer.add_argument("--size", default="cpu", choices=("tiny", "cpu"), help="default: cpu")
-    trainer.add_argument("--rounds", type=int, default=20, metavar="N", help="default: 20")
-    trainer.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-
-    data = commands.add_parser("data", help="speed and memory of preparing data, beside tokenizers alone")
-    data.set_defaults(run=_data)
-    data.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    data.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
-
-    gpu = commands.add_parser("gpu", help="everything a GPU can tell, in a budget of minutes")
-    gpu.set_defaults(run=_gpu)
-    gpu.add_argument("--budget-minutes", type=float, default=12.0, metavar="N", help="default: 12")
-    gpu.add_argument("--out", type=Path, default=Path("out/gpu"), metavar="DIR", help="default: out/gpu")
-    gpu.add_argument(
-        "--rehearse", action="store_true", help="the same on the CPU, toy sizes, Triton interpreted"
-    )
-    gpu.add_argument("--commit", help="what commit this is, where there is no .git to ask")
-
-    taken = commands.add_parser(
-        "resources", help="what each GPU kernel takes of three generations of GPUs; needs none"
-    )
-    taken.set_defaults(run=_resources)
-    taken.add_argument("op", nargs="*", help="only the kernels of these ops")
-    taken.add_argument(
-        "--arch",
-        action="append",
-        metavar="NAME",
-        help="only this one: sm_80, sm_86, sm_89, sm_90a, sm_100a, sm_120",
-    )
-    taken.add_argument(
-        "--source",
-        choices=("triton", "cuda"),
-        help="only these (default: both, those in CUDA C++ where nvcc is)",
-    )
-    taken.add_argument("--json", action="store_true", help="print the records instead of the table")
-    taken.add_argument("--write", action="store_true", help="also write them to bench/results/resources.json")
-
-    tune = commands.add_parser("tune", help="faster tile sizes for this GPU and your sizes, kept on the disk")
-    tune.set_defaults(run=_tune)
-    tune.add_argument("op", nargs="*", help="only these ops")
-    tune.add_argument("--shape", action="append", metavar="AxB…", help="this size (may be repeated; one op)")
-    tune.add_argument("--dtype", action="append", choices=("fp32", "bf16", "fp16"), help="default: bf16")
-    tune.add_argument(
-        "--rehearse", action="store_true", help="the same on the CPU, toy sizes, Triton interpreted"
-    )
-
-    report = commands.add_parser(
-        "report", help="tables and plots of bench/results, and the README's from them"
-    )
-    report.set_defaults(run=_report)
-
-    compared = commands.add_parser("compare", help="whether two result files agree")
-    compared.set_defaults(run=_compare)
-    compared.add_argument("a", type=Path)
-    compared.add_argument("b", type=Path)
-    return parser
 
 
 def _measure(options: argparse.Namespace) -> int:
@@ -144,7 +44,7 @@ def _measure(options: argparse.Namespace) -> int:
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("there is no CUDA GPU here: omit --device, or give --device cpu")
+        raise ValueError("no CUDA GPU here. Omit --device, or use --device cpu.")
     if options.tiny:
         preset = "tiny"
     elif device == "cuda":
@@ -152,7 +52,7 @@ def _measure(options: argparse.Namespace) -> int:
     else:
         preset = "quick" if options.quick else "cpu"
     if options.tiny and device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at import, which comes later
     jobs = list(_jobs(options, preset))
 
     machine = Machine(device)
@@ -160,14 +60,15 @@ def _measure(options: argparse.Namespace) -> int:
     command = "python -m bench " + " ".join(sys.argv[1:])
     facts = machine.facts(command=command, rehearsal=options.tiny, commit=options.commit)
     results = Results(out / "results.json" if out else None, facts)
-    _introduce(facts, sys.stderr)
+    _print_facts(facts)
     return _run(jobs, machine, results, options, out)
 
 
 def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, Any]]:
-    """(kind, op or None, case or size) of everything the options ask for.
+    """Yield the jobs that the options select: ("op", op, case) or (kind, dtype, arguments of the function).
 
-    Raises ValueError, with the list of what is known, for a shape, peer or backend that is not.
+    Raises:
+        ValueError: unknown shape, peer or backend; the message lists the known ones.
     """
     from bench.ops.registry import OPS
     from bench.training import accelerate, generate, train
@@ -180,7 +81,7 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
     steps = {
         kind: bench
         for kind, bench in (("train", train), ("accelerate", accelerate), ("generate", generate))
-        if command == kind or (command == "all" and kind != "generate")  # without the cache it takes minutes
+        if command == kind or (command == "all" and kind != "generate")  # minutes without a KV cache
     }
     peers = [p.name for op in ops for p in op.peers] + [p for bench in steps.values() for p in bench.PEERS]
     _check("peer", options.peer, [*sorted(set(peers)), "none"])
@@ -214,7 +115,7 @@ def _jobs(options: argparse.Namespace, preset: str) -> Iterator[tuple[str, Any, 
 def _check(what: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
     for value in given or []:
         if value not in known:
-            raise ValueError(f"unknown {what} {value!r}; known here: {', '.join(known)}")
+            raise ValueError(f"unknown {what} {value!r}. Use one of: {', '.join(known)}")
 
 
 def _run(
@@ -224,10 +125,11 @@ def _run(
     options: argparse.Namespace,
     out: Path | None,
 ) -> int:
+    """Measure the jobs and print their records; return 1 if a result of fastgpt is wrong."""
     from tqdm import tqdm
 
-    from bench.harness.measure import Plan, roof_records, run_case
-    from bench.report.scaling import fits, table
+    from bench.harness.machine import bound_records
+    from bench.harness.measure import Plan, run_case
     from bench.training.accelerate import run_accelerate
     from bench.training.generate import run_generate
     from bench.training.train import run_train
@@ -249,8 +151,8 @@ def _run(
     )
     started = time.perf_counter()
     dtypes = list(dict.fromkeys(b.dtype if kind == "op" else a for kind, a, b in jobs))
-    results.add(*roof_records(machine, dtypes))
-    _show(results.records, options)
+    results.add(*bound_records(machine, dtypes))
+    _print_records(results.records, options)
     with tqdm(jobs, unit="case", disable=None, file=sys.stderr) as bar:
         for kind, a, b in bar:
             bar.set_description(f"{a.name} {b.name} {b.dtype}" if kind == "op" else f"{kind} {b}")
@@ -261,25 +163,14 @@ def _run(
                 swept = Plan(seconds / 3, 3, 21, ("fwd+bwd",), plan.backends, peers)
                 records = run_case(a, b, machine, swept if b.sweep else plan)
             results.add(*records)
-            _show(records, options)
-    rows = fits(results.records)
-    if options.json:
-        print(json.dumps(results.records, ensure_ascii=False, indent=1))
-    else:
-        if options.tiny:
-            print("\ntoy sizes: a rehearsal, whose times say nothing")
-        elif rows:
-            print("\n" + table(rows))
-        print(
-            f"\n{len(results.records)} records in {time.perf_counter() - started:.0f} s"
-            + (f", in {results.path}" if out else "")
-        )
+            _print_records(records, options)
+    _print_end(results, options, time.perf_counter() - started)
     if options.plot:
-        from bench.report.write import write_report
+        from bench.report.page import html
 
         assert out is not None
-        for path in write_report(results.path, out):
-            print(f"wrote {path}", file=sys.stderr)
+        (out / "report.html").write_text(html([results.records]), encoding="utf-8")
+        print(f"wrote {out / 'report.html'}", file=sys.stderr)
     wrong = results.wrong()
     for record in wrong:
         case = f"{record['op']} {record['case']} {record['dtype']}"
@@ -287,47 +178,64 @@ def _run(
     return 1 if wrong else 0
 
 
-def _introduce(facts: dict[str, Any], file: Any) -> None:
-    state = {True: " with changes", False: "", None: ""}[facts["dirty"]]
+def _print_facts(facts: dict[str, Any]) -> None:
+    changes = " with changes" if facts["dirty"] else ""
+    versions = f"torch {facts['torch']}, triton {facts['triton']}; {facts['threads']} threads"
+    print(f"{facts['device']}; {versions}", file=sys.stderr)
     print(
-        f"{facts['device']}; torch {facts['torch']}, triton {facts['triton']}; {facts['threads']} threads",
-        file=file,
+        f"{facts['malloc']}; clocks: {facts['clocks']}; commit {facts['commit']}{changes}",
+        file=sys.stderr,
     )
-    print(f"heap: {facts['heap']}; clocks: {facts['clocks']}; commit {facts['commit']}{state}", file=file)
 
 
-def _show(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """A line for each record; what has no time says why."""
+def _print_records(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Print a line for each record: the time, or the reason without one."""
     from tqdm import tqdm
 
-    from bench.report.headlines import contender
+    if not options.json:
+        with tqdm.external_write_mode():
+            print("\n".join(map(_line, records)), flush=True)
+
+
+def _line(r: dict[str, Any]) -> str:
+    from bench.harness.records import contender
+
+    start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<9}{contender(r):<34}"
+    if r["group"] == "roofline":
+        copy = r["direction"] == "copy"
+        rate = (r["bytes"] if copy else r["flops"]) / r["seconds"] / 1e9
+        return f"{start}{rate:,.0f} {'GB/s' if copy else 'GFLOP/s'}"
+    if r["status"] != "ok":
+        return f"{start}{r['status']}: {r['reason']}"
+    bound = "MFU" if r["group"] == "train" else f"of the {r['bound']} roofline"
+    words = [f"{r['seconds'] * 1e3:10.3f} ms ±{r['spread']:<5.0%}{r['share_of_roofline']:4.0%} {bound}"]
+    if r.get("mfu_datasheet"):
+        words[0] += f", {r['mfu_datasheet']:.0%} of the datasheet's peak"
+    if "tokens_per_second" in r:
+        words.append(f"{r['tokens_per_second']:,.0f} tokens/s")
+    if "host_seconds" in r:
+        words.append(f"host {r['host_seconds'] * 1e3:.3f} ms")
+    if r["peak_bytes"] is not None:
+        words.append(f"peak {r['peak_bytes'] / 2**20:,.0f} MiB")
+    if r["ratio"] is not None:
+        words.append(f"{r['ratio']:.2f}× our time ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})")
+    return start + "  ".join(words)
+
+
+def _print_end(results: Any, options: argparse.Namespace, seconds: float) -> None:
+    from bench.harness.scaling import COLUMNS, fits, rows
+    from bench.report.readme import markdown_table
 
     if options.json:
+        print(json.dumps(results.records, ensure_ascii=False, indent=1))
         return
-    lines = []
-    for r in records:
-        start = f"{r['op']:<21}{r['case'] + ' ':<21}{r['dtype']:<5}{r['direction']:<9}{contender(r):<34}"
-        if r["group"] == "roof":
-            rate = f"{r['bytes'] / r['seconds'] / 1e9:,.0f} GB/s" if r["direction"] == "copy" else ""
-            lines.append(start + (rate or f"{r['flops'] / r['seconds'] / 1e9:,.0f} GFLOP/s"))
-        elif r["status"] != "ok":
-            lines.append(f"{start}{r['status']}: {r['reason']}")
-        else:
-            host = f"  host {r['host_seconds'] * 1e3:.3f} ms" if "host_seconds" in r else ""
-            peak = "" if r["peak_bytes"] is None else f"  peak {r['peak_bytes'] / 2**20:,.0f} MiB"
-            speed = f"  {r['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in r else ""
-            sheet = f", {r['mfu_datasheet']:.0%} of the datasheet's" if r.get("mfu_datasheet") else ""
-            ratio = (
-                ""
-                if r["ratio"] is None
-                else f"  takes {r['ratio']:.2f}× our time ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
-            )
-            share = f"{r['share_of_roof']:4.0%} of the {r['bound']} roof{sheet}"
-            lines.append(
-                f"{start}{r['seconds'] * 1e3:10.3f} ms ±{r['spread']:<5.0%}{share}{speed}{host}{peak}{ratio}"
-            )
-    with tqdm.external_write_mode():
-        print("\n".join(lines), flush=True)
+    fitted = fits(results.records)
+    if options.tiny:
+        print("\ntoy sizes: a rehearsal, its times have no meaning")
+    elif fitted:
+        print("\n" + markdown_table(COLUMNS, rows(fitted), left=COLUMNS))
+    where = f", in {results.path}" if results.path else ""
+    print(f"\n{len(results.records)} records in {seconds:.0f} s{where}")
 
 
 def _trainer(options: argparse.Namespace) -> int:
@@ -340,7 +248,7 @@ def _data(options: argparse.Namespace) -> int:
     from bench.training.data import run
 
     if options.rounds < 1:
-        raise ValueError(f"--rounds must be at least 1, not {options.rounds}")
+        raise ValueError(f"--rounds is {options.rounds}. Use 1 or more.")
     return run(options.rounds, options.json)
 
 
@@ -352,9 +260,7 @@ def _gpu(options: argparse.Namespace) -> int:
 
 def _resources(options: argparse.Namespace) -> int:
     if os.environ.pop("TRITON_INTERPRET", "") not in ("", "0"):
-        print(
-            "TRITON_INTERPRET is set; resources needs Triton's compiler and goes without it", file=sys.stderr
-        )
+        print("TRITON_INTERPRET is ignored: resources needs Triton's compiler.", file=sys.stderr)
     from bench.codegen import cubins
     from bench.codegen.launches import configurations
     from bench.codegen.resources import run
@@ -364,9 +270,7 @@ def _resources(options: argparse.Namespace) -> int:
     _check("op", options.op, known)
     _check("architecture", options.arch, ARCHITECTURES)
     if options.write and (options.op or options.arch):
-        raise ValueError(
-            "--write is for all ops and architectures at once: leave out what chooses among them"
-        )
+        raise ValueError("--write needs all ops and architectures. Omit the ops and --arch.")
     chosen = [c for c in configurations() if c.op in (options.op or known)]
     files = cubins.sources(options.op)
     if options.source == "triton" or (cubins.problem() and options.source is None):
@@ -374,16 +278,18 @@ def _resources(options: argparse.Namespace) -> int:
     elif options.source == "cuda":
         chosen = []
         if cubins.problem():
-            raise ValueError(f"the CUDA kernels cannot be compiled: {cubins.problem()}")
+            raise ValueError(
+                f"the CUDA kernels cannot be compiled: {cubins.problem()}. Install the CUDA toolkit."
+            )
     architectures = options.arch or ARCHITECTURES
     return run(chosen, files, options.op, architectures, as_json=options.json, write=options.write)
 
 
 def _tune(options: argparse.Namespace) -> int:
     if options.shape and len(options.op) != 1:
-        raise ValueError("--shape is for one op: name it, python -m bench tune OP --shape ...")
+        raise ValueError("--shape is for one op. Name the op: python -m bench tune OP --shape ...")
     if options.rehearse:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which nothing has done yet
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at import, which comes later
     from bench.codegen.tune import run
 
     return run(options.op, options.shape or [], options.dtype or ["bf16"], rehearse=options.rehearse)
@@ -391,14 +297,21 @@ def _tune(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from bench.harness.machine import ROOT
-    from bench.report.write import update_readme, write_report
+    from bench.harness.records import load
+    from bench.report.page import html
+    from bench.report.readme import update_readme, write_plots
 
     results = ROOT / "bench" / "results"
-    for path in sorted(results.glob("*/results.json")):
-        for written in write_report(path, path.parent):
+    paths = sorted(results.glob("*/results.json"))
+    if options.html:
+        options.html.write_text(html([load(path) for path in paths]), encoding="utf-8")
+        print(f"wrote {options.html}")
+        return 0
+    for path in paths:
+        for written in write_plots(path):
             print(f"wrote {written}")
     changed = update_readme(ROOT / "README.md", results)
-    print("README.md " + ("updated" if changed else "was up to date"))
+    print("README.md is " + ("updated" if changed else "up to date"))
     return 0
 
 
@@ -409,6 +322,12 @@ def _compare(options: argparse.Namespace) -> int:
     table, share = compare(load(options.a), load(options.b))
     print(table)
     return 0 if share >= 0.9 else 1
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "trainer": _trainer, "data": _data, "gpu": _gpu, "resources": _resources, "tune": _tune, "report": _report,
+    "compare": _compare,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The same cases under pytest-benchmark, for developers:  pytest bench --benchmark-only
+"""The cases of the preset "quick" under pytest-benchmark: `pytest bench --benchmark-only`.
 
-Each case is checked against the reference and then timed, ours and PyTorch in turn, as separate benchmarks;
-`make compare` saves the run and compares it with the one before.
+Each case is checked against the reference and then timed, for our op and for PyTorch as separate benchmarks.
+`make compare` saves the run and compares it with the previous one.
 """
 
 import pytest
@@ -24,13 +24,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="session")
 def machine():
-    """The machine, with the heap that `fastgpt train` gives itself."""
+    """The machine, with malloc trimming disabled as in `fastgpt train`."""
     return Machine("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
 def run(benchmark, machine, implementation):
-    """run(op, case): one contender is verified, then its forward and backward timed."""
+    """run(op, case): verify one contender, then time its forward and backward."""
 
     def run(op, case):
         fastgpt = implementation == "fastgpt"
@@ -48,7 +48,7 @@ def run(benchmark, machine, implementation):
         benchmark.extra_info |= {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "heap": "kept",
+            "malloc": "trimming disabled",
         }
         benchmark.pedantic(once, setup=setup, rounds=11, warmup_rounds=2)
 

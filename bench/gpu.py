@@ -1,10 +1,10 @@
-"""GPU minutes into evidence:  python -m bench gpu --budget-minutes N --out DIR
+"""Tests and benchmarks on a GPU within a time budget: `python -m bench gpu --budget-minutes N --out DIR`.
 
-One stage after another, each a process of its own: a crash of one, which on a GPU takes the whole process's
-device with it, leaves the others. First a smoke test, then op by op its tests and its benchmark, the most important
-op first; a stage that outlasts its share is ended, and what it measured counts. DIR/results.json and DIR/stages.json
-are whole at any moment; at the end there are also DIR/report.html and DIR/rest.tar.gz (logs, plots). Nothing is
-downloaded.
+The stages run one after the other, each in its own process, so that a crash does not affect the other stages: a CUDA
+error makes the device unusable for its whole process. A smoke test comes first, then the tests and the benchmark of
+each op, the most important op first. A stage that exceeds its share of the budget is killed; its records remain valid.
+DIR/results.json and DIR/stages.json are complete at any time. At the end there are also DIR/report.html and
+DIR/rest.tar.gz, which has the logs. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from xml.etree import ElementTree
 from bench.harness.machine import ROOT
 from bench.harness.records import Record, load, save
 
-_RESERVE = 20.0  # seconds for the report at the end
-TRITON_CACHE = ROOT / "build" / "triton"  # may be filled elsewhere and carried along
-# The test files of each op, in the order of what a training step needs most.
+_RESERVE = 20.0  # seconds for the report
+TRITON_CACHE = ROOT / "build" / "triton"  # can be copied from another machine
+# The test files of each op, the most important op for a training step first.
 TESTS: dict[str, tuple[str, ...]] = {
     "attention": ("attention", "attention_cuda", "attention_split", "attention_extremes"),
     "cross_entropy": ("cross_entropy", "cross_entropy_with_grad", "cross_entropy_extremes"),
@@ -38,25 +38,25 @@ TESTS: dict[str, tuple[str, ...]] = {
     "linear_gelu": ("linear_gelu", "linear_gelu_cuda"),
     "linear": ("linear",),
     "gelu": ("gelu",),
-    "bias_gelu": (),  # with gelu's
+    "bias_gelu": (),  # tested with gelu
     "geglu": ("geglu", "op_sizes"),
 }
-TRAINED_WITH = 3  # of these ops a training step is timed behind the first ones
-REHEARSED = "gelu"  # whose tests run in a rehearsal; of the others it collects what would
-SHARE = {"attention": 0.2}  # of the budget, the most that the tests of an op may take; 0.1 for the others
-WORKERS = 8  # of pytest-xdist, which compile side by side
+TRAINED_WITH = 3  # training steps are timed after this number of ops
+REHEARSED = "gelu"  # a rehearsal runs the tests of this op and only collects the others
+SHARE = {"attention": 0.2}  # maximum share of the budget for the tests of an op; 0.1 for other ops
+WORKERS = 8  # processes of pytest-xdist, which compile in parallel
 SANITIZED = "whole or window"  # cases of test_attention_cuda.py
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One process.
+    """One process of the run.
 
     Attributes:
-        command: a program and its arguments; one that begins with an option or a .py is Python's.
-        share: of the whole budget, the most it may take.
-        needs: a program without which it is skipped.
-        required: whether the run has failed where this has not finished well.
+        command: program and arguments; if the first word is an option or a .py file, the program is Python.
+        share: maximum share of the budget.
+        needs: required program; without it the stage is skipped.
+        required: the run fails if this stage does not succeed.
     """
 
     name: str
@@ -67,20 +67,20 @@ class Stage:
 
     @property
     def benchmark(self) -> bool:
-        """Whether it writes records."""
+        """True if the stage writes records."""
         return self.command[:2] == ["-m", "bench"]
 
     @property
     def tests(self) -> bool:
-        """Whether it counts tests."""
+        """True if the stage runs tests."""
         return self.command[:2] == ["-m", "pytest"]
 
 
 def stages(rehearse: bool, architecture: str | None) -> list[Stage]:
-    """What is to be done, the most important first.
+    """List the stages, the most important first.
 
     Args:
-        architecture: "9.0a" and the like, where the CUDA kernels have to be compiled for it; None where they are there.
+        architecture: architecture to compile the CUDA kernels for, such as "9.0a"; None if they are compiled.
     """
     from bench.ops.registry import OPS
 
@@ -133,12 +133,16 @@ def stages(rehearse: bool, architecture: str | None) -> list[Stage]:
 
 
 def run_gpu(out: Path, budget_minutes: float, *, rehearse: bool, commit: str | None) -> int:
-    """Do all stages within the budget; 1 if one that is required has not finished well, else 0.
+    """Run all stages within the budget.
 
-    Raises ValueError for a budget that is none, and where there is no GPU and no rehearsal was asked for.
+    Returns:
+        1 if a required stage did not succeed, else 0.
+
+    Raises:
+        ValueError: the budget is not positive, or there is no GPU and `rehearse` is False.
     """
     if not budget_minutes > 0:
-        raise ValueError(f"--budget-minutes must be positive, not {budget_minutes}")
+        raise ValueError(f"--budget-minutes is {budget_minutes}. Use a positive number.")
     deadline = time.monotonic() + 60 * budget_minutes
     facts, architecture = _facts(rehearse, commit)
     work = out / "work"
@@ -151,9 +155,9 @@ def run_gpu(out: Path, budget_minutes: float, *, rehearse: bool, commit: str | N
         row: Record = {"name": stage.name, "seconds": 0.0, "outcome": ""}
         facts["stages"].append(row)
         if left <= 0:
-            row["outcome"] = "skipped: the budget is spent"
+            row["outcome"] = "skipped: no budget left"
         elif stage.needs and shutil.which(stage.needs) is None:
-            row["outcome"] = f"skipped: there is no {stage.needs} here"
+            row["outcome"] = f"skipped: {stage.needs} is not installed"
         else:
             _run(stage, min(left, stage.share * 60 * budget_minutes), work, facts, out, row, commit)
         _merge(out, facts)
@@ -163,7 +167,7 @@ def run_gpu(out: Path, budget_minutes: float, *, rehearse: bool, commit: str | N
         print(f"{stage.name:<28}{row['seconds']:7.1f} s  {row['outcome']}{counts}", flush=True)
     _finish(out)
     if failed:
-        print(f"this run has failed: {', '.join(failed)}")
+        print(f"failed stages: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -183,18 +187,21 @@ print(json.dumps([facts, f"{major}.{minor}" + "a" * (major in (9, 10)) if missin
 
 
 def _facts(rehearse: bool, commit: str | None) -> tuple[Record, str | None]:
-    """What the results say of the machine, and `stages`' architecture; a process that holds no GPU while others run."""
+    """Describe the machine and return the argument `architecture` of `stages`.
+
+    A subprocess does this, because this process must not hold the GPU during the stages.
+    """
     command = "python -m bench " + " ".join(sys.argv[1:])
     arguments = ["cpu" if rehearse else "cuda", command, commit or ""]
     done = subprocess.run(
         [sys.executable, "-c", _FACTS, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
     )
     if done.returncode == 3:
-        raise ValueError(
-            "there is no CUDA GPU here; --rehearse goes through the same on the CPU at toy sizes"
-        )
+        raise ValueError("no CUDA GPU here. Use --rehearse for the same stages on the CPU at toy sizes.")
     if done.returncode:
-        raise ValueError(f"the machine cannot be described: {done.stderr.strip()[-2000:]}")
+        raise ValueError(
+            f"the description of the machine failed. Fix this error: {done.stderr.strip()[-2000:]}"
+        )
     facts, architecture = json.loads(done.stdout.splitlines()[-1])
     return facts, architecture
 
@@ -202,7 +209,7 @@ def _facts(rehearse: bool, commit: str | None) -> tuple[Record, str | None]:
 def _run(
     stage: Stage, limit: float, work: Path, facts: Record, out: Path, row: Record, commit: str | None
 ) -> None:
-    """Run one stage, merging its records as they come, and say in its row what became of it."""
+    """Run one stage, merge its records during the run, and store duration and outcome in `row`."""
     command = stage.command
     if command[0].startswith("-") or command[0].endswith(".py"):
         command = [sys.executable, *command]
@@ -235,7 +242,7 @@ def _run(
                 process.wait()
     row["seconds"] = round(time.monotonic() - started, 1)
     row["outcome"] = (
-        "ended: out of time"
+        "killed: out of time"
         if late
         else "ok"
         if process.returncode == 0
@@ -246,7 +253,7 @@ def _run(
 
 
 def _counted(report: Path) -> Record:
-    """How many tests passed, failed and were skipped."""
+    """Count the tests that passed, failed and were skipped."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     total, skipped, *bad = (int(suite.get(n, 0)) for n in ("tests", "skipped", "failures", "errors"))
@@ -254,7 +261,7 @@ def _counted(report: Path) -> Record:
 
 
 def _merge(out: Path, facts: Record) -> None:
-    """All records of all stages in one file; each stage measured its own roofs."""
+    """Save the records of all stages in one file; each stage has its own roofline bounds."""
     records: list[Record] = []
     for stage in facts["stages"]:
         path = out / "work" / stage["name"] / "results.json"
@@ -267,13 +274,11 @@ def _merge(out: Path, facts: Record) -> None:
 
 
 def _finish(out: Path) -> None:
-    from bench.report.write import write_report
+    from bench.report.page import html
 
     results = out / "results.json"
     if results.exists():
-        write_report(results, out)
-        if (out / "plots").exists():
-            shutil.move(out / "plots", out / "work" / "plots")
+        (out / "report.html").write_text(html([load(results)]), encoding="utf-8")
     with tarfile.open(out / "rest.tar.gz", "w:gz") as tar:
         tar.add(out / "work", "rest")
     shutil.rmtree(out / "work")

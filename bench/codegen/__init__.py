@@ -1,1 +1,1 @@
-"""What the compilers make of the kernels: registers, spills, instructions, occupancy; and tile sizes to choose from."""
+"""Analysis of the compiled GPU kernels (registers, spills, instructions, occupancy), and tuning of tile sizes."""

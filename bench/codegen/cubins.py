@@ -1,7 +1,8 @@
-"""What the CUDA C++ kernels take of a GPU: every kernel of csrc/cuda, compiled by nvcc as setup.py would, and read.
+"""Resources of the CUDA C++ kernels: compilation of csrc/cuda with nvcc, with the flags of setup.py, and analysis.
 
-New sources and kernels join by themselves: a kernel's configuration is its template arguments by their names, its
-threads are those of its launch bounds. What the machine code does not say stands in the tables below.
+New sources and kernels need no registration. The configuration of a kernel is its template arguments by name; the
+number of its threads is that of its launch bounds. The tables below have the facts that the machine code does not
+contain.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def _of_attention_bwd(a: Arguments) -> int:
     return 2 * (columns + stages * rows) * int(a["HEAD"]) * _itemsize(a) + scores
 
 
-# Bytes of shared memory a block, by the template arguments, where that is what bounds the blocks of a multiprocessor.
-# Attention's launchers choose a tile by what the GPU has: a GPU without room for a tile has no record of its kernel.
+# Bytes of shared memory of a block, by template arguments, for kernels whose occupancy it limits. The launchers of
+# attention choose a tile that fits the GPU: a GPU without room for a tile has no record of its kernel.
 SHARED: dict[str, Callable[[Arguments], int]] = {
     "attention_fwd": lambda a: (int(a["ROWS"]) + 4 * int(a["COLUMNS"])) * int(a["HEAD"]) * _itemsize(a),
     "attention_bwd": _of_attention_bwd,
@@ -56,13 +57,14 @@ SHARED: dict[str, Callable[[Arguments], int]] = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """One instance of a kernel's template, compiled.
+    """One compiled instance of a kernel template.
 
     Attributes:
-        name: without its namespace and "_kernel".
-        arguments: of the template, by name: a type as "bf16", a number, or 0 and 1.
-        threads: of a block, at most.
-        registers, stack: a thread.
+        name: name without namespace and "_kernel".
+        arguments: template arguments by name: a type such as "bf16", a number, or 0 and 1 for a bool.
+        threads: maximum number of threads of a block.
+        registers, stack: registers and bytes of stack of a thread.
+        code: the machine code.
     """
 
     name: str
@@ -74,12 +76,12 @@ class Kernel:
 
     @property
     def op(self) -> str:
-        """ "gelu" of "gelu_fwd"."""
+        """The op of the kernel: "gelu" for "gelu_fwd"."""
         return re.sub(r"_(fwd|bwd|with_grad)(_\w+)?$", "", self.name)
 
     @property
     def config(self) -> str:
-        """ "bf16 HEAD=64 options": types, numbers, and what is true."""
+        """The template arguments, such as "bf16 HEAD=64 options": types, numbers and true flags."""
         said = [str(v) for v in self.arguments.values() if v in ITEMSIZE]
         said += [f"{k}={v}" for k, v in self.arguments.items() if isinstance(v, int) and k not in _FLAGS]
         said += [k.lower() for k, v in self.arguments.items() if k in _FLAGS and v]
@@ -87,7 +89,7 @@ class Kernel:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether it is for tensors that do not begin at multiples of 16 bytes."""
+        """True for the variant for tensors without alignment to 16 bytes."""
         return self.arguments.get("WIDE") == 0
 
 
@@ -95,9 +97,9 @@ _FLAGS: set[str] = set()  # template parameters of type bool
 
 
 def problem() -> str:
-    """Why nothing can be compiled here, or nothing."""
+    """Return the reason why nothing can be compiled here, or an empty string."""
     missing = [name for name, path in (("nvcc", _nvcc()), ("c++filt", shutil.which("c++filt"))) if not path]
-    return f"{' and '.join(missing)} cannot be found" if missing else ""
+    return f"{' and '.join(missing)} not found" if missing else ""
 
 
 def _nvcc() -> str | None:
@@ -105,17 +107,17 @@ def _nvcc() -> str | None:
 
 
 def sources(ops: Iterable[str] = ()) -> list[Path]:
-    """The files that hold these ops' kernels, or all."""
+    """List the files with the kernels of these ops; all files without ops."""
     found = sorted(SOURCES.glob("*.cu"))
     wanted = set(ops)
     return [path for path in found if not wanted or any(f"{op}_" in path.read_text() for op in wanted)]
 
 
 def compile_source(source: Path, arch: str) -> list[Kernel]:
-    """Every kernel of one file, compiled for an architecture ("sm_90a").
+    """Compile every kernel of one file for an architecture such as "sm_90a".
 
     Raises:
-        RuntimeError: nvcc refuses the source; its words are in the message.
+        RuntimeError: nvcc failed; its output is in the message.
     """
     import torch
 
@@ -141,15 +143,15 @@ def compile_source(source: Path, arch: str) -> list[Kernel]:
 
 
 def _flags() -> list[str]:
-    """Those of setup.py, word for word."""
+    """Read NVCC_FLAGS from setup.py."""
     for statement in ast.parse((ROOT / "setup.py").read_text()).body:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "NVCC_FLAGS":
             return list(eval(compile(ast.Expression(statement.value), "setup.py", "eval")))
-    raise RuntimeError("setup.py has no NVCC_FLAGS")
+    raise RuntimeError("setup.py has no NVCC_FLAGS. Define the list at the top level of setup.py.")
 
 
 def parameters(source: Path) -> dict[str, list[str]]:
-    """The template parameters of each kernel in a file or the headers beside it, "typename T" and the like."""
+    """Find the template parameters, such as "typename T", of each kernel in a file and in the headers next to it."""
     text = "\n".join(path.read_text() for path in (source, *sorted(source.parent.glob("*.cuh"))))
     found = re.findall(r"template <([^<>]*)>\s*__global__[^;{]*?(\w+)_kernel\(", text)
     return {name: [word.strip() for word in words.split(",")] for words, name in found}
@@ -205,7 +207,11 @@ def _itemsize(arguments: Arguments) -> int:
 def records(
     files: Iterable[Path], architectures: Iterable[str] = ARCHITECTURES, ops: Iterable[str] = ()
 ) -> Iterator[list[dict[str, Any]]]:
-    """Those of each file and architecture as they come, of these ops or all; a compiler on every core."""
+    """Yield the records of each file and architecture in order of completion; one compiler runs per core.
+
+    Args:
+        ops: ops whose records are selected; all ops if empty.
+    """
     wanted = set(ops)
     jobs = [(path, arch) for path in files for arch in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -220,11 +226,11 @@ def _records(source: Path, arch: str) -> list[dict[str, Any]]:
 
 
 def record(kernel: Kernel, arch: str) -> dict[str, Any]:
-    """One kernel's, with the fields that a Triton kernel's has."""
+    """Create the record of a kernel, with the same fields as for a Triton kernel."""
 
     warps, code = kernel.threads // 32, kernel.code
     shared = SHARED[kernel.name](kernel.arguments) if kernel.name in SHARED else 0
-    # LayerNorm walks over a row several times, in registers: no one loop says what it costs.
+    # LayerNorm has several passes over a row in registers, so no single loop represents its cost.
     least = None if kernel.op == "add_layer_norm" else LEAST.get(kernel.name)
     loop, moved = None, None
     if least and not kernel.is_fallback:
@@ -236,7 +242,7 @@ def record(kernel: Kernel, arch: str) -> dict[str, Any]:
             moved = {"moved": round(through / elements, 4), "least": float(sum(least) * itemsize)}
     elif (
         kernel.name in PRODUCTS and not kernel.arguments["OPTIONS"]
-    ):  # the loop of those has all options' code
+    ):  # with OPTIONS the loop contains the code of all options
         loop = scores(kernel, arch)
     found: dict[str, Any] = {
         "kernel": kernel.name,
@@ -266,7 +272,7 @@ def _is_wide(instruction: Instruction) -> bool:
 
 
 def streamed(code: list[Instruction]) -> list[Instruction]:
-    """The loop over a row or rows in which most is moved by 16 bytes; without one, the blocks that move so."""
+    """Return the loop with the highest share of 16-byte accesses; without a loop, the basic blocks that have some."""
     found = [body for body in loops(code, "memory") if any(map(_is_wide, body))]
     if found:
         return max(found, key=lambda body: sum(map(_is_wide, body)) / len(body))
@@ -274,16 +280,16 @@ def streamed(code: list[Instruction]) -> list[Instruction]:
 
 
 def _elements(body: list[Instruction], least: tuple[int, int], itemsize: int) -> float:
-    """Of the result, a thread, from the 16 bytes at a time that it writes, or reads where nothing is written."""
+    """Count the result elements of a thread from its 16-byte writes, or from its reads if it writes nothing."""
     reads, writes = least
     opcode, each = ("STG", writes) if writes else ("LDG", reads)
     return sum(16 for i in body if _is_wide(i) and i.opcode.startswith(opcode)) / itemsize / each
 
 
 def scores(kernel: Kernel, arch: str) -> dict[str, float] | None:
-    """The profile, per score, of attention's innermost loop without masks: that with the fewest instructions.
+    """Profile attention's innermost loop without masks, the one with the fewest instructions, per score.
 
-    A float32 product is three of tf32, whose units have half the rate.
+    A float32 product is three products of tf32, which has half the rate.
     """
     a, warps = kernel.arguments, kernel.threads // 32
     passes, slower = (3, 2) if _itemsize(a) == 4 else (1, 1)
@@ -297,7 +303,7 @@ def scores(kernel: Kernel, arch: str) -> dict[str, float] | None:
 
 
 def _exempt(record: dict[str, Any]) -> str | None:
-    """Why the matrix instruction of the architecture is not used; a spill is never accepted."""
+    """Return the reason why a kernel does not use the matrix instruction of its architecture, or None."""
     if record["hmma"] and record["arch"] in ("sm_90a", "sm_100a"):
         return "mma.sync on every architecture: the instructions of Hopper and Blackwell are not driven yet"
     return None

@@ -1,8 +1,8 @@
-"""What the Triton launchers launch, for every configuration in use, compiled ahead of time; needs no GPU.
+"""Ahead-of-time compilation of the Triton kernels, in every configuration of the launchers; needs no GPU.
 
-A launcher is called with CPU tensors while a recorder stands in the place of the launch, so that what is compiled is
-what a GPU would run: the tile sizes of its architecture, the specialisations of those arguments. Triton's interpreter
-and its compiler exclude each other in one process: TRITON_INTERPRET must not be set.
+The launchers are called with CPU tensors, and a recorder replaces the launch. The compiled kernels are therefore those
+of a GPU, with the tile sizes of its architecture and the specializations of the arguments. A process can use either
+Triton's interpreter or its compiler: TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 
 @dataclass(frozen=True)
 class Configuration:
-    """Arguments for the launchers of an op; `quick`: among those that every test run compiles."""
+    """A call of the launchers of an op.
+
+    Attributes:
+        quick: every test run compiles this configuration.
+    """
 
     op: str
     name: str
@@ -33,14 +37,14 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel as a GPU would get it.
+    """A compiled kernel.
 
     Attributes:
-        kernel: its name.
-        constants: the compile-time arguments, BLOCK_M and the like, and every argument that is None.
-        numbers: its other integer arguments.
-        itemsize: bytes of an element of its first tensor that has rows.
-        shared: bytes of shared memory a program.
+        kernel: name of the kernel.
+        constants: compile-time arguments, such as BLOCK_M, and every argument that is None.
+        numbers: other integer arguments.
+        itemsize: bytes of an element of the first tensor with two or more dimensions.
+        shared: bytes of shared memory of a program.
     """
 
     kernel: str
@@ -54,7 +58,7 @@ class Compiled:
 
 
 def configurations() -> Iterator[Configuration]:
-    """All of them, the most important first."""
+    """Yield all configurations, the most important first."""
     for dtype, size in itertools.product((BF16, FP32), (64, 128, 256)):
         name, quick = f"{_NAMES[dtype]} d{size}", dtype == BF16 and size < 256
         dropped = _attention(dtype, size, dropout=0.1, mask=torch.bool)
@@ -108,7 +112,7 @@ def configurations() -> Iterator[Configuration]:
         launch = _linear_gelu(dtype, form == "tanh")
         yield Configuration("linear_gelu", f"{_NAMES[dtype]} {form}", launch, dtype == BF16)
     yield Configuration("linear_gelu", "bf16 erf 16 rows", _linear_gelu(BF16, rows=16))
-    launch = _linear_gelu(BF16, inner=770)  # whose rows no tensor descriptor describes
+    launch = _linear_gelu(BF16, inner=770)  # rows without a tensor descriptor
     yield Configuration("linear_gelu", "bf16 erf K=770", launch)
     yield Configuration("linear_gelu", "tf32 erf", _tf32(_linear_gelu(FP32)))
     yield Configuration("linear_gelu", "tf32 erf 16 rows", _tf32(_linear_gelu(FP32, rows=16)))
@@ -121,7 +125,7 @@ def configurations() -> Iterator[Configuration]:
 
 
 def _tf32(launch: Callable[[], None]) -> Callable[[], None]:
-    """As PyTorch's switch has it that lets fp32 be rounded to tf32."""
+    """Wrap a call so that PyTorch allows tf32 for fp32 products."""
 
     def launch_with_tf32() -> None:
         matmul = torch.backends.cuda.matmul
@@ -150,7 +154,11 @@ def _attention(
     length: int = 256,
     small: bool = False,
 ) -> Callable[[], None]:
-    """`small`: a problem too small for tensor descriptors; every other one is treated as a large one."""
+    """Return a call of attention's launchers.
+
+    Args:
+        small: the problem is too small for tensor descriptors; without it every problem counts as large.
+    """
 
     def launch() -> None:
         from fastgpt.kernels import attention, attention_launch
@@ -251,12 +259,12 @@ def _layer_norm(dtype: torch.dtype, size: int) -> Callable[[], None]:
 # ---- recording and compiling ----
 
 
-# Of the largest GPU of an architecture in NVIDIA's data sheets: the parts of a split decoding depend on it.
+# Multiprocessors of the largest GPU of each architecture (NVIDIA's datasheets); split decoding depends on them.
 MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90a": 132, "sm_100a": 148, "sm_120": 188}
 
 
 def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
-    """Every kernel that a configuration launches, compiled for one of `bench.codegen.sass.ARCHITECTURES`."""
+    """Compile every kernel that a configuration launches for one of `bench.codegen.sass.ARCHITECTURES`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -277,7 +285,7 @@ def compiled(configuration: Configuration, arch: str) -> Iterator[Compiled]:
         stack.enter_context(mock.patch.object(attention, "multiprocessors", lambda _: count))
         configuration.launch()
     for function, arguments, keywords in launches:
-        # As its launch does: 1 and None become constants, and what is divisible by 16 is said to be.
+        # As in a launch: 1 and None become constants, and arguments divisible by 16 are marked.
         bind = create_function_from_signature(function.signature, function.params, backend)
         bound, specialization, given = bind(*arguments, **keywords)
         options, signature, constants, attributes = function._pack_args(

@@ -1,4 +1,4 @@
-"""What a multiprocessor has room for, by architecture, and cuobjdump, which reads what a kernel takes."""
+"""Occupancy: the resources of a multiprocessor by architecture, and a call of cuobjdump."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bench.codegen.sass import Instruction
 
-# Registers, bytes of shared memory, threads and programs of a multiprocessor (compute capability tables of
-# NVIDIA's programming guide); a program takes 1 KiB of shared memory beside its own.
+# Registers, bytes of shared memory, threads and blocks of a multiprocessor (compute capability tables of NVIDIA's
+# programming guide). Each block needs 1 KiB of shared memory in addition to its own.
 MULTIPROCESSOR = {
     "sm_80": (65536, 164 << 10, 2048, 32),
     "sm_86": (65536, 100 << 10, 1536, 16),
@@ -26,7 +26,7 @@ SHARED_PER_BLOCK = {  # bytes
     "sm_120": 99 << 10,
 }
 
-# Elements read and written per element of the result, at least.
+# Lower bound of the elements read and written per element of the result.
 LEAST = {
     "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
     "geglu_bwd": (3, 2), "cross_entropy_fwd": (1, 0), "cross_entropy_bwd": (1, 1), "add_layer_norm_fwd": (2, 2),
@@ -35,7 +35,7 @@ LEAST = {
 
 
 def tool(option: str, path: str) -> str:
-    """What cuobjdump says of a cubin; Triton brings it along."""
+    """Run cuobjdump, which is part of Triton, on a cubin and return its output."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -43,7 +43,7 @@ def tool(option: str, path: str) -> str:
 
 
 def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
-    """Programs (or blocks) that fit into a multiprocessor; registers are given to warps by 256."""
+    """Count the blocks (programs) that fit into a multiprocessor; a warp gets registers in units of 256."""
     all_registers, all_shared, threads, most = MULTIPROCESSOR[arch]
     a_warp = -(-registers * 32 // 256) * 256
     return min(
@@ -52,6 +52,6 @@ def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
 
 
 def width(instruction: Instruction) -> int:
-    """Bytes a thread of a load or store."""
+    """Return the bytes that a thread moves in a load or store."""
     widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
     return next((widths[part] for part in instruction.opcode.split(".") if part in widths), 4)

@@ -1,12 +1,12 @@
-"""What each kernel takes of a GPU, read from its machine code:  python -m bench resources
+"""Resources of each GPU kernel, from its machine code: `python -m bench resources`.
 
-Every kernel × configuration in use × architecture is compiled ahead of time, on any machine; those in CUDA C++, of
-which `bench.codegen.cubins` reads the same, where nvcc is. From the cubin come
-registers, shared memory, stack and spills, and how many programs fit into a multiprocessor; from the innermost loop of
-the attention kernels the instructions per score element, from the whole of a linear layer's those per result, and the
-bounds they set on the share of the matrix units' peak (`bench.codegen.sass`); from the other kernels the bytes they
-move per element beside the least possible, and the share of the memory's bandwidth that their instructions leave time
-for.
+Every kernel is compiled ahead of time in every configuration for every architecture; no GPU is needed. The CUDA C++
+kernels need nvcc (`bench.codegen.cubins`). A record has:
+- registers, shared memory, stack, spills, and the number of programs that fit into a multiprocessor;
+- for attention the instructions per score in the innermost loop, for a linear layer the instructions per result, and
+  the bounds that they set on the share of the matrix units' peak (`bench.codegen.sass`);
+- for the other kernels the bytes moved per element with their lower bound, and the bound that the instructions set on
+  the share of the memory bandwidth.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PRODUCTS = {
 def resources(
     chosen: Iterable[Configuration], architectures: Iterable[str] = ARCHITECTURES
 ) -> Iterator[list[dict[str, Any]]]:
-    """The records of each configuration and architecture as they come, from as many processes as there are cores."""
+    """Yield the records of each configuration and architecture in order of completion; one process runs per core."""
     jobs = [(c.op, c.name, arch) for c in chosen for arch in architectures]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         for done in as_completed([pool.submit(_records, *job) for job in jobs]):
@@ -92,9 +92,10 @@ def _record(configuration: Configuration, kernel: Compiled, arch: str) -> dict[s
 
 
 def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
-    """The profile of attention's innermost loop without mask arithmetic: that with the fewest instructions.
+    """Profile attention's innermost loop without masks, per score.
 
-    Of those with an exponential for each score: around tcgen05 products there are smaller ones, of preparations.
+    It is the loop with the fewest instructions of those with an exponential per score: tcgen05 products come with
+    smaller loops for preparation.
     """
     name = kernel.kernel
     if name == "linear_gelu_fwd":
@@ -107,7 +108,7 @@ def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, flo
     found = []
     for body in loops(code, "matrix", "mufu"):
         per_warp = sum(i.flops / (4 if i.opcode.startswith("HGMMA") else 1) for i in body)
-        # The shape of a tcgen05 product is not in its opcode: an iteration is one tile.
+        # The opcode of a tcgen05 product does not contain the shape; an iteration is one tile.
         tile = kernel.constants["BLOCK_M"] * kernel.constants["BLOCK_N"]
         flops = per_warp * kernel.warps or tile * flops_of_element
         found.append(profile(body, kernel.warps, flops / flops_of_element, flops, arch))
@@ -116,7 +117,7 @@ def _loop(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, flo
 
 
 def _product(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, float] | None:
-    """The profile of a tile of a product, per result: its loop as often as K asks for, and what is around it once."""
+    """Profile a tile of a product, per result: the loop as often as K requires, and the other code once."""
     found = loops(code, "matrix")
     if not found:
         return None
@@ -129,13 +130,13 @@ def _product(kernel: Compiled, code: list[Instruction], arch: str) -> dict[str, 
 
 
 def _streamed(code: list[Instruction]) -> list[Instruction]:
-    """The loop over a row or over rows, without masks: of those with the fewest instructions; without a loop, all."""
+    """Return the loop over rows without masks, the one with the fewest instructions; without a loop, all code."""
     found = [b for b in loops(code, "memory") if any(i.opcode.startswith("LDG") for i in b)]
     return min(found, key=len, default=code)
 
 
 def _streaming(kernel: Compiled, body: list[Instruction], arch: str) -> dict[str, float]:
-    """The profile of a kernel that is bound by memory, per element: what a tile has beyond a row is none."""
+    """Profile a memory-bound kernel per element; the part of a tile beyond the end of a row does not count."""
     elements = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
     width, row = kernel.constants.get("BLOCK_D", 0), kernel.numbers.get("D", 0)
     if width >= row > 0:
@@ -144,14 +145,14 @@ def _streaming(kernel: Compiled, body: list[Instruction], arch: str) -> dict[str
 
 
 def _moved(kernel: Compiled, body: list[Instruction]) -> dict[str, float]:
-    """Bytes that a kernel moves per element, parameters of its rows included, and the least that it could."""
+    """Count the bytes that a kernel moves per element, with the parameters of its rows, and their lower bound."""
     moved = sum(width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
     tile = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
     return {"moved": moved / tile, "least": float(sum(LEAST[kernel.kernel]) * kernel.itemsize)}
 
 
 def _exempt(record: dict[str, Any]) -> str | None:
-    """Why a kernel may do without the matrix instruction of its architecture; None if it may not."""
+    """Return the reason why a kernel needs no matrix instruction of its architecture; None if it needs one."""
     config, kernel = record["config"], record["kernel"]
     if not kernel.startswith("attention") or kernel.endswith(("_preprocess", "_combine_fwd")):
         return None
@@ -176,13 +177,14 @@ def run(
     as_json: bool,
     write: bool,
 ) -> int:
-    """Compile, show progress, print the table or the records; with `write` also into the results.
+    """Compile kernels, print the table or the records, and return 0.
 
     Args:
-        chosen: what of the Triton kernels.
-        files: what of csrc/cuda.
-        ops: whose kernels in these files, or all.
-        write: the records of a source ("triton", "cuda") that nothing was chosen of stay as they were.
+        chosen: configurations of the Triton kernels.
+        files: files of csrc/cuda.
+        ops: ops whose kernels in these files are selected; all if empty.
+        as_json: print the records instead of the table.
+        write: save the records; the saved records of a source ("triton", "cuda") without a selection are kept.
     """
     from tqdm import tqdm
 
@@ -201,7 +203,7 @@ def run(
 
 
 def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In an order that does not depend on which was compiled first: Triton's kernels, then those in CUDA C++."""
+    """Sort records independently of the order of compilation: Triton kernels first, then CUDA C++ kernels."""
     order = {(c.op, c.name): n for n, c in enumerate(configurations())}
 
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
@@ -213,7 +215,7 @@ def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """For people: a line a record."""
+    """Format records as text, one line per record."""
     head = f"{'kernel':<22}{'config':<78}{'arch':<9}{'regs':>5}{'spills':>7}{'shared':>8}{'a SM':>5}"
     lines = [head + "  inner loop, per element"]
     for r in records:

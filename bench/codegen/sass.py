@@ -1,14 +1,15 @@
-"""What a kernel's machine code (SASS) says of its speed: the instructions of its innermost loops, by pipe.
+"""Speed bounds from a kernel's machine code (SASS): the instructions of its innermost loops, by pipe.
 
-Rates are results a cycle and multiprocessor; an instruction of a warp is 32 results. Those of "mufu", "fp32" and
-"int" are from the table "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide,
-columns 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0: mufu its row for reciprocal, base-2 logarithm and exponential; fp32 that
-for 32-bit add, multiply and multiply-add, of which FADD2, FMUL2 and FFMA2 are two; int that for 32-bit compare,
-minimum and maximum (add and logic are no slower anywhere). Four schedulers issue an instruction of a warp a cycle
-each. Matrix units and memory are the data sheets' dense bfloat16 FLOP/s and bytes/s by multiprocessors and boost
-clock: A100 80 GB 312e12 and 2.04e12 / 108 / 1.41 GHz; H100 989e12 and (H200, the faster memory) 4.8e12 / 132 / 1.83
-GHz; B200 2250e12 and 8e12 / 148 / 1.85 GHz; RTX 3090 (sm_86) 71.2e12 and 936e9 / 82 / 1.695 GHz; RTX 4090 (sm_89)
-165.2e12 and 1008e9 / 128 / 2.52 GHz; RTX 5090 (sm_120) 209.5e12 and 1792e9 / 170 / 2.407 GHz.
+Rates are results per cycle and multiprocessor; an instruction of a warp gives 32 results. The rates of "mufu", "fp32"
+and "int" are from the table "Throughput of Native Arithmetic Instructions" in NVIDIA's CUDA C++ Programming Guide,
+columns 8.0, 8.6, 8.9, 9.0, 10.0 and 12.0. mufu is the row for reciprocal, base-2 logarithm and exponential. fp32 is the
+row for 32-bit add, multiply and multiply-add; FADD2, FMUL2 and FFMA2 count twice. int is the row for 32-bit compare,
+minimum and maximum; add and logic are not slower on any architecture. Each of the four schedulers issues one
+instruction of a warp per cycle. The rates of matrix units and memory are the datasheets' dense bfloat16 FLOP/s and
+bytes/s, divided by multiprocessors and boost clock: A100 80 GB 312e12 and 2.04e12 / 108 / 1.41 GHz; H100 989e12 and
+4.8e12 (H200, the faster memory) / 132 / 1.83 GHz; B200 2250e12 and 8e12 / 148 / 1.85 GHz; RTX 3090 (sm_86) 71.2e12 and
+936e9 / 82 / 1.695 GHz; RTX 4090 (sm_89) 165.2e12 and 1008e9 / 128 / 2.52 GHz; RTX 5090 (sm_120) 209.5e12 and 1792e9 /
+170 / 2.407 GHz.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
-MATRIX_FLOPS = {  # a cycle and multiprocessor
+MATRIX_FLOPS = {  # per cycle and multiprocessor
     "sm_80": 2048, "sm_86": 512, "sm_89": 512, "sm_90a": 4096, "sm_100a": 8192, "sm_120": 512,
 }  # fmt: skip
-BYTES = {  # a cycle and multiprocessor, from memory and to it
+BYTES = {  # per cycle and multiprocessor, read and written
     "sm_80": 13.4, "sm_86": 6.7, "sm_89": 3.1, "sm_90a": 19.9, "sm_100a": 29.2, "sm_120": 4.4,
 }  # fmt: skip
-ISSUED = 128  # instructions of a thread
+ISSUED = 128  # thread instructions per cycle and multiprocessor
 RATES = {
     "sm_80": {"mufu": 16, "fp32": 64, "int": 64},
     "sm_86": {"mufu": 16, "fp32": 128, "int": 64},
@@ -35,9 +36,9 @@ RATES = {
     "sm_120": {"mufu": 16, "fp32": 128, "int": 64},
 }
 
-# The pipe of an opcode: the first whose names one begins with. Selections and conversions between floats are counted
-# with the arithmetic they serve; "other" has no rate of its own: moves, shuffles, barriers, branches, and what the
-# uniform datapath does once for all threads of a warp, beside the pipes that are counted (U..., R2UR, VOTEU).
+# The pipe of an opcode is the first one with a matching prefix. Selections and conversions of floats count as fp32.
+# "other" has no rate: moves, shuffles, barriers, branches, and instructions of the uniform datapath, which runs once
+# per warp in parallel with the other pipes (U..., R2UR, VOTEU).
 PIPES = {
     "matrix": ("HGMMA", "HMMA", "UTCHMMA"),
     "mufu": ("MUFU",),
@@ -63,29 +64,29 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
-        """Which unit takes it."""
+        """The pipe that executes the instruction."""
         found = (pipe for pipe, names in PIPES.items() if self.opcode.startswith(names))
         return next(found, "other")
 
     @property
     def results(self) -> int:
-        """Of a thread."""
+        """Results per thread."""
         return 2 if self.opcode.startswith(("FADD2", "FMUL2", "FFMA2")) else 1
 
     @property
     def target(self) -> int | None:
-        """Where it jumps to, if it is a branch."""
+        """Target address of a branch; None for other instructions."""
         found = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
         return int(found[1], 16) if found else None
 
     @property
     def is_conditional(self) -> bool:
-        """Whether it may do nothing; Blackwell's uniform branches name their predicate among the operands."""
+        """True for an instruction with a predicate; Blackwell's uniform branches have it among the operands."""
         return self.predicated or bool(re.match(r"!?UP\d", self.operands) and self.opcode.startswith("BRA"))
 
     @property
     def flops(self) -> int:
-        """Of a matrix instruction, by the warp (HMMA) or the four warps (HGMMA) that it is an instruction of."""
+        """Operations of a matrix instruction of a warp (HMMA) or of four warps (HGMMA); 0 for other instructions."""
         shape = re.search(r"^HGMMA\.(\d+)x(\d+)x(\d+)", self.opcode)
         if shape:
             m, n, k = map(int, shape.groups())
@@ -95,7 +96,7 @@ class Instruction:
 
 
 def instructions(disassembly: str) -> list[Instruction]:
-    """What `cuobjdump --dump-sass` prints of one kernel."""
+    """Parse the output of `cuobjdump --dump-sass` for one kernel."""
     return [
         Instruction(int(address, 16), opcode, operands.strip(), bool(predicate))
         for address, predicate, opcode, operands in _LINE.findall(disassembly)
@@ -103,9 +104,9 @@ def instructions(disassembly: str) -> list[Instruction]:
 
 
 def loops(code: list[Instruction], *having: str) -> list[list[Instruction]]:
-    """The innermost natural loops that have instructions of certain pipes, in the order of the code.
+    """Find the innermost natural loops with instructions of all pipes `having`, in the order of the code.
 
-    A jump backwards alone is no loop: waiting for memory is done in blocks at the end of the code that jump back.
+    A backward jump alone is not a loop: blocks at the end of the code wait for memory and jump back.
     """
     blocks, successors = basic_blocks(code)
     dominators = _dominators(successors)
@@ -120,7 +121,11 @@ def loops(code: list[Instruction], *having: str) -> list[list[Instruction]]:
 
 
 def basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """The basic blocks, and the numbers of those that may follow each."""
+    """Split code into basic blocks.
+
+    Returns:
+        The blocks, and for each block the numbers of its successors.
+    """
     targets = {i.address: i.target for i in code if i.target is not None}
     starts = {code[0].address, *targets.values()} if code else set()
     starts |= {b.address for a, b in itertools.pairwise(code) if a.address in targets or a.opcode == "EXIT"}
@@ -142,7 +147,7 @@ def basic_blocks(code: list[Instruction]) -> tuple[list[list[Instruction]], list
 
 
 def _dominators(successors: list[list[int]]) -> list[set[int]]:
-    """For each block those that every way from the first one to it goes through; all, where there is no way."""
+    """Compute the dominators of each block; an unreachable block has all blocks as dominators."""
     everything = set(range(len(successors)))
     found = [everything if n else {0} for n in range(len(successors))]
     before: list[list[int]] = [[] for _ in successors]
@@ -160,7 +165,7 @@ def _dominators(successors: list[list[int]]) -> list[set[int]]:
 
 
 def _natural_loop(head: int, tails: list[int], successors: list[list[int]]) -> set[int]:
-    """The blocks from which a jump to the head is reached without passing the head."""
+    """Collect the blocks of a natural loop: those that reach a tail without passing the head."""
     body, waiting = {head}, list(tails)
     while waiting:
         block = waiting.pop()
@@ -171,7 +176,7 @@ def _natural_loop(head: int, tails: list[int], successors: list[list[int]]) -> s
 
 
 def _each(body: list[Instruction], warps: int, elements: float) -> dict[str, float]:
-    """Results a thread per element of the pipes."""
+    """Count the results of each pipe per element."""
     count: Counter[str] = Counter()
     for i in body:
         count[i.pipe] += i.results
@@ -181,15 +186,16 @@ def _each(body: list[Instruction], warps: int, elements: float) -> dict[str, flo
 def profile(
     body: list[Instruction], warps: int, elements: float, flops: float, arch: str
 ) -> dict[str, float]:
-    """Instructions a thread per element of the pipes, and the two bounds on the share of the matrix units' peak.
+    """Count the instructions per element by pipe, and bound the share of the matrix units' peak.
 
     Args:
-        elements: that an iteration of the loop brings forth, all warps together.
-        flops: of the matrix products of an iteration.
+        warps: warps that execute the loop.
+        elements: results of an iteration of the loop, of all warps together.
+        flops: operations of the matrix products of an iteration.
 
     Returns:
-        matrix, mufu, fp32, int, memory, other: instructions of 32 results, times 32, per element; and "overlapped", the
-        share of peak if the slowest pipe alone counted, "serial", if all pipes waited for each other.
+        "matrix", "mufu", "fp32", "int", "memory" and "other": thread instructions per element. "overlapped": share of
+        the peak if only the slowest pipe counts. "serial": share of the peak if the pipes never overlap.
     """
     each = _each(body, warps, elements)
     cycles = {pipe: each[pipe] * elements / rate for pipe, rate in RATES[arch].items()}
@@ -204,15 +210,16 @@ def profile(
 def streaming(
     body: list[Instruction], warps: int, elements: float, moved: float, arch: str
 ) -> dict[str, float]:
-    """Instructions a thread per element of the pipes, and the bound on the share of the memory's bandwidth.
+    """Count the instructions per element by pipe, and bound the share of the memory bandwidth.
 
     Args:
-        elements: that are read or written, all warps together.
-        moved: bytes of each, at least.
+        warps: warps that execute the loop.
+        elements: elements of an iteration of the loop, of all warps together.
+        moved: lower bound of the bytes moved per element.
 
     Returns:
-        the pipes as in `profile`; "issue": all instructions; "bandwidth": the share of the data sheet's bandwidth if
-        the slower of the busiest pipe and the schedulers alone counted, at most 1.
+        The pipes as in `profile`. "issue": all instructions. "bandwidth": share of the datasheet's bandwidth, at most
+        1, if only the slower of the busiest pipe and the schedulers counts.
     """
     each = _each(body, warps, elements)
     issue = len(body) * 32 * warps / elements

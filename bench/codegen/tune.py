@@ -1,9 +1,9 @@
-"""Better tile sizes for this GPU and your sizes:  python -m bench tune [OP] [--shape AxB…] [--dtype NAME]
+"""Tuning of tile sizes for this GPU: `python -m bench tune [OP] [--shape AxB…] [--dtype NAME]`.
 
-For every kernel of an op that has rows of tile sizes, warps and stages, the rows below take turns with the one in use,
-on the sizes asked for. Each is first held to the error rule; one that does not compile, does not fit or errs is not
-timed. What is at least 2 % faster is kept on the disk, from where launchers read it (`fastgpt.kernels.tuned`). Nothing
-is tuned unless it is asked for.
+A row has the tile sizes, warps and stages of a kernel. For every kernel of an op, the candidate rows below alternate
+with the current row, at the given sizes. A row that does not compile, does not fit or breaks the error rule is not
+timed. A row that is at least 2 % faster is saved to disk, where the launchers find it (`fastgpt.kernels.tuned`).
+Nothing else tunes kernels.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from fastgpt.testing import ErrorRule
 
 TUNED = ("attention", "cross_entropy", "linear_gelu", "gelu", "bias_gelu", "geglu", "add_layer_norm")
 WARM_UP, ROUNDS = 2, 15
-GAIN = 0.98  # of the time of the row in use: less is noise
+GAIN = 0.98  # a faster row takes at most this share of the current row's time
 
 Row = tuple[int, ...]
 
 
 def rows(*choices: tuple[int, ...]) -> list[Row]:
-    """Every combination."""
+    """Return every combination of the choices."""
     return list(itertools.product(*choices))
 
 
@@ -62,21 +62,23 @@ CANDIDATES: dict[str, list[Row]] = {
     "add_layer_norm_fwd": rows((1, 2, 4, 8, 16)),
     "add_layer_norm_bwd": rows((2048, 4096, 8192), (4, 8, 16), (128, 256, 512)),
 }
-REHEARSED = 2  # candidates of each kernel
+REHEARSED = 2  # candidates of each kernel in a rehearsal
 
 
 def run(names: list[str], shapes: list[str], dtypes: list[str], *, rehearse: bool) -> int:
-    """Tune; 1 if the row in use of some kernel broke the error rule.
+    """Tune the kernels of ops.
 
-    Raises ValueError for an op or shape that there is not, and where there is no GPU and no rehearsal was asked for.
+    Returns:
+        1 if the current row of a kernel breaks the error rule, else 0.
+
+    Raises:
+        ValueError: unknown op or wrong shape, or there is no GPU and `rehearse` is False.
     """
     for name in names:
         if name not in TUNED:
-            raise ValueError(f"unknown op {name!r}; those with tables: {', '.join(TUNED)}")
+            raise ValueError(f"unknown op {name!r}. Use one of: {', '.join(TUNED)}")
     if not rehearse and not torch.cuda.is_available():
-        raise ValueError(
-            "tuning needs a GPU and there is none here; --rehearse goes through the same on the CPU"
-        )
+        raise ValueError("tuning needs a CUDA GPU. Use --rehearse for the same steps on the CPU.")
     ops = [OPS[name] for name in names or TUNED]
     cases = [(op, case) for op in ops for case in _cases(op, shapes, dtypes, rehearse)]
     with use_backend("triton"):
@@ -94,7 +96,7 @@ def _cases(op: Op, shapes: list[str], dtypes: list[str], rehearse: bool) -> Iter
         sizes = shape.split("x")
         if len(sizes) != len(letters) or not all(s.isdecimal() and int(s) for s in sizes):
             raise ValueError(
-                f"{op.name} takes --shape {'x'.join(letters)}, {len(letters)} sizes, not {shape!r}"
+                f"--shape {shape!r} does not fit {op.name}. Use {len(letters)} sizes: {'x'.join(letters)}."
             )
         wanted.append(dict(zip(letters, map(int, sizes), strict=True)))
     options = op.options[:1] if rehearse else op.options
@@ -107,7 +109,7 @@ def _tune(cases: list[tuple[Op, Case]], machine: Machine, *, rehearse: bool) -> 
 
     from fastgpt.kernels import tuned
 
-    print(f"{'kernel':<20}{'sizes':<22}{'dtype':<10}{'row in use':>24}{'us':>10}{'best':>24}{'us':>10}")
+    print(f"{'kernel':<20}{'sizes':<22}{'dtype':<10}{'current row':>24}{'us':>10}{'best':>24}{'us':>10}")
     wrong, found = 0, {}
     with tqdm(cases, unit="case", disable=None) as bar:
         for op, case in bar:
@@ -127,16 +129,14 @@ def _tune(cases: list[tuple[Op, Case]], machine: Machine, *, rehearse: bool) -> 
     kept = tuned.save(machine.name(), found)
     if rehearse:
         read = len(tuned.load())
-        print(
-            f"a rehearsal: nothing was chosen by its time; {read} rows were written, read again and dropped"
-        )
+        print(f"a rehearsal: no row was chosen by its time; {read} rows were saved, loaded and deleted")
     else:
-        print(f"{len(found)} rows are better than those in use: {kept}")
+        print(f"{len(found)} rows are faster than the current ones: {kept}")
     return 1 if wrong else 0
 
 
 def _best(row: Row, times: dict[Row, float]) -> Row:
-    """The fastest, if it is faster than the row in use by more than noise."""
+    """Return the fastest row if it beats the current row by the factor `GAIN`, else the current row."""
     fastest = min(times, key=lambda r: times[r], default=row)
     return row if row in times and times[fastest] > GAIN * times[row] else fastest
 
@@ -151,7 +151,7 @@ def _line(question: tuple[str, str, Row], row: Row, best: Row, times: dict[Row, 
 
 
 class _Trials:
-    """A case that is run with one row after another."""
+    """A case that runs with different rows."""
 
     def __init__(self, op: Op, case: Case, machine: Machine) -> None:
         self.machine, self.function = machine, op.ours(case)
@@ -165,7 +165,7 @@ class _Trials:
             return self.function(*inputs)
 
     def questions(self) -> dict[tuple[str, str, Row], Row]:
-        """What the op's launchers ask for, and the rows that they have themselves."""
+        """Return the lookups of the op's launchers, with their current rows."""
         from fastgpt.kernels import tuned
 
         with tuned.trying({}) as trial:
@@ -173,7 +173,7 @@ class _Trials:
         return {question: row for question, row in trial.asked.items() if question[0] in CANDIDATES}
 
     def times(self, kernel: str, rows: list[Row]) -> dict[Row, float]:
-        """Median seconds of the op with each row that compiles, fits and obeys the error rule."""
+        """Measure the median seconds of the op with each row that compiles, fits and passes the error rule."""
         from fastgpt.kernels import tuned
 
         direction = "fwd" if kernel.endswith("_fwd") else "fwd+bwd"
@@ -184,7 +184,7 @@ class _Trials:
                 try:
                     self.rule.check(self.function)
                     good.append(row)
-                except Exception as error:  # whatever the compiler raises
+                except Exception as error:  # the compiler raises many types
                     reason = str(error).strip().splitlines()
                     print(f"{kernel} {row}: {reason[0] if reason else type(error).__name__}")
         if not good:

@@ -1,1 +1,1 @@
-"""Timing: cases, contenders, peers, the machine, records."""
+"""Measurement: cases, contenders, peers, the machine, records and their comparison."""

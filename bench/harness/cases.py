@@ -1,4 +1,4 @@
-"""What a benchmark is made of: an op described as data, and its cases."""
+"""The description of an op's benchmark as data: cases, peers, scaling series."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.harness.machine import DTYPES
 Function = Callable[..., Any]
 Maker = Callable[["Case"], Function]
 
-VERIFIED_BYTES = 8 << 30  # what float64 intermediates of the reference may take
+VERIFIED_BYTES = 8 << 30  # limit for the float64 intermediates of the reference
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Case:
     Attributes:
         dims: sizes by letter: B batch, H heads, T length, D head size, N rows, C width, F width
             of the hidden layer, V vocabulary.
-        options: what else distinguishes it: {"approximate": "tanh"}.
-        sweep: the letter that a scaling series varies.
+        options: further arguments of the op, such as {"approximate": "tanh"}.
+        sweep: letter of the size that a scaling series varies; None outside a series.
     """
 
     dims: dict[str, int]
@@ -35,7 +35,7 @@ class Case:
 
     @property
     def shape(self) -> str:
-        """The sizes, as `--shape` takes them."""
+        """The sizes in the format of `--shape`."""
         return "x".join(map(str, self.dims.values()))
 
     @property
@@ -44,13 +44,13 @@ class Case:
         return " ".join([self.shape, *self.options.values()])
 
     def randn(self, *letters: str, scale: float = 1.0, device: torch.device) -> Tensor:
-        """Normal values in the case's dtype of the size that the letters name, requiring a gradient."""
+        """Draw normal values in the case's dtype, of shape `letters`; the tensor requires a gradient."""
         size = [self.dims[letter] for letter in letters]
         return (torch.randn(size, device=device) * scale).to(DTYPES[self.dtype]).requires_grad_()
 
     @property
     def itemsize(self) -> int:
-        """Bytes a number."""
+        """Bytes of an element."""
         return DTYPES[self.dtype].itemsize
 
 
@@ -59,10 +59,10 @@ class Peer:
     """Another implementation of an op.
 
     Attributes:
-        name: as it stands in tables and after `--peer`.
-        package: where it comes from.
-        make: for a case, the function of the op's inputs; raises `MissingError` where it cannot run.
-        mutates: it overwrites its inputs, which are restored before each call, untimed.
+        name: name in tables and for `--peer`.
+        package: Python package of the implementation.
+        make: returns the function of the op's inputs for a case; raises `MissingError` if it cannot run here.
+        mutates: the function overwrites its inputs; they are restored before each call, outside the timed region.
     """
 
     name: str
@@ -73,11 +73,12 @@ class Peer:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A scaling series: one size varied, the others kept.
+    """A scaling series over one size.
 
     Attributes:
-        base: the sizes that are kept (those of the tiny shape in the preset "tiny").
-        values: of the letter, by preset.
+        letter: letter of the size that varies.
+        base: the constant sizes (in the preset "tiny" those of the tiny shape).
+        values: values of the varying size, by preset.
     """
 
     letter: str
@@ -87,19 +88,20 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Op:
-    """What a bench_X.py says of its op.
+    """The benchmark of one op, defined in its file of bench/ops.
 
     Attributes:
-        name: the op in fastgpt.backends.OPS.
-        shapes: the sizes of each preset ("tiny", "quick", "cpu", "gpu"), the most important first.
-        inputs: the tensors of a case on a device.
-        ours, pytorch: for a case, the function of the inputs: with our op, and in plain PyTorch.
-        peers: the others; PyTorch itself is among them.
-        flops, bytes: for a case, (forward, forward + backward) of the least that must be done.
-        held: for a case, the bytes of results and gradients: the least that forward and backward must hold.
-        options: the variants timed at each shape.
-        sweeps: the scaling series.
-        part: see `ErrorRule`; given the case and the list.
+        name: name of the op in fastgpt.backends.OPS.
+        shapes: sizes of each preset ("tiny", "quick", "cpu", "gpu"), the most important first.
+        inputs: returns the inputs of a case on a device.
+        ours, pytorch: return the function of the inputs for a case, with our op and in plain PyTorch.
+        peers: the other implementations, with PyTorch among them.
+        flops, bytes: return lower bounds of the operations and the memory traffic of a case, as (forward,
+            forward + backward).
+        min_peak_bytes: returns the bytes of results and gradients of a case, a lower bound of the peak memory.
+        options: variants that are timed at each shape.
+        sweeps: scaling series.
+        part: selects the part of the tensors to check, see `ErrorRule`; called with the case and the tensors.
     """
 
     name: str
@@ -110,20 +112,20 @@ class Op:
     peers: list[Peer]
     flops: Callable[[Case], tuple[float, float]]
     bytes: Callable[[Case], tuple[float, float]]
-    held: Callable[[Case], float]
+    min_peak_bytes: Callable[[Case], float]
     options: list[dict[str, str]] = field(default_factory=lambda: [{}])
     sweeps: list[Sweep] = field(default_factory=list)
     part: Callable[[Case, list[Any]], list[Any]] = lambda case, tensors: list(tensors)
 
     def cases(self, preset: str, dtypes: Sequence[str]) -> Iterator[Case]:
-        """Every case of a preset."""
+        """Yield the cases of a preset."""
         for dims in self.shapes[preset]:
             for dtype in dtypes:
                 for options in self.options:
                     yield Case(dims, dtype, options)
 
     def swept(self, preset: str) -> Iterator[Case]:
-        """Every case of the scaling series, in the preset's first dtype and the op's first options."""
+        """Yield the cases of the scaling series: in bf16 on a GPU, else fp32, with the op's first options."""
         for sweep in self.sweeps:
             for value in sweep.values[preset]:
                 dtype = "bf16" if preset == "gpu" else "fp32"

@@ -1,7 +1,7 @@
-"""Whether two runs say the same:  python -m bench compare A.json B.json
+"""Comparison of two runs: `python -m bench compare A.json B.json`.
 
-A ratio (a peer's time over ours) is stated with the 10th and 90th percentile of its rounds. Two runs agree on
-it where these two intervals meet.
+Every ratio (a peer's time over ours) has the 10th and 90th percentile of its rounds. Two runs agree on a ratio if
+these intervals overlap.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ def _ratios(records: list[Record]) -> dict[Key, Record]:
 
 
 def compare(a: list[Record], b: list[Record]) -> tuple[str, float]:
-    """(a table of the ratios that both runs have, the share of them on which they agree).
+    """Compare the ratios that both runs have.
 
-    Raises ValueError where they have none in common.
+    Returns:
+        A table, and the share of the ratios on which the runs agree.
+
+    Raises:
+        ValueError: the runs have no ratio in common.
     """
     first, second = _ratios(a), _ratios(b)
     common = [key for key in first if key in second]
     if not common:
-        raise ValueError("the two files have no case in common")
+        raise ValueError("the two files have no case in common. Use two runs of the same benchmark.")
     agreeing = 0
     lines = []
     for key in common:

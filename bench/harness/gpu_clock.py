@@ -1,10 +1,10 @@
-"""Device time of a call on a GPU, independent of the time that its host needs to launch it.
+"""Device time of a call on a GPU, independent of the launch time on the host.
 
-A kernel that waits runs first, until the host has launched all of the call; then the launches lie ready and the time
-between the events around them is the device's alone. Whether the wait was long enough is seen, not assumed: the event
-in front of the call must not have happened yet when the host is done. Host time is measured beside it.
+First a waiting kernel occupies the device until the host has launched the whole call. Then the queue holds all
+launches, and the time between the two events around them is device time only. The wait is checked: the event before
+the call must still be pending at the end of the launches. The host time is measured separately.
 
-For a whole training step or generated text a user waits for both: those are timed by wall-clock time.
+Training steps and text generation are timed with the host's clock, because a user waits for host and device.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-Call = tuple[Callable[[], Any], Callable[[], Any]]  # what is done before, untimed, and what is timed
+Call = tuple[Callable[[], Any], Callable[[], Any]]  # untimed preparation, timed call
 
 FLUSH_BYTES = 1 << 29  # larger than any L2 cache
-MARGIN = 1.5  # of the host time measured last
-FIRST_GUESS = 1e-3  # seconds of host time
-ATTEMPTS = 3  # a call that waits for the device itself is never hidden
-CALIBRATION = 20_000_000  # clock ticks of the waiting kernel
+MARGIN = 1.5  # wait, as a multiple of the last host time
+FIRST_GUESS = 1e-3  # host time of a first call, in seconds
+ATTEMPTS = 3  # a call that synchronizes with the device can never be hidden
+CALIBRATION = 20_000_000  # ticks of the waiting kernel
 
 
 class Times(NamedTuple):
-    """Seconds of a call.
+    """Times of a call, in seconds.
 
     Attributes:
-        seconds: what the call takes, of the device alone or with its host.
-        host: until the host had launched it.
-        hidden: whether the device began only when all had been launched.
+        seconds: device time, or wall-clock time of host and device.
+        host: time of the launches on the host.
+        hidden: True if the device started after the last launch.
     """
 
     seconds: float
@@ -39,7 +39,7 @@ class Times(NamedTuple):
 
 
 class GpuClock:
-    """Times calls on one GPU.
+    """A timer for calls on one GPU.
 
     Args:
         device: the GPU.
@@ -48,14 +48,15 @@ class GpuClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flush: torch.Tensor | None = None
-        self._ticks = 0.0  # a second
-        self._host: dict[Hashable, float] = {}  # seconds, by the name of a call
+        self._ticks = 0.0  # per second
+        self._host: dict[Hashable, float] = {}  # last host time in seconds, by name of the call
 
     def time_round(self, calls: Sequence[Call], names: Sequence[Hashable] | None = None) -> list[Times]:
-        """Times of each (prepare, call) pair, one after the other; before each the L2 cache is overwritten.
+        """Measure the device time of each (prepare, call) pair in turn. The L2 cache is overwritten before each call.
 
         Args:
-            names: a call of the same name is taken to need the host as long as it did last; its place, by default.
+            names: keys for the host times: the last host time of a name determines the wait for its next call. The
+                default is the position in `calls`.
         """
         if self._flush is None:
             self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self._device)
@@ -68,7 +69,7 @@ class GpuClock:
         return [Times(start.elapsed_time(end) / 1e3, host, hidden) for start, end, host, hidden in queued]
 
     def time_whole(self, calls: Sequence[Call]) -> list[Times]:
-        """Wall-clock times of each (prepare, call) pair, from an idle device to an idle device."""
+        """Measure the wall-clock time of each (prepare, call) pair, from idle device to idle device."""
         found = []
         for prepare, call in calls:
             prepare()
@@ -81,7 +82,7 @@ class GpuClock:
         return found
 
     def _calibrate(self) -> None:
-        for _ in range(2):  # the first one raises the clock
+        for _ in range(2):  # the first one raises the clock rate of the GPU
             start, end = _event(), _event()
             start.record()
             torch.cuda._sleep(CALIBRATION)

@@ -1,4 +1,4 @@
-"""The machine under measurement: what it is, how to time and weigh a call on it, and its roofs."""
+"""The measured machine: its description, time and peak memory of a call, and its roofline bounds."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.harness.gpu_clock import Call, GpuClock, Times
+from bench.harness.records import EMPTY, Record
 from fastgpt.malloc import disable_malloc_trimming
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense matrix products, operations a second, from NVIDIA's datasheets (without sparsity).
+# Peak FLOP/s of dense matrix products from NVIDIA's datasheets.
 DATASHEET = {
     "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
     "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
@@ -37,12 +38,15 @@ PACKAGES = (
     "flash-attn-4",
 )  # fmt: skip
 
-ROOF_ROUNDS = 9
-_MMAP_THRESHOLD = 1 << 20
+BOUND_ROUNDS = 9
+_MMAP_THRESHOLD = 1 << 20  # bytes
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Machine:
-    """A device with a clock and a scale.
+    """A device with its timer, memory measurement and roofline bounds.
+
+    On a CPU malloc trimming is disabled for the process, and so for every implementation.
 
     Args:
         device: "cpu" or "cuda".
@@ -52,35 +56,35 @@ class Machine:
         self.device = torch.device(device)
         self.is_gpu = self.device.type == "cuda"
         self._gpu_clock = GpuClock(self.device) if self.is_gpu else None
-        # Rows of the square product and bytes of the copy that are the roofs.
-        self.roof_sizes = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
-        self._roofs: dict[str, tuple[float, float]] = {}
+        # Rows of the square matrices and bytes of the copy that give the roofline bounds.
+        self.bound_sizes = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
+        self._bounds: dict[str, tuple[float, float]] = {}
         if not self.is_gpu:
             disable_malloc_trimming()
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait for the work of the device."""
         if self.is_gpu:
             torch.cuda.synchronize()
 
     def time_round(
         self, calls: Sequence[Call], names: Sequence[Hashable] | None = None, *, whole: bool = False
     ) -> list[Times]:
-        """Times of each (prepare, call) pair, one after the other; prepare is not timed.
+        """Time each (prepare, call) pair in turn; prepare is not timed.
 
         Args:
-            names: of the calls, for `GpuClock.time_round`.
-            whole: on a GPU, with the host's part, where users wait for it too.
+            names: names of the calls, for `GpuClock.time_round`.
+            whole: on a GPU, include the host time in `Times.seconds`.
         """
-        if self._gpu_clock is None:  # a CPU is host and device in one
+        if self._gpu_clock is None:  # a CPU is host and device
             return [_time(prepare, call) for prepare, call in calls]
         return self._gpu_clock.time_whole(calls) if whole else self._gpu_clock.time_round(calls, names)
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        """Memory that a call takes at its peak beyond what was held before it; None where nobody says.
+        """Measure the peak memory of a call, in bytes beyond the memory in use before it.
 
-        On a GPU PyTorch's allocator says. On Linux the kernel does (VmHWM), for which the heap gives large
-        blocks back while this runs; the result is in whole pages of resident memory, whoever asked for it.
+        On a GPU the source is PyTorch's allocator. On Linux with glibc it is VmHWM, the peak of the resident pages
+        of the process; malloc returns large blocks to the system during the call. Elsewhere the result is None.
         """
         if self.is_gpu:
             torch.cuda.synchronize()
@@ -92,10 +96,10 @@ class Machine:
         if not Path("/proc/self/clear_refs").exists() or platform.libc_ver()[0] != "glibc":
             return None
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, _MMAP_THRESHOLD)  # M_MMAP_THRESHOLD
+        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         libc.malloc_trim(0)
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
             before = _status_bytes("VmRSS")
             call()
             return max(0, _status_bytes("VmHWM") - before)
@@ -105,37 +109,40 @@ class Machine:
             disable_malloc_trimming()
 
     def cache_bytes(self) -> int:
-        """The size of the last cache before memory; 32 MiB where it is not known."""
+        """Return the size of the last-level cache; 32 MiB if it is unknown."""
         if self.is_gpu:
             return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
         path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
         size = re.fullmatch(r"(\d+)([KM])", path.read_text().strip()) if path.exists() else None
         return int(size[1]) * {"K": 1 << 10, "M": 1 << 20}[size[2]] if size else 32 << 20
 
-    def roofs(self, dtype: str) -> tuple[float, float]:
-        """(bytes a second of a copy, read and written; operations a second of a square matrix product).
+    def roofline_bounds(self, dtype: str) -> tuple[float, float]:
+        """Return the roofline bounds, measured once for each dtype.
 
-        The best of several calls, measured once for each dtype and kept.
+        Returns:
+            Memory bandwidth of a copy in bytes/s (read + written), and the matmul peak in FLOP/s.
         """
-        if dtype not in self._roofs:
-            self._roofs[dtype] = self._measure_roofs(dtype)
-        return self._roofs[dtype]
+        if dtype not in self._bounds:
+            self._bounds[dtype] = self._measure_bounds(dtype)
+        return self._bounds[dtype]
 
     @torch.no_grad()
-    def _measure_roofs(self, dtype: str) -> tuple[float, float]:
-        n, size = self.roof_sizes
+    def _measure_bounds(self, dtype: str) -> tuple[float, float]:
+        # `fastgpt.device.peak_flops` measures something else: it multiplies smaller matrices, allocates the result in
+        # the timed region and uses the host's clock. The bounds need the timer and the rounds of the measured calls.
+        n, size = self.bound_sizes
         a, b = (torch.randn(n, n, device=self.device).to(DTYPES[dtype]) for _ in range(2))
         product = torch.empty_like(a)
         source = torch.ones(size, dtype=torch.int8, device=self.device)
         target = torch.zeros_like(source)
         calls = [(_nothing, lambda: torch.mm(a, b, out=product)), (_nothing, lambda: target.copy_(source))]
         self.time_round(calls)
-        rounds = [self.time_round(calls) for _ in range(ROOF_ROUNDS)]
-        gemm, copy = (min(t.seconds for t in times) for times in zip(*rounds, strict=True))
-        return 2 * size / copy, 2 * n**3 / gemm
+        rounds = [self.time_round(calls) for _ in range(BOUND_ROUNDS)]
+        matmul, copy = (min(t.seconds for t in times) for times in zip(*rounds, strict=True))
+        return 2 * size / copy, 2 * n**3 / matmul
 
     def facts(self, *, command: str, rehearsal: bool = False, commit: str | None = None) -> dict[str, Any]:
-        """What the first record of a result says of the machine, the software and the commit."""
+        """Describe the machine, the software and the commit: the additional fields of the first record."""
         found_commit, dirty = _commit()
         return {
             "device": self.name(),
@@ -147,7 +154,7 @@ class Machine:
             "command": command,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
-            "heap": "PyTorch's caching allocator" if self.is_gpu else _heap(),
+            "malloc": "PyTorch's caching allocator" if self.is_gpu else _malloc(),
             "driver": _nvidia_smi("driver_version") if self.is_gpu else None,
             "cuda": torch.version.cuda if self.is_gpu else None,
             "cudnn": str(torch.backends.cudnn.version()) if self.is_gpu else None,
@@ -158,11 +165,11 @@ class Machine:
         }
 
     def datasheet_flops(self) -> dict[str, float] | None:
-        """Operations a second by dtype that the vendor states; None for a device that is not in the table."""
+        """Return the peak FLOP/s by dtype from the vendor's datasheet; None for a device without an entry."""
         return next((rates for key, rates in DATASHEET.items() if key in self.name()), None)
 
     def name(self) -> str:
-        """The device in words."""
+        """Return the name of the device."""
         if self.is_gpu:
             return torch.cuda.get_device_name(self.device)
         cpuinfo = Path("/proc/cpuinfo")
@@ -180,8 +187,39 @@ class Machine:
         return f"{statistics.mean(map(float, mhz)):.0f} MHz" if mhz else None
 
 
+def bound_records(machine: Machine, dtypes: Sequence[str]) -> Iterator[Record]:
+    """Yield the records of the roofline bounds of each dtype: copy bandwidth and matmul peak."""
+    for dtype in dtypes:
+        bandwidth, matmul_peak = machine.roofline_bounds(dtype)
+        n, size = machine.bound_sizes
+        for direction, name, flops, moved, seconds in (
+            ("copy", f"copy of {size >> 20} MiB", 0, 2 * size, 2 * size / bandwidth),
+            ("matmul", f"matmul {n}³", 2 * n**3, 3 * n * n * DTYPES[dtype].itemsize, 2 * n**3 / matmul_peak),
+        ):
+            yield EMPTY | {
+                "op": "roofline",
+                "group": "roofline",
+                "case": name,
+                "dims": {"N": n} if direction == "matmul" else {},
+                "dtype": dtype,
+                "direction": direction,
+                "backend": "torch",
+                "peer": "PyTorch",
+                "status": "ok",
+                "verified": True,
+                "seconds": seconds,
+                "spread": 0.0,
+                "rounds": BOUND_ROUNDS,
+                "flops": flops,
+                "bytes": moved,
+                "roofline_seconds": seconds,
+                "share_of_roofline": 1.0,
+                "bound": "memory" if direction == "copy" else "compute",
+            }
+
+
 def percentile(values: list[float], share: float) -> float:
-    """The value below which a share of the values lies, with linear interpolation."""
+    """Return the quantile of `values` at `share` (0 to 1), with linear interpolation."""
     ranked = sorted(values)
     place = share * (len(ranked) - 1)
     low = math.floor(place)
@@ -200,9 +238,9 @@ def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> Times:
     return Times(seconds, seconds, hidden=True)
 
 
-def _heap() -> str:
-    kept = "kept (glibc gives no freed memory back), for all contenders"
-    return kept if disable_malloc_trimming() else "as the C library has it"
+def _malloc() -> str:
+    disabled = "malloc trimming disabled, for every implementation"
+    return disabled if disable_malloc_trimming() else "malloc: default settings"
 
 
 def _status_bytes(field: str) -> int:
@@ -223,12 +261,12 @@ def _output(command: list[str]) -> str | None:
             command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=30
         ).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        print(f"{command[0]} did not answer: {error}", file=sys.stderr)
+        print(f"{command[0]} failed: {error}", file=sys.stderr)
         return None
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit and whether anything but results differs from it; (None, None) outside a checkout."""
+    """Return the commit and True if files other than results differ from it; (None, None) outside a checkout."""
     if not (ROOT / ".git").exists():
         return None, None
     status = _output(["git", "status", "--porcelain", "--", ".", ":!bench/results", ":!README.md"])

@@ -1,10 +1,11 @@
-"""One case of one op: check every contender against the reference, then time them in turns.
+"""Measurement of one case of an op: check every contender against the reference, then time them in rounds.
 
-A contender is one of our backends or a peer. All get the same inputs, threads and heap. First each is held to
-the error rule (`fastgpt.testing.ErrorRule`, float64 from our reference): ours to twice PyTorch's error, which
-is the contract, peers to ten times, which tells a wrong result from another choice of rounding. Then rounds: in
-each, every contender runs once, so that whatever else the machine does hits all of them; a ratio is the median
-over rounds of the two times of a round. Inputs rotate through more memory than the last cache holds.
+A contender is a backend of fastgpt or a peer. All have the same inputs, threads and malloc settings. First each must
+pass the error rule (`fastgpt.testing.ErrorRule`, with our reference in float64). The limit for our backends is twice
+PyTorch's error. The limit for peers is ten times PyTorch's error, which separates wrong results from differences in
+rounding. Then each contender runs once per round, so that a disturbance of the machine affects all of them. A ratio
+is the median over rounds of the ratio of two times of the same round. The inputs rotate through more memory than the
+last-level cache holds.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import gc
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 import fastgpt
 from bench.harness.cases import Case, Function, Op
-from bench.harness.machine import DTYPES, ROOF_ROUNDS, Machine, percentile
+from bench.harness.machine import Machine, percentile
 from bench.harness.peers import MissingError
 from bench.harness.records import EMPTY, Record
 from fastgpt.testing import ErrorRule
@@ -33,14 +34,14 @@ _MAX_SETS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """How much time a case may take.
+    """Duration and contenders of the measurement of a case.
 
     Attributes:
-        seconds: for the rounds of one direction, about.
-        min_rounds, max_rounds: whatever the time.
-        directions: what is timed.
-        backends: those of ours that take part; None for all that are available.
-        peers: names of those that take part; None for all.
+        seconds: approximate duration of the rounds of one direction.
+        min_rounds, max_rounds: limits of the number of rounds, independent of `seconds`.
+        directions: timed directions, "fwd" and "fwd+bwd".
+        backends: backends of fastgpt that take part; None for all available ones.
+        peers: names of the peers that take part; None for all.
     """
 
     seconds: float = 8.0
@@ -51,24 +52,32 @@ class Plan:
     peers: tuple[str, ...] | None = None
 
     def rounds(self, seconds: float) -> int:
-        """How many, where one takes so many seconds."""
+        """Return the number of rounds if one round takes `seconds`."""
         return max(self.min_rounds, min(self.max_rounds, int(self.seconds / max(seconds, 1e-9))))
 
     def ours(self, op: str) -> list[str]:
-        """Those of our backends that can run an op here and are wanted."""
+        """List the selected backends that can run an op on this machine."""
         found = [
             b for b, available in fastgpt.available_backends(op).items() if available and b != "reference"
         ]
         return [b for b in found if self.backends is None or b in self.backends]
 
-    def wants(self, peer: str) -> bool:
-        """Whether a peer takes part."""
+    def includes(self, peer: str) -> bool:
+        """Return True if a peer takes part."""
         return self.peers is None or peer in self.peers
 
 
 @dataclass
 class Contender:
-    """One of ours or a peer in a case, and what became of it."""
+    """A backend of fastgpt or a peer in one case, with its results.
+
+    Attributes:
+        make: returns the function to measure; raises `MissingError` if it cannot run here.
+        mutates: the function overwrites its inputs.
+        status: "ok", "missing", "failed" or "wrong"; `reason` explains a status other than "ok".
+        error: largest error over the error that is allowed for our backends.
+        times, host_times: seconds of each round by direction; host times on a GPU only.
+    """
 
     backend: str
     peer: str | None
@@ -79,26 +88,26 @@ class Contender:
     reason: str | None = None
     error: float | None = None
     times: dict[str, list[float]] = field(default_factory=dict)
-    host_times: dict[str, list[float]] = field(default_factory=dict)  # on a GPU
+    host_times: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: int | None = None
 
     def fail(self, status: str, error: BaseException | str) -> None:
-        """Out of the race, with the reason."""
+        """Exclude the contender from further rounds, with the root cause of `error` as the reason."""
         while isinstance(error, BaseException) and error.__cause__ is not None:
-            error = error.__cause__  # compilers wrap what happened
+            error = error.__cause__  # compilers wrap the original exception
         text = f"{type(error).__name__}: {error}" if status == "failed" else str(error)
         self.status, self.function = status, None
         self.reason = " ".join(text.split())[:300]
 
     def summary(self, direction: str) -> Record:
-        """The fields of a record that describe the times of a direction."""
+        """Return the fields of a record for the times of a direction."""
         found = summary(self.times[direction])
         if direction in self.host_times:
             found["host_seconds"] = statistics.median(self.host_times[direction])
         return found
 
     def record(self) -> Record:
-        """What a record says of it, whatever was measured."""
+        """Return the fields of a record that do not depend on the measurement."""
         return EMPTY | {
             "backend": self.backend,
             "peer": self.peer,
@@ -110,7 +119,11 @@ class Contender:
 
 
 def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
-    """Verify and time every contender of a case; one record a contender and direction, ours first."""
+    """Verify and time every contender of a case.
+
+    Returns:
+        One record for each direction and contender, our backends first.
+    """
     contenders = _contenders(op, case, plan)
     torch._dynamo.reset()
     with warnings.catch_warnings():
@@ -119,7 +132,7 @@ def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
         sets = _input_sets(op, case, machine, contenders)
         for direction in plan.directions:
             turn = partial(_turn, direction, sets)
-            race(direction, contenders, turn, machine, plan)
+            time_rounds(direction, contenders, turn, machine, plan)
         for one in sets:
             one.clear()
         for contender in contenders:
@@ -135,7 +148,11 @@ def run_case(op: Op, case: Case, machine: Machine, plan: Plan) -> list[Record]:
 
 
 def contenders_of(op: Op, case: Case, machine: Machine, plan: Plan) -> tuple[list[Contender], InputSet]:
-    """The contenders of a case, verified but not timed, and inputs to call them with."""
+    """Verify the contenders of a case without timing them.
+
+    Returns:
+        The contenders, and inputs for them.
+    """
     contenders = _contenders(op, case, plan)
     _verify(op, case, machine, contenders)
     return contenders, _input_sets(op, case, machine, contenders)[0]
@@ -144,15 +161,15 @@ def contenders_of(op: Op, case: Case, machine: Machine, plan: Plan) -> tuple[lis
 def _contenders(op: Op, case: Case, plan: Plan) -> list[Contender]:
     found = []
     for backend in plan.ours(op.name):
-        found.append(Contender(backend, None, partial(_on, backend, op.ours(case))))
+        found.append(Contender(backend, None, partial(_with_backend, backend, op.ours(case))))
     for peer in op.peers:
-        if plan.wants(peer.name):
+        if plan.includes(peer.name):
             found.append(Contender(peer.package, peer.name, partial(peer.make, case), peer.mutates))
     return found
 
 
-def _on(backend: str, function: Function) -> Function:
-    """The function with our backend pinned."""
+def _with_backend(backend: str, function: Function) -> Function:
+    """Wrap a function so that it runs with a backend of fastgpt."""
 
     def pinned(*inputs: Any) -> Any:
         with fastgpt.use_backend(backend):
@@ -166,7 +183,7 @@ def _verify(op: Op, case: Case, machine: Machine, contenders: list[Contender]) -
     rule = ErrorRule(
         op.pytorch(case),
         inputs,
-        exact=_on("reference", op.ours(case)),
+        exact=_with_backend("reference", op.ours(case)),
         part=lambda t: op.part(case, t),
         places=0,
     )
@@ -174,8 +191,8 @@ def _verify(op: Op, case: Case, machine: Machine, contenders: list[Contender]) -
         try:
             contender.function = contender.make()
             if contender.mutates:
-                judged = contender.function
-                function: Function = lambda *x, f=judged: f(*map(_copied, x))  # noqa: E731
+                checked = contender.function
+                function: Function = lambda *x, f=checked: f(*map(_clone, x))  # noqa: E731
             else:
                 function = contender.function
             factor = OUR_FACTOR if contender.peer is None else PEER_FACTOR
@@ -184,31 +201,36 @@ def _verify(op: Op, case: Case, machine: Machine, contenders: list[Contender]) -
             contender.fail("missing", error)
         except AssertionError as error:
             contender.fail("wrong", error)
-        except Exception as error:  # whatever a peer raises is its own row's affair
+        except Exception as error:  # an error of a peer belongs in its own record
             contender.fail("failed", error)
 
 
-def _copied(x: Any) -> Any:
-    """A copy that autograd sees through."""
+def _clone(x: Any) -> Any:
+    """Clone a tensor within autograd; return anything else unchanged."""
     return x.clone() if isinstance(x, Tensor) else x
 
 
 @dataclass
 class InputSet:
-    """One of the rotating sets: inputs, copies for contenders that overwrite them, and upstream gradients."""
+    """One of the rotating sets of inputs.
+
+    Attributes:
+        original: copies of the inputs for contenders that overwrite them; None if no contender does.
+        upstream: gradient with respect to the output.
+    """
 
     inputs: list[Any]
     original: list[Any] | None
     upstream: Tensor
 
     def clear(self) -> None:
-        """No gradients."""
+        """Delete the gradients."""
         for x in self.inputs:
             if isinstance(x, Tensor):
                 x.grad = None
 
     def restore(self) -> None:
-        """No gradients, and the values that the inputs had."""
+        """Delete the gradients and restore the values of the inputs."""
         self.clear()
         assert self.original is not None
         with torch.no_grad():
@@ -218,7 +240,7 @@ class InputSet:
 
 
 def _input_sets(op: Op, case: Case, machine: Machine, contenders: list[Contender]) -> list[InputSet]:
-    """As many sets of inputs as it takes to be four times the last cache; at least two."""
+    """Create enough sets of inputs to fill four times the last-level cache; at least two and at most `_MAX_SETS`."""
     first = op.inputs(case, machine.device)
     size = sum(x.nbytes for x in first if isinstance(x, Tensor))
     count = min(_MAX_SETS, max(2, -(-4 * machine.cache_bytes() // max(1, size))))
@@ -234,11 +256,11 @@ def _input_sets(op: Op, case: Case, machine: Machine, contenders: list[Contender
 
 
 Call = Callable[[], Any]
-Turn = tuple[Call, Call]  # what is done before, untimed, and what is timed
+Turn = tuple[Call, Call]  # untimed preparation, timed call
 
 
 def _turn(direction: str, sets: list[InputSet], contender: Contender, number: int) -> Turn:
-    """A contender's turn in a round. Inputs require gradients in both directions, as in training."""
+    """Return the turn of a contender in a round. The inputs require gradients in both directions, as in training."""
     function, one = contender.function, sets[number % len(sets)]
     assert function is not None
 
@@ -251,7 +273,7 @@ def _turn(direction: str, sets: list[InputSet], contender: Contender, number: in
 
 
 def guarded(contender: Contender, call: Call) -> Call:
-    """The call, but what goes wrong stands in the contender's row and does not stop the others."""
+    """Wrap a call so that an exception marks the contender as failed and does not stop the others."""
 
     def guarded_call() -> None:
         try:
@@ -262,7 +284,7 @@ def guarded(contender: Contender, call: Call) -> Call:
     return guarded_call
 
 
-def race(
+def time_rounds(
     direction: str,
     contenders: list[Contender],
     turn: Callable[[Contender, int], Turn],
@@ -271,27 +293,27 @@ def race(
     *,
     whole: bool = False,
 ) -> None:
-    """Rounds in which all contenders that are right take their turns; the times are in `Contender.times`.
+    """Time all verified contenders in rounds; the results are in `Contender.times` and `Contender.host_times`.
 
     Args:
-        turn: for a contender and the number of the round, what is to be done.
-        whole: on a GPU, whether the host's part counts (`Machine.time_round`).
+        turn: returns the turn of a contender in the round with a given number.
+        whole: on a GPU, include the host time (see `Machine.time_round`).
     """
 
     def one_round(number: int) -> float:
-        racing = [c for c in contenders if c.status == "ok"]
-        # Alternating order, so that none always finds the same neighbour's leavings in the cache.
-        racing = racing if number % 2 else racing[::-1]
-        turns = [(c, *turn(c, number)) for c in racing]
+        active = [c for c in contenders if c.status == "ok"]
+        # The order alternates, because a contender can find data of the previous one in the cache.
+        active = active if number % 2 else active[::-1]
+        turns = [(c, *turn(c, number)) for c in active]
         calls = [(before, guarded(c, call)) for c, before, call in turns]
-        times = machine.time_round(calls, [id(c) for c in racing], whole=whole)
-        for contender, taken in zip(racing, times, strict=True):
+        times = machine.time_round(calls, [id(c) for c in active], whole=whole)
+        for contender, taken in zip(active, times, strict=True):
             contender.times.setdefault(direction, []).append(taken.seconds)
             if machine.is_gpu:
                 contender.host_times.setdefault(direction, []).append(taken.host)
         return sum(max(taken.seconds, taken.host) for taken in times)
 
-    taken = one_round(0)  # what had to be compiled was compiled when it was verified
+    taken = one_round(0)  # compilation is over: the check has run every contender
     if taken < plan.seconds / 10:
         taken = one_round(1)
     for contender in contenders:
@@ -302,7 +324,7 @@ def race(
 
 
 def measure_peak_memory(contender: Contender, turn: Turn, machine: Machine) -> None:
-    """Peak memory of a turn."""
+    """Measure the peak memory of a turn, into `Contender.peak_bytes`."""
     before, call = turn
     before()
     contender.peak_bytes = machine.peak_bytes(guarded(contender, call))
@@ -325,27 +347,27 @@ def _record(
     }
     if case.sweep:
         record["sweep"] = case.sweep
-    bandwidth, gemm = machine.roofs(case.dtype)
-    record["roof"] = max(moved / bandwidth, flops / gemm)
-    record["bound"] = "memory" if moved / bandwidth > flops / gemm else "compute"
+    bandwidth, matmul_peak = machine.roofline_bounds(case.dtype)
+    record["roofline_seconds"] = max(moved / bandwidth, flops / matmul_peak)
+    record["bound"] = "memory" if moved / bandwidth > flops / matmul_peak else "compute"
     if contender.status == "ok":
         record |= contender.summary(direction)
-        record["share_of_roof"] = record["roof"] / record["seconds"]
+        record["share_of_roofline"] = record["roofline_seconds"] / record["seconds"]
         if both:
-            record |= {"peak_bytes": contender.peak_bytes, "least_peak_bytes": op.held(case)}
+            record |= {"peak_bytes": contender.peak_bytes, "min_peak_bytes": op.min_peak_bytes(case)}
         record |= ratio(contender, direction, contenders)
     return record
 
 
 def summary(times: list[float]) -> Record:
-    """Median, spread and count of some times."""
+    """Return the fields `seconds` (median), `spread` and `rounds` for the times of a contender."""
     median = statistics.median(times)
     spread = (percentile(times, 0.9) - percentile(times, 0.1)) / 2 / median
     return {"seconds": median, "spread": spread, "rounds": len(times)}
 
 
 def ratio(contender: Contender, direction: str, contenders: list[Contender]) -> Record:
-    """A peer's time over ours, round by round, for the fastest of ours; nothing for ours."""
+    """Return the fields of a peer's time over that of our fastest backend, round by round; empty for our backends."""
     ours = [c.times[direction] for c in contenders if c.peer is None and c.status == "ok"]
     if contender.peer is None or not ours:
         return {}
@@ -356,34 +378,3 @@ def ratio(contender: Contender, direction: str, contenders: list[Contender]) -> 
         "ratio_low": percentile(ratios, 0.1),
         "ratio_high": percentile(ratios, 0.9),
     }
-
-
-def roof_records(machine: Machine, dtypes: Sequence[str]) -> Iterator[Record]:
-    """The roofs of each dtype: copy bandwidth and rate of a matrix product."""
-    for dtype in dtypes:
-        bandwidth, gemm = machine.roofs(dtype)
-        n, size = machine.roof_sizes
-        for direction, name, flops, moved, seconds in (
-            ("copy", f"copy of {size >> 20} MiB", 0, 2 * size, 2 * size / bandwidth),
-            ("gemm", f"matrix product {n}³", 2 * n**3, 3 * n * n * DTYPES[dtype].itemsize, 2 * n**3 / gemm),
-        ):
-            yield EMPTY | {
-                "op": "roof",
-                "group": "roof",
-                "case": name,
-                "dims": {"N": n} if direction == "gemm" else {},
-                "dtype": dtype,
-                "direction": direction,
-                "backend": "torch",
-                "peer": "PyTorch",
-                "status": "ok",
-                "verified": True,
-                "seconds": seconds,
-                "spread": 0.0,
-                "rounds": ROOF_ROUNDS,
-                "flops": flops,
-                "bytes": moved,
-                "roof": seconds,
-                "share_of_roof": 1.0,
-                "bound": "memory" if direction == "copy" else "compute",
-            }

@@ -1,11 +1,12 @@
-"""The eager cost of a call, by the way an op is registered:  python -m bench.harness.overhead
+"""Overhead of an eager call, by the way of registering an op: `python -m bench.harness.overhead`.
 
-`python -m bench.harness.overhead launchers` takes the host's side of the Triton ops instead, in CPU time: everything
-from the call to the launch, which does nothing, on CPU tensors; what Triton and the driver do in a launch comes on top.
+All patterns compute the same GELU of a 4×4 float32 tensor with the same C++ kernels; they differ in the path through
+PyTorch. The results are medians of interleaved rounds on one thread. docs/design.md has the figures and the choice.
+The compilation of the C++ pattern takes about half a minute.
 
-All patterns compute the same GELU of a 4×4 float32 tensor with the same C++ kernels, so that what
-differs is the way through PyTorch. Medians of interleaved rounds, one thread. docs/design.md quotes
-the figures and says what was chosen. Compiling the C++ pattern takes about half a minute.
+`python -m bench.harness.overhead launchers` measures the host time of the Triton ops instead, as CPU time on CPU
+tensors: everything from the call to the launch. The launch is replaced by an empty function, so the time that Triton
+and the driver need for a launch is not included.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ Tensor gelu(const Tensor& x) { return Gelu::apply(x); }
 
 
 def patterns() -> dict[str, Callable[[Tensor], Tensor]]:
-    """Name of each pattern and its function."""
+    """Return the functions of all patterns by name."""
     fwd, bwd = _FWD["cpp"], _BWD["cpp"]
 
     class Function(torch.autograd.Function):
@@ -74,7 +75,7 @@ def patterns() -> dict[str, Callable[[Tensor], Tensor]]:
     library.define("gelu(Tensor x) -> Tensor")
     library.impl("gelu", lambda x: fwd(x, False), "CPU")
     torch.library.register_autograd("fastgpt_overhead::gelu", backward, setup_context=setup)
-    patterns.library = library  # type: ignore[attr-defined]  # a library unregisters its ops when it dies
+    patterns.library = library  # type: ignore[attr-defined]  # deleting a library unregisters its ops
 
     @torch.library.custom_op("fastgpt_overhead::custom_gelu", mutates_args=())
     def custom(x: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def patterns() -> dict[str, Callable[[Tensor], Tensor]]:
 
 
 def launchers() -> dict[str, Callable[[], Tensor]]:
-    """The Triton ops, small, with a launch that does nothing in the place of Triton's."""
+    """Return calls of Triton ops on small tensors by name, and replace Triton's launch by an empty function."""
     from triton.runtime.jit import JITFunction
 
     JITFunction.run = lambda self, *args, grid, warmup, **kwargs: None
@@ -116,7 +117,7 @@ def launchers() -> dict[str, Callable[[], Tensor]]:
 
 
 def main(which: str) -> None:
-    """Prints a Markdown table of microseconds a call."""
+    """Print a Markdown table of microseconds per call."""
     torch.set_num_threads(1)
     if which == "launchers":
         found, clock = launchers(), time.process_time

@@ -1,4 +1,4 @@
-"""The peers: whose code a benchmark runs beside ours, and what it takes to run it."""
+"""Import and construction of peers, the implementations that are measured next to ours."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from bench.harness.cases import Case, Function, Maker, Peer
 
 
 class MissingError(Exception):
-    """A peer cannot run here; the message says why."""
+    """A peer cannot run here; the message is the reason."""
 
 
 def require(package: str, install: str, *, gpu: bool = False, triton: bool = False) -> Any:
     """Import a peer's package.
 
     Args:
-        install: what to `pip install`.
-        gpu: it runs on a CUDA GPU only.
-        triton: its kernels are Triton's; without a GPU they run in Triton's interpreter alone.
+        install: argument of `pip install`.
+        gpu: the package needs a CUDA GPU.
+        triton: the package has Triton kernels; without a GPU they need Triton's interpreter.
 
     Raises:
-        MissingError: not installed, or not for this machine.
+        MissingError: the package is not installed or does not run on this machine.
     """
     try:
         module = importlib.import_module(package)
@@ -38,18 +38,18 @@ def require(package: str, install: str, *, gpu: bool = False, triton: bool = Fal
 
 
 def sixteen_bits(case: Case, module: Any) -> Any:
-    """The module of a peer that takes fp16 and bf16.
+    """Return the module of a peer that supports fp16 and bf16 only.
 
     Raises:
-        MissingError: the case is of another dtype.
+        MissingError: the case has another dtype.
     """
     if case.dtype == "fp32":
-        raise MissingError("takes fp16 and bf16 only")
+        raise MissingError("supports fp16 and bf16 only")
     return module
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter."""
+    """Return True if Triton kernels run in Triton's interpreter."""
     try:
         from triton import knobs
     except ImportError:
@@ -58,12 +58,12 @@ def interpreted() -> bool:
 
 
 def eager(make: Maker) -> Peer:
-    """The function as PyTorch runs it by itself."""
+    """Return the peer "PyTorch": the function in eager mode."""
     return Peer("PyTorch", "torch", make)
 
 
 def compiled(make: Maker) -> Peer:
-    """The same function through torch.compile, for one shape, in one graph."""
+    """Return the peer "torch.compile": the function compiled for one shape as one graph."""
 
     def make_compiled(case: Case) -> Function:
         return torch.compile(make(case), dynamic=False, fullgraph=True)

@@ -1,4 +1,4 @@
-"""Causal attention, forward and backward."""
+"""Benchmark of attention: causal, without dropout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pytorch(case: Case) -> Function:
 
 
 def pinned(name: str, backend: SDPBackend) -> Peer:
-    """scaled_dot_product_attention picks its backend silently; this one is pinned."""
+    """Return scaled_dot_product_attention with a fixed backend as a peer."""
 
     def make(case: Case) -> Function:
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def pinned(name: str, backend: SDPBackend) -> Peer:
             except RuntimeError as error:
                 if "No viable backend" in str(error) or "No available kernel" in str(error):
                     raise MissingError(
-                        f"PyTorch has no such kernel for {case.dtype} on this device"
+                        f"PyTorch has no kernel of this backend for {case.dtype} on this device"
                     ) from None
                 raise
 
@@ -57,7 +57,7 @@ def flex(case: Case, options: Any = None) -> Function:
 
 
 def flex_flash(case: Case) -> Function:
-    """FlexAttention through FlashAttention-4's kernels."""
+    """Return FlexAttention on the kernels of FlashAttention-4."""
     sixteen_bits(case, require("flash_attn.cute", "flash-attn-4", gpu=True))
     return flex(case, {"BACKEND": "FLASH"})
 
@@ -82,12 +82,12 @@ def flash_attn_4(case: Case) -> Function:
 
 
 def transformers(case: Case) -> Function:
-    """What GPT-2 in transformers computes under attn_implementation="eager"."""
+    """Return the attention of transformers' GPT-2 with attn_implementation="eager"."""
     eager = require("transformers.models.gpt2.modeling_gpt2", "transformers").eager_attention_forward
     length, scale = case.dims["T"], case.dims["D"] ** -0.5
     module = torch.nn.Module()
 
-    @functools.cache  # the model makes its mask once a step, not once a layer
+    @functools.cache  # the model creates its mask once per step, not per layer
     def mask(dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.full((1, 1, length, length), torch.finfo(dtype).min, dtype=dtype, device=device).triu(1)
 
@@ -98,27 +98,27 @@ def transformers(case: Case) -> Function:
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """Two products forward, five backward, over the pairs that the mask leaves."""
+    """Count two products forward and five backward over the unmasked pairs."""
     b, h, t, d = case.dims.values()
     product = 2 * b * h * d * t * (t + 1) / 2
     return 2 * product, 7 * product
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """q, k, v, out and the log-sum-exp; backward reads them and dout and writes three gradients."""
+    """Count q, k, v, out and the log-sum-exp forward; backward reads them and dout and writes three gradients."""
     b, h, t, d = case.dims.values()
     tensor, lse = b * h * t * d * case.itemsize, 4 * b * h * t
     return 4 * tensor + lse, 12 * tensor + 2 * lse
 
 
-def held(case: Case) -> float:
-    """The output and three gradients."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the output and three gradients."""
     b, h, t, d = case.dims.values()
     return 4 * b * h * t * d * case.itemsize
 
 
 def part(case: Case, tensors: list[Any]) -> list[Any]:
-    """As many heads as leave the float64 scores in bounds: heads are independent."""
+    """Select so many heads that the float64 scores need at most `VERIFIED_BYTES`; heads are independent."""
     heads = max(1, int(VERIFIED_BYTES / (48 * case.dims["T"] ** 2)))
     if heads >= case.dims["B"] * case.dims["H"]:
         return list(tensors)
@@ -153,7 +153,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "T",

@@ -1,4 +1,4 @@
-"""Causal attention over packed documents of different lengths, forward and backward."""
+"""Benchmark of attention_varlen: causal attention over packed documents of different lengths."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgpt import ops
 
 
 def lengths(case: Case) -> list[int]:
-    """N rows cut into B documents, the same ones whenever a case is made: the longest is 13 times the shortest."""
+    """Split N rows into B documents, always in the same way; the longest is 13 times as long as the shortest."""
     documents, rows = case.dims["B"], case.dims["N"]
     weights = 0.1 + 1.2 * torch.arange(documents).double() / max(1, documents - 1)
     weights = weights[torch.randperm(documents, generator=torch.Generator().manual_seed(0))]
@@ -35,7 +35,7 @@ def ours(case: Case) -> Function:
 
 
 def pytorch(case: Case) -> Function:
-    """Document by document."""
+    """Call scaled_dot_product_attention for each document."""
     split = lengths(case)
 
     def function(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def pytorch(case: Case) -> Function:
 
 
 def padded(case: Case) -> Function:
-    """All documents as one batch, padded to the longest: behind the triangle nobody sees the padding."""
+    """Pad all documents to the longest as one batch; the causal mask hides the padding."""
     split = lengths(case)
     documents, longest = len(split), max(split)
     places = torch.cat([n * longest + torch.arange(length) for n, length in enumerate(split)])
@@ -90,28 +90,28 @@ def flash_attn_4(case: Case) -> Function:
 
 
 def varlen_attn(case: Case) -> Function:
-    """PyTorch's own."""
+    """Return PyTorch's varlen_attn."""
     attention = sixteen_bits(case, require("torch.nn.attention.varlen", "torch", gpu=True)).varlen_attn
     longest = max(lengths(case))
     return lambda q, k, v, bounds: attention(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """Two products forward, five backward, over the pairs that the documents leave."""
+    """Count two products forward and five backward over the unmasked pairs of each document."""
     pairs = sum(n * (n + 1) / 2 for n in lengths(case))
     product = 2 * case.dims["H"] * case.dims["D"] * pairs
     return 2 * product, 7 * product
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """q, k, v, out and the log-sum-exp; backward reads them and dout and writes three gradients."""
+    """Count q, k, v, out and the log-sum-exp forward; backward reads them and dout and writes three gradients."""
     rows = case.dims["N"] * case.dims["H"]
     tensor, lse = rows * case.dims["D"] * case.itemsize, 4 * rows
     return 4 * tensor + lse, 12 * tensor + 2 * lse
 
 
-def held(case: Case) -> float:
-    """The output and three gradients."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the output and three gradients."""
     return 4 * case.dims["N"] * case.dims["H"] * case.dims["D"] * case.itemsize
 
 
@@ -139,7 +139,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
 )
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy from logits, forward and backward."""
+"""Benchmark of cross_entropy: softmax-cross-entropy of logits."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def quack(case: Case) -> Function:
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """A maximum, a subtraction, an exponential and an addition forward; half of it again and a product backward."""
+    """Count maximum, subtraction, exponential and addition forward; subtraction, exponential and product backward."""
     size = case.dims["N"] * case.dims["V"]
     return 4 * size, 7 * size
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """The logits are read forward, read again backward, and their gradient written."""
+    """Count a read of the logits forward, and a second read and a write of their gradient backward."""
     size = case.dims["N"] * case.dims["V"] * case.itemsize
     return size, 3 * size
 
 
-def held(case: Case) -> float:
-    """The gradient of the logits."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the gradient of the logits."""
     return case.dims["N"] * case.dims["V"] * case.itemsize
 
 
@@ -72,7 +72,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "N",

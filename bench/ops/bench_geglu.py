@@ -1,4 +1,4 @@
-"""GEGLU, GELU as a gate, forward and backward."""
+"""Benchmark of geglu: the product of GELU(a) and b."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def pytorch(case: Case) -> Function:
 
 def liger(case: Case) -> Function:
     if case.options["approximate"] != "tanh":
-        raise MissingError("it has the tanh form only")
-    # Its tanh is libdevice's, which Triton's interpreter has not.
+        raise MissingError("supports the tanh approximation only")
+    # It calls tanh of libdevice, which Triton's interpreter does not support.
     return require("liger_kernel.transformers.functional", "liger-kernel", gpu=True).liger_geglu
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """About 6 operations forward and 13 backward, erf, tanh and exp counted as one each."""
+    """Count 6 operations forward and 13 backward, approximately; erf, tanh and exp are one operation each."""
     size = case.dims["N"] * case.dims["C"]
     return 6 * size, 19 * size
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """Two reads and one write forward; three reads and two writes backward."""
+    """Count two reads and one write forward, three reads and two writes backward."""
     size = case.dims["N"] * case.dims["C"] * case.itemsize
     return 3 * size, 8 * size
 
 
-def held(case: Case) -> float:
-    """The result and the two gradients."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the result and the two gradients."""
     return 3 * case.dims["N"] * case.dims["C"] * case.itemsize
 
 
@@ -63,7 +63,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
 )
 

@@ -1,4 +1,4 @@
-"""GELU, and GELU behind a bias, forward and backward."""
+"""Benchmarks of gelu, and of bias_gelu: GELU(x + bias)."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def pytorch(case: Case) -> Function:
 
 
 def transformers(case: Case) -> Function:
-    """The activation of GPT-2 there, "gelu_new": the tanh form, written out."""
+    """Return "gelu_new", GPT-2's activation in transformers: the tanh approximation as elementwise operations."""
     if case.options["approximate"] != "tanh":
-        raise MissingError("its GPT-2 has the tanh form only")
+        raise MissingError("its GPT-2 has the tanh approximation only")
     return require("transformers.activations", "transformers").ACT2FN["gelu_new"]
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """About 5 operations forward and 9 backward, erf, tanh and exp counted as one each."""
+    """Count 5 operations forward and 9 backward, approximately; erf, tanh and exp are one operation each."""
     size = case.dims["N"] * case.dims["C"]
     return 5 * size, 14 * size
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """One read and one write forward; two reads and one write backward."""
+    """Count one read and one write forward, two reads and one write backward."""
     size = case.dims["N"] * case.dims["C"] * case.itemsize
     return 2 * size, 5 * size
 
 
-def held(case: Case) -> float:
-    """The result and the gradient."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the result and the gradient."""
     return 2 * case.dims["N"] * case.dims["C"] * case.itemsize
 
 
@@ -70,7 +70,7 @@ OP = Op(
     peers=[eager(pytorch), compiled(pytorch), Peer("transformers", "transformers", transformers)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
     sweeps=[ROWS],
 )
@@ -97,7 +97,7 @@ BIAS_GELU = Op(
     peers=[eager(biased_pytorch), compiled(biased_pytorch)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
 )
 
 

@@ -1,4 +1,4 @@
-"""The output projection with cross-entropy behind it, forward and backward."""
+"""Benchmark of linear_cross_entropy: the output projection followed by cross-entropy."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def pytorch(case: Case) -> Function:
 
 
 def chunked(case: Case) -> Function:
-    """PyTorch's own, which computes the gradients chunk by chunk in the forward.
+    """Return PyTorch's linear_cross_entropy, which computes the gradients in chunks during the forward.
 
-    Its defaults are for a GPU. On the CPU they take 30 times as long, and in bf16 the loss is wrong by 1, so there
-    it gets chunks of 512 rows and float32 accumulation, the best of the settings tried.
+    Its default options are for a GPU. On the CPU they take 30 times as long, and in bf16 the loss is wrong by 1. The
+    options for the CPU, chunks of 512 rows and float32 accumulation, were the fastest of those tried.
     """
     if torch.cuda.is_available():
         options = torch.nn.LinearCrossEntropyOptions()
@@ -46,11 +46,11 @@ def chunked(case: Case) -> Function:
 
 
 def chunked_by(policy: Literal["balanced", "compact"]) -> Maker:
-    """The same on a GPU, with a given accumulation policy instead of PyTorch's default."""
+    """Return the maker of the same function on a GPU, with an accumulation policy other than PyTorch's default."""
 
     def make(case: Case) -> Function:
         if not torch.cuda.is_available():
-            raise MissingError('needs a CUDA GPU; on the CPU the settings of "PyTorch chunked" are the best')
+            raise MissingError('needs a CUDA GPU; "PyTorch chunked" has the best options for the CPU')
         options = torch.nn.LinearCrossEntropyOptions(acc_policy=policy)
         return lambda h, w, y: T.linear_cross_entropy(h, w, y, options=options)
 
@@ -76,19 +76,19 @@ def quack(case: Case) -> Function:
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """One product forward, two more backward."""
+    """Count one product forward and two backward."""
     product = 2 * case.dims["N"] * case.dims["C"] * case.dims["V"]
     return product, 3 * product
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """Hidden states and weight are read; backward writes a gradient for each."""
+    """Count a read of hidden states and weight forward, and a read and a gradient of each backward."""
     size = (case.dims["N"] + case.dims["V"]) * case.dims["C"] * case.itemsize
     return size, 3 * size
 
 
-def held(case: Case) -> float:
-    """The gradients of hidden states and weight."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the gradients of hidden states and weight."""
     return (case.dims["N"] + case.dims["V"]) * case.dims["C"] * case.itemsize
 
 
@@ -116,7 +116,7 @@ OP = Op(
     ],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     sweeps=[
         Sweep(
             "N",

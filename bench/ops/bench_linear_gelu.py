@@ -1,4 +1,4 @@
-"""A linear layer with GELU behind it, the first half of a GPT's MLP, forward and backward."""
+"""Benchmark of linear_gelu: a linear layer followed by GELU, the first half of a GPT's MLP."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ def pytorch(case: Case) -> Function:
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """One product forward, two more backward."""
+    """Count one product forward and two backward."""
     product = 2 * case.dims["N"] * case.dims["C"] * case.dims["F"]
     return product, 3 * product
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """x and weight are read and the result written; backward both are read again, with the pre-activation, which
-    the forward then writes, and the upstream gradient, and a gradient is written for each."""
+    """Count reads of x and weight and a write of the result forward.
+
+    For the backward, the forward also writes the pre-activation. Backward reads x, weight, the pre-activation and the
+    upstream gradient, and writes two gradients.
+    """
     layer = (case.dims["N"] + case.dims["F"]) * case.dims["C"] * case.itemsize
     size = case.dims["N"] * case.dims["F"] * case.itemsize
     return layer + size, 3 * layer + 4 * size
 
 
-def held(case: Case) -> float:
-    """The result and the gradients of x and weight."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the result and the gradients of x and weight."""
     n, c, f = (case.dims[letter] for letter in "NCF")
     return (n * f + (n + f) * c) * case.itemsize
 
@@ -60,7 +63,7 @@ OP = Op(
     peers=[eager(pytorch), compiled(pytorch)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
 )
 

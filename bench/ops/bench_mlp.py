@@ -1,4 +1,4 @@
-"""A GPT's MLP, two linear layers with GELU between them, forward and backward."""
+"""Benchmark of mlp: two linear layers with GELU between them."""
 
 from __future__ import annotations
 
@@ -29,22 +29,25 @@ def pytorch(case: Case) -> Function:
 
 
 def flops(case: Case) -> tuple[float, float]:
-    """Two products forward, four more backward."""
+    """Count two products forward and four backward."""
     product = 2 * case.dims["N"] * case.dims["C"] * case.dims["F"]
     return 2 * product, 6 * product
 
 
 def moved(case: Case) -> tuple[float, float]:
-    """x and the weights are read, the activation written and read and the result written; backward all are read again,
-    with the pre-activation, which the forward then writes, and the upstream gradient, a gradient is written for each,
-    and that of the pre-activation written and read twice."""
+    """Count reads of x and the weights, a write and a read of the activation, and a write of the result forward.
+
+    For the backward, the forward also writes the pre-activation. Backward reads x, the weights, the activation, the
+    pre-activation and the upstream gradient, writes the gradients of x and the weights, and writes the gradient of the
+    pre-activation once and reads it twice.
+    """
     n, c, f = (case.dims[letter] for letter in "NCF")
     rows, weights, hidden = (size * case.itemsize for size in (n * c, 2 * c * f, n * f))
     return 2 * rows + weights + 2 * hidden, 5 * rows + 3 * weights + 8 * hidden
 
 
-def held(case: Case) -> float:
-    """The result, the gradients of x and the weights, the activation and the pre-activation."""
+def min_peak_bytes(case: Case) -> float:
+    """Count the result, the gradients of x and the weights, the activation and the pre-activation."""
     n, c, f = (case.dims[letter] for letter in "NCF")
     return (2 * n * c + 2 * c * f + 2 * n * f) * case.itemsize
 
@@ -63,7 +66,7 @@ OP = Op(
     peers=[eager(pytorch), compiled(pytorch)],
     flops=flops,
     bytes=moved,
-    held=held,
+    min_peak_bytes=min_peak_bytes,
     options=[{"approximate": "none"}, {"approximate": "tanh"}],
 )
 

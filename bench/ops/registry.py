@@ -1,4 +1,4 @@
-"""Every benchmarked op by name, found by its file."""
+"""The benchmarks by op, one for each op of `fastgpt.backends.OPS`."""
 
 from importlib import import_module
 

@@ -1,1 +1,1 @@
-"""Tables and plots of the records."""
+"""Tables and plots of benchmark results."""

@@ -1,1 +1,1 @@
-"""Benchmarks of whole training steps, of generation and of the data pipeline."""
+"""Benchmarks of training steps, text generation and data preparation."""

@@ -1,8 +1,8 @@
-"""Somebody else's model, before and after `fastgpt.accelerate`:  python -m bench accelerate
+"""Training steps of transformers models with and without `fastgpt.accelerate`: `python -m bench accelerate`.
 
-Models of transformers, as they come, compiled, with what Liger-Kernel offers, and accelerated, from the same
-weights on the same batches. The model as it comes is the reference of the losses, which are compared without
-dropout; the times are with the dropout that the model's configuration has.
+The contenders are the unmodified model, the compiled model, the model with the kernels of Liger-Kernel, and the
+accelerated model, all with the same weights and batches. The unmodified model is the reference for the losses. The
+losses are compared without dropout; the timed steps have the dropout of the model's configuration.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from bench.harness.records import Record
 from bench.training.steps import Peer, name, run_steps, tokens_and_targets
 from bench.training.train import LigerLoss
 
-PEERS = ("as it comes", "torch.compile", "transformers + Liger-Kernel")
+PEERS = ("unmodified", "torch.compile", "transformers + Liger-Kernel")
 
 FAMILIES = ("GPT2LMHeadModel", "BertForMaskedLM", "ElectraForPreTraining")
-# Layers, heads, width, length, sequences a step, vocabulary. GPT-2 124M and ELECTRA-Small are among them.
+# L layers, H heads, C width, T length, B sequences per step, V vocabulary; with GPT-2 124M and ELECTRA-Small.
 SIZES: dict[str, list[tuple[str, dict[str, int]]]] = {
     "tiny": [("GPT2LMHeadModel", {"L": 1, "H": 2, "C": 32, "T": 16, "B": 2, "V": 256})],
     "quick": [("GPT2LMHeadModel", {"L": 6, "H": 6, "C": 384, "T": 256, "B": 4, "V": 50257})],
@@ -40,11 +40,11 @@ SIZES: dict[str, list[tuple[str, dict[str, int]]]] = {
         ("ElectraForPreTraining", {"L": 12, "H": 4, "C": 256, "T": 128, "B": 128, "V": 30522}),
     ],
 }
-_SHARE = 0.15  # of tokens that BERT has to guess, or that were replaced for ELECTRA
+_SHARE = 0.15  # share of masked tokens (BERT) or replaced tokens (ELECTRA)
 
 
 class _Loss(nn.Module):
-    """(tokens, labels) to the loss of a model of transformers."""
+    """Module from (tokens, labels) to the loss of a transformers model, on a backend of fastgpt if one is given."""
 
     def __init__(self, model: Any, backend: str | None = None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class _Loss(nn.Module):
 
 
 class _LigerLoss(LigerLoss):
-    """Liger's loss with the next token's labels."""
+    """`LigerLoss` for labels that are not shifted."""
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         return super().forward(tokens, nn.functional.pad(labels, (0, 1), value=-100)[:, 1:])
@@ -67,32 +67,35 @@ class _LigerLoss(LigerLoss):
 def run_accelerate(
     family: str, size: dict[str, int], dtype: str, machine: Machine, plan: Plan, compared: int = 8
 ) -> list[Record]:
-    """Check and time every contender on one model; one record each, ours first.
+    """Check and time every contender on one model.
 
     Args:
-        family: a class of transformers.
-        compared: how many steps' losses are compared before timing.
+        family: name of a class in transformers.
+        compared: number of steps whose losses are compared before the timing.
+
+    Returns:
+        One record for each contender, our backends first.
     """
     torch.manual_seed(0)
     model = _model(family, size)
     dropout = {path: module.p for path, module in model.named_modules() if isinstance(module, nn.Dropout)}
     _set_dropout(model, dict.fromkeys(dropout, 0.0))
-    racing: list[Any] = []
+    copies: list[Any] = []
 
     def copied() -> Any:
-        racing.append(copy.deepcopy(model))
-        return racing[-1]
+        copies.append(copy.deepcopy(model))
+        return copies[-1]
 
-    def checked() -> None:
-        for racer in racing:
-            _set_dropout(racer, dropout)
-        torch._dynamo.reset()  # or it would compile for any dropout, which is slower
+    def restore_dropout() -> None:
+        for trained in copies:
+            _set_dropout(trained, dropout)
+        torch._dynamo.reset()  # otherwise it compiles for a variable dropout rate, which is slower
 
     peers = [
         Peer(PEERS[0], "transformers", lambda: _Loss(copied())),
         Peer(PEERS[1], "torch", lambda: _Loss(copied()), compiled=True),
     ]
-    if family.startswith("GPT2"):  # it has nothing for the others
+    if family.startswith("GPT2"):  # Liger-Kernel does not support the others
         peers.append(Peer(PEERS[2], "liger-kernel", lambda: _LigerLoss(copied())))
     batches = [(tokens, _labels(family, tokens)) for tokens, _ in tokens_and_targets(size, compared)]
     counted = sum(int((labels != -100).sum()) for _, labels in batches) / sum(t.numel() for t, _ in batches)
@@ -107,7 +110,7 @@ def run_accelerate(
         batches,
         machine,
         plan,
-        checked,
+        restore_dropout,
     )
 
 
@@ -134,7 +137,7 @@ def _model(family: str, size: dict[str, int]) -> Any:
 
 
 def _labels(family: str, tokens: Tensor) -> Tensor:
-    """Labels such as the family is trained on."""
+    """Create labels for the training task of the family."""
     if family.startswith("GPT2"):
         return tokens
     chosen = torch.rand(tokens.shape) < _SHARE
@@ -142,9 +145,10 @@ def _labels(family: str, tokens: Tensor) -> Tensor:
 
 
 def _flops(model: Any, size: dict[str, int], counted: float) -> float:
-    """Of a step: two a weight of a matrix and token forward, twice that backward; of the head for tokens that count.
+    """Count the operations of a step: two per matrix weight and token forward, four backward.
 
-    Attention's two products are half as large where it is causal.
+    The weights of the head count for the share `counted` of the tokens, those with a label. The two products of
+    attention count half if it is causal.
     """
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor) and m is not head]

@@ -1,8 +1,8 @@
-"""Speed and memory of `fastgpt data`:  python -m bench data
+"""Speed and memory of `fastgpt data`: `python -m bench data`.
 
-The text is the standard library's source. Speed: the whole preparation, from files to token shards, and beside it the
-package `tokenizers` alone, encoding the same documents that lie in memory already; both take turns. Memory: the peak of
-a process that prepares the text once, and of one that prepares ten different copies of it.
+The text is the source of the standard library. The timed contenders are the preparation, from files to token shards,
+and the package tokenizers alone, which encodes the same documents from memory; they alternate. The peak memory is that
+of a process that prepares the text once, and of a process that prepares ten different copies of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ COPIES = 10
 
 
 def run(rounds: int, as_json: bool) -> int:
-    """Measure, and print a table or one JSON object; 0."""
+    """Measure, print a table or one JSON object, and return 0."""
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), rounds)
     print(json.dumps(result) if as_json else table(result))
@@ -34,8 +34,14 @@ def run(rounds: int, as_json: bool) -> int:
 
 
 def measure(folder: Path, rounds: int, source: str = "stdlib") -> dict[str, Any]:
-    """{"bytes": of text, "seconds" and "cpu_seconds" (of all threads): {contender: [of each round]}, "peak_bytes":
-    {copies of the text: of a process}}.
+    """Measure speed and memory of the preparation of `source`.
+
+    Args:
+        folder: directory for temporary files.
+
+    Returns:
+        {"bytes": size of the text, "seconds" and "cpu_seconds" (all threads): {contender: [value of each round]},
+        "peak_bytes": {number of copies: peak memory of the process}}.
     """
     learned = str(folder / "learned")
     prepare([source], PrepareConfig(learned))
@@ -67,7 +73,7 @@ def measure(folder: Path, rounds: int, source: str = "stdlib") -> dict[str, Any]
 
 
 def _peak(folder: Path, texts: list[str], copies: int, tokenizer: str) -> int:
-    """The resident bytes, at their peak, of a process that prepares so many copies, none equal to another."""
+    """Return the peak resident memory, in bytes, of a process that prepares `copies` different copies of the text."""
     source = folder / f"{copies}.jsonl"
     with source.open("w") as file:
         for copy in range(copies):
@@ -77,12 +83,12 @@ def _peak(folder: Path, texts: list[str], copies: int, tokenizer: str) -> int:
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise ValueError(f"the preparation of {copies} copies failed")
+        raise ValueError(f"fastgpt data failed on {copies} copies of the text. See its output above.")
     return usage.ru_maxrss * 1024
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians for people; a ratio is the median of the rounds' own."""
+    """Format the medians as text; a ratio is the median of the ratios of the rounds."""
     rounds = len(result["seconds"]["tokenizers alone"])
     lines = [f"{result['bytes'] / 1e6:.1f} MB of text, {rounds} rounds; ratios to tokenizers alone"]
     for name, seconds in result["seconds"].items():
@@ -94,5 +100,5 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"  {name:<32}{speed:>7.2f} MB/s, time {time_ratio:5.2f}×, CPU time {cpu_ratio:5.2f}×")
     for copies, peak in result["peak_bytes"].items():
         size = copies * result["bytes"] / 1e6
-        lines.append(f"  memory at its peak for {size:>6.1f} MB  {peak / 2**20:>7.0f} MiB")
+        lines.append(f"  peak memory for {size:>6.1f} MB       {peak / 2**20:>7.0f} MiB")
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""Generating text:  python -m bench generate
+"""Text generation: `python -m bench generate`.
 
-A GPT-2 continues prompts, greedily, from the same weights: ours with its cache and without, and transformers'
-`generate` with its cache, as it grows and static. Before a speed counts, every token that a contender chose is looked
-at, given those before it, in float64: its logit must be the largest, but for what rounding may cost. The reference's
-logits in the dtype of the run are off by some e; ours may be off by 2 e, a peer's by 10 e, and two logits that are off
-by as much change places if they are less than twice that apart.
+A GPT-2 continues prompts greedily. The contenders have the same weights: our model with and without its KV cache, and
+transformers' `generate` with its growing and its static cache. Before the timing, every generated token is checked
+with float64 logits of the sequence: its logit must be the largest, up to rounding. Let e be the error of the
+reference's logits in the dtype of the run. The logit of a token of ours may be 2·2e below the largest, that of a peer
+2·10e: two logits with an error of 2e (10e) can change their order if they differ by at most twice that.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from bench.harness.measure import (
     Plan,
     Turn,
     measure_peak_memory,
-    race,
     ratio,
+    time_rounds,
 )
 from bench.harness.peers import MissingError, require
 from bench.harness.records import Record
@@ -36,7 +36,7 @@ from bench.training.steps import name, tokens_and_targets
 from bench.training.train import transformers_model
 from fastgpt.model import GPT, GPTConfig
 
-# Layers, heads, width, tokens of a prompt, new tokens, prompts, vocabulary.
+# L layers, H heads, C width, T tokens of a prompt, N new tokens, B prompts, V vocabulary.
 SIZES = {
     "tiny": [{"L": 1, "H": 2, "C": 32, "T": 8, "N": 8, "B": 2, "V": 256}],
     "quick": [{"L": 6, "H": 6, "C": 384, "T": 64, "N": 64, "B": batch, "V": 256} for batch in (1, 8)],
@@ -49,13 +49,20 @@ SIZES = {
 }
 PEERS = ("without the cache", "transformers", "transformers, static cache")
 
-Generate = Callable[[Tensor], Tensor]  # prompts (B, T) to (B, T + N)
+Generate = Callable[[Tensor], Tensor]  # from prompts (B, T) to (B, T + N)
 
 
 def run_generate(
     size: dict[str, int], dtype: str, machine: Machine, plan: Plan, compared: int = 0
 ) -> list[Record]:
-    """Check and time every contender on one size; one record each, ours first. `compared` is for training alone."""
+    """Check and time every contender on one size.
+
+    Args:
+        compared: unused; part of the common signature with `run_train`.
+
+    Returns:
+        One record for each contender, our backends first.
+    """
     torch.manual_seed(0)
     config = GPTConfig(
         vocab_size=size["V"],
@@ -64,7 +71,7 @@ def run_generate(
         n_head=size["H"],
         n_embd=size["C"],
     )
-    model = _lively(GPT(config)).to(machine.device).eval()
+    model = _scale_weights(GPT(config)).to(machine.device).eval()
     prompts = tokens_and_targets(size, 1)[0][0].to(machine.device)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -76,18 +83,21 @@ def run_generate(
             assert contender.function is not None
             return lambda: None, partial(contender.function, prompts)
 
-        race("generate", contenders, turn, machine, plan, whole=True)
+        time_rounds("generate", contenders, turn, machine, plan, whole=True)
         for contender in contenders:
             if contender.status == "ok":
                 measure_peak_memory(contender, turn(contender, 0), machine)
-    facts = {"op": "generate", "case": name(size), "dims": size, "dtype": dtype} | _roof(model, size, dtype)
+    facts = {"op": "generate", "case": name(size), "dims": size, "dtype": dtype} | _lower_bounds(
+        model, size, dtype
+    )
     return [_record(facts, contender, contenders, machine) for contender in contenders]
 
 
 @torch.no_grad()
-def _lively(model: GPT) -> GPT:
-    """Larger weights than those that training starts from, whose predictions hardly depend on the context: a cache that
-    is wrong would choose the same tokens.
+def _scale_weights(model: GPT) -> GPT:
+    """Draw larger weights than those of the initialization, and return the model.
+
+    With the initial weights the predictions hardly depend on the context, so a wrong cache would not be detected.
     """
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -146,12 +156,12 @@ def _contenders(model: GPT, dtype: str, size: dict[str, int], plan: Plan) -> Ite
         ("transformers", partial(transformers, cache_implementation="static")),
     ]
     for peer, (package, make) in zip(PEERS, peers, strict=True):
-        if plan.wants(peer):
+        if plan.includes(peer):
             yield Contender(package, peer, make)
 
 
 def _check(contender: Contender, model: GPT, dtype: str, prompts: Tensor) -> None:
-    """The tokens of a contender, which is out if one is not the likeliest."""
+    """Run a contender, and mark it as wrong if one of its tokens does not have the largest logit."""
     try:
         contender.function = contender.make()
         tokens = contender.function(prompts)
@@ -162,7 +172,8 @@ def _check(contender: Contender, model: GPT, dtype: str, prompts: Tensor) -> Non
     length, width = prompts.shape[1], model.config.block_size
     if tokens.shape != (len(prompts), width) or not torch.equal(tokens[:, :length], prompts):
         return contender.fail(
-            "wrong", f"{tuple(tokens.shape)} tokens are not the prompts and what was asked for"
+            "wrong",
+            f"the output of shape {tuple(tokens.shape)} is not the prompts with {width - length} new tokens each",
         )
     exact, rounded = (
         _logits(model, tokens[:, :-1], t)[:, length - 1 :] for t in (torch.float64, DTYPES[dtype])
@@ -174,20 +185,20 @@ def _check(contender: Contender, model: GPT, dtype: str, prompts: Tensor) -> Non
     contender.error = gap / (2 * OUR_FACTOR * off)
     if not gap <= bound:
         contender.fail(
-            "wrong", f"the logit of a token is {gap:.2g} below the largest, {bound:.2g} are allowed"
+            "wrong", f"the logit of a token is {gap:.2g} below the largest; the limit is {bound:.2g}"
         )
 
 
 def _logits(model: GPT, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T, V) float64, of a pass over all tokens in `dtype` on the reference."""
+    """Compute the logits (B, T, V) of all tokens on the reference in `dtype`; the result is float64."""
     with fastgpt.use_backend("reference"):
         logits = copy.deepcopy(model).to(dtype)(tokens)[0]
     assert logits is not None
     return logits.double()
 
 
-def _roof(model: GPT, size: dict[str, int], dtype: str) -> dict[str, float]:
-    """The least operations and bytes: a pass over the prompts, then every weight once a token of all rows."""
+def _lower_bounds(model: GPT, size: dict[str, int], dtype: str) -> dict[str, float]:
+    """Return the fields flops and bytes: a pass over the prompts, then one read of every weight per new token."""
     c, width = model.config, 2 if dtype != "fp32" else 4
     matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
     rows = size["B"] * (size["T"] + size["N"] - 1)
@@ -200,13 +211,16 @@ def _roof(model: GPT, size: dict[str, int], dtype: str) -> dict[str, float]:
 
 
 def _record(facts: Record, contender: Contender, contenders: list[Contender], machine: Machine) -> Record:
-    bandwidth, gemm = machine.roofs(facts["dtype"])
-    moving, computing = facts["bytes"] / bandwidth, facts["flops"] / gemm
+    bandwidth, matmul_peak = machine.roofline_bounds(facts["dtype"])
+    moving, computing = facts["bytes"] / bandwidth, facts["flops"] / matmul_peak
     record = contender.record() | facts | {"group": "generate", "direction": "generate"}
-    record |= {"roof": max(moving, computing), "bound": "memory" if moving > computing else "compute"}
+    record |= {
+        "roofline_seconds": max(moving, computing),
+        "bound": "memory" if moving > computing else "compute",
+    }
     if contender.status == "ok":
         record |= contender.summary("generate") | {"peak_bytes": contender.peak_bytes}
-        record["share_of_roof"] = record["roof"] / record["seconds"]
+        record["share_of_roofline"] = record["roofline_seconds"] / record["seconds"]
         record["tokens_per_second"] = facts["dims"]["B"] * facts["dims"]["N"] / record["seconds"]
         record |= ratio(contender, "generate", contenders)
     return record

@@ -1,4 +1,4 @@
-"""The peer of fastgpt.model.GPT: the same GPT-2 in plain PyTorch, parameter for parameter."""
+"""A GPT-2 in plain PyTorch with the parameters of `fastgpt.model.GPT`: its peer in training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastgpt.model import GPTConfig
 
 
 class PlainBlock(nn.Module):
-    """Attention and MLP, each behind its LayerNorm and added to the stream."""
+    """Transformer block: attention and MLP with pre-LayerNorm and residual connections."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """(B, T) tokens and targets to the mean loss; loads the state of `fastgpt.model.GPT`."""
+    """Module from tokens and targets (B, T) to the mean loss; loads the state of `fastgpt.model.GPT`."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What the benchmarks of whole training steps share: the same model, weights and batches for every contender.
+"""Common parts of the benchmarks of training steps: the same model, weights and batches for every contender.
 
-Before a speed counts, the losses of the first steps must agree with the reference in float32: ours within twice
-what the reference in the dtype of the run is off, plus a thousandth of a nat; peers within ten times. Then all take
-steps in turns.
+Before the timing, the losses of the first steps are compared with the reference in float32. Let e be the error of the
+reference in the dtype of the run. Our losses may differ by 2e + 0.001 nats, those of a peer by 10e + 0.001 nats. Then
+the contenders take steps in rounds.
 """
 
 from __future__ import annotations
@@ -25,26 +25,29 @@ from bench.harness.measure import (
     Plan,
     Turn,
     measure_peak_memory,
-    race,
     ratio,
+    time_rounds,
 )
 from bench.harness.peers import MissingError
 from bench.harness.records import Record
 from fastgpt import data
 
-Batch = tuple[Tensor, ...]  # what a model of ours, or of a peer, is called with: it returns the loss
+Batch = tuple[Tensor, ...]  # arguments of a model, which returns the loss
 
 _ATOL = 1e-3  # nats
 _LR = 3e-4
 
 
 def name(size: dict[str, int]) -> str:
-    """A size as `--shape` takes it: the sizes in their order."""
+    """Format sizes as in `--shape`."""
     return "x".join(map(str, size.values()))
 
 
 def tokens_and_targets(size: dict[str, int], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Real text, the standard library's source: bytes, or for a larger vocabulary pairs of bytes."""
+    """Return batches of (tokens, targets) from the source of the standard library.
+
+    A token is a byte, or a pair of bytes if the vocabulary has more than 256 entries.
+    """
     text = torch.frombuffer(
         bytearray("".join(data.load_corpus("stdlib").val).encode()), dtype=torch.uint8
     ).long()
@@ -53,7 +56,7 @@ def tokens_and_targets(size: dict[str, int], count: int) -> list[tuple[Tensor, T
 
 
 def trainer(model: nn.Module, machine: Machine, dtype: str, compiled: bool = False) -> Callable[..., Tensor]:
-    """A function that takes one optimizer step and returns its loss."""
+    """Return a function that takes one optimizer step on a batch and returns the loss."""
     model = model.to(machine.device)
     forward = torch.compile(model, dynamic=False) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, fused=True)
@@ -71,7 +74,12 @@ def trainer(model: nn.Module, machine: Machine, dtype: str, compiled: bool = Fal
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer: its name, the package it comes from, what makes its model, and whether that is compiled."""
+    """A peer in training.
+
+    Attributes:
+        make: returns the model; raises `MissingError` if it cannot run here.
+        compiled: the model runs under torch.compile.
+    """
 
     name: str
     package: str
@@ -87,16 +95,19 @@ def run_steps(
     batches: Sequence[Batch],
     machine: Machine,
     plan: Plan,
-    checked: Callable[[], None] = lambda: None,
+    after_check: Callable[[], None] = lambda: None,
 ) -> list[Record]:
-    """Check and time every contender; one record each, ours first.
+    """Check and time every contender.
 
     Args:
-        facts: op, case, dims, dtype and flops of a step, for the records.
-        ours: makes our model on a backend.
-        reference: makes the model whose losses in float32 are right.
-        batches: as many as losses are compared.
-        checked: called between the check and the race.
+        facts: fields of the records: op, case, dims, dtype and the flops of a step.
+        ours: returns our model on a backend.
+        reference: returns the model whose losses in float32 are the reference.
+        batches: batches of the steps whose losses are compared; the timed steps repeat them.
+        after_check: called between the check and the timing.
+
+    Returns:
+        One record for each contender, our backends first.
     """
     dtype = facts["dtype"]
     batches = [tuple(t.to(machine.device) for t in batch) for batch in batches]
@@ -108,9 +119,9 @@ def run_steps(
         measure = _losses(trainer(reference(), machine, dtype), batches)
         off = max(abs(a - e) for a, e in zip(measure, exact, strict=True))
         losses = [_check(contender, batches, exact, off) for contender in found]
-        checked()
+        after_check()
         turn = partial(_turn, batches)
-        race("step", found, turn, machine, plan, whole=True)
+        time_rounds("step", found, turn, machine, plan, whole=True)
         for contender in found:
             if contender.status == "ok":
                 measure_peak_memory(contender, turn(contender, 0), machine)
@@ -131,7 +142,7 @@ def _contenders(
     for backend in plan.ours("attention"):
         yield Contender(backend, None, to_train(partial(ours, backend)))
     for peer in peers:
-        if plan.wants(peer.name):
+        if plan.includes(peer.name):
             yield Contender(peer.package, peer.name, to_train(peer.make, peer.compiled))
 
 
@@ -140,7 +151,7 @@ def _losses(step: Callable[..., Tensor], batches: Sequence[Any]) -> list[float]:
 
 
 def _check(contender: Contender, batches: Sequence[Any], exact: list[float], off: float) -> list[float]:
-    """The first losses of a contender, which is out if they stray."""
+    """Return the first losses of a contender, and mark it as wrong if they differ too much from `exact`."""
     try:
         contender.function = contender.make()
         losses = _losses(contender.function, batches)
@@ -155,12 +166,14 @@ def _check(contender: Contender, batches: Sequence[Any], exact: list[float], off
     bound = factor * off + _ATOL
     contender.error = difference / (OUR_FACTOR * off + _ATOL)
     if not difference <= bound:  # NaN is not
-        contender.fail("wrong", f"a step's loss is {difference:.2g} nats off, {bound:.2g} are allowed")
+        contender.fail(
+            "wrong", f"the loss of a step differs by {difference:.2g} nats; the limit is {bound:.2g}"
+        )
     return losses
 
 
 def _turn(batches: Sequence[Any], contender: Contender, number: int) -> Turn:
-    """A step on the batch of the round; nothing has to be done before it."""
+    """Return the step on the batch of a round, without preparation."""
     assert contender.function is not None
     return lambda: None, partial(contender.function, *batches[number % len(batches)])
 
@@ -168,12 +181,12 @@ def _turn(batches: Sequence[Any], contender: Contender, number: int) -> Turn:
 def _record(
     facts: Record, contender: Contender, contenders: list[Contender], losses: list[float], machine: Machine
 ) -> Record:
-    gemm = machine.roofs(facts["dtype"])[1]
+    matmul_peak = machine.roofline_bounds(facts["dtype"])[1]
     record = contender.record() | facts
     record |= {
         "group": "train",
         "direction": "step",
-        "roof": facts["flops"] / gemm,
+        "roofline_seconds": facts["flops"] / matmul_peak,
         "bound": "compute",
         "losses": losses,
     }
@@ -181,10 +194,10 @@ def _record(
         record |= contender.summary("step")
         record["peak_bytes"] = contender.peak_bytes
         rate = facts["flops"] / record["seconds"]
-        sheet = machine.datasheet_flops()
+        datasheet = machine.datasheet_flops()
         size = facts["dims"]
         record["tokens_per_second"] = size["B"] * size["T"] / record["seconds"]
-        record["share_of_roof"] = record["mfu_measured"] = rate / gemm
-        record["mfu_datasheet"] = rate / sheet[facts["dtype"]] if sheet else None
+        record["share_of_roofline"] = record["mfu_measured"] = rate / matmul_peak
+        record["mfu_datasheet"] = rate / datasheet[facts["dtype"]] if datasheet else None
         record |= ratio(contender, "step", contenders)
     return record

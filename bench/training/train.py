@@ -1,7 +1,7 @@
-"""Whole training steps:  python -m bench train
+"""Training steps of a GPT-2: `python -m bench train`.
 
-The same GPT-2, from the same weights, on the same batches: ours, plain PyTorch (eager and compiled) and
-transformers' (plain, and with what Liger-Kernel offers for it). Plain PyTorch is the reference of the losses.
+The contenders are our GPT, plain PyTorch (eager and compiled) and transformers (unmodified and with the kernels of
+Liger-Kernel), with the same weights and batches. Plain PyTorch is the reference for the losses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bench.training.plain_gpt import PlainGPT
 from bench.training.steps import Peer, name, run_steps, tokens_and_targets
 from fastgpt.model import GPT, GPTConfig
 
-# Layers, heads, width, length, sequences a step, vocabulary.
+# L layers, H heads, C width, T length, B sequences per step, V vocabulary.
 SIZES = {
     "tiny": [{"L": 1, "H": 2, "C": 32, "T": 16, "B": 2, "V": 256}],
     "quick": [{"L": 6, "H": 6, "C": 384, "T": 256, "B": 8, "V": 256}],
@@ -38,10 +38,13 @@ PEERS = ("PyTorch", "torch.compile", "transformers", "transformers + Liger-Kerne
 def run_train(
     size: dict[str, int], dtype: str, machine: Machine, plan: Plan, compared: int = 8
 ) -> list[Record]:
-    """Check and time every contender on one size; one record each, ours first.
+    """Check and time every contender on one size.
 
     Args:
-        compared: how many steps' losses are compared before timing.
+        compared: number of steps whose losses are compared before the timing.
+
+    Returns:
+        One record for each contender, our backends first.
     """
     torch.manual_seed(0)
     config = GPTConfig(
@@ -69,7 +72,7 @@ def _plain(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
 
 
 def transformers_model(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Module:
-    """transformers' GPT-2 with our weights, in training mode; it keeps no cache unless it is told to."""
+    """Return transformers' GPT-2 with our weights, in training mode and with use_cache=False."""
     library = require("transformers", "transformers")
     model = library.GPT2LMHeadModel(
         library.GPT2Config(
@@ -78,7 +81,7 @@ def transformers_model(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Modu
             bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
-    # Its Conv1D keeps weights as (in, out).
+    # Conv1D of transformers stores weights as (in, out).
     turned = {
         k: v.T if v.dim() == 2 and k.split(".")[-2] in ("c_attn", "c_proj", "c_fc") else v
         for k, v in weights.items()
@@ -90,7 +93,7 @@ def transformers_model(config: GPTConfig, weights: dict[str, Tensor]) -> nn.Modu
 
 
 class TransformersLoss(nn.Module):
-    """(tokens, targets) to the loss, through the model's own loss function."""
+    """Module from (tokens, targets) to the loss, with the loss function of the model."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -101,7 +104,7 @@ class TransformersLoss(nn.Module):
 
 
 class LigerLoss(TransformersLoss):
-    """The same with Liger's LayerNorm and its fused projection and loss; it has no patch for GPT-2 itself."""
+    """`TransformersLoss` with Liger-Kernel's LayerNorm and fused linear cross-entropy; it has no patch for GPT-2."""
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
@@ -120,7 +123,7 @@ class LigerLoss(TransformersLoss):
 
 
 class _Ours(nn.Module):
-    """Our GPT with a backend pinned."""
+    """Our GPT on a fixed backend."""
 
     def __init__(self, config: GPTConfig, weights: dict[str, Tensor], backend: str) -> None:
         super().__init__()

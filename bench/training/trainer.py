@@ -1,12 +1,12 @@
-"""What the trainer's own work costs, and what packing saves:  python -m bench trainer
+"""Overhead of the trainer, and benefit of packing: `python -m bench trainer`.
 
-The same GPT in turns:
-- a bare step (forward, backward, AdamW) on a batch that lies ready, as `python -m bench train` times it, and all that
-  `fastgpt train` does from one step to the next: the batch read from the data, its targets counted, seeds, clipped
-  gradients, the schedule, the progress bar, a look at clock and signals, and, in each step, a line on the screen and in
-  the log. Validation and checkpoints are left out.
-- a step on documents packed into full blocks, and one on the same documents a row each, padded to the longest of the
-  batch, by the tokens they learn from. The documents are the functions of the standard library.
+Two comparisons with the same GPT, in alternating order:
+- A step of `fastgpt train` and a bare step. The bare step is forward, backward and AdamW on a batch in memory, as in
+  `python -m bench train`. A step of the trainer also reads the batch, counts targets, sets seeds, clips gradients,
+  computes the learning rate, updates the progress bar, polls clock and signals, and writes a line to the terminal and
+  to the log. It has no validation and no checkpoint.
+- A step on documents packed into full blocks, and a step on the same documents as one row each, padded to the longest
+  of the batch. The speed is in targets/s. The documents are the functions of the standard library.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMPARISONS = {"fastgpt train": ("fastgpt train", "bare step"), "packed document
 
 
 def run(size: str, rounds: int, as_json: bool) -> int:
-    """Measure, and print a table or one JSON object; 0."""
+    """Measure, print a table or one JSON object, and return 0."""
     with tempfile.TemporaryDirectory() as out:
         result = measure(out, SIZES[size], rounds)
     print(json.dumps(result) if as_json else table(result))
@@ -51,7 +51,11 @@ def run(size: str, rounds: int, as_json: bool) -> int:
 
 
 def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
-    """{"size", "dtype", "tokens_per_second": {contender: [of each round]}}; tokens are those that are learned from."""
+    """Measure the speed of all contenders.
+
+    Returns:
+        {"size", "dtype", "tokens_per_second": {contender: [value of each round]}}; only targets count as tokens.
+    """
     machine = Machine("cuda" if torch.cuda.is_available() else "cpu")
     never = rounds + 2
     config = TrainConfig(
@@ -88,7 +92,7 @@ def measure(out: str, size: dict[str, int], rounds: int) -> dict[str, Any]:
 
 
 class _Loss(nn.Module):
-    """A batch to its mean loss."""
+    """Module from a batch to its mean loss."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -101,7 +105,7 @@ class _Loss(nn.Module):
 
 
 def _documents(size: dict[str, int], count: int) -> tuple[list[Batch], list[Batch]]:
-    """Batches of documents, packed, and of the same kind, padded; no document is longer than a block."""
+    """Return `count` batches of packed documents, and `count` batches of padded ones; no document exceeds a block."""
     block_size, rows = size["block_size"], size["batch_size"]
     texts = [text for text in _functions() if 1 < len(text.encode()) <= block_size + 1]
     random.Random(0).shuffle(texts)
@@ -121,7 +125,7 @@ def _documents(size: dict[str, int], count: int) -> tuple[list[Batch], list[Batc
 
 
 def _functions() -> Iterator[str]:
-    """The source of every function of the standard library that has one."""
+    """Yield the source of every function of the standard library."""
     for text in data.load_corpus("stdlib").train:
         with contextlib.suppress(SyntaxError, ValueError):
             lines = text.splitlines(keepends=True)
@@ -131,7 +135,7 @@ def _functions() -> Iterator[str]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Medians for people; a ratio is the median of the rounds' own, with the 10th and 90th percentile."""
+    """Format the medians as text; a ratio is the median over rounds, with the 10th and 90th percentile."""
     speeds = result["tokens_per_second"]
     lines = [f"{'x'.join(map(str, result['size'].values()))}, {result['dtype']}, tokens/s"]
     for name, (ours, other) in COMPARISONS.items():

@@ -1,4 +1,4 @@
-"""The benchmarks: what they check, what they refuse, what they keep, and what their records hold."""
+"""The benchmarks: their checks, their errors, their files and their records."""
 
 import json
 import os
@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from bench import __main__ as cli
+from bench.cli import MEASUREMENTS
 from bench.harness.cases import Case, Peer
 from bench.harness.compare import compare
 from bench.harness.machine import Machine
 from bench.harness.measure import Contender, Plan, run_case
 from bench.harness.peers import MissingError
 from bench.harness.records import EMPTY, load, save
+from bench.harness.scaling import exponent, fits
 from bench.ops.registry import OPS
-from bench.report.scaling import exponent, fits
 from bench.training import accelerate
 from bench.training.train import SIZES, run_train
 from fastgpt import ops
@@ -31,7 +32,7 @@ SHORT = Plan(seconds=0, min_rounds=3, directions=("fwd+bwd",), backends=("cpp",)
 @pytest.fixture(scope="module")
 def machine():
     machine = Machine("cpu")
-    machine._roofs = {"fp32": (1e10, 1e11)}  # no need to measure them here
+    machine._bounds = {"fp32": (1e10, 1e11)}  # no need to measure them here
     return machine
 
 
@@ -48,20 +49,20 @@ def changed(op, **values):
 
 def test_every_op_has_a_benchmark():
     assert set(OPS) == set(ALL_OPS)
-    assert set(cli.OP_NAMES) == set(OPS)
+    assert set(OPS) < set(MEASUREMENTS)
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_flops_and_bytes_are_plausible(op):
-    """Backward costs something, and no roof is that of nothing."""
+    """Backward has a cost, and no bound is zero."""
     for case in OPS[op].cases("cpu", ["fp32"]):
         for forward, both in (OPS[op].flops(case), OPS[op].bytes(case)):
             assert 0 < forward < both
-        assert 0 < OPS[op].held(case) <= OPS[op].bytes(case)[1]
+        assert 0 < OPS[op].min_peak_bytes(case) <= OPS[op].bytes(case)[1]
 
 
 def test_attention_counts_its_products():
-    """Against a count over an explicit mask: two products forward and seven in all, 2 D operations a visible pair."""
+    """Compare with an explicit mask: two products forward and seven in total, 2 D operations per unmasked pair."""
     case = Case({"B": 2, "H": 3, "T": 5, "D": 4}, "fp32")
     pairs = 2 * 3 * int(torch.ones(5, 5).tril().sum())
     assert OPS["attention"].flops(case) == (2 * 2 * 4 * pairs, 7 * 2 * 4 * pairs)
@@ -88,7 +89,7 @@ def test_ours_and_pytorch_are_verified_and_timed(op, machine):
 )
 @pytest.mark.parametrize("what", ["value", "gradient", "dtype", "nan"])
 def test_planted_wrong_kernel_fails_the_run(op, what, machine, monkeypatch, tmp_path, capsys):
-    """A kernel of ours that is wrong in any way has no time, and the command exits with 1."""
+    """A wrong kernel of ours has no time, and the command exits with 1."""
     right = OPS[op].ours
 
     class Spoil(torch.autograd.Function):
@@ -111,13 +112,13 @@ def test_planted_wrong_kernel_fails_the_run(op, what, machine, monkeypatch, tmp_
     def wrong(case):
         def function(*inputs):
             out = right(case)(*inputs)
-            in_reference = torch.is_tensor(out) and out.dtype == torch.float64  # the yardstick stays as it is
+            in_reference = torch.is_tensor(out) and out.dtype == torch.float64  # the reference stays correct
             return out if in_reference else Spoil.apply(out)
 
         return function
 
     monkeypatch.setitem(OPS, op, changed(op, ours=wrong))
-    monkeypatch.setattr("bench.harness.machine.Machine._measure_roofs", lambda self, dtype: (1e10, 1e11))
+    monkeypatch.setattr("bench.harness.machine.Machine._measure_bounds", lambda self, dtype: (1e10, 1e11))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     peer = OPS[op].peers[0].name
     code = cli.main(
@@ -143,7 +144,7 @@ def missing(case):
     raise MissingError("needs another planet")
 
 
-def test_peer_that_crashes_or_is_wrong_is_told_in_its_row(machine):
+def test_status_of_a_peer_that_crashes_or_is_wrong(machine):
     eager = OPS["cross_entropy"].peers[0]
     peers = [
         Peer("crashes", "p", lambda case: crash),
@@ -183,7 +184,7 @@ def test_peer_that_crashes_late_is_out_and_the_others_go_on(machine):
 
 
 def test_peer_that_overwrites_its_inputs_gets_them_back(machine):
-    """It is verified and timed on the real values, and the others never see what it left."""
+    """It is verified and timed on the original values, and the other contenders never get overwritten inputs."""
     seen = []
 
     def greedy(x, y):
@@ -228,14 +229,14 @@ def test_round_gives_every_contender_a_turn(machine):
 
     op = changed("cross_entropy", peers=[noted("a"), noted("b")])
     run_case(op, tiny("cross_entropy"), machine, Plan(0, 6, 6, ("fwd+bwd",), backends=()))
-    rounds = order[2:-2]  # verified before, weighed after
+    rounds = order[2:-2]  # the check before, the peak memory after
     assert len(rounds) == 2 * 7  # one to warm up
     assert all(set(pair) == {"a", "b"} for pair in zip(rounds[::2], rounds[1::2], strict=True))
     assert rounds[2:4] != rounds[4:6] != rounds[6:8]  # alternating
 
 
-def test_peak_bytes_are_what_was_taken(machine):
-    """A call that holds 3 × 40 MiB at once and 200 MiB one after another."""
+def test_peak_bytes_are_the_peak_of_the_call(machine):
+    """A call with 3 × 40 MiB at the same time and 200 MiB in sequence."""
 
     def call():
         a = [torch.ones(10 << 20) for _ in range(3)]
@@ -255,14 +256,14 @@ def scaled(t, seconds, peak):
     return EMPTY | {
         "op": "attention", "group": "scaling", "case": str(t), "dims": {"T": t}, "dtype": "fp32",
         "direction": "fwd+bwd", "backend": "cpp", "peer": None, "status": "ok", "sweep": "T",
-        "seconds": seconds, "roof": 1e-9 * t**2,
-        "peak_bytes": peak, "least_peak_bytes": 100 * t,
+        "seconds": seconds, "roofline_seconds": 1e-9 * t**2,
+        "peak_bytes": peak, "min_peak_bytes": 100 * t,
     }  # fmt: skip
 
 
-def test_fit_flags_what_departs_from_theory():
+def test_fit_marks_a_difference_from_the_bound():
     rows = fits([scaled(t, 1e-8 * t**2, 8 * t * t) for t in (128, 256, 512)])
-    found = {r["quantity"]: (round(r["exponent"], 3), round(r["theory"], 3), r["departs"]) for r in rows}
+    found = {r["quantity"]: (round(r["exponent"], 3), round(r["expected"], 3), r["differs"]) for r in rows}
     assert found == {"seconds": (2.0, 2.0, False), "peak_bytes": (2.0, 1.0, True)}
     assert not fits([scaled(t, 1e-8, 1) for t in (128, 256)])  # two points are no curve
 
@@ -274,7 +275,7 @@ def rated(peer, ratio, low, high):
     }  # fmt: skip
 
 
-def test_compare_asks_whether_intervals_meet():
+def test_compare_counts_overlapping_intervals():
     a = [rated("p", 1.5, 1.4, 1.6), rated("q", 2.0, 1.9, 2.1), rated("gone", 1, 1, 1)]
     b = [rated("p", 1.65, 1.55, 1.7), rated("q", 2.4, 2.2, 2.6)]
     table, share = compare(a, b)
@@ -292,12 +293,12 @@ def test_compare_asks_whether_intervals_meet():
         (["gelu", "--peer", "nobody"], "torch.compile"),
         (["gelu", "--backend", "fpga"], "triton"),
         (["train", "--peer", "nobody"], "transformers + Liger-Kernel"),
-        (["accelerate", "--peer", "nobody"], "as it comes"),
+        (["accelerate", "--peer", "nobody"], "unmodified"),
         (["gelu", "--device", "cuda"], "no CUDA GPU here"),
         (["gpu", "--rehearse", "--budget-minutes", "0"], "positive"),
     ],
 )
-def test_unknown_word_gives_the_known_ones(arguments, known, capsys):
+def test_error_for_an_unknown_word_lists_the_known_ones(arguments, known, capsys):
     try:
         code = cli.main(arguments)
     except SystemExit as error:  # argparse's own
@@ -334,20 +335,20 @@ def test_training_losses_agree_before_a_speed_counts(machine):
 
 
 @pytest.mark.parametrize("family", accelerate.FAMILIES)
-def test_accelerated_model_is_raced_against_itself_as_it_comes(family, machine):
+def test_accelerated_model_is_timed_next_to_the_unmodified_one(family, machine):
     size = accelerate.SIZES["tiny"][0][1]
-    plan = Plan(0, 3, 3, ("step",), ("cpp",), ("as it comes",))
+    plan = Plan(0, 3, 3, ("step",), ("cpp",), ("unmodified",))
     ours, theirs = records = accelerate.run_accelerate(family, size, "fp32", machine, plan, compared=4)
     validate([records[0] | machine.facts(command="test"), *records])
     assert (ours["status"], theirs["status"]) == ("ok", "ok")
-    assert (ours["case"], theirs["peer"]) == (f"{family} 1x2x32x16x2x256", "as it comes")
+    assert (ours["case"], theirs["peer"]) == (f"{family} 1x2x32x16x2x256", "unmodified")
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-3)
 
 
 def test_planted_wrong_acceleration_is_not_timed(machine, monkeypatch):
     right = ops.linear_cross_entropy
     monkeypatch.setattr("fastgpt.ops.linear_cross_entropy", lambda *a, **k: 1.1 * right(*a, **k))
-    plan = Plan(0, 3, 3, ("step",), ("cpp",), ("as it comes",))
+    plan = Plan(0, 3, 3, ("step",), ("cpp",), ("unmodified",))
     ours, theirs = accelerate.run_accelerate(*accelerate.SIZES["tiny"][0], "fp32", machine, plan)
     assert (ours["status"], ours["seconds"], theirs["status"]) == ("wrong", None, "ok")
 
@@ -361,7 +362,7 @@ def test_planted_wrong_model_fails_the_training_benchmark(what, machine, monkeyp
         return 1.1 * y if what == "loss" else 2 * y - y.detach()  # the same value, twice the gradient
 
     monkeypatch.setattr("fastgpt.ops.mlp", wrong)
-    # Large enough a step that a wrong gradient shows within eight.
+    # A size for which a wrong gradient is visible within eight steps.
     size = {"L": 2, "H": 2, "C": 64, "T": 32, "B": 4, "V": 256}
     ours, theirs = run_train(size, "fp32", machine, Plan(0, 3, 3, ("step",), ("cpp",), ("PyTorch",)))
     assert (ours["status"], ours["seconds"]) == ("wrong", None)
@@ -370,7 +371,7 @@ def test_planted_wrong_model_fails_the_training_benchmark(what, machine, monkeyp
 
 @pytest.mark.slow
 def test_interrupted_run_keeps_what_it_had(tmp_path):
-    """SIGKILL in the middle: the file is whole and holds every case that was done."""
+    """SIGKILL during a run: the file is valid and has every finished case."""
     command = [
         sys.executable,
         "-m",
@@ -400,10 +401,10 @@ def test_interrupted_run_keeps_what_it_had(tmp_path):
     kept = load(path)
     validate(kept)
     assert len(kept) > 4
-    assert not any(r["op"] == "add_layer_norm" for r in kept)  # it was indeed in the middle
+    assert not any(r["op"] == "add_layer_norm" for r in kept)  # the run was not over
 
 
-def test_results_that_are_none_are_refused(tmp_path):
+def test_invalid_result_files_are_refused(tmp_path):
     for text in ("{", "[]", '[{"op": 1}]', '{"device": 1}'):
         (tmp_path / "results.json").write_text(text)
         with pytest.raises(ValueError, match=r"results\.json"):
@@ -418,7 +419,7 @@ def test_saving_replaces_the_file_whole(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 
 
-def test_contender_tells_the_cause_and_not_the_wrapper():
+def test_reason_of_a_failure_is_the_root_cause():
     contender = Contender("p", "p", lambda: None)
     try:
         try:

@@ -1,4 +1,4 @@
-"""The benchmark of generation: who chooses a token that is not the likeliest is not timed."""
+"""The benchmark of text generation: a contender with a token of too small a logit is not timed."""
 
 import pytest
 
@@ -8,13 +8,13 @@ from bench.training import generate
 from fastgpt.generation.kv_cache import KVCache
 from tests.support.benching import validate
 
-pytestmark = pytest.mark.xdist_group("bench_generate")  # whose fixtures are made once
+pytestmark = pytest.mark.xdist_group("bench_generate")  # the fixtures of this module are created once
 
 
 @pytest.fixture(scope="module")
 def machine():
     machine = Machine("cpu")
-    machine._roofs = dict.fromkeys(("fp32", "bf16"), (1e10, 1e11))  # no need to measure them here
+    machine._bounds = dict.fromkeys(("fp32", "bf16"), (1e10, 1e11))  # no need to measure them here
     return machine
 
 
@@ -29,7 +29,7 @@ def test_generated_tokens_are_the_likeliest_before_a_speed_counts(machine):
 
 
 def test_planted_wrong_cache_fails_the_benchmark_of_generation(machine, monkeypatch):
-    """A cache that forgets its first token: other contenders, which do not use it, are timed."""
+    """A cache without its first token: contenders without this cache are still timed."""
     append = KVCache.append
     monkeypatch.setattr(KVCache, "append", lambda *a: tuple(t[:, :, 1:] for t in append(*a)))
     size = {"L": 2, "H": 2, "C": 64, "T": 16, "N": 16, "B": 4, "V": 256}

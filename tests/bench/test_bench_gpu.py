@@ -1,4 +1,4 @@
-"""The one command for a GPU: its stages, its budget, what it survives and what fails it."""
+"""`python -m bench gpu`: its stages, its budget, and the failures that it tolerates or reports."""
 
 import re
 import time
@@ -41,7 +41,7 @@ def test_gpu_run_survives_what_others_lack_and_break(monkeypatch, tmp_path, caps
     )
     assert gpu.run_gpu(tmp_path / "out", 3.0, rehearse=True, commit="abc") == 0
     out = capsys.readouterr().out
-    assert "failed: exit 3" in out and "there is no a-program-that-nobody-has here" in out
+    assert "failed: exit 3" in out and "a-program-that-nobody-has is not installed" in out
     assert "ok, 1 passed, 0 failed, 1 skipped" in out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
     records = load(tmp_path / "out" / "results.json")
@@ -54,7 +54,7 @@ def test_gpu_run_survives_what_others_lack_and_break(monkeypatch, tmp_path, caps
 def test_gpu_run_fails_when_a_required_stage_does(monkeypatch, tmp_path, capsys):
     staged(monkeypatch, gpu.Stage("tests", ["-c", "raise SystemExit(1)"]), QUICK_STAGE)
     assert gpu.run_gpu(tmp_path, 3.0, rehearse=True, commit=None) == 1
-    assert "this run has failed: tests" in capsys.readouterr().out
+    assert "failed stages: tests" in capsys.readouterr().out
     assert any(r["op"] == "gelu" for r in load(tmp_path / "results.json"))  # and yet the rest is done
 
 
@@ -66,8 +66,8 @@ def test_gpu_run_fails_when_a_required_stage_does_not_finish(monkeypatch, tmp_pa
     started = time.monotonic()
     assert gpu.run_gpu(tmp_path, 0.5, rehearse=True, commit=None) == 1
     assert time.monotonic() - started < 60
-    assert outcomes(tmp_path) == ["ended: out of time", "skipped: the budget is spent"]
-    assert "this run has failed: all, never" in capsys.readouterr().out
+    assert outcomes(tmp_path) == ["killed: out of time", "skipped: no budget left"]
+    assert "failed stages: all, never" in capsys.readouterr().out
     assert len(load(tmp_path / "results.json")) >= 2
 
 
@@ -131,7 +131,7 @@ def test_rehearsal_goes_through_everything(tmp_path):
     done = records[0]["stages"]
     assert [stage.name for stage in planned] == [stage["name"] for stage in done]
     for stage, row in zip(planned, done, strict=True):
-        assert row["outcome"] == "ok" or (stage.needs and "there is no" in row["outcome"]), row
+        assert row["outcome"] == "ok" or (stage.needs and "is not installed" in row["outcome"]), row
         assert stage.benchmark or not stage.tests or "passed" in row
     (gelu,) = (row for row in done if row["name"] == "test-gelu")
     assert gelu["passed"] > 50 and not gelu["failed"]

@@ -1,4 +1,4 @@
-"""Summaries and ratios of measured times; the host's side of the Triton ops."""
+"""Summaries and ratios of measured times; host time of the Triton ops."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""`python -m bench trainer` measures what it says."""
+"""`python -m bench trainer`: every contender is timed, and both batches have the same documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clock for GPUs, on a simulated one: a queue that the host fills and a device that works it off."""
+"""`GpuClock` on a simulated GPU: the host fills a queue, and the device executes it."""
 
 import pytest
 import torch
@@ -6,16 +6,16 @@ import torch
 from bench.harness import gpu_clock
 from bench.harness.gpu_clock import ATTEMPTS, GpuClock
 
-TICKS = 1e9  # of the device, a second
-FLUSH = 1e-4  # seconds that overwriting the cache takes
+TICKS = 1e9  # of the device, per second
+FLUSH = 1e-4  # seconds for overwriting the cache
 
 
 class Simulation:
-    """Host and device each have a time; a launch is queued when the host comes to it."""
+    """Current times of host and device, in seconds; a launch enters the queue at the host's time."""
 
     def __init__(self):
         self.host = 0.0
-        self.device = 0.0  # when all that is queued will be done
+        self.device = 0.0  # end of the last launch in the queue
 
     def launch(self, seconds, cost=1e-5):
         self.host += cost
@@ -62,7 +62,7 @@ def clock(machine):
 
 
 def kernels(machine, count, seconds, host):
-    """So many launches, each of so many seconds on the device and on the host."""
+    """Return a call of `count` launches of `seconds` on the device and `host` seconds on the host."""
 
     def call():
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""One forward and backward of each op on each backend: what a new machine runs first."""
+"""One forward and backward of each op on each backend: the first test on a new machine."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tuned rows: what the tuner tries and keeps, what launchers read, and what becomes of a file that is not ours."""
+"""Tuned rows: trials and results of the tuner, lookup by the launchers, and invalid files."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ DEVICE = "Some GPU"
 
 @pytest.fixture(autouse=True)
 def _cache(monkeypatch, tmp_path):
-    """A cache of its own, and a GPU whose rows are looked up."""
+    """A separate cache directory, and a GPU with a fixed name."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: DEVICE)
     tuned._known.cache_clear()
@@ -34,7 +34,7 @@ def _cache(monkeypatch, tmp_path):
 
 
 def on_gpu(dtype=torch.bfloat16):
-    """All that `chosen` asks of a tensor."""
+    """Return an object with the attributes that `chosen` reads from a tensor."""
     return SimpleNamespace(is_cuda=True, device=SimpleNamespace(index=0), dtype=dtype)
 
 
@@ -88,7 +88,7 @@ ROW = {
         (b"\xff", "codec can't decode"),
     ],
 )
-def test_a_file_that_is_not_ours_is_ignored_with_a_sentence(text, reason):
+def test_a_file_that_is_not_ours_is_ignored_with_a_warning(text, reason):
     tuned.path().parent.mkdir()
     tuned.path().write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.warns(UserWarning, match="is ignored, kernels run with their own tables") as caught:
@@ -172,7 +172,7 @@ def test_rows_that_are_tried_reach_the_launch(monkeypatch):
 
 
 def test_every_kernel_with_a_row_has_candidates_of_its_form():
-    """Of the same length; the tuner learns from the launchers who has rows."""
+    """Candidates have the length of the row; the launchers report the kernels with rows."""
     asked = {}
     with fastgpt.use_backend("triton"):
         for name in tune.TUNED:
@@ -220,13 +220,16 @@ def test_a_row_must_be_faster_by_more_than_noise(times, best):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "tuning needs a GPU and there is none here; --rehearse goes through the same"),
-        (["gellu"], "unknown op 'gellu'; those with tables: attention, cross_entropy"),
+        ([], "tuning needs a CUDA GPU. Use --rehearse"),
+        (["gellu"], "unknown op 'gellu'. Use one of: attention, cross_entropy"),
         (["--shape", "8x64"], "--shape is for one op"),
-        (["linear_gelu", "--rehearse", "--shape", "8x64"], "takes --shape NxCxF, 3 sizes, not '8x64'"),
+        (
+            ["linear_gelu", "--rehearse", "--shape", "8x64"],
+            "--shape '8x64' does not fit linear_gelu. Use 3 sizes: NxCxF.",
+        ),
     ],
 )
-def test_command_refuses_in_one_sentence(arguments, message, capsys, monkeypatch):
+def test_wrong_options_are_refused_with_a_message(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["tune", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -245,7 +248,5 @@ def test_rehearsal_goes_through_everything_and_keeps_nothing(tmp_path):
         "linear_gelu_fwd",
         "bias_gelu_bwd",
     ]
-    assert (
-        lines[5] == "a rehearsal: nothing was chosen by its time; 4 rows were written, read again and dropped"
-    )
+    assert lines[5] == "a rehearsal: no row was chosen by its time; 4 rows were saved, loaded and deleted"
     assert list(tmp_path.iterdir()) == []

@@ -239,9 +239,9 @@ def test_command_prints_the_committed_records_of_an_op():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("gellu",), "unknown op 'gellu'; known here: attention, attention_varlen, cross_entropy"),
-        (("--arch", "sm_75"), f"unknown architecture 'sm_75'; known here: {', '.join(ARCHITECTURES)}"),
-        (("gelu", "--write"), "--write is for all ops and architectures at once"),
+        (("gellu",), "unknown op 'gellu'. Use one of: attention, attention_varlen, cross_entropy"),
+        (("--arch", "sm_75"), f"unknown architecture 'sm_75'. Use one of: {', '.join(ARCHITECTURES)}"),
+        (("gelu", "--write"), "--write needs all ops and architectures"),
     ],
 )
 def test_command_refuses_what_it_does_not_know(monkeypatch, capsys, arguments, message):

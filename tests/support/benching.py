@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: the schema, the command line as a process, and made-up results."""
+"""Helpers of the benchmark tests: the schema, the command line as a process, and made-up results."""
 
 import json
 import os
@@ -31,15 +31,15 @@ def bench(*arguments, **options):
 SCRIPT = "does not build: <script>alert('x')</script> & more"
 EMPTY = {
     "reason": None, "verified": True, "error": None, "seconds": None, "spread": None, "rounds": 9, "ratio": None,
-    "ratio_low": None, "ratio_high": None, "flops": 1e9, "bytes": 10**9, "roof": None, "share_of_roof": None,
-    "bound": "memory", "peak_bytes": None, "status": "ok", "dims": {}, "peer": None, "backend": "cpp",
-    "group": "ops", "direction": "fwd+bwd", "dtype": "fp32", "op": "gelu", "case": "64x64",
+    "ratio_low": None, "ratio_high": None, "flops": 1e9, "bytes": 10**9, "roofline_seconds": None,
+    "share_of_roofline": None, "bound": "memory", "peak_bytes": None, "status": "ok", "dims": {}, "peer": None,
+    "backend": "cpp", "group": "ops", "direction": "fwd+bwd", "dtype": "fp32", "op": "gelu", "case": "64x64",
 }  # fmt: skip
 MACHINE = {
     "device": "Some CPU <2 cores>", "torch": "2.13.0", "triton": None, "commit": "0123456789abcdef", "dirty": False,
     "date": "2026-01-01T00:00:00+00:00", "command": "python -m bench all", "python": "3.11.7", "threads": 2,
-    "heap": "kept", "driver": None, "cuda": None, "cudnn": None, "clocks": None, "packages": {"torch": "2.13.0"},
-    "rehearsal": False, "datasheet_flops": None,
+    "malloc": "malloc trimming disabled", "driver": None, "cuda": None, "cudnn": None, "clocks": None,
+    "packages": {"torch": "2.13.0"}, "rehearsal": False, "datasheet_flops": None,
 }  # fmt: skip
 GPU = {"device": "NVIDIA H200", "cuda": "12.8", "driver": "570", "datasheet_flops": {"bf16": 989e12}}
 PEERS = {"PyTorch": 1.5, "torch.compile": 1.2, "cut-cross-entropy (torch.compile)": 3.0}
@@ -63,20 +63,26 @@ def bad(status, **fields):
     return row(status=status, reason=SCRIPT, verified=False, rounds=0) | fields | {"seconds": None}
 
 
-def roofs(dtype):
-    copy = peer("PyTorch", op="roof", group="roof", case="copy", dtype=dtype, direction="copy", seconds=0.1)
-    gemm = copy | {"case": "matrix product", "direction": "gemm", "flops": 2e11, "seconds": 1.0}
-    return [copy, copy | {"seconds": 0.05, "case": "a faster copy"}, gemm]
+def roofline_bounds(dtype):
+    copy = peer(
+        "PyTorch", op="roofline", group="roofline", case="copy", dtype=dtype, direction="copy", seconds=0.1
+    )
+    matmul = copy | {"case": "matmul", "direction": "matmul", "flops": 2e11, "seconds": 1.0}
+    return [copy, copy | {"seconds": 0.05, "case": "a faster copy"}, matmul]
 
 
 def timed(op, case, flops, moved, dtype, direction):
-    """Ours, three peers that are fine and three that are not."""
+    """Yield ours, three valid peers and three invalid ones."""
     seconds = {"fwd": 0.012, "fwd+bwd": 0.04}[direction]
     shape = {"op": op, "case": case, "dtype": dtype, "direction": direction, "flops": flops, "bytes": moved}
-    shape |= {"roof": seconds / 2, "bound": "compute" if flops / moved > 10 else "memory", "error": 0.4}
-    yield row(**shape, seconds=seconds, spread=0.02, share_of_roof=0.5, peak_bytes=3 << 20)
+    shape |= {
+        "roofline_seconds": seconds / 2,
+        "bound": "compute" if flops / moved > 10 else "memory",
+        "error": 0.4,
+    }
+    yield row(**shape, seconds=seconds, spread=0.02, share_of_roofline=0.5, peak_bytes=3 << 20)
     for name, r in PEERS.items():
-        more = {"seconds": seconds * r, "spread": 0.02, "share_of_roof": 0.5 / r, "peak_bytes": 12 << 20}
+        more = {"seconds": seconds * r, "spread": 0.02, "share_of_roofline": 0.5 / r, "peak_bytes": 12 << 20}
         yield peer(name, **shape, **more, ratio=r, ratio_low=0.9 * r, ratio_high=1.1 * r)
     for status in ("missing", "failed", "wrong"):
         yield bad(status, **shape | {"peer": f"<{status} peer>", "error": None})
@@ -91,8 +97,8 @@ def series():
             "sweep": "T",
             "dims": {"B": 1, "T": t},
             "case": f"1 {t}",
-            "roof": 5e-9 * t**2,
-            "least_peak_bytes": 900 * t,
+            "roofline_seconds": 5e-9 * t**2,
+            "min_peak_bytes": 900 * t,
         }
         yield row(**shape, seconds=1e-8 * t**2, peak_bytes=1000 * t)
         yield peer("torch.compile", **shape, seconds=2e-8 * t**2, peak_bytes=1100 * t)
@@ -110,7 +116,7 @@ def training(op, case):
 
 
 def everything(**machine):
-    found = [r for dtype in ("fp32", "bf16") for r in roofs(dtype)]
+    found = [r for dtype in ("fp32", "bf16") for r in roofline_bounds(dtype)]
     kinds = [(dtype, direction) for dtype in ("fp32", "bf16") for direction in ("fwd", "fwd+bwd")]
     found += [r for case in CASES for kind in kinds for r in timed(*case, *kind)]
     return [
