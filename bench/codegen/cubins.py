@@ -227,7 +227,6 @@ def _records(source: Path, arch: str) -> list[dict[str, Any]]:
 
 def record(kernel: Kernel, arch: str) -> dict[str, Any]:
     """Create the record of a kernel, with the same fields as for a Triton kernel."""
-
     warps, code = kernel.threads // 32, kernel.code
     shared = SHARED[kernel.name](kernel.arguments) if kernel.name in SHARED else 0
     # LayerNorm has several passes over a row in registers, so no single loop represents its cost.

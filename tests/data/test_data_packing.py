@@ -46,7 +46,7 @@ def test_little_is_wasted():
 
 
 def stream(lengths: list[int]) -> tuple[torch.Tensor, np.ndarray]:
-    """Make tokens 1, 2, 3, ..., each of which identifies its position."""
+    """Make tokens 1, 2, 3, ...: a token identifies its position."""
     return torch.arange(1, sum(lengths) + 1), ends_of(lengths)
 
 
