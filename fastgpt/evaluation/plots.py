@@ -71,7 +71,7 @@ def loss_curve(
         axes.annotate(
             f"{val[-1][1]:.3f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="center", color=_VAL
         )
-    axes.axhline(entropy, color=_ENTROPY, linestyle="--", linewidth=1, label=f"{entropy_name} {entropy:.2f}")
+    axes.axhline(entropy, color=_ENTROPY, linestyle="--", linewidth=1, label=entropy_name)
     axes.legend(frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
