@@ -266,7 +266,7 @@ def test_without_the_library_the_reason_says_how_to_build_it(gpus, monkeypatch, 
     gpus((9, 0))
     monkeypatch.setattr(extension, "CUDA_LIBRARY", tmp_path / "none.so")
     assert extension.cuda_architectures() == ()
-    assert extension.cuda_problem().startswith("the CUDA kernels are not built; where nvcc")
+    assert extension.cuda_problem().startswith("the CUDA kernels are not built; with nvcc")
     assert "--no-build-isolation" in extension.cuda_problem()
 
 
