@@ -171,7 +171,7 @@ def test_a_directory_goes_before_the_hub(hub: list[str], model: Path):
 def test_tokenizers_of_other_libraries_are_named(tmp_path: Path, name: str, kind: str):
     (tmp_path / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0")
     for path in (tmp_path / name, tmp_path):
-        with pytest.raises(ValueError, match=f"{name} is .*{kind}.*; --tokenizer takes .*save_pretrained"):
+        with pytest.raises(ValueError, match=f"{name} is .*{kind}.*; give --tokenizer .*save_pretrained"):
             load_tokenizer(path)
     ByteTokenizer().save(tmp_path)
     assert load_tokenizer(tmp_path).name == "bytes"

@@ -100,7 +100,7 @@ def test_from_pretrained_refuses_what_it_would_compute_otherwise(tmp_path: Path)
         ({"n_inner": 100}, "n_inner=100"),
         ({"n_embd": 64}, "shape"),
         ({"n_layer": 3}, "lacks the tensor 'h.2"),
-        ({"n_layer": 1}, "holds the tensor 'h.1"),
+        ({"n_layer": 1}, "has the tensor 'h.1"),
     ]:
         file.write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=message):
@@ -118,7 +118,7 @@ def test_from_pretrained_says_what_is_missing(tmp_path: Path):
     with pytest.raises(ValueError, match="complete safetensors"):
         GPT.from_pretrained(tmp_path)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors"):
         GPT.from_pretrained(tmp_path)
 
 
