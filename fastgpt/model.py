@@ -158,12 +158,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if context.cu_seqlens is None:
             y = self._attend(qkv, context, dropout)
         else:
             y = self._attend_packed(qkv, context.rotation, context.cu_seqlens, dropout)
-        return self.c_proj(y.reshape(x.shape))
+        return self.c_proj(y.reshape(B, T, C))
 
     def _attend(self, qkv: Tensor, context: Context, dropout: float) -> Tensor:
         """Attend within each row of qkv (B, T, 3, H, D), and to the cached tokens before it: (B, T, H, D)."""
