@@ -6,6 +6,7 @@ Hand-written fused kernels with familiar interfaces:
     from fastgpt import ops                # the ops, with options that torch.nn.functional lacks
     from fastgpt.model import GPT          # a thin GPT on these ops
     fastgpt.accelerate(model)              # for models written by others
+    fastgpt.keep_freed_memory()            # on a CPU, once: large tensors reuse freed memory
 """
 
 from fastgpt import extension, functional, ops
@@ -19,6 +20,7 @@ from fastgpt.backends import (
 )
 from fastgpt.integrations.accelerate import accelerate, restore
 from fastgpt.integrations.patch_functional import patch_functional
+from fastgpt.malloc import keep_freed_memory
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ __all__ = [
     "available_backends",
     "explain",
     "functional",
+    "keep_freed_memory",
     "ops",
     "patch_functional",
     "restore",

@@ -26,7 +26,7 @@ def package_version(package: str) -> str:
 def report() -> str:
     """The text that `fastgpt info` prints."""
     lines = [
-        f"fastgpt {package_version('fastgpt')} on Python {platform.python_version()}, {platform.system()}"
+        f"fastgpt {package_version('fastgpt-kernels')} on Python {platform.python_version()}, {platform.system()}"
     ]
     lines += [f"  {package:<14}{package_version(package)}" for package in PACKAGES]
 

@@ -21,7 +21,7 @@ import torch
 
 from bench.harness.gpu_clock import Call, GpuClock, Times
 from bench.harness.records import EMPTY, Record
-from fastgpt.malloc import disable_malloc_trimming
+from fastgpt.malloc import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +60,7 @@ class Machine:
         self.bound_sizes = (8192, 1 << 30) if self.is_gpu else (2048, 1 << 28)
         self._bounds: dict[str, tuple[float, float]] = {}
         if not self.is_gpu:
-            disable_malloc_trimming()
+            keep_freed_memory()
 
     def synchronize(self) -> None:
         """Wait for the work of the device."""
@@ -106,7 +106,7 @@ class Machine:
         except OSError:
             return None
         finally:
-            disable_malloc_trimming()
+            keep_freed_memory()
 
     def cache_bytes(self) -> int:
         """Return the size of the last-level cache; 32 MiB if it is unknown."""
@@ -240,7 +240,7 @@ def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> Times:
 
 def _malloc() -> str:
     disabled = "malloc trimming disabled, for every implementation"
-    return disabled if disable_malloc_trimming() else "malloc: default settings"
+    return disabled if keep_freed_memory() else "malloc: default settings"
 
 
 def _status_bytes(field: str) -> int:

@@ -64,7 +64,7 @@ class NearDuplicates:
             from datasketch import MinHash, MinHashLSH
         except ImportError:
             raise ImportError(
-                "the detection of near duplicates needs the package datasketch: pip install 'fastgpt[data]'"
+                "the detection of near duplicates needs the package datasketch: pip install datasketch"
             ) from None
         self._threshold = threshold
         self._empty = MinHash(num_perm=_PERMUTATIONS, hashfunc=zlib.crc32)

@@ -141,7 +141,7 @@ class Sources:
             from datasets import load_dataset
         except ImportError:
             raise ImportError(
-                "Hugging Face data sets need the package datasets: pip install 'fastgpt[data]'"
+                "Hugging Face data sets need the package datasets: pip install 'datasets>=4'"
             ) from None
         name, _, split = source.removeprefix(_HUGGING_FACE).partition(":")
         revision = None

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastgpt.backends import kernels_off
 from fastgpt.integrations import replacements
 from fastgpt.integrations.replacement import Replacement, calls_functional
+from fastgpt.malloc import advice
 
 _RECORD = "_fastgpt_accelerated"  # on the model: what the modules' classes do not say
 
@@ -47,12 +50,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """Replaced modules, and those left unchanged with the reason; prints as a table. `model` is the model."""
+    """Replaced modules, and those left unchanged with the reason; prints as a table. `model` is the model.
+
+    note:   what to know before the table.
+    advice: what else would make the model faster.
+    """
 
     model: nn.Module
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
     note: str = ""
+    advice: str = ""
 
     def __str__(self) -> str:
         lines = [self.note] if self.note else []
@@ -61,7 +69,8 @@ class Report:
                 lines.append(title)
                 kind, where = (max(len(getattr(e, key)) for e in entries) for key in ("kind", "where"))
                 lines += [f"{e.count:>6} × {e.kind:<{kind}}  {e.where:<{where}}  {e.detail}" for e in entries]
-        return "\n".join(lines) or "nothing in this model is of a kind that fastgpt replaces"
+        lines = lines or ["nothing in this model is of a kind that fastgpt replaces"]
+        return "\n".join([*lines, self.advice] if self.advice else lines)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}\n{self}\n>"
@@ -169,7 +178,10 @@ class _Work:
         def entries(counted: Counter[tuple[str, str, str]]) -> tuple[Entry, ...]:
             return tuple(Entry(*key, n) for key, n in reversed(counted.items()) if n)
 
-        return Report(self.model, entries(self.replaced), entries(self.left))
+        device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+        note = f"warning: {off}" if (off := kernels_off(device)) else ""
+        more = advice() if device.type == "cpu" else ""
+        return Report(self.model, entries(self.replaced), entries(self.left), note, more)
 
 
 def accelerate(

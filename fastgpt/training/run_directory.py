@@ -56,7 +56,7 @@ class RunDirectory:
         """
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
-                "--tensorboard needs the package tensorboard: pip install 'fastgpt[tensorboard]', or omit --tensorboard"
+                "--tensorboard needs the package tensorboard: pip install tensorboard, or omit --tensorboard"
             )
         self.out, self._warn = Path(config.out), warn
         self.out.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def _environment() -> dict[str, Any]:
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "fastgpt": package_version("fastgpt"),
+        "fastgpt": package_version("fastgpt-kernels"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.platform(),

@@ -23,7 +23,7 @@ from fastgpt.data import Batch
 from fastgpt.data.report import left_out_lines
 from fastgpt.device import peak_flops, resolve_device, resolve_dtype
 from fastgpt.distributed import DistributedContext
-from fastgpt.malloc import disable_malloc_trimming
+from fastgpt.malloc import keep_freed_memory
 from fastgpt.options import check_types
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.datasets import check_source, open_training_data
@@ -99,7 +99,7 @@ class Trainer:
         self.out = Path(config.out)
         self.rows = distributed.local_rows(config.batch_size)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.malloc_trimming_disabled = disable_malloc_trimming()
+        self.malloc_trimming_disabled = keep_freed_memory()
         with distributed.raise_on_all_ranks():  # one of them may read from another disk
             start = initialize(config)
             self.data = open_training_data(config, start.tokenizer)

@@ -88,5 +88,5 @@ def test_a_wrong_threshold_and_a_missing_package_are_said(monkeypatch: pytest.Mo
         with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
             NearDuplicates(threshold)
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    with pytest.raises(ImportError, match=r"pip install 'fastgpt\[data\]'"):
+    with pytest.raises(ImportError, match=r"pip install datasketch"):
         NearDuplicates(0.8)

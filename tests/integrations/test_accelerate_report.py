@@ -1,5 +1,8 @@
 """What the report of `accelerate` says of models of transformers, beside what runs; caches and attention weights."""
 
+import platform
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from fastgpt import ops
 from tests.support.client_models import VOCAB
 
 hf = pytest.importorskip("transformers")
+accelerate_module = sys.modules["fastgpt.integrations.accelerate"]  # fastgpt.accelerate is the function
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
@@ -46,6 +50,27 @@ def test_norms_rotations_and_gates_are_said_to_be_left(name):
     for part in ("RMSNorm", "RotaryEmbedding", "MLP"):
         assert any(kind.endswith(part) for kind in found), str(report)
     assert "patch_functional" not in str(report)
+
+
+def test_keeping_freed_memory_is_advised_until_it_is_done(monkeypatch):
+    fastgpt.keep_freed_memory.cache_clear()
+    libc = platform.libc_ver()[0]
+    advised = str(fastgpt.accelerate(nn.GELU()))
+    assert ("fastgpt.keep_freed_memory()" in advised) is (libc == "glibc")
+    assert fastgpt.keep_freed_memory() is (libc == "glibc")
+    if libc == "glibc":
+        assert "keep_freed_memory" not in str(fastgpt.accelerate(nn.GELU()))
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    fastgpt.keep_freed_memory.cache_clear()
+    assert "keep_freed_memory" not in str(fastgpt.accelerate(nn.GELU()))
+    assert not fastgpt.keep_freed_memory()
+    fastgpt.keep_freed_memory.cache_clear()
+
+
+def test_the_report_warns_where_the_kernels_are_off(monkeypatch):
+    reason = "the fused kernels are off on cpu and plain PyTorch runs instead: for a test"
+    monkeypatch.setattr(accelerate_module, "kernels_off", lambda device: reason)
+    assert str(fastgpt.accelerate(nn.GELU())).startswith(f"warning: {reason}\nreplaced\n")
 
 
 def test_patch_functional_is_named_where_it_changes_something():

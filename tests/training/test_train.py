@@ -23,7 +23,7 @@ from fastgpt.cli import main
 from fastgpt.data import Batch, Stream
 from fastgpt.device import resolve_device, resolve_dtype
 from fastgpt.generation.text import generate
-from fastgpt.malloc import disable_malloc_trimming
+from fastgpt.malloc import keep_freed_memory
 from fastgpt.model import GPT
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.initialize import config_from
@@ -361,8 +361,8 @@ def test_auto_picks_bfloat16_exactly_where_the_cpu_multiplies_in_it():
 def test_no_page_faults_for_freed_memory_without_malloc_trimming():
     script = (
         "import ctypes, resource, sys\n"
-        "from fastgpt.malloc import disable_malloc_trimming\n"
-        "kept = disable_malloc_trimming() if sys.argv[1] == 'keep' else False\n"
+        "from fastgpt.malloc import keep_freed_memory\n"
+        "kept = keep_freed_memory() if sys.argv[1] == 'keep' else False\n"
         "def touch():\n"
         "    block = bytearray(64 << 20)\n"
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -377,8 +377,8 @@ def test_no_page_faults_for_freed_memory_without_malloc_trimming():
         )
         kept, faults = map(int, done.stdout.split())
         found[mode] = faults
-        assert kept == (mode == "keep" and disable_malloc_trimming())
-    if disable_malloc_trimming():
+        assert kept == (mode == "keep" and keep_freed_memory())
+    if keep_freed_memory():
         assert found["keep"] < 100 < 16_000 < found["leave"]
 
 

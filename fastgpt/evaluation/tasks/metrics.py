@@ -118,7 +118,7 @@ def _rouge(name: str) -> Metric:
         try:
             from rouge_score.rouge_scorer import RougeScorer
         except ImportError:
-            raise ImportError("ROUGE needs the package rouge-score: pip install 'fastgpt[tasks]'") from None
+            raise ImportError("ROUGE needs the package rouge-score: pip install rouge-score") from None
         scorer = RougeScorer([name])
         return np.array([[100.0 * scorer.score(one.expected, one.got)[name].fmeasure] for one in answered])
 
@@ -129,7 +129,7 @@ def _sacrebleu() -> Any:
     try:
         from sacrebleu.metrics import BLEU
     except ImportError:
-        raise ImportError("BLEU needs the package sacrebleu: pip install 'fastgpt[tasks]'") from None
+        raise ImportError("BLEU needs the package sacrebleu: pip install sacrebleu") from None
     return BLEU
 
 
