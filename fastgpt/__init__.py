@@ -9,6 +9,7 @@ Hand-written fused kernels with familiar interfaces:
     fastgpt.keep_freed_memory()            # on a CPU, once: large tensors reuse freed memory
 """
 
+import fastgpt._interrupt  # noqa: F401  (before PyTorch is imported)
 from fastgpt import extension, functional, ops
 from fastgpt.backends import (
     Availability,

@@ -187,14 +187,18 @@ def _machine_availability(backend: str) -> Availability:
     return Availability(extension.cuda_loaded(), extension.cuda_problem())
 
 
-def available_backends(op: str) -> dict[str, Availability]:
+def available_backends(op: str | Callable[..., Any]) -> dict[str, Availability]:
     """The backends of one op on this machine: `{"cpp": Availability, ...}`, true or false with `.reason`.
+
+    Args:
+        op: the op or its name: `ops.gelu` or "gelu".
 
     Raises:
         ValueError: there is no such op.
     """
-    if op not in OPS:
-        raise ValueError(f"there is no op {op!r}; the ops are {', '.join(OPS)}")
+    name = getattr(op, "__name__", op)
+    if name not in OPS:
+        raise ValueError(f"there is no op {name!r}; the ops are {', '.join(OPS)}")
     return {backend: _machine_availability(backend) for backend in BACKENDS}
 
 
@@ -267,6 +271,20 @@ def kernels_off(device: torch.device) -> str:
         return ""
     found = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return f"the fused kernels are off on {device} and plain PyTorch runs instead: {found}"
+
+
+def resolve_backend(name: str, device: torch.device) -> str:
+    """Return the backend of a name on a device; "auto" is the first that this machine can run there.
+
+    Raises:
+        BackendUnavailable: a backend that was chosen by name cannot run on this machine.
+    """
+    if name != "auto":
+        if reason := _machine_refusal(name, device.type, device.index):
+            raise BackendUnavailable(f"the backend {name} cannot be used: {reason}")
+        return name
+    order = PREFERENCE.get(device.type, ("reference",))
+    return next(backend for backend in order if _machine_refusal(backend, device.type, device.index) is None)
 
 
 def _warn_if_kernels_are_off(device: torch.device) -> None:

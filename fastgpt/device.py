@@ -16,11 +16,16 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"the device {name!r} cannot be used: the devices are auto, cpu, cuda and cuda:N")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if torch.version.cuda is None and name != "cpu":
+            reason = f"torch {torch.__version__} is a build without CUDA (https://pytorch.org has others)"
+        raise ValueError(f"the device {name!r} cannot be used: {reason}") from None
     return device
 
 

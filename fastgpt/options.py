@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Mapping
 from dataclasses import field, fields
 from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
@@ -12,7 +14,14 @@ from fastgpt.json_io import shown
 TEXT_KEY = "key or column of the text in JSON, CSV and Parquet files; a.b for a key in another"
 
 
-def option(default: Any, text: str, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = ()) -> Any:
+def option(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    described: str = "",
+    synonyms: dict[str, str] | None = None,
+) -> Any:
     """Define a field of such a dataclass.
 
     Args:
@@ -20,19 +29,32 @@ def option(default: Any, text: str, choices: tuple[str, ...] = (), aliases: tupl
         text: the help text.
         choices: the allowed values; empty for any.
         aliases: other names of the option.
+        described: the default value in words, if None stands for another one.
+        synonyms: other names of values.
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "aliases": aliases})
+    metadata = {"help": text, "choices": choices, "aliases": aliases, "described": described}
+    return field(default=default, metadata=metadata | {"synonyms": synonyms or {}})
 
 
-def add_options(parser: argparse.ArgumentParser, options: type) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, options: type, groups: Mapping[str, str] | None = None
+) -> None:
     """Add an option for each field of a dataclass of `option`s.
 
     The parsed namespace contains only the options that were given.
+
+    Args:
+        parser: the parser.
+        options: the dataclass.
+        groups: titles of groups in the help, by the first field of each.
     """
     hints = get_type_hints(options)
+    group: Any = parser
     for item in fields(options):
+        if groups and item.name in groups:
+            group = parser.add_argument_group(groups[item.name])
         kind = kind_of(hints[item.name])
-        default = "none" if item.default is None else item.default
+        default = item.metadata["described"] or ("none" if item.default is None else item.default)
         settings: dict[str, Any] = {
             "dest": item.name,
             "default": argparse.SUPPRESS,
@@ -41,10 +63,15 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
         if kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = kind
+            synonyms = item.metadata["synonyms"]
+            settings["type"] = functools.partial(_synonym, synonyms) if synonyms else kind
             settings["choices"] = item.metadata["choices"] or None
             settings["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
-        parser.add_argument("--" + item.name.replace("_", "-"), *item.metadata["aliases"], **settings)
+        group.add_argument("--" + item.name.replace("_", "-"), *item.metadata["aliases"], **settings)
+
+
+def _synonym(synonyms: Mapping[str, str], value: str) -> str:
+    return synonyms.get(value, value)
 
 
 def kind_of(hint: Any) -> type:

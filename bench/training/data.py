@@ -47,7 +47,7 @@ def measure(folder: Path, rounds: int, source: str = "stdlib") -> dict[str, Any]
     prepare([source], PrepareConfig(learned))
     tokenizer = load_tokenizer(Path(learned))
     assert isinstance(tokenizer, BPETokenizer)
-    texts = list(Sources([source], "text", END_OF_TEXT, False, Report("")).documents())
+    texts = [text for text, _ in Sources([source], "text", END_OF_TEXT, False, Report("")).documents()]
     timed = str(folder / "timed")
     contenders: dict[str, Callable[[], Any]] = {
         "tokenizers alone": lambda: tokenizer.engine.encode_batch_fast(texts, add_special_tokens=False),

@@ -94,7 +94,7 @@ class Stream:
         if len(tokens) <= block_size:
             raise ValueError(
                 f"{len(tokens):,} tokens are too few for a block of {block_size:,}; "
-                "use more text or a smaller block_size"
+                "use more text or a smaller block_size (--block-size)"
             )
         self.tokens, self.batch_size, self.block_size, self.seed = tokens, batch_size, block_size, seed
 

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,9 @@ class PrepareConfig:
     overwrite: bool = option(False, "replacement of an existing data set, once the new one is complete")
 
     text_key: str = option("text", TEXT_KEY, aliases=("--text-field",))
-    separator: str = option(END_OF_TEXT, "line between the documents of a text file")
+    separator: str = option(
+        END_OF_TEXT, "line between the documents of a text file; an empty one: documents end at blank lines"
+    )
     skip_broken: bool = option(False, "skipping (and counting) of records without a text")
 
     normalization: str = option("NFC", "Unicode normalization form", NORMALIZATIONS)
@@ -52,7 +54,9 @@ class PrepareConfig:
     min_chars: int = option(1, "minimum characters per document")
     max_chars: int | None = option(None, "maximum characters per document")
     repetition: str = option(
-        "auto", "Gopher's repetition rules: for prose only, for all documents, or off", REPETITION
+        "auto",
+        "Gopher's repetition rules: for prose, but not for a file that is one document; for all documents; or off",
+        REPETITION,
     )
     exact_duplicates: bool = option(True, "removal of exact duplicates")
     near_duplicates: float | None = option(
@@ -79,8 +83,8 @@ class PrepareConfig:
             raise ValueError(f"vocab_size must be at most {MOST_TOKENS:,}, not {self.vocab_size:,}")
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens must be at least 1, not {self.shard_tokens}")
-        if not self.separator or "\n" in self.separator:
-            raise ValueError("separator must be a single nonempty line")
+        if "\n" in self.separator:
+            raise ValueError("separator must be a single line")
         self.rules()
 
     def rules(self) -> Rules:
@@ -155,6 +159,7 @@ def prepare(inputs: Sequence[str], config: PrepareConfig) -> Report:
         if not report.documents:
             raise ValueError(
                 f"no document is left of {report.read} read{_reasons(report)}; relax the options, or give other inputs"
+                + _advice(report)
             )
         report.seconds = time.perf_counter() - started
         writer.finish(report.as_dict())
@@ -191,14 +196,16 @@ def _clean_documents(
     """Yield the documents that cleaning keeps, and count all of them in the report."""
     sources = Sources(inputs, config.text_key, config.separator, config.skip_broken, report)
     rules = config.rules()
+    # Gopher's rules are for pages of the web, not for a whole book.
+    lenient = replace(rules, repetition="keep") if rules.repetition == "auto" else rules
     bar = Progress(desc=description, total=sources.size(), unit="B", unit_scale=True)
     with contextlib.closing(bar):
-        for text in sources.documents():
+        for text, is_file in sources.documents():
             size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
             report.read += 1
             report.bytes += size
             bar.advance(size)
-            cleaned = clean(text, rules)
+            cleaned = clean(text, lenient if is_file else rules)
             if cleaned.dropped:
                 report.drop(cleaned.dropped, cleaned.text or text)
                 continue
@@ -270,6 +277,12 @@ def _batches(documents: Iterable[tuple[str, _Document]]) -> Iterator[list[tuple[
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _advice(report: Report) -> str:
+    if not any(reason.startswith("repeated") for reason in report.dropped):
+        return ""
+    return ". --repetition keep keeps repetitive documents; --separator '' makes each paragraph a document"
 
 
 def _reasons(report: Report) -> str:

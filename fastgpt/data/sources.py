@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from fastgpt.data.corpus import in_order_of_hash, stdlib_files
 from fastgpt.data.files import (
@@ -38,6 +39,19 @@ _HUGGING_FACE = "hf:"
 _SHOWN = 5  # skipped files that an error message lists
 
 
+class RawDocument(NamedTuple):
+    """A text before cleaning.
+
+    Attributes:
+        text: the text.
+        is_file: whether it is all of a named text file, or a part that was cut off for its length: no line of the
+            file, so far, was a separator.
+    """
+
+    text: str
+    is_file: bool = False
+
+
 @dataclass(frozen=True)
 class Sources:
     """Several inputs in their order; see `documents`.
@@ -46,7 +60,7 @@ class Sources:
         inputs: "stdlib", "hf:NAME", "hf:NAME:SPLIT" or "hf:NAME@REVISION:SPLIT", "-" for standard input, a directory,
             or a file: JSON Lines, JSON, CSV, TSV or Parquet by its name, else text; compressed or not.
         text_key: key or column of the text in records; "a.b" for a nested one.
-        separator: line between the documents of a text file.
+        separator: line between the documents of a text file; "" is a blank line.
         skip_broken: skip records without a text instead of raising ValueError.
         report: counts the skipped lines and files.
     """
@@ -66,7 +80,7 @@ class Sources:
             return None
         return sum(file.stat().st_size for file in files)
 
-    def documents(self) -> Iterator[str]:
+    def documents(self) -> Iterator[RawDocument]:
         """Yield every text, before cleaning, with one document in memory at a time.
 
         A document of a text file has at most twice LONGEST characters. A named file must be of its format and not
@@ -100,7 +114,7 @@ class Sources:
                     self.report.skip("no text", str(file))
                     self.report.left_out.append(f"{file}: {reason_of(error, file)}")
 
-    def _stream(self, source: str) -> Iterator[str]:
+    def _stream(self, source: str) -> Iterator[RawDocument]:
         """Read standard input or a pipe, and detect the format from the first bytes."""
         name = name_of(source)
         with open_bytes(source) as stream:
@@ -113,7 +127,7 @@ class Sources:
             with text_of_stream(stream, name) as text:
                 yield from _text_documents(text, name, self.separator)
 
-    def _file(self, file: Path, named: bool) -> Iterator[str]:
+    def _file(self, file: Path, named: bool) -> Iterator[RawDocument]:
         kind = format_of(file)
         if kind == TEXT:
             with open_text(file) as text:
@@ -124,19 +138,19 @@ class Sources:
                 read_records(file, kind, [self.text_key]), must_fit=not named and kind != JSON_LINES
             )
 
-    def _texts(self, records: Iterator[Record], must_fit: bool = False) -> Iterator[str]:
+    def _texts(self, records: Iterator[Record], must_fit: bool = False) -> Iterator[RawDocument]:
         """Yield the texts of records. With must_fit, raise FormatError if the first record has no text."""
         for record in records:
             text = text_of(record, self.text_key)
             if isinstance(text, str):
-                yield text
+                yield RawDocument(text)
             elif must_fit:
                 raise FormatError(f"{text.location}: {text.problem}")
             else:
                 yield from self._broken(f"{text.location}: {text.problem}")
             must_fit = False
 
-    def _hugging_face(self, source: str) -> Iterator[str]:
+    def _hugging_face(self, source: str) -> Iterator[RawDocument]:
         try:
             from datasets import load_dataset
         except ImportError:
@@ -160,7 +174,7 @@ class Sources:
         except Exception as error:  # the package defines many exceptions of its own
             raise ValueError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
 
-    def _broken(self, message: str) -> Iterator[str]:
+    def _broken(self, message: str) -> Iterator[RawDocument]:
         """Report a record without a text, or raise ValueError unless skip_broken is set; yield nothing."""
         if not self.skip_broken:
             raise ValueError(f"{message}; give --skip-broken to skip such records")
@@ -186,19 +200,21 @@ def _files(source: str) -> tuple[list[Path], list[str]]:
     return in_order_of_hash(root, files), left_out
 
 
-def _text_documents(text: io.TextIOBase, name: str, separator: str | None) -> Iterator[str]:
-    """Split a text at lines equal to `separator`; None does not split."""
+def _text_documents(text: io.TextIOBase, name: str, separator: str | None) -> Iterator[RawDocument]:
+    """Split a text at lines equal to `separator`; None, for a file of a directory, does not split."""
     lines: list[str] = []
-    length = 0
+    length, is_file = 0, separator is not None
     while line := text.readline(LONGEST):
         if "\0" in line:
             raise NotTextError(f"{name} is not UTF-8 text: it contains a NUL character")
         ends = separator is not None and line.rstrip("\r\n") == separator
-        if not ends:
+        if ends:
+            is_file = False
+        else:
             lines.append(line)
             length += len(line)
         if lines and (ends or length >= LONGEST):
-            yield "".join(lines)
+            yield RawDocument("".join(lines), is_file)
             lines, length = [], 0
     if lines:
-        yield "".join(lines)
+        yield RawDocument("".join(lines), is_file)

@@ -23,6 +23,7 @@ from fastgpt.options import TEXT_KEY, kind_of, option
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = ("adamw", "adam", "muon")
 SCHEDULES = ("cosine", "linear", "wsd")
 PARALLEL = ("auto", "ddp", "fsdp")
@@ -31,12 +32,27 @@ PARALLEL = ("auto", "ddp", "fsdp")
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "position", "activation", "bias", "tie_head")
 MODEL_FIELDS = ("tokenizer", "vocab_size", "block_size", *ARCHITECTURE)
 
+# Titles of the options' groups in --help, by the first field of each.
+GROUPS = {
+    "data": "data and directories",
+    "n_layer": "model",
+    "packing": "batches and length of the run",
+    "optimizer": "optimizer and schedule",
+    "label_smoothing": "loss",
+    "eval_every": "validation, checkpoints and output",
+    "threads": "machine",
+}
+
 _LONGEST_TOML = 1 << 20  # characters
 _AT_LEAST_1 = (
     *("vocab_size", "batch_size", "grad_accum", "max_steps"),
-    *("eval_every", "eval_batches", "save_every", "log_every"),
+    *("eval_every", "eval_batches", "save_every", "log_every", "threads"),
 )
-_AT_MOST = {"sample_tokens": 1 << 24, **dict.fromkeys(("batch_size", "grad_accum", "eval_batches"), 1 << 20)}
+_AT_MOST = {
+    "sample_tokens": 1 << 24,
+    "threads": 1 << 16,
+    **dict.fromkeys(("batch_size", "grad_accum", "eval_batches"), 1 << 20),
+}
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "warmup_steps", "decay_steps", "weight_decay", "grad_clip", "z_loss"),
     *("sample_tokens", "seed"),
@@ -98,7 +114,9 @@ class TrainConfig:
     )
     lr: float = option(1e-3, "highest learning rate")
     min_lr: float = option(1e-4, "learning rate at the end of the schedule")
-    warmup_steps: int = option(100, "steps of linear warm-up")
+    warmup_steps: int | None = option(
+        None, "steps of linear warm-up", described="a twentieth of max_steps, at most 100"
+    )
     schedule: str = option("cosine", "learning-rate schedule; wsd: warm-up, stable, decay", SCHEDULES)
     decay_steps: int = option(200, "steps of the decay of wsd")
     weight_decay: float = option(0.1, "weight decay of matrices")
@@ -109,7 +127,9 @@ class TrainConfig:
     label_smoothing: float = option(0.0, "probability spread over all tokens, in training")
     z_loss: float = option(0.0, "weight of the squared log of the softmax denominator, in training")
 
-    eval_every: int = option(250, "steps between validation losses")
+    eval_every: int | None = option(
+        None, "steps between validation losses", described="a tenth of max_steps, at most 250"
+    )
     eval_batches: int = option(20, "batches per validation loss, spread evenly over the held-out text")
     patience: int | None = option(None, "number of validations without improvement after which to stop")
     save_every: int = option(250, "steps between checkpoints")
@@ -117,6 +137,7 @@ class TrainConfig:
     sample_tokens: int = option(400, "length of the sample at the end, in tokens; 0: none")
     tensorboard: bool = option(False, "TensorBoard logs in OUT/tensorboard")
 
+    threads: int | None = option(None, "threads of a CPU", described="as PyTorch chooses")
     seed: int = option(1337, "random seed (initialization, batches, dropout, sampling)")
     device: str = option(
         "auto", "device: auto (a GPU if there is one), or a name of torch, such as cpu or cuda:0"
@@ -125,6 +146,7 @@ class TrainConfig:
         "auto",
         "dtype of matrix products; auto: bfloat16 if the hardware has it; float16 uses loss scaling",
         DTYPES,
+        synonyms=_DTYPE_NAMES,
     )
     backend: str = option("auto", "backend of the kernels", BACKEND_CHOICES)
     compile: bool = option(False, "torch.compile of the model")
@@ -146,10 +168,10 @@ class TrainConfig:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{item.name} must be a finite number, not {value}")
         for name in _AT_LEAST_1:
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {shown(getattr(self, name))}")
         for name in _NOT_NEGATIVE:
-            if not getattr(self, name) >= 0:
+            if (value := getattr(self, name)) is not None and not value >= 0:
                 raise ValueError(f"{name} must not be negative, not {shown(getattr(self, name))}")
         for item in fields(self):
             value, most = getattr(self, item.name), _AT_MOST.get(item.name, (1 << 63) - 1)
@@ -168,6 +190,16 @@ class TrainConfig:
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience must be at least 1, not {self.patience}")
         self.model(self.vocab_size)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up; by default a twentieth of the run, at most 100."""
+        return min(100, self.max_steps // 20) if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between validation losses; by default a tenth of the run, at most 250."""
+        return max(1, min(250, self.max_steps // 10)) if self.eval_every is None else self.eval_every
 
     def model(self, vocab_size: int) -> GPTConfig:
         """The model's configuration, for a tokenizer's vocabulary. Raises ValueError as GPTConfig does."""
@@ -190,7 +222,8 @@ class TrainConfig:
         for name, value in values.items():
             if name not in hints:
                 raise ValueError(f"there is no option {shown(name)}; did you mean {_nearest(name, hints)!r}?")
-            values = values | {name: _typed(name, value, hints[name])}
+            typed = _typed(name, value, hints[name])
+            values = values | {name: _DTYPE_NAMES.get(typed, typed) if name == "dtype" else typed}
         return replace(self, **values)
 
     def as_dict(self) -> dict[str, Any]:

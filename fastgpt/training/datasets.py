@@ -20,6 +20,8 @@ from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer, make_tokenizer, matches_option
 from fastgpt.training.config import TrainConfig
 
+_SHOWN = 3  # answered examples of a task
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -31,6 +33,7 @@ class TrainingData:
     digest:  of the training data: whether a checkpoint was trained on the same.
     measure: what else is recorded of the model at each validation.
     left_out: a line for each file of a directory that was not read.
+    shown:   of a task, its template and the held-out examples that are answered at the end.
     """
 
     name: str
@@ -42,6 +45,7 @@ class TrainingData:
     digest: str
     measure: Callable[[GPT], dict[str, float]] = lambda model: {}
     left_out: list[str] = field(default_factory=list)
+    shown: tuple[Template, list[Example]] | None = None
 
 
 def check_source(config: TrainConfig, processes: int) -> None:
@@ -147,7 +151,8 @@ def _examples(config: TrainConfig, template: Template, tokenizer: Tokenizer | No
         parts.append(part)
     train, val = parts
     digest = hashlib.sha256(train.tokens[:].numpy().tobytes()).hexdigest()
-    return _training_data(config, examples.name + note, True, tokenizer, train, val, digest)
+    found = _training_data(config, examples.name + note, True, tokenizer, train, val, digest)
+    return replace(found, shown=(template, examples.held_out[:_SHOWN]))
 
 
 def _encode_examples(

@@ -183,15 +183,15 @@ def changes(config: TrainConfig, resumed: Checkpoint) -> list[str]:
 
 
 def check_same_data(config: TrainConfig, resumed: Checkpoint, digest: str) -> None:
-    """Raise CheckpointError if a checkpoint was not trained on the data that it names.
+    """Raise CheckpointError if a checkpoint was not trained on the data of the configuration.
 
-    A checkpoint may be from anybody. It must not choose which file of the user is read: weights and sample of a run
-    show what it was trained on.
+    A checkpoint may be from anybody and names its data. It must not choose which file of the user is read: weights and
+    sample of a run show what it was trained on.
     """
     if resumed.extra.get("data") != digest:
         raise CheckpointError(
-            f"{resumed.path} names {config.data} as its data, but was not trained on that. "
-            "Pass --data to choose the data"
+            f"{resumed.path} was not trained on the text that {config.data} holds now. To go on, pass --data with the "
+            f"text of the run. To train its model on another text: --init-from {config.out} --out NEW"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ class Logger:
         except BaseException:
             self.progress.close()
             raise
+        self._began, self._began_step, self._max_steps = time.perf_counter(), step, config.max_steps
         self.restart_clock(step)
 
     def log(self, line: str) -> None:
@@ -62,7 +64,26 @@ class Logger:
         """Compute the throughput since the clock was restarted."""
         return (step - self._start_step) * self._tokens_per_step / (time.perf_counter() - self._start)
 
+    def times(self, step: int, deadline: float) -> str:
+        """Describe the time since the start, and the time left: until max_steps at the pace so far, or the deadline.
+
+        Args:
+            step: the last step.
+            deadline: of `time.perf_counter`.
+        """
+        now = time.perf_counter()
+        pace = (now - self._began) / (step - self._began_step)
+        left = min((self._max_steps - step) * pace, deadline - now)
+        return f"{_minutes(now - self._began)} elapsed, {_minutes(left)} left"
+
     def close(self) -> None:
         """Close the bar and the files."""
         self.progress.close()
         self.directory.close()
+
+
+def _minutes(seconds: float) -> str:
+    """Format a time as minutes:seconds, with hours if there are any."""
+    minutes, seconds = divmod(math.ceil(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

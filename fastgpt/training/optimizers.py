@@ -18,9 +18,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     linear: a straight line.
     wsd:    warm-up, stable, decay (Hu et al. 2024, MiniCPM): lr, and a straight line over the last decay_steps.
     """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    begin = config.warmup_steps
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    begin = config.warmup
     if config.schedule == "wsd":
         begin = max(begin, config.max_steps - config.decay_steps)
     done = min(1.0, max(0, step - begin) / max(1, config.max_steps - begin))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastgpt.backends import kernels_off, use_backend
+from fastgpt import extension
+from fastgpt.backends import kernels_off, resolve_backend, use_backend
 from fastgpt.checkpoints import native as checkpoint
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
 from fastgpt.data import Batch
@@ -24,6 +26,7 @@ from fastgpt.data.report import left_out_lines
 from fastgpt.device import peak_flops, resolve_device, resolve_dtype
 from fastgpt.distributed import DistributedContext
 from fastgpt.malloc import keep_freed_memory
+from fastgpt.model import GPT
 from fastgpt.options import check_types
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.datasets import check_source, open_training_data
@@ -32,10 +35,9 @@ from fastgpt.training.divergence import are_numbers, diverged
 from fastgpt.training.initialize import changes, check_same_data, initialize
 from fastgpt.training.logger import Logger, warn
 from fastgpt.training.optimizers import learning_rate, make_optimizers
+from fastgpt.training.samples import sample
 from fastgpt.training.signals import StopSignal
 from fastgpt.training.validation_history import ValidationHistory
-
-_SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class TrainResult:
     finished: bool
 
 
-def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
+def train(config: TrainConfig) -> TrainResult:
     """Train as the configuration says, from scratch or from the newest checkpoint in `config.out`.
 
     Prints progress, and writes checkpoints and the files of a `RunDirectory` to `config.out`, which is locked against
@@ -64,7 +66,6 @@ def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
 
     Args:
         config: all options.
-        same_data: whether a resumed run refuses data that the checkpoint was not trained on.
 
     Raises:
         ValueError: options, data or checkpoints contradict each other.
@@ -74,12 +75,13 @@ def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
     """
     distributed = DistributedContext.from_env(resolve_device(config.device), config.parallel)
     try:
+        resolve_backend(config.backend, distributed.device)  # raises before anything is written
         with use_backend(config.backend), distributed.detecting_lost_processes():
             with distributed.raise_on_all_ranks():
                 check_source(config, distributed.world_size)  # before the lock makes a directory
                 lock = DirectoryLock(Path(config.out), warn) if distributed.is_main else None
             try:
-                trainer = Trainer(config, distributed, same_data)
+                trainer = Trainer(config, distributed)
                 try:
                     return trainer.train()
                 finally:
@@ -94,16 +96,18 @@ def train(config: TrainConfig, *, same_data: bool = False) -> TrainResult:
 class Trainer:
     """One run of `train`: its model, data, optimizers and state, and the loop over them."""
 
-    def __init__(self, config: TrainConfig, distributed: DistributedContext, same_data: bool = False) -> None:
+    def __init__(self, config: TrainConfig, distributed: DistributedContext) -> None:
         self.config, self.distributed, self.device = config, distributed, distributed.device
         self.out = Path(config.out)
         self.rows = distributed.local_rows(config.batch_size)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self.malloc_trimming_disabled = keep_freed_memory()
+        self.keeps_freed_memory = keep_freed_memory()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         with distributed.raise_on_all_ranks():  # one of them may read from another disk
             start = initialize(config)
             self.data = open_training_data(config, start.tokenizer)
-            if same_data and start.resumed is not None:
+            if start.resumed is not None:
                 check_same_data(config, start.resumed, self.data.digest)
             self.val_batches = self.data.val.validation_batches(config.eval_batches, self.rows)
             self.model = start.make_model(self.data.tokenizer.vocab_size).to(self.device)
@@ -149,24 +153,27 @@ class Trainer:
         log(f"data: {data.name}; {data.size}, vocabulary of {data.tokenizer.vocab_size:,}")
         for line in left_out_lines(data.left_out):
             log(f"data: {line}")
+        log(f"losses in nats a token; {self.baseline}")
         log(
             f"model: {self.model.num_parameters():,} parameters; {config.n_layer} layers, "
             f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}"
         )
         dtype = str(self.dtype).removeprefix("torch.")
-        malloc = ", malloc trimming disabled" if self.malloc_trimming_disabled else ""
+        backend = f"backend {resolve_backend(config.backend, self.device)}"
+        if backend == "backend cpp":
+            backend += f" ({extension.variant()})"
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        kept = ", freed memory kept" if self.keeps_freed_memory else ""
         log(
-            f"machine: {self.distributed}, {dtype}, backend {config.backend}, "
-            f"matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s{malloc}"
+            f"machine: {self.distributed}{threads}, {dtype}, {backend}, "
+            f"matmul peak {self.peak_flops / 1e9:,.0f} GFLOP/s{kept}"
         )
         if off := kernels_off(self.device):
-            log(f"note: {off}")
+            log(f"warning: {off}")
         if resumed is not None:
             log(f"resumed at step {self.step}")
             for note in changes(config, resumed):
                 log(f"note: {note}")
-            if resumed.extra.get("data") != data.digest:
-                log("note: the training text is not the one this checkpoint was trained on")
 
     def train(self) -> TrainResult:
         """Train until max_steps, the time limit, early stopping or a signal."""
@@ -181,7 +188,7 @@ class Trainer:
                 self.train_step()
         self.logger.progress.close()
         if self.stopped:
-            self.logger.log(f"stopped at step {self.step}: saved; pass --resume to go on")
+            self.logger.log(f"stopped at step {self.step}: saved; to go on: {self.resume_command}")
             return TrainResult(self.step, self.val_loss, self.data.entropy, finished=False)
         if self.should_stop_early:
             best_path = checkpoint.step_path(self.out, validation.best_step)
@@ -202,7 +209,7 @@ class Trainer:
             self._check_loss(loss)
         if self.step % config.log_every == 0 or last:
             self.log_step(loss)
-        if self.step % config.eval_every == 0 or last:
+        if self.step % config.eval_interval == 0 or last:
             self.evaluate()
         late = time.perf_counter() > self.deadline
         self.stopped, self.late = self._any_rank(self.stop_signal.received and not last, late)
@@ -283,7 +290,7 @@ class Trainer:
         self.logger.directory.record(self.step, val_loss=loss, **measured)
         self._check_finite("validation loss", loss)
         self.validation.add(self.step, loss)
-        self.logger.log(f"step {self.step}: val loss {loss:.4f} ({self.unigram})")
+        self.logger.log(f"step {self.step}: validation loss {loss:.4f}")
         if measured:
             found = ", ".join(f"{name} {value:.4f}" for name, value in measured.items())
             self.logger.log(f"step {self.step}: {found}")
@@ -299,8 +306,8 @@ class Trainer:
         self.logger.directory.record(self.step, train_loss=value, lr=rate, tokens_per_second=round(speed))
         self.logger.progress.note(f"loss {value:.3f}, {speed:,.0f} tokens/s, MFU {mfu:.0%}")
         self.logger.log(
-            f"step {self.step}/{config.max_steps}  train loss {value:.4f}  lr {rate:.2e}  "
-            f"{speed:,.0f} tokens/s  MFU {mfu:.0%}"
+            f"step {self.step}/{config.max_steps} ({self.step / config.max_steps:.0%})  train loss {value:.4f}  "
+            f"lr {rate:.2e}  {speed:,.0f} tokens/s  MFU {mfu:.0%}  {self.logger.times(self.step, self.deadline)}"
         )
         self.logger.restart_clock(self.step)
 
@@ -325,7 +332,7 @@ class Trainer:
             distributed=self.distributed,
             best=self.validation.best_step if self.config.patience is not None else None,
         )
-        self.logger.directory.draw(self.data.entropy, self.unigram)
+        self.logger.directory.draw(self.data.entropy, self.baseline)
         self.logger.restart_clock(self.step)
 
     def finish(self) -> TrainResult:
@@ -333,32 +340,27 @@ class Trainer:
         directory, log = self.logger.directory, self.logger.log
         if self.validation.step != self.step:
             self.evaluate()
-        directory.draw(self.data.entropy, self.unigram)
-        if self.config.sample_tokens and self.distributed.is_main:
+        directory.draw(self.data.entropy, self.baseline)
+        if self.config.sample_tokens and self.distributed.is_main and self.step > self.first_step:
             with directory.optional("the sample"):
-                text = self.sample()
+                text = sample(self._whole_model(), self.data, self.config)
                 log(f"--- sample ---{text}\n--- end of sample ---")
                 directory.write_sample(text)
         curve = f"; the curve is {self.out / 'loss.png'}" if (self.out / "loss.png").exists() else ""
-        loss = f"{self.validation.loss:.4f} nats/token"
-        log(f"done at step {self.step}: val loss {loss}, {self.unigram}{curve}")
+        log(f"done at step {self.step}: validation loss {self.validation.loss:.4f} ({self.baseline}){curve}")
         return TrainResult(self.step, self.val_loss, self.data.entropy, finished=True)
 
-    def sample(self) -> str:
-        """Generate text that follows a line break."""
-        model, tokenizer = self.model, self.data.tokenizer
-        if self.distributed.sharded:  # this process has a part of the model; the whole one is on the disk
-            saved = checkpoint.open_checkpoint(checkpoint.step_path(self.out, self.step))
-            model = saved.load_model().to(self.device)
-        prompt = tokenizer.encode("\n")[None].to(self.device)
-        tokens = model.generate(
-            prompt,
-            self.config.sample_tokens,
-            temperature=_SAMPLE_TEMPERATURE,
-            seed=self.config.seed,
-            num_tokens=tokenizer.vocab_size,
-        )
-        return tokenizer.decode(tokens[0])
+    def _whole_model(self) -> GPT:
+        """Return the model; if this process has a part of it, the checkpoint of this step."""
+        if not self.distributed.sharded:
+            return self.model
+        saved = checkpoint.open_checkpoint(checkpoint.step_path(self.out, self.step))
+        return saved.load_model().to(self.device)
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues this run."""
+        return f"fastgpt train --resume --out {shlex.quote(self.config.out)}"
 
     @property
     def val_loss(self) -> float | None:
@@ -371,10 +373,10 @@ class Trainer:
         return self.config.patience is not None and self.validation.since_best >= self.config.patience
 
     @property
-    def unigram(self) -> str:
-        """The loss of the best model without context, with its name."""
-        unit = "byte" if self.data.tokenizer.name == "bytes" else "token"
-        return f"{unit}-unigram entropy of the same text {self.data.entropy:.4f} nats/token"
+    def baseline(self) -> str:
+        """The loss of the best model without context: the entropy of the frequencies of tokens."""
+        unit = "bytes" if self.data.tokenizer.name == "bytes" else "tokens"
+        return f"guessing by the frequency of {unit}: {self.data.entropy:.4f}"
 
     def close(self) -> None:
         """Close the progress bar and the files of the run."""

@@ -29,7 +29,7 @@ RANKS = (
         "download",
         "options",
     }
-    | {"distributed", "testing", "_C", "_ops"},
+    | {"distributed", "testing", "_C", "_ops", "_interrupt"},
     {"backends", "env_report", "tokenizer", "tokenizer_json"},
     {"ops", "data"},
     {"functional", "flash_attention", "model"},
@@ -37,7 +37,7 @@ RANKS = (
     {"generation", ""},  # "" is fastgpt/__init__.py
     {"evaluation"},
     {"training"},
-    {"cli", "train", "config", "generate"},  # the last three: deprecated names of modules
+    {"cli", "cli_parser", "train", "config", "generate"},  # the last three: deprecated names of modules
     {"__main__"},
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -204,7 +204,9 @@ def test_a_package_that_is_missing_is_named(
 def test_a_small_file_that_unpacks_to_a_large_one_needs_little_memory(tmp_path: Path):
     script = "import resource, sys; from fastgpt.data.sources import Sources; from fastgpt.data.report import Report\n"
     script += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-    script += "n = sum(len(t) for t in Sources([sys.argv[1]], 'text', 'x', False, Report('')).documents())\n"
+    script += (
+        "n = sum(len(t) for t, _ in Sources([sys.argv[1]], 'text', 'x', False, Report('')).documents())\n"
+    )
     script += "print(n, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)"
     path = tmp_path / "a.txt.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:

@@ -239,7 +239,6 @@ def test_options_that_make_no_data_set_are_refused():
         *({"val_share": 1.0}, {"val_share": -0.1}, {"bpe_dropout": 1.5}, {"near_duplicates": 0.0}),
         *(
             {"shard_tokens": 0},
-            {"separator": ""},
             {"separator": "a\nb"},
             {"markup": "maybe"},
             {"max_chars": 0},
@@ -354,3 +353,41 @@ def test_memory_is_flat_for_a_corpus_ten_times_as_large(tmp_path: Path):
         )
         peaks.append(int(run.stderr.split()[-1]) * 1024)
     assert peaks[1] - peaks[0] < 6e6, peaks  # for 18 MB more text
+
+
+REPETITIVE = "The same sentence says the same thing again and again, in the same words.\n\n" * 300
+
+
+def test_a_repetitive_file_that_is_one_document_is_kept(tmp_path: Path):
+    (tmp_path / "my.txt").write_text(REPETITIVE)
+    report = prepare([str(tmp_path / "my.txt")], PrepareConfig(out=str(tmp_path / "out"), tokenizer="bytes"))
+    assert report.read == report.kept == 1
+    assert report.tokens["train"] > 0.8 * len(REPETITIVE)
+
+
+@pytest.mark.parametrize("how", ["option", "separator", "directory", "records"])
+def test_repetitive_documents_of_a_corpus_are_dropped(how: str, tmp_path: Path):
+    source, options = tmp_path / "my.txt", {"repetition": "gopher"} if how == "option" else {}
+    if how == "directory":
+        source = tmp_path / "corpus"
+        source.mkdir()
+        (source / "a.txt").write_text(REPETITIVE)
+    elif how == "records":
+        source = tmp_path / "my.jsonl"
+        source.write_text(json.dumps({"text": REPETITIVE}))
+    else:
+        source.write_text(REPETITIVE + ("\n<|endoftext|>\n" + REPETITIVE) * (how == "separator"))
+    config = PrepareConfig(out=str(tmp_path / "out"), tokenizer="bytes", **options)
+    with pytest.raises(
+        ValueError, match=r"no document is left .* repeated .*--repetition keep keeps repetitive"
+    ):
+        prepare([str(source)], config)
+
+
+def test_an_empty_separator_makes_paragraphs_documents(tmp_path: Path):
+    (tmp_path / "my.txt").write_text("one\ntwo\n\n\nthree\n \nfour\n\nfive\n")
+    config = PrepareConfig(out=str(tmp_path / "out"), tokenizer="bytes", separator="", val_share=0.0)
+    report = prepare([str(tmp_path / "my.txt")], config)
+    assert (report.read, report.kept, report.dropped) == (3, 3, {})
+    written = documents(open_dataset(tmp_path / "out"), "train")
+    assert written == ["one\ntwo\n", "three\n \nfour\n", "five\n"]

@@ -76,7 +76,7 @@ def read_texts(file: Path) -> list[str]:
     """Read like `train --data` and like `fastgpt data`."""
     texts = load_documents(str(file))
     assert all(text and "\0" not in text for text in texts)
-    for text in Sources([str(file)], "text", "<|endoftext|>", True, Report("")).documents():
+    for text, _ in Sources([str(file)], "text", "<|endoftext|>", True, Report("")).documents():
         clean(text, Rules())
     return texts
 

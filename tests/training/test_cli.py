@@ -90,7 +90,7 @@ def test_every_field_is_an_option_and_a_toml_key(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("fastgpt.training.trainer.train", lambda config, **_: seen.append(config))
     flags, toml = [], []
     for item in dataclasses.fields(TrainConfig):
-        value = special[item.name] if item.name in special else other[type(item.default)]
+        value = special[item.name] if item.name in special else other.get(type(item.default), 3)
         option = "--" + item.name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(option if value else "--no-" + option[2:])
@@ -272,7 +272,7 @@ def test_errors_are_one_sentence_and_status_2(run: Path, tmp_path: Path, capsys:
     assert "is not a TOML file" in fails(["train", "--config", str(toml)], capsys)
     assert "checkpoint directory" in fails(["generate", "--checkpoint", absent], capsys)
     assert "prompt is empty" in fails(["generate", "--checkpoint", out, "--prompt", ""], capsys)
-    assert "top_k" in fails(["generate", "--checkpoint", out, "--top-k", "0"], capsys)
+    assert "top_k" in fails(["generate", "--checkpoint", out, "--top-k", "-1"], capsys)
     assert "does not exist" in fails(["eval", "--checkpoint", out, "--data", absent], capsys)
     (tmp_path / "short").write_text("a")
     assert "at least two" in fails(["eval", "--checkpoint", out, "--data", str(tmp_path / "short")], capsys)

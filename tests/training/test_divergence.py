@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from fastgpt.generation.text import continue_texts
 from fastgpt.model import GPT, GPTConfig
 from fastgpt.tokenizer import BPETokenizer, ByteTokenizer, Tokenizer
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.datasets import open_training_data
 from fastgpt.training.initialize import config_from
 from fastgpt.training.optimizers import make_optimizers
 from fastgpt.training.trainer import Trainer, train
@@ -93,9 +95,10 @@ def spoil(model: GPT, how: str) -> GPT:
 
 
 @pytest.fixture(params=["nan", "huge"])
-def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def spoiled(request: pytest.FixtureRequest, tmp_path: Path, options: dict) -> Path:
     """Save such a model in both formats: gpt2/, and run/ with an older checkpoint of good weights."""
     config = TrainConfig(out=str(tmp_path / "run"), **SMALL)
+    digest = open_training_data(replace(config, data=options["data"])).digest
     model = GPT(config.model(256))
     for step in (1, 2):
         optimizers = make_optimizers(model, config)
@@ -109,7 +112,7 @@ def spoiled(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
                         "exp_avg_sq": zero.clone(),
                     }
         validation = {"step": step, "loss": 3.0, "best_step": step, "best_loss": 3.0, "since_best": 0}
-        extra = {"data": "", "validation": validation, "scaler": {}}
+        extra = {"data": digest, "validation": validation, "scaler": {}}
         checkpoint.save(Path(config.out), step, model, optimizers, ByteTokenizer(), config.as_dict(), extra)
         spoil(model, request.param)
     model.save_pretrained(tmp_path / "gpt2", ByteTokenizer())

@@ -138,7 +138,8 @@ def test_an_example_as_long_as_a_block_is_kept(options: dict, tmp_path: Path):
 
 def test_what_cannot_be_trained_on_is_refused(options: dict, tmp_path: Path, capsys: pytest.CaptureFixture):
     common = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if name != "data"]
-    assert "file stdlib does not exist; give" in fails(["finetune", *common], capsys)
+    assert "finetune needs --data, a file of examples" in fails(["finetune", *common], capsys)
+    assert "finetune needs a --task: answer" in fails(["finetune", "--data=embedded"], capsys)
     path = tmp_path / "bad.jsonl"
     path.write_text('{"input": "a"}\n')
     assert "bad.jsonl, line 1: it lacks 'output'" in fails(["finetune", *common, f"--data={path}"], capsys)
@@ -265,9 +266,13 @@ def test_what_cannot_be_asked_is_refused(
     assert "max_new_tokens must not be negative" in fails([*evaluate, "--max-new-tokens", "-1"], capsys)
     assert "batch_size must be at least 1" in fails([*evaluate, "--batch-size", "0"], capsys)
     assert "do not apply to a task" in fails([*evaluate, "--plot", str(tmp_path / "x.png")], capsys)
-    for module, task in (("sacrebleu.metrics", "translate"), ("rouge_score.rouge_scorer", "summarize")):
+    packages = {
+        "sacrebleu": ("sacrebleu.metrics", "translate"),
+        "rouge-score": ("rouge_score.rouge_scorer", "summarize"),
+    }
+    for package, (module, task) in packages.items():
         monkeypatch.setitem(sys.modules, module, None)
-        assert "pip install rouge-score" in fails([*evaluate[:-1], task, "--limit", "1"], capsys)
+        assert f"pip install {package}" in fails([*evaluate[:-1], task, "--limit", "1"], capsys)
 
 
 def test_the_whole_path_from_text_to_answers(tmp_path: Path, examples: str, capsys: pytest.CaptureFixture):

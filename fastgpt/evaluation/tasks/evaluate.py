@@ -69,8 +69,7 @@ class TaskEvaluation:
             cells = (scores[metric] for scores in columns.values())
             lines.append(f"{metric:<24}" + "".join(f"{_cell(cell):>22}" for cell in cells))
         for one in self.answered[:_SHOWN]:
-            lines += ["", f"input     {_row(one.input)}"]
-            lines += [f"expected  {_row(one.expected)}", f"got       {_row(one.got)}"]
+            lines += ["", str(one)]
         return "\n".join(lines)
 
 
@@ -209,6 +208,17 @@ def answer_inputs(
         yield replace(text, prompt=own, continuation=template.output(text.continuation))
 
 
+def answer_examples(
+    model: GPT, tokenizer: Tokenizer, template: Template, examples: Sequence[Example], max_new_tokens: int
+) -> list[Answered]:
+    """Answer inputs with the most likely tokens, for a comparison with the expected outputs."""
+    prompts = [template.prompt(example.input) for example in examples]
+    got = _answers(model, tokenizer, template, prompts, max_new_tokens, _BATCH, "auto")
+    return [
+        Answered(example.input, example.output, text) for example, text in zip(examples, got, strict=True)
+    ]
+
+
 def _answers(
     model: GPT,
     tokenizer: Tokenizer,
@@ -240,8 +250,3 @@ def _first(examples: Sequence[Example], count: int) -> list[Example]:
 
 def _cell(score: Estimate) -> str:
     return f"{score.value:.1f} ({score.low:.1f} to {score.high:.1f})"
-
-
-def _row(text: str) -> str:
-    """Indent the lines of a text for the table."""
-    return text.strip("\n").replace("\n", "\n          ")

@@ -43,6 +43,14 @@ class Answered:
     expected: str
     got: str
 
+    def __str__(self) -> str:
+        rows = (("input", self.input), ("expected", self.expected), ("got", self.got))
+        return "\n".join(f"{name:<10}{_indented(text)}" for name, text in rows)
+
+
+def _indented(text: str) -> str:
+    return text.strip("\n").replace("\n", "\n" + " " * 10)
+
 
 @dataclass(frozen=True)
 class Metric:
