@@ -206,6 +206,13 @@ def _export(arguments: dict[str, Any]) -> None:
     )
 
 
+def _bench(arguments: dict[str, Any]) -> None:
+    from fastgpt.integrations.benchmark import BenchConfig, compare
+
+    model, as_json = arguments.pop("model"), arguments.pop("json")
+    _print(compare(model, BenchConfig(**arguments)), as_json)
+
+
 def _info(arguments: dict[str, Any]) -> int:
     from fastgpt import env_report as info
 
@@ -218,6 +225,7 @@ _COMMANDS = {
     "finetune": _finetune,
     "generate": _generate,
     "eval": _evaluate,
+    "bench": _bench,
     "export": _export,
     "info": _info,
 }

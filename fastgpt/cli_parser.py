@@ -10,6 +10,7 @@ import fastgpt
 from fastgpt.data.packing import PACKINGS
 from fastgpt.data.prepare import PrepareConfig
 from fastgpt.evaluation.tasks.template import TASKS
+from fastgpt.integrations.benchmark import BenchConfig
 from fastgpt.options import TEXT_KEY, add_options
 from fastgpt.training.config import BACKEND_CHOICES, GROUPS, TrainConfig
 
@@ -217,6 +218,22 @@ def make_parser() -> argparse.ArgumentParser:
         help="examples per batch (default: 64)",
     )
     evaluate.set_defaults(parser=evaluate)
+
+    bench = commands.add_parser(
+        "bench",
+        help="speed of a model, unmodified, compiled and accelerated, on this machine",
+        description="Time training steps of a model of transformers, unmodified, compiled and accelerated.",
+    )
+    bench.add_argument(
+        "model",
+        nargs="?",
+        default="gpt2",
+        metavar="MODEL",
+        help="gpt2 (default), bert, or a directory with the config.json of a language model",
+    )
+    bench.add_argument("--json", action="store_true", help="results as one JSON object")
+    add_options(bench, BenchConfig)
+    bench.set_defaults(parser=bench)
 
     export = commands.add_parser(
         "export",

@@ -173,11 +173,17 @@ class Progress:
             with self._tolerant():
                 self._bar = tqdm(disable=None if shown else True, file=sys.stderr, **options)
 
-    def advance(self, count: int = 1) -> None:
+    def advance(self, count: float = 1) -> None:
         """Advance the bar."""
         with self._tolerant():
             if self._bar is not None:
                 self._bar.update(count)
+
+    def describe(self, text: str) -> None:
+        """Show a text before the bar."""
+        with self._tolerant():
+            if self._bar is not None:
+                self._bar.set_description(text)
 
     def note(self, text: str) -> None:
         """Show a text next to the bar."""
