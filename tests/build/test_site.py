@@ -65,10 +65,6 @@ def test_every_page_is_in_the_navigation(hooks):
     assert sorted(listed) == sorted({*pages, *hooks["PAGES"].values()})
 
 
-def test_addresses_agree():
-    assert f"repo_url: {REPOSITORY}\n" in (ROOT / "mkdocs.yml").read_text()
-
-
 def test_what_is_documented_exists():
     assert len(DOCUMENTED) > 50
     for path in DOCUMENTED:
