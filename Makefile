@@ -6,6 +6,7 @@
 #   make test-all  everything: quick, slow, with a random seed, and the sanitizers on every variant of the kernels
 #   make asan      the ops' tests on C++ kernels that check every read, write and integer operation
 #   make lint      formatting, style, types
+#   make docs      the documentation site, with every link checked; build/site/index.html
 #   make bench     a few minutes of benchmarks beside every peer that is installed; out/bench/report.html
 #   make compare   the same cases under pytest-benchmark, saved, compared with the run before
 #   make gpu       on a GPU machine, with the PyTorch that is there: tests, benchmarks, one report
@@ -22,7 +23,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(if $(TEST_MINUTES),--minutes $(TEST_MINUTES))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-changed test-all asan lint bench compare gpu rehearse clean
+.PHONY: demo test test-changed test-all asan lint docs bench compare gpu rehearse clean
 
 .venv/.tools: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,6 +39,13 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp
 
 .venv/.dev: .venv/.installed
 	$(BIN)/python -m pip install --quiet --group dev
+	touch $@
+
+# The site is made from Markdown and the text of docstrings: neither PyTorch nor the kernels are needed.
+.venv/.docs: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 demo: .venv/.installed
@@ -79,6 +87,9 @@ asan: .venv/.dev
 
 lint: .venv/.dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/.dev
 	$(BIN)/python -m bench all --quick --plot --out out/bench

@@ -15,7 +15,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -172,7 +172,10 @@ def _fewest(times: dict[tuple[bool, str], list[float]]) -> int:
 
 
 def _comparison(
-    config: BenchConfig, device: torch.device, facts: dict[str, Any], times: dict[tuple[bool, str], list[float]]
+    config: BenchConfig,
+    device: torch.device,
+    facts: dict[str, Any],
+    times: dict[tuple[bool, str], list[float]],
 ) -> Comparison:
     first = times[False, UNMODIFIED]
     timings = [
@@ -275,7 +278,9 @@ def _serve(pipe: Connection, model: str, config: BenchConfig, kept: bool) -> Non
     except EOFError:
         return
     except BaseException as error:
-        pipe.send(error if isinstance(error, (ValueError, OSError, ImportError)) else RuntimeError(repr(error)))
+        pipe.send(
+            error if isinstance(error, (ValueError, OSError, ImportError)) else RuntimeError(repr(error))
+        )
 
 
 class _Bench:
@@ -287,16 +292,20 @@ class _Bench:
         self.config, self.device = config, resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         torch.manual_seed(0)
-        self.unmodified: Any = _build(model).to(self.device).train()
+        self.unmodified = _build(model).to(self.device).train()
         weights = {id(p): p for p in self.unmodified.parameters()}
         self.models: dict[str, Any] = {UNMODIFIED: self.unmodified}
         if config.compile:
-            self.models[COMPILED] = torch.compile(copy.deepcopy(self.unmodified, dict(weights)), dynamic=False)
+            self.models[COMPILED] = torch.compile(
+                copy.deepcopy(self.unmodified, dict(weights)), dynamic=False
+            )
         self.models[ACCELERATED] = accelerate(copy.deepcopy(self.unmodified, dict(weights))).model
         vocabulary = self.unmodified.get_input_embeddings().num_embeddings
         tokens = torch.randint(vocabulary, (config.batch_size, config.length), device=self.device)
         masked = "MaskedLM" in type(self.unmodified).__name__
-        labels = tokens.where(torch.rand(tokens.shape, device=self.device) < _MASKED, -100) if masked else tokens
+        labels = (
+            tokens.where(torch.rand(tokens.shape, device=self.device) < _MASKED, -100) if masked else tokens
+        )
         self.batch = {"input_ids": tokens, "labels": labels}
 
     def facts(self) -> dict[str, Any]:
@@ -391,11 +400,10 @@ def _config_of(model: str) -> tuple[Any, Any]:
     raise ValueError(f"{model} is of {config.architectures}; fastgpt bench takes language models")
 
 
-def _build(model: str) -> nn.Module:
+def _build(model: str) -> Any:
     cls, config = _config_of(model)
     config.use_cache = False
-    found: nn.Module = cls(config)
-    return found
+    return cls(config)
 
 
 def _status(name: str) -> int:

@@ -256,6 +256,13 @@ def test_op_is_found_by_its_name(op):
     missing = [file for file in files if not (ROOT / file).exists()]
     assert not missing
 
+    cuda = f"csrc/cuda/{home}.cu"
+    files += [cuda] * (ROOT / cuda).exists()
+    page = (ROOT / "docs" / "ops" / f"{stem(op)}.md").read_text()
+    assert not [file for file in files if f"(../../{file})" not in page]
+    assert f"::: fastgpt.ops.{stem(op)}.{op}\n" in page
+    assert f"]({stem(op)}.md) |" in (ROOT / "docs" / "ops" / "index.md").read_text()
+
 
 def sources():
     for folder in ("fastgpt", "kernels", "csrc", "tests", "bench"):

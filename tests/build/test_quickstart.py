@@ -33,7 +33,9 @@ def test_the_notebook_runs_and_shows_what_it_says(monkeypatch):
     assert float(re.search(r"largest difference from PyTorch: (\S+)", printed)[1]) < 1e-5
     before, after = map(float, re.search(r"loss (\S+) before, (\S+) after", printed).groups())
     assert before == pytest.approx(after, abs=1e-3)
-    assert all(re.search(rf"^{name} +[\d.]+ ms$", printed, re.MULTILINE) for name in ("unmodified", "accelerated"))
+    assert all(
+        re.search(rf"^{name} +[\d.]+ ms$", printed, re.MULTILINE) for name in ("unmodified", "accelerated")
+    )
     first, last = map(float, re.search(r"loss (\S+) at first, (\S+) at last", printed).groups())
     assert first > 5 and last < 0.5
     assert "The quick brown fox jumps over the lazy dog." in printed

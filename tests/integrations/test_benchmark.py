@@ -62,11 +62,27 @@ def timings(unmodified, accelerated, compiled=None, memory=(200, 100)):
 @pytest.mark.parametrize(
     ("found", "off", "says"),
     [
-        (timings(20.0, 10.0), "", "worth it here. accelerate: 2.00 times as fast as unmodified, 50% of the memory"),
-        (timings(20.0, 10.0, 10.2), "", "not worth it here: torch.compile runs at 59% of this machine's rate"),
-        (timings(20.0, 10.0, 30.0), "", "worth it here. accelerate: 2.00 times as fast as unmodified, 3.00 times"),
+        (
+            timings(20.0, 10.0),
+            "",
+            "worth it here. accelerate: 2.00 times as fast as unmodified, 50% of the memory",
+        ),
+        (
+            timings(20.0, 10.0, 10.2),
+            "",
+            "not worth it here: torch.compile runs at 59% of this machine's rate",
+        ),
+        (
+            timings(20.0, 10.0, 30.0),
+            "",
+            "worth it here. accelerate: 2.00 times as fast as unmodified, 3.00 times",
+        ),
         (timings(20.0, 19.9), "", "not worth it here: unmodified runs at 30% of this machine's rate"),
-        (timings(20.0, 21.0), "the kernels are off", "not worth it here: the kernels are off. accelerate: 0.95"),
+        (
+            timings(20.0, 21.0),
+            "the kernels are off",
+            "not worth it here: the kernels are off. accelerate: 0.95",
+        ),
     ],
     ids=range(5),
 )
@@ -75,8 +91,15 @@ def test_the_verdict_compares_with_the_better_peer(found, off, says):
 
 
 def test_losses_that_differ_are_an_error():
-    facts = {"losses": (5.0, 5.2), "memory": {UNMODIFIED: None}, "flops": 1, "peak_flops": 1, "model": "", "machine": ""}
-    with pytest.raises(ValueError, match="5.0000 unmodified and 5.2000 accelerated"):
+    facts = {
+        "losses": (5.0, 5.2),
+        "memory": {UNMODIFIED: None},
+        "flops": 1,
+        "peak_flops": 1,
+        "model": "",
+        "machine": "",
+    }
+    with pytest.raises(ValueError, match=r"5\.0000 unmodified and 5\.2000 accelerated"):
         benchmark._comparison(BenchConfig(), torch.device("cpu"), facts, {(False, UNMODIFIED): [1.0]})
 
 
@@ -101,8 +124,8 @@ def test_other_kinds_of_models_and_errors_of_a_process_are_named(tmp_path, capsy
     hf.ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(tmp_path)
     assert main(["bench", str(tmp_path)]) == 2
     assert "fastgpt bench takes language models" in capsys.readouterr().err
-    hf.GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=3, architectures=["GPT2LMHeadModel"]).save_pretrained(
-        tmp_path
-    )
+    hf.GPT2Config(
+        vocab_size=64, n_embd=16, n_layer=1, n_head=3, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained(tmp_path)
     assert main(["bench", str(tmp_path), "--no-compile"]) == 2
     assert "divisible" in capsys.readouterr().err
