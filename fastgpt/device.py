@@ -40,6 +40,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def cpu_threads() -> str:
+    """Describe the number of threads that PyTorch uses on the CPU."""
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count != 1)}"
+
+
 @torch.no_grad()
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the peak rate of matrix products, in FLOP/s: the best of eight square products.

@@ -11,6 +11,7 @@ import torch
 from fastgpt import extension
 from fastgpt.backends import BACKENDS, OPS, available_backends, kernels_off
 from fastgpt.console import run_command
+from fastgpt.device import cpu_threads
 
 PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "tensorboard")
 
@@ -33,7 +34,7 @@ def report() -> str:
     lines += [
         "",
         "devices",
-        f"  cpu           {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        f"  cpu           {cpu_threads()}, {torch.backends.cpu.get_cpu_capability()}",
     ]
     for i in range(torch.cuda.device_count()):
         name, capability = torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i)

@@ -58,20 +58,29 @@ def loss_curve(
     val: Sequence[tuple[int, float]],
     entropy: float,
     entropy_name: str,
+    title: str,
 ) -> None:
-    """Write the (step, loss) curves as a PNG, with the entropy of a model without context as a dashed line."""
+    """Write the (step, loss) curves as a PNG, with the entropy of a model without context as a dashed line.
+
+    The best validation loss is named, and the last one if it is another.
+    """
     train, val = ([point for point in curve if math.isfinite(point[1])] for curve in (train, val))
     figure, axes = _canvas("step", "loss, nats per token")
     if train:
-        axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1, label="training")
+        axes.plot(*zip(*train, strict=True), color=_TRAIN, linewidth=1.5, label="training")
     if val:
         axes.plot(
             *zip(*val, strict=True), color=_VAL, linewidth=2, marker="o", markersize=3.5, label="validation"
         )
-        axes.annotate(
-            f"{val[-1][1]:.3f}", val[-1], xytext=(0, 8), textcoords="offset points", ha="center", color=_VAL
-        )
+        best = min(val, key=lambda point: point[1])
+        for point in dict.fromkeys((best, val[-1])):
+            text = f"best {point[1]:.3f}" if point == best else f"{point[1]:.3f}"
+            axes.annotate(
+                text, point, xytext=(0, 8), textcoords="offset points", ha="center", color=_VAL, clip_on=False
+            )
     axes.axhline(entropy, color=_ENTROPY, linestyle="--", linewidth=1, label=entropy_name)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.legend(frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")

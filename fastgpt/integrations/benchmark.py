@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt import malloc
 from fastgpt.backends import kernels_off, resolve_backend
 from fastgpt.console import Progress
-from fastgpt.device import peak_flops, resolve_device, resolve_dtype
+from fastgpt.device import cpu_threads, peak_flops, resolve_device, resolve_dtype
 from fastgpt.integrations.accelerate import accelerate
 from fastgpt.options import check_sizes, option
 
@@ -317,7 +317,7 @@ class _Bench:
         size = sum(p.numel() for p in self.unmodified.parameters())
         where = str(self.device)
         if self.device.type == "cpu":
-            where += f", {torch.get_num_threads()} threads"
+            where += f", {cpu_threads()}"
         shape = f"{self.config.batch_size} × {self.config.length} tokens"
         dtype = str(self.dtype).removeprefix("torch.")
         return {

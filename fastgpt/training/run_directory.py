@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from fastgpt import extension
 from fastgpt.atomic_io import naming_errors, open_to_append, replace_file
 from fastgpt.console import one_line
 from fastgpt.env_report import package_version
@@ -106,7 +107,7 @@ class RunDirectory:
         """Draw loss.png from the log."""
         with self.optional("loss.png"):
             train, val = self.log.curve("train_loss"), self.log.curve("val_loss")
-            loss_curve(self.out / "loss.png", train, val, entropy, entropy_name)
+            loss_curve(self.out / "loss.png", train, val, entropy, entropy_name, str(self.out))
 
     def write_sample(self, text: str) -> None:
         """Write sample.txt."""
@@ -154,5 +155,6 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.platform(),
         "cpu_threads": torch.get_num_threads(),
+        "cpu_kernels": extension.variant(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

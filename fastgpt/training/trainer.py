@@ -23,7 +23,7 @@ from fastgpt.checkpoints import native as checkpoint
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
 from fastgpt.data import Batch
 from fastgpt.data.report import left_out_lines
-from fastgpt.device import peak_flops, resolve_device, resolve_dtype
+from fastgpt.device import cpu_threads, peak_flops, resolve_device, resolve_dtype
 from fastgpt.distributed import DistributedContext
 from fastgpt.malloc import keep_freed_memory
 from fastgpt.model import GPT
@@ -162,7 +162,7 @@ class Trainer:
         backend = f"backend {resolve_backend(config.backend, self.device)}"
         if backend == "backend cpp":
             backend += f" ({extension.variant()})"
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = f", {cpu_threads()}" if self.device.type == "cpu" else ""
         kept = ", freed memory kept" if self.keeps_freed_memory else ""
         log(
             f"machine: {self.distributed}{threads}, {dtype}, {backend}, "

@@ -34,7 +34,7 @@ def test_contenders_take_turns_in_both_settings(directory, capsys):
     assert found["rounds"] >= 3 and found["tokens"] == 16 and 0 < found["mfu"] < 1
     assert found["timings"][0]["speedup"] == 1
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=1e-3)
-    assert "1 threads" in found["machine"] and "GPT2LMHeadModel" in found["model"]
+    assert "1 thread," in found["machine"] and "GPT2LMHeadModel" in found["model"]
     assert all(t["milliseconds"] > 0 for t in found["timings"])
 
 

@@ -53,7 +53,7 @@ def test_threads_are_set_and_named(options: dict, capfd: pytest.CaptureFixture):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
-    assert "machine: cpu, 1 threads, " in capfd.readouterr().out
+    assert "machine: cpu, 1 thread, " in capfd.readouterr().out
     with pytest.raises(ValueError, match="threads must be at least 1"):
         TrainConfig(threads=0)
 

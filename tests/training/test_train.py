@@ -82,7 +82,7 @@ def test_a_run_learns_and_writes_its_files(options: dict, capfd: pytest.CaptureF
     )
     assert f"validation loss {result.val_loss:.4f}" in printed.splitlines()[-1]
     assert re.search(r"step 60/60 \(100%\) .* \d+:\d\d elapsed, 0:00 left\n", printed)
-    assert f"machine: cpu, {torch.get_num_threads()} threads, " in printed
+    assert f"machine: cpu, {torch.get_num_threads()} thread" in printed
     assert f"backend cpp ({extension.variant()})" in printed
     out = Path(options["out"])
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -281,7 +281,7 @@ def test_what_is_optional_warns_once_and_does_not_end_the_run(
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt5Agg", "nonsense"])
 def test_no_choice_of_a_backend_stops_a_plot(tmp_path: Path, backend: str):
     script = "from fastgpt.evaluation.plots import loss_curve; import sys\n"
-    script += "loss_curve(sys.argv[1], [(1, 2.0), (2, float('nan')), (3, float('inf'))], [(3, float('nan'))], 1.0, 'x')"
+    script += "loss_curve(sys.argv[1], [(1, 2.0), (2, float('nan')), (3, float('inf'))], [(3, float('nan'))], 1.0, 'x', 't')"
     picture = tmp_path / "loss.png"
     environment = SINGLE | {"MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", script, str(picture)], check=True, env=environment)
