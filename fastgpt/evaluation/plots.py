@@ -64,6 +64,8 @@ def loss_curve(
 
     The best validation loss is named, and the last one if it is another.
     """
+    from matplotlib.ticker import MaxNLocator
+
     train, val = ([point for point in curve if math.isfinite(point[1])] for curve in (train, val))
     figure, axes = _canvas("step", "loss, nats per token")
     if train:
@@ -79,7 +81,7 @@ def loss_curve(
                 text, point, xytext=(0, 8), textcoords="offset points", ha="center", color=_VAL, clip_on=False
             )
     axes.axhline(entropy, color=_ENTROPY, linestyle="--", linewidth=1, label=entropy_name)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize="medium")
     axes.legend(frameon=False)
     drawn = io.BytesIO()
