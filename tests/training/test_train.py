@@ -281,7 +281,8 @@ def test_what_is_optional_warns_once_and_does_not_end_the_run(
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "Qt5Agg", "nonsense"])
 def test_no_choice_of_a_backend_stops_a_plot(tmp_path: Path, backend: str):
     script = "from fastgpt.evaluation.plots import loss_curve; import sys\n"
-    script += "loss_curve(sys.argv[1], [(1, 2.0), (2, float('nan')), (3, float('inf'))], [(3, float('nan'))], 1.0, 'x', 't')"
+    script += "train, val = [(1, 2.0), (2, float('nan')), (3, float('inf'))], [(3, float('nan'))]\n"
+    script += "loss_curve(sys.argv[1], train, val, 1.0, 'x', 't')"
     picture = tmp_path / "loss.png"
     environment = SINGLE | {"MPLBACKEND": backend}
     subprocess.run([sys.executable, "-c", script, str(picture)], check=True, env=environment)
