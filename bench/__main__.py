@@ -299,7 +299,7 @@ def _report(options: argparse.Namespace) -> int:
     from bench.harness.machine import ROOT
     from bench.harness.records import load
     from bench.report.page import html
-    from bench.report.readme import update_readme, write_plots
+    from bench.report.readme import block, update, write_plots
 
     results = ROOT / "bench" / "results"
     paths = sorted(results.glob("*/results.json"))
@@ -310,8 +310,9 @@ def _report(options: argparse.Namespace) -> int:
     for path in paths:
         for written in write_plots(path):
             print(f"wrote {written}")
-    changed = update_readme(ROOT / "README.md", results)
-    print("README.md is " + ("updated" if changed else "up to date"))
+    for page, ops in (("README.md", False), ("docs/benchmarks.md", True)):
+        changed = update(ROOT / page, block(results, ops=ops, root="../" * page.count("/")))
+        print(f"{page} is " + ("updated" if changed else "up to date"))
     return 0
 
 

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     _add_gpu(commands)
     _add_codegen(commands)
 
-    report = commands.add_parser("report", help="README's section and plots from bench/results")
+    report = commands.add_parser(
+        "report", help="tables and plots of README and docs/benchmarks.md from bench/results"
+    )
     report.add_argument("--html", type=Path, metavar="OUT", help="path of one HTML page with all results")
 
     compare = commands.add_parser("compare", help="comparison of the ratios in two result files")

@@ -1,4 +1,4 @@
-"""Markdown tables of results, and the benchmark section of README.md."""
+"""Markdown tables of results: training steps in README.md, ops in docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from bench.harness.records import Record, contender, load
-from bench.report.headlines import HEADLINE, commit, headline_rows, unique
+from bench.harness.records import Record, contender, is_timed, load
+from bench.report.headlines import (
+    HEADLINE,
+    cell,
+    commit,
+    format_ms,
+    format_percent,
+    format_ratio,
+    headline_rows,
+    unique,
+)
 from bench.report.plots import PLOTS, svg
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 TEXT_COLUMNS = ("op", "case", "dtype", "fastest peer")
-SHOWN = ("speedup", "training")  # the plots in README
+STEPS = ("training step", "dtype", "fastgpt", "PyTorch", "torch.compile", "memory, of PyTorch's")
+SHOWN = ("speedup", "training")  # the plots in bench/results
 
 
 def markdown_table(names: Sequence[str], rows: list[list[str]], left: Collection[str]) -> str:
@@ -37,50 +47,83 @@ def _markdown(text: str) -> str:
     return escape(text, quote=False).replace("|", "&#124;")
 
 
-def readme_block(results_dir: Path) -> str:
-    """Format README's section: for each device the machine, the headlines and the plots `SHOWN`."""
+def steps_table(records: list[Record]) -> str:
+    """Format whole training steps as a Markdown table, or "" without any: a peer's time over ours in parentheses."""
+    rows = []
+    steps = [r for r in records if r["op"] in ("train", "accelerate")]
+    for key in unique((r["op"], r["case"], r["dtype"]) for r in steps):
+        case = {contender(r): r for r in steps if (r["op"], r["case"], r["dtype"]) == key and is_timed(r)}
+        ours = min((r for r in case.values() if r["peer"] is None), key=lambda r: r["seconds"], default=None)
+        plain = case.get("PyTorch") or case.get("unmodified")
+        if ours is None:
+            continue
+        peers = [
+            cell(peer, "seconds", format_ms) + (f" ms ({cell(peer, 'ratio', format_ratio)})" if peer else "")
+            for peer in (plain, case.get("torch.compile"))
+        ]
+        known = plain and plain["peak_bytes"] and ours["peak_bytes"]
+        memory = format_percent(ours["peak_bytes"] / plain["peak_bytes"]) if known and plain else "—"
+        rows.append([_step(ours), ours["dtype"], f"{format_ms(ours['seconds'])} ms", *peers, memory])
+    return markdown_table(STEPS, rows, STEPS[:2]) if rows else ""
+
+
+def _step(record: Record) -> str:
+    """Describe a training step: the model, its size, and a batch."""
+    size = record["dims"]
+    name = "`fastgpt.model.GPT`" if record["op"] == "train" else f"{record['case'].split()[0]}, accelerated"
+    return f"{name}: {size['L']} × {size['C']}, vocabulary {size['V']:,}, {size['B']} × {size['T']} tokens"
+
+
+def block(results_dir: Path, *, ops: bool, root: str) -> str:
+    """Format a section: for each device the machine, a table and a plot.
+
+    Args:
+        results_dir: `bench/results`.
+        ops: whether the ops are shown, or whole training steps.
+        root: path of the repository's root as the page sees it, such as "../".
+    """
     parts, gpu = [], False
     for path in sorted(results_dir.glob("*/results.json")):
         records = load(path)
         facts = records[0]
         gpu |= facts["cuda"] is not None and not facts["rehearsal"]
+        table = tables(records) if ops else steps_table(records)
         machine = (
             f"torch {facts['torch']}, commit {commit(facts)}, {facts['threads']} threads, {facts['malloc']}."
         )
         rehearsal = " A rehearsal: the times have no meaning." if facts["rehearsal"] else ""
-        table = tables(records)
-        what = "forward + backward" if table else "whole steps"
+        what = "forward + backward" if ops else "forward, backward and AdamW"
         how = f"`{re.sub(r' --out [^ ]+', '', facts['command'])}`, {what}, medians:"
-        parts.append(f"**{_markdown(facts['device'])}**: {_markdown(machine)}{rehearsal} {how}")
-        parts.append(table)
-        shown = [name for name in SHOWN if (path.parent / f"{name}.svg").exists()]
-        parts.append("\n".join(_image(path.parent.name, name, facts["device"]) for name in shown))
+        image = path.with_name(f"{SHOWN[0] if ops else SHOWN[1]}.svg")
+        if table or image.exists():
+            parts.append(f"**{_markdown(facts['device'])}**: {_markdown(machine)}{rehearsal} {how}")
+            parts += [table, _image(root, image, facts["device"]) if image.exists() else ""]
     parts += [] if gpu else ["Nothing is measured on a GPU yet."]
     return "\n\n".join(filter(None, parts))
 
 
-def _image(folder: str, name: str, device: str) -> str:
-    path = f"bench/results/{quote(folder)}/{name}.svg"
-    return f'<img src="{path}" align="top" width="49%" alt="{escape(f"{PLOTS[name]}; {device}")}">'
+def _image(root: str, path: Path, device: str) -> str:
+    source = f"{root}bench/results/{quote(path.parent.name)}/{path.name}"
+    return f'<img src="{source}" width="75%" alt="{escape(f"{PLOTS[path.stem]}; {device}")}">'
 
 
-def update_readme(readme: Path, results_dir: Path) -> bool:
-    """Replace the text between the markers of README.
+def update(page: Path, text_of_block: str) -> bool:
+    """Replace the text between the markers of a page.
 
     Returns:
-        True if README has changed.
+        True if the page has changed.
 
     Raises:
         ValueError: a marker is missing.
     """
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"{readme} has no {BEGIN} followed by {END}. Add both where the results belong.")
-    new = f"{before}{BEGIN}\n{readme_block(results_dir)}\n{END}{after}"
+        raise ValueError(f"{page} has no {BEGIN} followed by {END}. Add both where the results belong.")
+    new = f"{before}{BEGIN}\n{text_of_block}\n{END}{after}"
     if new != text:
-        readme.write_text(new, encoding="utf-8")
+        page.write_text(new, encoding="utf-8")
     return new != text
 
 

@@ -124,25 +124,26 @@ def test_headline_is_the_largest_correct_case():
     assert "Wrong: fastgpt cpp, attention 1x4x4096x64 fp32: off" in table
 
 
-def test_readme_round_trip(tmp_path):
+@pytest.mark.parametrize(("ops", "root", "plot"), [(False, "", "training"), (True, "../", "speedup")])
+def test_pages_round_trip(ops, root, plot, tmp_path):
     results, path = tmp_path / "results", tmp_path / "README.md"
     folder = results / "some cpu"
     records.save(folder / "results.json", everything())
     assert readme.write_plots(folder / "results.json") == [folder / f"{name}.svg" for name in readme.SHOWN]
     before, after = "# Title\n\n", "\n\n## Next\n"
     path.write_text(f"{before}{readme.BEGIN}\nold{readme.END}{after}")
-    assert readme.update_readme(path, results)
+    block = readme.block(results, ops=ops, root=root)
+    assert readme.update(path, block)
     text = path.read_text()
-    assert text == f"{before}{readme.BEGIN}\n{readme.readme_block(results)}\n{readme.END}{after}"
-    assert not readme.update_readme(path, results)
+    assert text == f"{before}{readme.BEGIN}\n{block}\n{readme.END}{after}"
+    assert not readme.update(path, block)
     assert (
         "**Some CPU &lt;2 cores&gt;**: torch 2.13.0, commit 0123456789ab, 2 threads, malloc trimming" in text
     )
-    assert cells(text, "gelu", "4096x3072 none", "bf16")
-    assert re.findall(r'src="(.*?)"', text) == [
-        f"bench/results/some%20cpu/{name}.svg" for name in readme.SHOWN
-    ]
-    assert text.count('width="49%"') == 2 and text.count("Nothing is measured on a GPU yet.") == 1
+    assert ("| gelu | 4096x3072 none | bf16 |" in text) is ops
+    assert ("| training step |" in text) is not ops
+    assert re.findall(r'src="(.*?)"', text) == [f"{root}bench/results/some%20cpu/{plot}.svg"]
+    assert text.count("Nothing is measured on a GPU yet.") == 1
     # A plot without data is deleted; other files stay.
     (folder / "mine.svg").touch()
     records.save(folder / "results.json", without("train"))
@@ -150,22 +151,44 @@ def test_readme_round_trip(tmp_path):
     assert {p.name for p in folder.iterdir()} == {"results.json", "mine.svg", "speedup.svg"}
 
 
-def test_readme_tells_measurements_on_a_gpu_from_rehearsals(tmp_path):
-    assert readme.readme_block(tmp_path) == "Nothing is measured on a GPU yet."
+def test_training_steps_are_compared_with_plain_and_compiled_pytorch():
+    facts = row(
+        op="accelerate",
+        group="train",
+        case="GPT2LMHeadModel 1x2x32x16x2x50257",
+        dims={"L": 1, "H": 2, "C": 32, "T": 16, "B": 2, "V": 50257},
+        dtype="bf16",
+    )
+    peers = {"unmodified": (0.2, 400), "torch.compile": (0.15, 200), "another": (0.01, 1)}
+    found = [facts | {"peer": None, "backend": "cpp", "seconds": 0.1, "ratio": None, "peak_bytes": 100}]
+    found += [
+        facts | {"peer": name, "backend": None, "seconds": seconds, "ratio": 10 * seconds, "peak_bytes": size}
+        for name, (seconds, size) in peers.items()
+    ]
+    rows = readme.steps_table(found).splitlines()
+    step = "GPT2LMHeadModel, accelerated: 1 × 32, vocabulary 50,257, 2 × 16 tokens"
+    assert rows[2:] == [f"| {step} | bf16 | 100 ms | 200 ms (2.00×) | 150 ms (1.50×) | 25 % |"]
+    assert readme.steps_table(found[1:]) == ""
+    uncompiled = [r for r in found if r["peer"] != "torch.compile"]
+    assert rows[2].replace("150 ms (1.50×)", "—") in readme.steps_table(uncompiled)
+
+
+def test_pages_tell_measurements_on_a_gpu_from_rehearsals(tmp_path):
+    assert readme.block(tmp_path, ops=True, root="") == "Nothing is measured on a GPU yet."
     records.save(tmp_path / "b" / "results.json", everything(**GPU, rehearsal=True))
-    assert "Nothing is measured on a GPU yet." in readme.readme_block(tmp_path)
+    assert "Nothing is measured on a GPU yet." in readme.block(tmp_path, ops=True, root="")
     records.save(tmp_path / "a" / "results.json", everything(**GPU | {"dirty": True}))
-    block = readme.readme_block(tmp_path)
+    block = readme.block(tmp_path, ops=True, root="")
     assert "Nothing is measured" not in block
     assert 0 < block.index("commit 0123456789ab with changes") < block.index("A rehearsal")  # a before b
 
 
 @pytest.mark.parametrize("text", ["", readme.BEGIN, readme.END + readme.BEGIN])
-def test_readme_without_markers(tmp_path, text):
+def test_a_page_without_markers(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
     with pytest.raises(ValueError, match="Add both where the results belong"):
-        readme.update_readme(path, tmp_path)
+        readme.update(path, "text")
     assert path.read_text() == text
 
 
@@ -258,13 +281,14 @@ def test_report_writes_html_on_demand(tmp_path, capsys):
     assert "AMD EPYC" in (tmp_path / "report.html").read_text()
 
 
-def test_readme_matches_the_results():
-    """README's section is generated from bench/results by `python -m bench report`."""
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "ops", "root"), [("README.md", False, ""), ("docs/benchmarks.md", True, "../")]
+)
+def test_pages_match_the_results(page, ops, root):
+    """The tables are generated from bench/results by `python -m bench report`."""
+    text = (ROOT / page).read_text()
     block = text.partition(readme.BEGIN)[2].partition(readme.END)[0].strip()
-    assert block == readme.readme_block(ROOT / "bench" / "results")
-    for picture in re.findall(r'src="(.*?)"', block):
-        assert (ROOT / picture).exists(), picture
+    assert block == readme.block(ROOT / "bench" / "results", ops=ops, root=root)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*/results.json")), ids=str)

@@ -108,6 +108,7 @@ def series():
 
 def training(op, case):
     shape = {"op": op, "group": "train", "case": case, "direction": "step", "dtype": "bf16"}
+    shape |= {"dims": {"L": 6, "H": 6, "C": 384, "T": 256, "B": 4, "V": 50257}}
     for name, r in {None: 1.0, **PEERS}.items():
         more = {"losses": [5.0 - 0.1 * i + 1e-4 * r for i in range(8)], "mfu_measured": 0.4 / r}
         more |= {"seconds": r, "tokens_per_second": 9000 / r, "ratio": r if name else None}
