@@ -15,7 +15,7 @@ from fastgpt.cli_parser import make_parser
 from fastgpt.data.prepare import PrepareConfig
 from fastgpt.distributed import ProcessLostError
 from fastgpt.evaluation.tasks.template import TASKS
-from fastgpt.training.config import read_toml
+from fastgpt.training.config import FINETUNE, read_toml
 
 _ERRORS = (
     *(ValueError, OSError, ImportError, FloatingPointError),
@@ -94,14 +94,14 @@ def _train(arguments: dict[str, Any]) -> None:
     from fastgpt.training.initialize import config_from
     from fastgpt.training.trainer import train
 
-    file = arguments.pop("config", None)
-    options = (read_toml(file) if file is not None else {}) | arguments
-    train(config_from(options))
+    train(config_from(_with_file(arguments)))
 
 
 def _finetune(arguments: dict[str, Any]) -> None:
-    file = arguments.get("config")
-    options = (read_toml(file) if file is not None else {}) | arguments
+    from fastgpt.training.initialize import config_from
+    from fastgpt.training.trainer import train
+
+    options = _with_file(arguments)
     if not options.get("resume"):
         for name, needs in (
             ("task", f"a --task: {', '.join(TASKS)}"),
@@ -109,7 +109,14 @@ def _finetune(arguments: dict[str, Any]) -> None:
         ):
             if options.get(name) is None:
                 raise ValueError(f"finetune needs {needs}")
-    _train(arguments)
+        options = FINETUNE | options
+    train(config_from(options))
+
+
+def _with_file(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Add the options in the file of --config to those of the command line, which come first."""
+    file = arguments.pop("config", None)
+    return (read_toml(file) if file is not None else {}) | arguments
 
 
 def _generate(arguments: dict[str, Any]) -> None:

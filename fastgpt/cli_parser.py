@@ -12,7 +12,7 @@ from fastgpt.data.prepare import PrepareConfig
 from fastgpt.evaluation.tasks.template import TASKS
 from fastgpt.integrations.benchmark import BenchConfig
 from fastgpt.options import TEXT_KEY, add_options
-from fastgpt.training.config import BACKEND_CHOICES, GROUPS, TrainConfig
+from fastgpt.training.config import BACKEND_CHOICES, FINETUNE, GROUPS, TrainConfig
 
 _ABSENT = argparse.SUPPRESS  # leaves an option that is not given out of the namespace
 
@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="alias of --init-from",
     )
-    add_options(finetune, TrainConfig, GROUPS)
+    add_options(finetune, TrainConfig, GROUPS, {"data": "required", "task": "required"} | FINETUNE)
     finetune.set_defaults(parser=finetune)
 
     generate = commands.add_parser(

@@ -37,7 +37,10 @@ def option(
 
 
 def add_options(
-    parser: argparse.ArgumentParser, options: type, groups: Mapping[str, str] | None = None
+    parser: argparse.ArgumentParser,
+    options: type,
+    groups: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Add an option for each field of a dataclass of `option`s.
 
@@ -47,6 +50,7 @@ def add_options(
         parser: the parser.
         options: the dataclass.
         groups: titles of groups in the help, by the first field of each.
+        defaults: what the help says of the defaults of this command, where they are not the fields'.
     """
     hints = get_type_hints(options)
     group: Any = parser
@@ -54,7 +58,8 @@ def add_options(
         if groups and item.name in groups:
             group = parser.add_argument_group(groups[item.name])
         kind = kind_of(hints[item.name])
-        default = item.metadata["described"] or ("none" if item.default is None else item.default)
+        own = (defaults or {}).get(item.name)
+        default = own or item.metadata["described"] or ("none" if item.default is None else item.default)
         settings: dict[str, Any] = {
             "dest": item.name,
             "default": argparse.SUPPRESS,

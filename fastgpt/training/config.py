@@ -32,6 +32,8 @@ PARALLEL = ("auto", "ddp", "fsdp")
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "position", "activation", "bias", "tie_head")
 MODEL_FIELDS = ("tokenizer", "vocab_size", "block_size", *ARCHITECTURE)
 
+# Defaults of `fastgpt finetune`, which starts from trained weights.
+FINETUNE = {"max_steps": 500, "lr": 1e-4, "min_lr": 1e-5}
 # Titles of the options' groups in --help, by the first field of each.
 GROUPS = {
     "data": "data and directories",

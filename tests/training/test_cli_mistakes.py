@@ -118,3 +118,22 @@ def _imports_torch(pid):
             return "torch" in maps.read()
     except FileNotFoundError:
         return False
+
+
+def test_finetune_has_its_own_defaults_unless_it_resumes(monkeypatch, tmp_path, capsys):
+    seen = []
+    monkeypatch.setattr("fastgpt.training.trainer.train", seen.append)
+    (tmp_path / "a.toml").write_text('task = "code"\nlr = 0.5\n')
+    given = ["--data=embedded", "--task=answer"]
+    assert main(["finetune", *given]) == 0
+    assert main(["finetune", "--data=embedded", "--config", str(tmp_path / "a.toml"), "--max-steps=7"]) == 0
+    assert main(["train", *given]) == 0
+    own, file, plain = seen
+    assert (own.max_steps, own.lr, own.min_lr, own.task) == (500, 1e-4, 1e-5, "answer")
+    assert (file.max_steps, file.lr, file.min_lr, file.task) == (7, 0.5, 1e-5, "code")
+    assert (plain.max_steps, plain.lr, plain.min_lr) == (2000, 1e-3, 1e-4)
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "schedule (default: 500)" in printed and "(default: required)" in printed
+    assert "highest learning rate (default: 0.0001)" in printed
