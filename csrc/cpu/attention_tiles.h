@@ -291,7 +291,7 @@ inline void dropout_tile(const Problem& p, const Tile& t, A* dropout_scale) {
 // ---- factors of the products ----
 
 // bfloat16 of a factor in the upper half of each lane, rounded to nearest, ties away from zero.
-[[gnu::always_inline]] inline Bits nearest_half(Floats x) { return std::bit_cast<Bits>(x) + 0x8000u; }
+[[gnu::always_inline]] inline Bits nearest_half(Floats x) { return bit_cast<Bits>(x) + 0x8000u; }
 
 // Stores two keys of a tile as units of a product over keys: as two rows, or in bfloat16 as one row of pairs.
 template <typename E, typename A>

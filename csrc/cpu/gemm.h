@@ -75,8 +75,7 @@ template <typename A>
 }
 #if defined(__AVX512BF16__)
 [[gnu::always_inline]] inline Floats multiply_add(Floats c, uint32_t a, Bits b) {
-  return _mm512_dpbf16_ps(
-      c, std::bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), std::bit_cast<__m512bh>(b));
+  return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), bit_cast<__m512bh>(b));
 }
 #endif
 
@@ -196,8 +195,8 @@ inline Operand<Unit<E>> second_factor(
     const auto pack = [&](int64_t j, auto... left) {
       Vector<U> x;
       if constexpr (FOLD<E> > 1) {
-        x = std::bit_cast<Bits>(load<float>(first + j, left...)) >> 16;
-        if (second) x |= std::bit_cast<Bits>(load<float>(second + j, left...));
+        x = bit_cast<Bits>(load<float>(first + j, left...)) >> 16;
+        if (second) x |= bit_cast<Bits>(load<float>(second + j, left...));
       } else {
         x = load<E>(first + j, left...);
       }
@@ -208,6 +207,20 @@ inline Operand<Unit<E>> second_factor(
     for (; j < width; j += W) pack(j, std::max<int64_t>(0, size - j));
   }
   return {space.data(), GEMM_N<U>, depth};
+}
+
+// The elements order[l] of a and b, of 2·W.
+template <typename V, typename Index>
+[[gnu::always_inline]] inline V shuffled(V a, V b, Index order) {
+#if defined(__clang__)
+  constexpr int64_t W = sizeof(V) / sizeof(a[0]);
+  V x = a;
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < W; ++l) x[l] = order[l] < W ? a[order[l]] : b[order[l] - W];
+  return x;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
 }
 
 // Transposes a square of LANES × LANES units in registers. Step s exchanges blocks of s × s.
@@ -230,8 +243,8 @@ inline void transpose_square(U* out, int64_t to, const U* in, int64_t from) {
     for (int64_t i = 0; i < W; ++i)
       if (!(i & s)) {
         const Vector<U> a = r[i], b = r[i + s];
-        r[i] = __builtin_shuffle(a, b, upper);
-        r[i + s] = __builtin_shuffle(a, b, lower);
+        r[i] = shuffled(a, b, upper);
+        r[i + s] = shuffled(a, b, lower);
       }
   }
 #pragma GCC unroll 16

@@ -62,7 +62,7 @@ struct Panels {
 }
 // Half a row of a panel, from 2 · HALF consecutive elements of a row.
 [[gnu::always_inline]] inline Bits pair_columns(Floats first, Floats second) {
-  return std::bit_cast<Bits>(_mm512_cvtne2ps_pbh(second, first));
+  return bit_cast<Bits>(_mm512_cvtne2ps_pbh(second, first));
 }
 
 // Packs the transpose of a matrix (rows, size). Pairs are along its rows.
