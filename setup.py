@@ -21,6 +21,8 @@ from typing import ClassVar
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
+# The commands of setuptools that compile, those that pip calls included.
+BUILDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 TOOLS = runpy.run_path("fastgpt/build_tools.py")  # importing fastgpt needs PyTorch
 VERSION = re.search(r'__version__ = "(.+)"', Path("fastgpt/__init__.py").read_text())[1]
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -232,21 +234,26 @@ class BuildKernels(build_ext):
             None,
             "build the CUDA kernels though this PyTorch is not for CUDA (to be carried to one that is)",
         ),
+        ("no-cuda", None, "leave the CUDA kernels out, as in a wheel for everybody"),
         ("cuda-architectures=", None, 'what to compile them for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0a"'),
     ]
-    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize", "cuda"]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize", "cuda", "no-cuda"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.sanitize, self.variants = False, " ".join(CPU_VARIANTS)
-        self.cuda, self.cuda_architectures = False, os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        self.cuda, self.no_cuda, self.cuda_architectures = (
+            False,
+            False,
+            os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+        )
 
     def finalize_options(self) -> None:
         import torch
 
         super().finalize_options()
         self.torch_folder = Path(torch.__file__).parent
-        self.nvcc = find_nvcc() if self.cuda or torch.version.cuda else None
+        self.nvcc = find_nvcc() if self.cuda or (torch.version.cuda and not self.no_cuda) else None
         if self.cuda and not self.nvcc:
             raise SystemExit("fastgpt: --cuda needs nvcc, on the PATH or in CUDA_HOME")
         self.compiled_for = cuda_architectures(self.cuda_architectures, self.nvcc) if self.nvcc else []
@@ -262,9 +269,6 @@ class BuildKernels(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # the kernels are for every Python
 
     def build_extensions(self) -> None:
-        if packages := TOOLS["missing_packages"]():
-            names = " ".join(packages)
-            raise SystemExit(f"fastgpt: the C++ kernels need {names} to be built: pip install {names}")
         libraries = {
             variant: Path(self.get_ext_fullpath(extension.name))
             for extension in self.extensions
@@ -321,6 +325,9 @@ def compiled() -> dict:
     if tools := [name for name in TOOLS["missing"]() if name in TOOLS["INSTALL"]]:
         print(f"fastgpt: {off}: missing " + "; ".join(f"{name} ({TOOLS['INSTALL'][name]})" for name in tools))
         return {}
+    packages = " ".join(TOOLS["missing_packages"]())
+    if packages and BUILDS.intersection(sys.argv):
+        raise SystemExit(f"fastgpt: the C++ kernels need {packages} to be built: pip install {packages}")
     module = Extension("fastgpt._C", ["csrc/bindings.cpp"], extra_compile_args=CXX_FLAGS, language="c++")
     libraries = [Extension(f"fastgpt.{name}", []) for name in (*(f"_cpu_{v}" for v in CPU_VARIANTS), "_cuda")]
     return {"ext_modules": [module, *libraries], "cmdclass": {"build_ext": BuildKernels}}
