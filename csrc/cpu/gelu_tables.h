@@ -47,9 +47,9 @@ inline const PiecewisePolynomial GRAD_TABLE(TANH ? 5.5 : 5.8, gelu_grad<TANH>);
 // f(x). NaN if x is NaN.
 [[gnu::always_inline]] inline Floats piecewise(Floats x, const PiecewisePolynomial& f) {
   constexpr float ROUND = 12582912.0f;  // 1.5·2^23: adding it rounds to an integer, which is in the low bits
-  const Floats a = std::bit_cast<Floats>(std::bit_cast<Bits>(x) & 0x7FFFFFFFu) * f.density;
+  const Floats a = bit_cast<Floats>(bit_cast<Bits>(x) & 0x7FFFFFFFu) * f.density;
   const Floats c = min(broadcast(PIECES - 1.0f), a), shifted = c + ROUND, t = c - (shifted - ROUND);
-  const Integers k = std::bit_cast<Integers>(shifted);
+  const Integers k = bit_cast<Integers>(shifted);
   Floats tail = lookup(f.terms[0], k);
 #pragma GCC unroll 8
   for (int64_t i = 1; i < TERMS; ++i) tail = multiply_add(tail, t, lookup(f.terms[i], k));

@@ -28,7 +28,7 @@ constexpr int64_t GEMM_M = 4;
 template <typename T>
 struct FactorOf {
 #if defined(__AVX512BF16__)
-  using type = std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, compute_t<T>>;
+  using type = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, compute_t<T>>;
 #else
   using type = compute_t<T>;
 #endif
@@ -38,9 +38,9 @@ using factor_t = typename FactorOf<T>::type;
 
 // Elements in a unit, and the type that holds one.
 template <typename E>
-constexpr int64_t FOLD = std::is_same_v<E, at::BFloat16> ? 2 : 1;
+constexpr int64_t FOLD = std::is_same_v<E, BFloat16> ? 2 : 1;
 template <typename E>
-using Unit = std::conditional_t<std::is_same_v<E, at::BFloat16>, uint32_t, E>;
+using Unit = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;
 
 template <typename U>
 constexpr int64_t GEMM_N = 2 * LANES<U>;
@@ -75,8 +75,7 @@ template <typename A>
 }
 #if defined(__AVX512BF16__)
 [[gnu::always_inline]] inline Floats multiply_add(Floats c, uint32_t a, Bits b) {
-  return _mm512_dpbf16_ps(
-      c, std::bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), std::bit_cast<__m512bh>(b));
+  return _mm512_dpbf16_ps(c, bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a))), bit_cast<__m512bh>(b));
 }
 #endif
 
@@ -152,7 +151,7 @@ inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, 
 }
 
 // Packs n rows along k, two neighbouring rows per unit: out (units(n), width).
-inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int64_t stride, int64_t n, int64_t size) {
+inline void pack_pairs(uint32_t* out, int64_t width, const BFloat16* in, int64_t stride, int64_t n, int64_t size) {
   if (width == 0) return;
   const auto* rows = reinterpret_cast<const uint16_t*>(in);
   for (int64_t i = 0; i < n; i += 2) {
@@ -196,8 +195,8 @@ inline Operand<Unit<E>> second_factor(
     const auto pack = [&](int64_t j, auto... left) {
       Vector<U> x;
       if constexpr (FOLD<E> > 1) {
-        x = std::bit_cast<Bits>(load<float>(first + j, left...)) >> 16;
-        if (second) x |= std::bit_cast<Bits>(load<float>(second + j, left...));
+        x = bit_cast<Bits>(load<float>(first + j, left...)) >> 16;
+        if (second) x |= bit_cast<Bits>(load<float>(second + j, left...));
       } else {
         x = load<E>(first + j, left...);
       }
@@ -208,6 +207,20 @@ inline Operand<Unit<E>> second_factor(
     for (; j < width; j += W) pack(j, std::max<int64_t>(0, size - j));
   }
   return {space.data(), GEMM_N<U>, depth};
+}
+
+// The elements order[l] of a and b, of 2·W.
+template <typename V, typename Index>
+[[gnu::always_inline]] inline V shuffled(V a, V b, Index order) {
+#if defined(__clang__)
+  constexpr int64_t W = sizeof(V) / sizeof(a[0]);
+  V x = a;
+#pragma GCC unroll 16
+  for (int64_t l = 0; l < W; ++l) x[l] = order[l] < W ? a[order[l]] : b[order[l] - W];
+  return x;
+#else
+  return __builtin_shuffle(a, b, order);
+#endif
 }
 
 // Transposes a square of LANES × LANES units in registers. Step s exchanges blocks of s × s.
@@ -230,8 +243,8 @@ inline void transpose_square(U* out, int64_t to, const U* in, int64_t from) {
     for (int64_t i = 0; i < W; ++i)
       if (!(i & s)) {
         const Vector<U> a = r[i], b = r[i + s];
-        r[i] = __builtin_shuffle(a, b, upper);
-        r[i + s] = __builtin_shuffle(a, b, lower);
+        r[i] = shuffled(a, b, upper);
+        r[i + s] = shuffled(a, b, lower);
       }
   }
 #pragma GCC unroll 16

@@ -1,13 +1,13 @@
 // SIMD vectors of the width of the instruction set: loads, stores, reductions and comparisons. The elementary functions
 // are in vector_math.h.
 //
-// `Vector<A>` is a GCC vector type: + - * / < and ?: act on each of its LANES<A> elements. A load widens the storage
-// type T to the compute type A. A store rounds to nearest even. Intrinsics are used where the compiler does not find
-// the AVX-512 instruction.
+// `Vector<A>` is a vector type of GCC and clang: + - * / < and ?: act on each of its LANES<A> elements. A load widens
+// the storage type T to the compute type A. A store rounds to nearest even. Intrinsics are used where the compiler does
+// not find the AVX-512 instruction.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cmath>
@@ -21,6 +21,9 @@
 #endif
 
 namespace fastgpt {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 #if defined(__AVX512F__)
 constexpr int64_t VECTOR_BYTES = 64;
@@ -46,6 +49,12 @@ using Integers = typename VectorOf<int32_t, LANES<float>>::type;
 using Bits = typename VectorOf<uint32_t, LANES<float>>::type;
 using Shorts = typename VectorOf<uint16_t, LANES<float>>::type;
 
+// std::bit_cast takes a reference, to which clang gives the alignment of a whole vector.
+template <typename To, typename From>
+[[gnu::always_inline]] inline To bit_cast(From x) {
+  return __builtin_bit_cast(To, x);
+}
+
 template <typename A>
 [[gnu::always_inline]] inline Vector<A> broadcast(A x) {
   return Vector<A>{} + x;
@@ -67,14 +76,14 @@ template <typename A>
 // Converts between 16-bit and 32-bit words. For AVX-512 the compiler would split the vector into halves.
 [[gnu::always_inline]] inline Bits widened(Shorts x) {
 #if defined(__AVX512F__)
-  return std::bit_cast<Bits>(_mm512_cvtepu16_epi32(std::bit_cast<__m256i>(x)));
+  return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(x)));
 #else
   return __builtin_convertvector(x, Bits);
 #endif
 }
 [[gnu::always_inline]] inline Shorts narrowed(Bits x) {
 #if defined(__AVX512F__)
-  return std::bit_cast<Shorts>(_mm512_cvtepi32_epi16(std::bit_cast<__m512i>(x)));
+  return bit_cast<Shorts>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(x)));
 #else
   return __builtin_convertvector(x, Shorts);
 #endif
@@ -84,8 +93,8 @@ template <typename A, typename T>
 [[gnu::always_inline]] inline Vector<A> load(const T* p) {
   if constexpr (std::is_same_v<A, T>) {
     return *reinterpret_cast<const Vector<A>*>(p);
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
-    return std::bit_cast<Floats>(widened(*reinterpret_cast<const Shorts*>(p)) << 16);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return bit_cast<Floats>(widened(*reinterpret_cast<const Shorts*>(p)) << 16);
   } else {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -102,9 +111,9 @@ template <typename A, typename T>
 // Rounds each element to bfloat16, to nearest even. NaN stays NaN. The instruction flushes subnormals to 0.
 [[gnu::always_inline]] inline Shorts to_bfloat16(Floats x) {
 #if defined(__AVX512BF16__)
-  return std::bit_cast<Shorts>(_mm512_cvtneps_pbh(x));
+  return bit_cast<Shorts>(_mm512_cvtneps_pbh(x));
 #else
-  const Bits u = std::bit_cast<Bits>(x);
+  const Bits u = bit_cast<Bits>(x);
   const Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   return narrowed(x == x ? rounded : Bits{} + 0x7FC0u);
 #endif
@@ -114,7 +123,7 @@ template <typename T, typename A>
 [[gnu::always_inline]] inline void store(T* p, Vector<A> x) {
   if constexpr (std::is_same_v<A, T>) {
     *reinterpret_cast<Vector<A>*>(p) = x;
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
     *reinterpret_cast<Shorts*>(p) = to_bfloat16(x);
   } else {
 #if defined(__AVX512F__)
@@ -161,15 +170,15 @@ inline int64_t to_next_line(const T* p) {
 
 #if defined(__AVX512F__)
 // Rounds two vectors to 16 bits, which fill a cache line.
-[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, at::BFloat16) {
+[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, BFloat16) {
 #if defined(__AVX512BF16__)
-  return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+  return bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
 #else
-  const auto low = std::bit_cast<__m256i>(to_bfloat16(a)), high = std::bit_cast<__m256i>(to_bfloat16(b));
+  const auto low = bit_cast<__m256i>(to_bfloat16(a)), high = bit_cast<__m256i>(to_bfloat16(b));
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #endif
 }
-[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, at::Half) {
+[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, Half) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(a, 0)), _mm512_cvtps_ph(b, 0), 1);
 }
 
@@ -177,9 +186,9 @@ inline int64_t to_next_line(const T* p) {
 template <bool STREAMING, typename L>
 [[gnu::always_inline]] inline void store_line(void* p, L line) {
   if constexpr (STREAMING)
-    _mm512_stream_si512(static_cast<__m512i*>(p), std::bit_cast<__m512i>(line));
+    _mm512_stream_si512(static_cast<__m512i*>(p), bit_cast<__m512i>(line));
   else
-    _mm512_storeu_si512(p, std::bit_cast<__m512i>(line));
+    _mm512_storeu_si512(p, bit_cast<__m512i>(line));
 }
 #endif
 
@@ -295,9 +304,9 @@ template <typename A, typename F>
 // table[index mod 16] in each lane.
 [[gnu::always_inline]] inline Floats lookup(const float (&table)[16], Integers index) {
 #if defined(__AVX512F__)
-  return _mm512_permutexvar_ps(std::bit_cast<__m512i>(index), _mm512_load_ps(table));
+  return _mm512_permutexvar_ps(bit_cast<__m512i>(index), _mm512_load_ps(table));
 #elif defined(__AVX2__)
-  const auto i = std::bit_cast<__m256i>(index);
+  const auto i = bit_cast<__m256i>(index);
   const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), i);
   const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), i);
   // Bit 3 of the index, shifted into the sign bit, selects the half of the table.

@@ -74,9 +74,9 @@ template <bool FINE = true>
   return _mm512_scalef_ps(p, k);
 #else
   // 2^k as two factors, because k can be 128.
-  const Integers n = std::bit_cast<Integers>(shifted) - 0x4B400000;
-  const Floats half = std::bit_cast<Floats>(((n >> 1) + 127) << 23);
-  const Floats rest = std::bit_cast<Floats>((n - (n >> 1) + 127) << 23);
+  const Integers n = bit_cast<Integers>(shifted) - 0x4B400000;
+  const Floats half = bit_cast<Floats>(((n >> 1) + 127) << 23);
+  const Floats rest = bit_cast<Floats>((n - (n >> 1) + 127) << 23);
   const Floats y = x < low ? Floats{} : p * half * rest;
   return x > high ? Floats{} + std::numeric_limits<float>::infinity() : y;
 #endif
@@ -104,12 +104,12 @@ template <bool FINE = true>
 // tanh: an odd polynomial for |x| < 0.625, otherwise 1 - 2/(exp(2|x|) + 1). Relative error below 3e-7.
 [[gnu::always_inline]] inline Floats tanh(Floats x) {
   constexpr float TERMS[] = {-5.66477535e-3f, 2.05956800e-2f, -5.37226793e-2f, 1.33311502e-1f, -3.33332616e-1f};
-  const Bits sign = std::bit_cast<Bits>(x) & 0x80000000u;
-  const Floats a = std::bit_cast<Floats>(std::bit_cast<Bits>(x) ^ sign), s = a * a;
+  const Bits sign = bit_cast<Bits>(x) & 0x80000000u;
+  const Floats a = bit_cast<Floats>(bit_cast<Bits>(x) ^ sign), s = a * a;
   const Floats small = polynomial(s, TERMS) * s * a + a;
   const Floats large = 1.0f - 2.0f / (exp(2.0f * a) + 1.0f);
   const Floats y = a >= 0.625f ? large : small;
-  return std::bit_cast<Floats>(std::bit_cast<Bits>(y) | sign);
+  return bit_cast<Floats>(bit_cast<Bits>(y) | sign);
 }
 [[gnu::always_inline]] inline Doubles tanh(Doubles x) {
   return each(x, [](double y) { return std::tanh(y); });

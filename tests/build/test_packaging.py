@@ -163,6 +163,118 @@ def test_importing_fastgpt_imports_nothing_optional_and_not_dynamo():
     assert run([sys.executable, "-c", script]).split() == []
 
 
+# ---- what a build lacks ----
+
+BUILD = """
+import importlib.machinery, importlib.metadata, sys
+HIDDEN = {hidden!r}
+
+class Hide(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in HIDDEN else super().find_spec(name, path, target)
+
+sys.meta_path = [Hide if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+sys.argv = ["setup.py", "--quiet", "build", "--build-base", {base!r}, *{more}]
+exec(open("setup.py").read())
+"""
+
+
+def build_without(base, hidden=(), more=(), **env):
+    """Run setup.py where some modules cannot be found."""
+    code = BUILD.format(hidden=set(hidden), base=str(base), more=list(more))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("hidden", [("pybind11",), ("ninja",), ("ninja", "pybind11")])
+def test_build_without_a_package_ends_at_once_with_the_command_to_get_it(tmp_path, hidden):
+    done = build_without(
+        tmp_path, hidden, ["build_ext", "--variants="], PATH=str(compilers(tmp_path / "bin"))
+    )
+    names = " ".join(sorted(hidden, reverse=True))
+    assert done.returncode == 1
+    assert done.stdout.strip() == (f"fastgpt: the C++ kernels need {names} to be built: pip install {names}")
+
+
+def compilers(folder):
+    """A folder with the compiler and nothing else."""
+    folder.mkdir()
+    for name in ("c++", "g++"):
+        if path := shutil.which(name):
+            (folder / name).symlink_to(path)
+    return folder
+
+
+@pytest.mark.parametrize("compiler", ["/none/c++", "false"])
+def test_build_without_a_compiler_is_pure_python_and_says_so(tmp_path, compiler):
+    """Where there is none, and where the one that CXX names does not compile C++20."""
+    done = build_without(tmp_path, CXX=compiler)
+    assert done.returncode == 0, done.stdout
+    said = [line for line in done.stdout.splitlines() if "fastgpt:" in line]
+    assert len(said) == 1 and said[0].startswith(
+        "fastgpt: building without compiled kernels: missing a C++20 compiler (apt install g++"
+    )
+    assert not list(tmp_path.rglob("*.so")) and list(tmp_path.rglob("env_report.py"))
+
+
+@pytest.mark.parametrize("found", [(), ("ninja", "a C++20 compiler")])
+def test_info_names_what_a_build_lacks_and_a_command_that_works(monkeypatch, found):
+    from fastgpt import build_tools, env_report
+
+    monkeypatch.setattr(build_tools, "missing", lambda **_: list(found))
+    build_tools.rebuild_hint.cache_clear()
+    try:
+        hint = build_tools.rebuild_hint()
+        monkeypatch.setattr(extension, "problem", lambda: f"off; build it with: {hint}")
+        report = env_report.report()
+    finally:
+        build_tools.rebuild_hint.cache_clear()
+    command = f"pip install --no-build-isolation -e {ROOT}"
+    if found:
+        assert (
+            f"build it with: pip install ninja && {command}, after installing a C++20 compiler (apt" in report
+        )
+        assert "missing       ninja (pip install ninja)" in report
+        assert "missing       a C++20 compiler (apt install g++" in report
+    else:
+        assert f"build it with: {command}\n" in report and "missing  " not in report
+
+
+def test_repair_of_an_installed_package_names_its_distribution(built, tmp_path, monkeypatch):
+    from fastgpt import build_tools
+
+    target = tmp_path / "site"
+    run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            target,
+            built[0],
+        ]
+    )
+    monkeypatch.setattr(build_tools, "ROOT", target)
+    command = build_tools.rebuild_hint.__wrapped__()
+    (name,) = (path.name.split("-")[0] for path in target.glob("*.dist-info"))
+    origin = r"(file://\S+\.whl)" if (next(target.glob("*.dist-info")) / "direct_url.json").exists() else ""
+    pattern = r"pip install --no-build-isolation --no-cache-dir --no-deps --force-reinstall (\S+)$"
+    found = re.search(pattern, command)
+    assert found and (found[1].replace("-", "_") == name or re.fullmatch(origin, found[1].strip("'")))
+
+
 # ---- building the CUDA kernels ----
 
 
