@@ -9,7 +9,7 @@ import sys
 import torch
 
 from fastgpt import build_tools, extension
-from fastgpt.backends import BACKENDS, OPS, available_backends, kernels_off
+from fastgpt.backends import BACKENDS, OPS, available_backends, kernels_off, resolve_backend
 from fastgpt.console import run_command
 from fastgpt.device import cpu_threads
 
@@ -27,7 +27,9 @@ def package_version(package: str) -> str:
 def report() -> str:
     """The text that `fastgpt info` prints."""
     lines = [
-        f"fastgpt {package_version('fastgpt-kernels')} on Python {platform.python_version()}, {platform.system()}"
+        *_verdict(),
+        "",
+        f"fastgpt {package_version('fastgpt-kernels')} on Python {platform.python_version()}, {platform.system()}",
     ]
     lines += [f"  {package:<14}{package_version(package)}" for package in PACKAGES]
 
@@ -65,14 +67,29 @@ def report() -> str:
         found = available_backends(op)
         lines.append(f"  {op:<22}" + "".join(f"{'yes' if found[b] else '-':<12}" for b in BACKENDS))
         reasons |= {b: a.reason for b, a in found.items() if not a and not a.reason.endswith("yet")}
+    if not torch.cuda.is_available():
+        reasons |= {b: "it is for GPUs, and none is visible" for b in ("triton", "cuda") if b in reasons}
     lines += [f"  no {backend}: {reason}" for backend, reason in reasons.items()]
     return "\n".join(lines)
 
 
+def _verdict() -> list[str]:
+    """For each device whether kernels run there, in a line."""
+    lines = []
+    for device in _devices():
+        backend = resolve_backend("auto", device)
+        name = f"cpp ({extension.variant()})" if backend == "cpp" else backend
+        lines.append(f"NOT READY: {off}" if (off := kernels_off(device)) else f"ready: {name} on {device}")
+    return lines
+
+
+def _devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
 def check() -> list[str]:
     """For each device whose kernels are all off the reason, with what mends it."""
-    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
-    return list(filter(None, map(kernels_off, devices)))
+    return list(filter(None, map(kernels_off, _devices())))
 
 
 def main(*, checked: bool = False) -> int:

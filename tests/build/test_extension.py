@@ -286,4 +286,14 @@ def test_availability_and_info_say_what_is_wrong_with_cuda():
     assert (bool(available), available.reason) == (extension.cuda_loaded(), extension.cuda_problem())
     report = info.report()
     assert ", ".join(extension.cuda_architectures()) in report
-    assert available or available.reason in report
+    reason = available.reason if torch.cuda.is_available() else "it is for GPUs, and none is visible"
+    assert available or f"no cuda: {reason}" in report
+
+
+def test_info_begins_with_whether_the_kernels_are_ready(monkeypatch):
+    from fastgpt import env_report as info
+
+    monkeypatch.setattr(info, "_devices", lambda: [torch.device("cpu")])
+    assert info.report().startswith(f"ready: cpp ({extension.variant()}) on cpu\n\nfastgpt ")
+    monkeypatch.setattr(info, "kernels_off", lambda device: "for a test")
+    assert info.report().startswith("NOT READY: for a test\n\n")
