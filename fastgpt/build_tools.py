@@ -77,12 +77,14 @@ def missing(*, tried: bool = True) -> list[str]:
 
 
 def _source() -> str:
-    """What pip installed the package from: a URL, or the name of the distribution."""
+    """Where pip found the sources of the package: a URL, or the name of the distribution."""
     for found in importlib.metadata.distributions(path=[str(ROOT)]):
         if "fastgpt" in (found.read_text("top_level.txt") or "").split():
             origin = json.loads(found.read_text("direct_url.json") or "{}")
-            url, vcs = origin.get("url"), origin.get("vcs_info", {}).get("vcs")
-            return shlex.quote(f"{vcs}+{url}" if vcs else url) if url else found.metadata["Name"]
+            url, vcs = origin.get("url", ".whl"), origin.get("vcs_info", {}).get("vcs")
+            if url.endswith(".whl"):  # it would be installed again as it is
+                return found.metadata["Name"]
+            return shlex.quote(f"{vcs}+{url}" if vcs else url)
     return "fastgpt"
 
 
