@@ -10,11 +10,12 @@
 // once, in place, without packing. A row of W is multiplied with all rows of x, which are in the L1 cache as float. For
 // 8 rows a vector takes 8 multiply-adds and 9 loads, 5 cycles for 64 bytes, which is faster than memory delivers them.
 //
-// PyTorch computes the product for other types, for odd sizes (whose rows do not divide into pairs), and on CPUs
-// without bfloat16 multiplication.
+// PyTorch computes the product for other types, for odd sizes (whose rows do not divide into pairs), on CPUs without
+// bfloat16 multiplication, and on CPUs with AMX (products.h).
 #include "checks.h"
 #include "gemm.h"
 #include "kernel.h"
+#include "products.h"
 #include "vector.h"
 
 namespace fastgpt {
@@ -25,8 +26,8 @@ constexpr int64_t MIN_ROWS = 32;
 
 bool can_pack(const Tensor& x, const Tensor& weight) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  return FOLD<factor_t<BFloat16>> > 1 && x.scalar_type() == ScalarType::BFloat16 && m >= MIN_ROWS && n > 0 && k > 0 &&
-         n % 2 == 0 && k % 2 == 0;
+  return FOLD<factor_t<BFloat16>> > 1 && !has_amx() && x.scalar_type() == ScalarType::BFloat16 && m >= MIN_ROWS &&
+         n > 0 && k > 0 && n % 2 == 0 && k % 2 == 0;
 }
 
 #if defined(__AVX512BF16__)
@@ -276,8 +277,6 @@ Checks check_layer(const char* op, const Tensor& x, const Tensor& weight) {
   return check("weight", weight, {ANY, x.size(1)}, {x.scalar_type(), accumulator(x.scalar_type())});
 }
 
-Tensor mm(const Tensor& a, const Tensor& b) { return std::get<0>(call_op<Tensor>("aten::mm", a, b)); }
-
 // Calls f with a value of the weight's element type.
 template <typename F>
 void dispatch_weight(const Tensor& weight, F&& f) {
@@ -305,7 +304,7 @@ Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
     return y;
   }
   const OptionalTensor bias = bias_ ? OptionalTensor(to(*bias_, type)) : bias_;
-  return std::get<0>(call_op<Tensor>("aten::linear", x_, to(weight_, type), bias));
+  return linear(x_, to(weight_, type), bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(

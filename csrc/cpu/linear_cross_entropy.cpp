@@ -1,8 +1,9 @@
 // Cross-entropy of a linear layer's output on the CPU: launchers. The mathematics and the chunks are in
-// linear_cross_entropy.h.
+// linear_cross_entropy.h, and for bfloat16 on CPUs with AMX in linear_cross_entropy_mm.h.
 #include "linear_cross_entropy.h"
 
 #include "checks.h"
+#include "linear_cross_entropy_mm.h"
 
 namespace fastgpt {
 namespace {
@@ -55,6 +56,46 @@ void with_chunks(
   });
 }
 
+// Whether the products are PyTorch's. They are ours on CPUs of which PyTorch uses no AMX.
+bool uses_mm(const Tensor& hidden, const Tensor& weight) {
+  return FOLD<factor_t<BFloat16>> > 1 && has_amx() && hidden.scalar_type() == ScalarType::BFloat16 &&
+         hidden.numel() > 0 && weight.numel() > 0;
+}
+
+// Calls mm_chunks.
+void forward_or_backward_by_mm(
+    const Tensor& hidden,
+    const Tensor& weight,
+    const OptionalTensor& bias,
+    const Tensor& target,
+    const OptionalTensor& class_weight,
+    const LossOptions& options,
+    int64_t chunk,
+    const float* grad,
+    float* loss,
+    float* statistics,
+    bool with_grad,
+    const Gradients& gradients) {
+  check_targets(target, weight.size(0), options.ignore_index);
+  const OptionalTensor w = contiguous(class_weight, ScalarType::Float);
+  const Layer layer{
+      hidden,
+      weight,
+      contiguous(bias, ScalarType::BFloat16),
+      target.const_data_ptr<int64_t>(),
+      pointer<float>(w),
+      options,
+      chunk};
+  const auto& [dhidden, dweight, dbias] = gradients;
+  mm_chunks(
+      layer,
+      grad,
+      loss,
+      statistics,
+      with_grad,
+      {mutable_pointer<float>(dhidden), mutable_pointer<float>(dweight), mutable_pointer<float>(dbias)});
+}
+
 // dweight is not initialized, because the first chunk writes all of it. If there are no chunks, it is zero.
 Gradients empty_gradients(const Tensor& hidden, const Tensor& weight, bool has_bias) {
   const auto acc = accumulator(hidden.scalar_type());
@@ -83,6 +124,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
   Tensor dhidden = empty({0}, acc), dweight = empty({0}, acc), dbias = empty({0}, acc);
   if (with_grad) std::tie(dhidden, dweight, dbias) = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
+  if (uses_mm(hidden, weight)) {
+    float* const losses = loss.mutable_data_ptr<float>();
+    float* const of_rows = statistics.mutable_data_ptr<float>();
+    forward_or_backward_by_mm(
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        loss_options,
+        chunk,
+        nullptr,
+        losses,
+        of_rows,
+        with_grad,
+        {dhidden, dweight, dbias});
+    return {loss, statistics, dhidden, dweight, dbias};
+  }
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {
     using A = decltype(element);
     chunks.forward(
@@ -116,6 +175,24 @@ Gradients linear_cross_entropy_bwd(
   const Tensor grad = contiguous(grad_loss), statistics = contiguous(statistics_);
   auto [dhidden, dweight, dbias] = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
+  const auto type = hidden.scalar_type();
+  if (uses_mm(hidden, weight)) {
+    float* const of_rows = const_cast<float*>(statistics.const_data_ptr<float>());  // only read
+    forward_or_backward_by_mm(
+        hidden,
+        weight,
+        bias,
+        target,
+        class_weight,
+        loss_options,
+        chunk,
+        grad.const_data_ptr<float>(),
+        nullptr,
+        of_rows,
+        true,
+        {dhidden, dweight, dbias});
+    return {to(dhidden, type), to(dweight, type), to(dbias, type)};
+  }
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {
     using A = decltype(element);
     chunks.backward(
@@ -125,7 +202,6 @@ Gradients linear_cross_entropy_bwd(
         mutable_pointer<A>(dweight),
         mutable_pointer<A>(dbias));
   });
-  const auto type = hidden.scalar_type();
   return {to(dhidden, type), to(dweight, type), to(dbias, type)};
 }
 

@@ -46,10 +46,11 @@ TABLE = [
     ("csrc/cpu/cross_entropy*", LOSSES, CPU),
     (
         "csrc/cpu/linear_cross_entropy*",
-        "linear_cross_entropy cross_entropy_extremes op_sizes out_of_memory",
+        "linear_cross_entropy cross_entropy_extremes op_sizes out_of_memory products",
         CPU,
     ),
-    ("csrc/cpu/linear*", "linear linear_gelu mlp op_sizes", CPU),
+    ("csrc/cpu/linear*", "linear linear_gelu mlp op_sizes products", CPU),
+    ("csrc/cpu/products*", "products linear linear_cross_entropy stable_abi", CPU),
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy wheel", CPU),
     ("csrc/cpu/add_layer_norm*", "add_layer_norm op_sizes", CPU),
     ("csrc/cuda/gelu*", f"{GELUS} simt simt_profiles cuda_compile", EMULATED),
