@@ -56,7 +56,7 @@ void with_chunks(
   });
 }
 
-// Whether the products are PyTorch's. They are ours on CPUs of which PyTorch uses no AMX.
+// Whether the products are PyTorch's. On CPUs without AMX they are ours.
 bool uses_mm(const Tensor& hidden, const Tensor& weight) {
   return FOLD<factor_t<BFloat16>> > 1 && has_amx() && hidden.scalar_type() == ScalarType::BFloat16 &&
          hidden.numel() > 0 && weight.numel() > 0;
