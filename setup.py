@@ -236,7 +236,7 @@ class BuildKernels(build_ext):
     user_options: ClassVar = [
         *build_ext.user_options,
         ("sanitize", None, "let the kernels check their reads, writes and arithmetic (gcc)"),
-        ("variants=", None, "the instruction sets to build for (all of them); native: the best that this CPU has"),
+        ("variants=", None, "the instruction sets to build for (all of them); native: this CPU's best"),
         (
             "cuda",
             None,
