@@ -3,11 +3,15 @@
 Metadata is in pyproject.toml. Here: where the packages lie, and the extensions —
 `fastgpt._C` (build info), one library of CPU kernels per instruction set (`fastgpt.extension`
 loads the one that fits), and where there is nvcc one of CUDA kernels. Nothing is ever compiled for "native".
+
+The libraries use PyTorch's stable ABI, of 2.11: one build serves every later PyTorch. They are compiled by ninja.
 """
 
 import os
 import platform
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +19,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+TOOLS = runpy.run_path("fastgpt/build_tools.py")  # importing fastgpt needs PyTorch
+VERSION = re.search(r'__version__ = "(.+)"', Path("fastgpt/__init__.py").read_text())[1]
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # Compiler flags by instruction set; csrc/bindings.cpp says what a CPU must have for each.
@@ -29,14 +35,11 @@ if X86:
 # No -ffast-math: NaN and infinity keep their meaning. -fno-math-errno and -fno-trapping-math only
 # drop side effects that nobody reads and let the compiler vectorise.
 CXX_FLAGS = [
-    "-O3",
-    "-std=c++20",
-    "-g0",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fvisibility=hidden",
+    *("-O3", "-std=c++20", "-g0", "-DNDEBUG", "-fPIC", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math"),
 ]
+# PyTorch's stable ABI, of 2.11: no symbol that this version lacks.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # `build_ext --sanitize`, as `make asan` calls it. Optimised so far that multiplications and additions are
 # fused as in the kernels that ship: some tests are as strict as that. Under the -fwrapv that Python was compiled with,
@@ -60,7 +63,7 @@ NAMED_ARCHITECTURES = {
 }
 NVCC_FLAGS = [
     *("-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "--expt-relaxed-constexpr"),
-    # PyTorch's stable ABI, of 2.11: one library for every later PyTorch, and no symbol that this one lacks.
+    # The last is STABLE_ABI: bench/codegen evaluates this list alone.
     *("--expt-extended-lambda", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 ]
 
@@ -110,15 +113,78 @@ def toolkit_version(nvcc: str) -> str:
     return re.search(r"release (\d+\.\d+)", said)[1]
 
 
+def run_ninja(folder: Path, lines: list[str], *, quiet: bool = False) -> None:
+    """Build all targets of these lines of ninja in a folder; one line a step, unless quiet."""
+    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    print(end="", flush=True)
+    subprocess.run([*TOOLS["ninja"](), "-C", folder, *jobs, *["--quiet"] * quiet], check=True)
+
+
+def escaped(path: Path) -> str:
+    """A path as ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", str(path.resolve()))
+
+
+def note(folder: Path, name: str, text: str) -> Path:
+    """Write a source that holds a text: `fastgpt.extension` reads it of the library without loading it."""
+    source = folder / f"{name}.cpp"
+    line = f'extern "C" __attribute__((used)) const char fastgpt_{name}[] = "{text}";\n'
+    if not source.exists() or source.read_text() != line:
+        source.write_text(line)
+    return source
+
+
+def cpu_compiler(torch_folder: Path) -> list[str]:
+    """The command that compiles a CPU kernel, without the flags of an instruction set."""
+    include = [f"-I{Path('csrc/cpu').resolve()}", f"-I{torch_folder / 'include'}"]
+    return [*TOOLS["compiler"](), *CXX_FLAGS, STABLE_ABI, *include]
+
+
+def build_cpu(
+    libraries: dict[str, Path],
+    folder: Path,
+    torch_folder: Path,
+    *,
+    sanitize: bool = False,
+    quiet: bool = False,
+) -> None:
+    """All of csrc/cpu as one library for each variant, by ninja."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiling = shlex.join([*cpu_compiler(torch_folder), *(SANITIZE_COMPILING if sanitize else [])])
+    linking = [*TOOLS["compiler"](), "-shared", *(SANITIZE if sanitize else [])]
+    if sys.platform == "darwin":
+        needed = ["-undefined", "dynamic_lookup"]
+    else:
+        needed = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    lines = [
+        *("rule compile", f"  command = {compiling} $flags -MD -MF $out.d -c $in -o $out"),
+        *("  depfile = $out.d", "  deps = gcc", "  description = $what"),
+        *("rule link", f"  command = {shlex.join(linking)} -o $out $in {shlex.join(needed)}"),
+        "  description = $what",
+    ]
+    for variant, library in libraries.items():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        objects = []
+        label = note(folder, f"kernels_{variant}", f"fastgpt kernels: {variant}; version: {VERSION};")
+        for source in [*sorted(Path("csrc/cpu").glob("*.cpp")), label]:
+            objects.append(f"{variant}/{source.stem}.o")
+            lines += [
+                f"build {objects[-1]}: compile {escaped(source)}",
+                f"  flags = {' '.join(CPU_VARIANTS[variant])}",
+                f"  what = {variant}: {source.name}",
+            ]
+        lines += [f"build {escaped(library)}: link {' '.join(objects)}", f"  what = {library.name}"]
+    run_ninja(folder, lines, quiet=quiet)
+
+
 def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str], torch_folder: Path) -> None:
     """All of csrc/cuda as one library without Python, by ninja. That it runs shows only where there is a GPU."""
     folder = folder.resolve()  # ninja works in it
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
-    # What `fastgpt.extension` reads of the library without loading it.
-    note = folder / "architectures.cpp"
     text = f"fastgpt architectures: {' '.join(architectures)}; toolkit: {toolkit_version(nvcc)};"
-    note.write_text(f'extern "C" __attribute__((used)) const char fastgpt_architectures[] = "{text}";\n')
+    label = note(folder, "architectures", text)
     libraries = [torch_folder / "lib"]
     if not (torch_folder / "lib" / "libtorch_cuda.so").exists():  # its name will do
         stub = folder / "stub" / "libtorch_cuda.so"
@@ -139,7 +205,7 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
         *(f"-Xcompiler=-idirafter,{path}" for path in more),
     ]
     needed = [*(f"-L{path}" for path in libraries), "-ltorch_cpu", "-ltorch_cuda", "-lc10"]
-    sources = [*sorted(Path("csrc/cuda").resolve().glob("*.cu")), note]
+    sources = [*sorted(Path("csrc/cuda").resolve().glob("*.cu")), label]
     objects = {source: f"{source.stem}.o" for source in sources}
     lines = [
         *("rule compile", "  depfile = $out.d", "  deps = gcc"),
@@ -148,115 +214,116 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
             "rule link",
             f"  command = {nvcc} -shared -nodlink -Xlinker=--no-as-needed -o $out $in {' '.join(needed)}",
         ),
-        *(f"build {target}: compile {source}" for source, target in objects.items()),
-        f"build {library.resolve()}: link {' '.join(objects.values())}",
+        *(f"build {target}: compile {escaped(source)}" for source, target in objects.items()),
+        f"build {escaped(library)}: link {' '.join(objects.values())}",
     ]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    subprocess.run([sys.executable, "-m", "ninja", "-C", folder, *jobs], check=True)
+    run_ninja(folder, lines)
+
+
+class BuildKernels(build_ext):
+    """Compiles the same sources for several instruction sets, and the CUDA kernels where there is nvcc."""
+
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("sanitize", None, "let the kernels check their reads, writes and arithmetic (gcc)"),
+        ("variants=", None, "the instruction sets to build for (all of them)"),
+        (
+            "cuda",
+            None,
+            "build the CUDA kernels though this PyTorch is not for CUDA (to be carried to one that is)",
+        ),
+        ("cuda-architectures=", None, 'what to compile them for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0a"'),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "sanitize", "cuda"]
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.sanitize, self.variants = False, " ".join(CPU_VARIANTS)
+        self.cuda, self.cuda_architectures = False, os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+
+    def finalize_options(self) -> None:
+        import torch
+
+        super().finalize_options()
+        self.torch_folder = Path(torch.__file__).parent
+        self.nvcc = find_nvcc() if self.cuda or torch.version.cuda else None
+        if self.cuda and not self.nvcc:
+            raise SystemExit("fastgpt: --cuda needs nvcc, on the PATH or in CUDA_HOME")
+        self.compiled_for = cuda_architectures(self.cuda_architectures, self.nvcc) if self.nvcc else []
+        if self.cuda and not self.compiled_for:
+            raise SystemExit(
+                f"fastgpt: none of the architectures {self.cuda_architectures!r} can be compiled for"
+            )
+        unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
+        unwanted |= set() if self.compiled_for else {"fastgpt._cuda"}
+        self.extensions = [e for e in self.extensions if e.name not in unwanted]
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"  # the kernels are for every Python
+
+    def build_extensions(self) -> None:
+        if packages := TOOLS["missing_packages"]():
+            names = " ".join(packages)
+            raise SystemExit(f"fastgpt: the C++ kernels need {names} to be built: pip install {names}")
+        libraries = {
+            variant: Path(self.get_ext_fullpath(extension.name))
+            for extension in self.extensions
+            if (variant := extension.name.partition("._cpu_")[2])
+        }
+        if libraries:
+            quiet = not self.distribution.verbose
+            folder = Path(self.build_temp) / "cpu"
+            build_cpu(libraries, folder, self.torch_folder, sanitize=self.sanitize, quiet=quiet)
+        super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name == "fastgpt._cuda":
+            self.build_cuda_extension(ext)
+        elif ext.name == "fastgpt._C":
+            import pybind11
+            import torch
+
+            ext.include_dirs = [pybind11.get_include()]
+            texts = {"TORCH": torch.__version__, "CUDA_ARCHITECTURES": " ".join(self.compiled_for)}
+            texts |= {"VARIANTS": " ".join(CPU_VARIANTS), "VERSION": VERSION}
+            ext.define_macros = [(f"FASTGPT_{name}", f'"{text}"') for name, text in texts.items()]
+            super().build_extension(ext)
+
+    def build_cuda_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        folder = Path(self.build_temp) / ext.name
+        arguments = (library, folder, self.nvcc, self.compiled_for, self.torch_folder)
+        if self.cuda:
+            return build_cuda(*arguments)
+        try:
+            build_cuda(*arguments)
+        except (subprocess.CalledProcessError, OSError) as error:
+            # An older library, for other sources, must not be loaded beside the new ones.
+            library.unlink(missing_ok=True)
+            ext.optional = True
+            print(
+                f"fastgpt: warning: the CUDA kernels could not be built ({error}; the compiler's messages are "
+                "above); the CPU's are. --cuda makes this an error"
+            )
 
 
 def compiled() -> dict:
-    """The ext_modules and cmdclass arguments of `setup`; empty without PyTorch (a pure-Python install)."""
+    """The ext_modules and cmdclass arguments of `setup`; empty for an installation without compiled kernels."""
+    off = "building without compiled kernels"
     try:
-        import pybind11
         import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        print(f"fastgpt: building without compiled kernels ({error}); `fastgpt info` says how to add them")
+        print(f"fastgpt: {off} ({error}); `fastgpt info` says how to add them")
         return {}
-
-    class BuildVariants(BuildExtension):
-        """Compiles the same sources for several instruction sets, each in a build folder of its own."""
-
-        user_options: ClassVar = [
-            *BuildExtension.user_options,
-            ("sanitize", None, "let the kernels check their reads, writes and arithmetic (gcc)"),
-            ("variants=", None, "the instruction sets to build for (all of them)"),
-            (
-                "cuda",
-                None,
-                "build the CUDA kernels though this PyTorch is not for CUDA (to be carried to one that is)",
-            ),
-            ("cuda-architectures=", None, 'what to compile them for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0a"'),
-        ]
-        boolean_options: ClassVar = [*BuildExtension.boolean_options, "sanitize", "cuda"]
-
-        def initialize_options(self) -> None:
-            super().initialize_options()
-            self.sanitize, self.variants = False, " ".join(CPU_VARIANTS)
-            self.cuda, self.cuda_architectures = False, os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-
-        def finalize_options(self) -> None:
-            super().finalize_options()
-            self.nvcc = find_nvcc() if self.cuda or torch.version.cuda else None
-            if self.cuda and not self.nvcc:
-                raise SystemExit("fastgpt: --cuda needs nvcc, on the PATH or in CUDA_HOME")
-            self.compiled_for = cuda_architectures(self.cuda_architectures, self.nvcc) if self.nvcc else []
-            if self.cuda and not self.compiled_for:
-                raise SystemExit(
-                    f"fastgpt: none of the architectures {self.cuda_architectures!r} can be compiled for"
-                )
-            unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
-            unwanted |= set() if self.compiled_for else {"fastgpt._cuda"}
-            self.extensions = [e for e in self.extensions if e.name not in unwanted]
-
-        def build_extension(self, extension) -> None:
-            if extension.name == "fastgpt._cuda":
-                library = Path(self.get_ext_fullpath(extension.name))
-                folder = Path(self.build_temp) / extension.name
-                arguments = (library, folder, self.nvcc, self.compiled_for, Path(torch.__file__).parent)
-                if self.cuda:
-                    return build_cuda(*arguments)
-                try:
-                    return build_cuda(*arguments)
-                except (subprocess.CalledProcessError, OSError) as error:
-                    # An older library, for other sources, must not be loaded beside the new ones.
-                    library.unlink(missing_ok=True)
-                    extension.optional = True
-                    return print(
-                        f"fastgpt: warning: the CUDA kernels could not be built ({error}; the compiler's messages are "
-                        "above); the CPU's are. --cuda makes this an error"
-                    )
-            if extension.name == "fastgpt._C":
-                extension.define_macros.append(
-                    ("FASTGPT_CUDA_ARCHITECTURES", f'"{" ".join(self.compiled_for)}"')
-                )
-            variant = extension.name.partition("._cpu_")[2]
-            if variant and self.sanitize:
-                extension.extra_compile_args += SANITIZE_COMPILING
-                extension.extra_link_args += SANITIZE
-            outer, self.build_temp = self.build_temp, os.path.join(self.build_temp, extension.name)
-            try:
-                super().build_extension(extension)
-            finally:
-                self.build_temp = outer
-
-    variants = " ".join(CPU_VARIANTS)
-    extensions = [
-        CppExtension(
-            "fastgpt._C",
-            ["csrc/bindings.cpp"],
-            include_dirs=[pybind11.get_include()],
-            define_macros=[
-                ("FASTGPT_TORCH", f'"{torch.__version__}"'),
-                ("FASTGPT_VARIANTS", f'"{variants}"'),
-            ],
-            extra_compile_args=CXX_FLAGS,
-        )
-    ]
-    for name, flags in CPU_VARIANTS.items():
-        extensions.append(
-            CppExtension(
-                f"fastgpt._cpu_{name}",
-                CPU_SOURCES,
-                include_dirs=[os.path.abspath("csrc/cpu")],
-                extra_compile_args=[*CXX_FLAGS, *flags],
-            )
-        )
-    extensions.append(Extension("fastgpt._cuda", []))
-    cmdclass = {"build_ext": BuildVariants.with_options(no_python_abi_suffix=True, use_ninja=True)}
-    return {"ext_modules": extensions, "cmdclass": cmdclass}
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        print(f"fastgpt: {off}: they need torch 2.11 or later, and this is {torch.__version__}")
+        return {}
+    if tools := [name for name in TOOLS["missing"]() if name in TOOLS["INSTALL"]]:
+        print(f"fastgpt: {off}: missing " + "; ".join(f"{name} ({TOOLS['INSTALL'][name]})" for name in tools))
+        return {}
+    module = Extension("fastgpt._C", ["csrc/bindings.cpp"], extra_compile_args=CXX_FLAGS, language="c++")
+    libraries = [Extension(f"fastgpt.{name}", []) for name in (*(f"_cpu_{v}" for v in CPU_VARIANTS), "_cuda")]
+    return {"ext_modules": [module, *libraries], "cmdclass": {"build_ext": BuildKernels}}
 
 
 setup(

@@ -1,5 +1,5 @@
 // The pybind11 module fastgpt._C: how the extension was built, and which of its CPU libraries this CPU can run. It does
-// not link PyTorch, so it can be imported, and the problem reported, if the kernels were built for another version.
+// not link PyTorch, so it can be imported, and the problem reported, if the kernels do not load.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -12,7 +12,8 @@ namespace {
 
 pybind11::dict build_info() {
   pybind11::dict info;
-  info["torch"] = FASTGPT_TORCH;
+  info["version"] = FASTGPT_VERSION;
+  info["torch"] = FASTGPT_TORCH;  // whose headers were used
   info["variants"] = FASTGPT_VARIANTS;
 #if defined(__clang__)
   info["compiler"] = "clang " __clang_version__;
@@ -45,6 +46,9 @@ std::vector<std::string> cpu_variants() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of fastgpt's compiled kernels.";
-  m.def("build_info", &build_info, "How the extension was built: torch, variants, compiler, CUDA architectures.");
+  m.def(
+      "build_info",
+      &build_info,
+      "How the extension was built: version, torch, variants, compiler, CUDA architectures.");
   m.def("cpu_variants", &cpu_variants, "The instruction-set variants that this CPU can run.");
 }

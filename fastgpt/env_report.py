@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from fastgpt import extension
+from fastgpt import build_tools, extension
 from fastgpt.backends import BACKENDS, OPS, available_backends, kernels_off
 from fastgpt.console import run_command
 
@@ -42,7 +42,10 @@ def report() -> str:
     built = extension.build_info()
     lines += ["", "compiled kernels"]
     if built:
-        lines.append(f"  built for     torch {built['torch']} with {built['compiler']}")
+        oldest = ".".join(map(str, extension.OLDEST_TORCH))
+        lines.append(
+            f"  built for     torch {oldest} and later, with torch {built['torch']} and {built['compiler']}"
+        )
         lines.append(f"  cpu variants  {built['variants']} (in use: {extension.variant() or 'none'})")
     lines.append(f"  cuda          {', '.join(extension.cuda_architectures()) or 'none'}")
     if extension.cuda_architectures():
@@ -51,6 +54,9 @@ def report() -> str:
         lines.append(f"  cublasLt      {extension.cublaslt_problem() or 'GELU in the epilogues of products'}")
     if extension.problem():
         lines.append(f"  {extension.problem()}")
+        for name in build_tools.missing():
+            install = build_tools.INSTALL.get(name, f"pip install {name}")
+            lines.append(f"  missing       {name} ({install})")
 
     lines += ["", f"{'ops':<24}" + "".join(f"{backend:<12}" for backend in BACKENDS)]
     reasons: dict[str, str] = {}

@@ -42,7 +42,7 @@ void forward(
     store<T, A>(total + i, v, n...);
     return load<A>(total + i, n...);
   };
-  at::parallel_for(0, rows, GRAIN / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, GRAIN / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
     std::vector<A> z(columns);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t at = row * columns;
@@ -95,7 +95,7 @@ void backward(
     int64_t columns) {
   using A = compute_t<T>;
   const int64_t span = (rows + parts - 1) / parts;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<A> normed(columns), g(columns);
     for (int64_t part = begin; part < end; ++part) {
       A *dweight = partial + 2 * part * columns, *dbias = dweight + columns;
@@ -127,11 +127,10 @@ void backward(
 
 // ---- launchers ----
 
-Tensor contiguous_as(at::ScalarType type, const OptionalTensor& t) { return t ? t->to(type).contiguous() : Tensor(); }
-
-template <typename A>
-const A* pointer(const Tensor& t) {
-  return t.defined() ? t.const_data_ptr<A>() : nullptr;
+// The floating dtype that holds the numbers of both.
+ScalarType promoted(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
@@ -142,14 +141,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
     double eps) {
   Checks("add_layer_norm_fwd_cpp", "x", x_, {ANY, ANY})("residual", residual_, x_.sizes(), FLOATS)(
       "weight", weight_, {x_.size(1)}, FLOATS)("bias", bias_, {x_.size(1)}, FLOATS);
-  const auto type = residual_ ? c10::promoteTypes(x_.scalar_type(), residual_->scalar_type()) : x_.scalar_type();
+  const auto type = residual_ ? promoted(x_.scalar_type(), residual_->scalar_type()) : x_.scalar_type();
   const auto acc = accumulator(type);
-  const Tensor x = contiguous_as(type, x_), residual = contiguous_as(type, residual_),
-               weight = contiguous_as(acc, weight_), bias = contiguous_as(acc, bias_);
+  const Tensor x = contiguous(x_, type);
+  const OptionalTensor residual = contiguous(residual_, type), weight = contiguous(weight_, acc),
+                       bias = contiguous(bias_, acc);
   const int64_t rows = x.size(0), columns = x.size(1);
-  Tensor normed = at::empty(x.sizes(), x.options());
-  Tensor total = residual_ ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
-  Tensor mean = at::empty({rows}, x.options().dtype(at::kDouble)), rstd = at::empty({rows}, x.options().dtype(acc));
+  Tensor normed = empty({rows, columns}, type);
+  Tensor total = residual_ ? empty({rows, columns}, type) : empty({0}, type);
+  Tensor mean = empty({rows}, ScalarType::Double), rstd = empty({rows}, acc);
   dispatch(type, "add_layer_norm", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -180,14 +180,13 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
   const auto type = total_.scalar_type(), acc = accumulator(type);
   check.like("grad_normed", grad_normed_).like("grad_sum", grad_sum_);
   check("weight", weight_, {total_.size(1)}, FLOATS);
-  check("mean", mean, {total_.size(0)}, at::kDouble)("rstd", rstd, {total_.size(0)}, acc);
-  const Tensor grad_normed = contiguous_as(type, grad_normed_), grad_sum = contiguous_as(type, grad_sum_),
-               total = contiguous_as(type, total_);
-  const Tensor weight = contiguous_as(acc, weight_), mu = contiguous_as(at::kDouble, mean),
-               scale = contiguous_as(acc, rstd);
+  check("mean", mean, {total_.size(0)}, ScalarType::Double)("rstd", rstd, {total_.size(0)}, acc);
+  const Tensor grad_normed = contiguous(grad_normed_), total = contiguous(total_), mu = contiguous(mean),
+               scale = contiguous(rstd);
+  const OptionalTensor grad_sum = contiguous(grad_sum_, type), weight = contiguous(weight_, acc);
   const int64_t rows = total.size(0), columns = total.size(1), parts = row_parts(rows);
-  Tensor dsum = at::empty(total.sizes(), total.options());
-  Tensor partial = at::zeros({parts, 2, columns}, total.options().dtype(acc));
+  Tensor dsum = empty({rows, columns}, type);
+  Tensor partial = zeros({parts, 2, columns}, acc);
   dispatch(type, "add_layer_norm", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -204,13 +203,14 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
         rows,
         columns);
   });
-  const Tensor sums = at::sum(partial, {0});
-  return {dsum, sums.select(0, 0).clone(), sums.select(0, 1).clone()};
+  const Tensor sums = sum_rows(partial, acc);
+  const auto row = [&](int64_t i) { return clone(as_strided(sums, {columns}, {1}, i * columns)); };
+  return {dsum, row(0), row(1)};
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("add_layer_norm_fwd_cpp", &add_layer_norm_fwd);
-  m.impl("add_layer_norm_bwd_cpp", &add_layer_norm_bwd);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("add_layer_norm_fwd_cpp", TORCH_BOX(&add_layer_norm_fwd));
+  m.impl("add_layer_norm_bwd_cpp", TORCH_BOX(&add_layer_norm_bwd));
 }
 
 }  // namespace

@@ -92,7 +92,7 @@ void forward(
   Work work;
   for (const Problem& p : documents) work.add(p.heads * p.row_tiles(), p.cost() / std::max<int64_t>(1, p.row_tiles()));
 
-  at::parallel_for(0, work.total(), work.longest(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, work.total(), work.longest(), [&](int64_t begin, int64_t end) {
     Buffer<U> rows(ROWS * width), qt(width * ROWS), k_space, v_space, factors(FOLD<E> > 1 ? COLUMNS / 2 * ROWS : 0);
     Buffer<A> s(COLUMNS * ROWS), o(ROWS * value_width), dropout_scale(drops ? COLUMNS * ROWS : 0);
     OnlineSoftmax<A> softmax;
@@ -143,17 +143,21 @@ void forward(
 // ---- launchers ----
 
 // An empty (B, heads, L, size) tensor with the memory layout (B, L, heads, size).
-Tensor head_major(const Tensor& like, int64_t batch, int64_t heads, int64_t length, int64_t size) {
-  return at::empty({batch, length, heads, size}, like.options()).transpose(1, 2);
+Tensor head_major(ScalarType type, int64_t batch, int64_t heads, int64_t length, int64_t size) {
+  const auto step = [](int64_t n) { return std::max<int64_t>(n, 1); };
+  const int64_t head = step(size), row = head * step(heads), entry = row * step(length);
+  return empty_strided({batch, heads, length, size}, {entry, head, row, 1}, type);
 }
 
 // Converts a floating mask to the compute type, before it is broadcast.
-Tensor prepare_mask(const OptionalTensor& mask, at::ScalarType acc) {
-  if (!mask || mask->scalar_type() == at::kBool || mask->scalar_type() == acc) return mask.value_or(Tensor());
-  Tensor smallest = *mask;
-  for (int64_t d = 0; d < smallest.dim(); ++d)
-    if (smallest.stride(d) == 0 && smallest.size(d) > 1) smallest = smallest.narrow(d, 0, 1);
-  return smallest.to(acc).expand(mask->sizes());
+OptionalTensor prepare_mask(const OptionalTensor& mask, ScalarType acc) {
+  if (!mask || mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == acc) return mask;
+  const Sizes sizes = mask->sizes(), strides = mask->strides();
+  std::array<int64_t, 4> smallest, expanded;
+  for (size_t d = 0; d < 4; ++d) smallest[d] = strides[d] == 0 ? std::min<int64_t>(sizes[d], 1) : sizes[d];
+  const Tensor converted = to(as_strided(*mask, smallest, strides), acc);
+  for (int64_t d = 0; d < 4; ++d) expanded[d] = strides[d] == 0 ? 0 : converted.stride(d);
+  return as_strided(converted, sizes, expanded);
 }
 
 // The documents of a batch: each entry is one.
@@ -184,7 +188,7 @@ Checks check_inputs(
       "attn_mask",
       mask,
       {q.size(0), q.size(1), q.size(2), k.size(2)},
-      {at::kBool, at::kFloat, at::kBFloat16, at::kHalf, at::kDouble});
+      {ScalarType::Bool, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
   check_slopes_and_seed(check, q, slopes, q.size(0), seed, dropout_p);
   return check;
 }
@@ -206,16 +210,16 @@ std::tuple<Tensor, Tensor> attention_fwd(
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const auto acc = accumulator(q.scalar_type());
-  Tensor out = head_major(q, q.size(0), p.heads, q.size(2), p.DV);
-  Tensor stats = at::empty({q.size(0), p.heads, q.size(2), 2}, q.options().dtype(acc));
-  const Tensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
+  Tensor out = head_major(q.scalar_type(), q.size(0), p.heads, q.size(2), p.DV);
+  Tensor stats = empty({q.size(0), p.heads, q.size(2), 2}, acc);
+  const OptionalTensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads);
   forward_documents(batch_documents(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, stats);
   return {out, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     const Tensor& grad_,
-    const OptionalTensor& grad_lse_,
+    const OptionalTensor& grad_lse,
     const Tensor& q_,
     const Tensor& k_,
     const Tensor& v_,
@@ -232,39 +236,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     double dropout_p,
     bool mask_grad,
     bool /*deterministic: always*/) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      !mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask; use the backend \"reference\"");
+  require(!mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask; use the backend \"reference\"");
   const Checks check = check_inputs("attention_bwd_cpp", q_, k_, v_, attn_mask, alibi_slopes, seed, dropout_p);
   const int64_t batch = q_.size(0), heads = q_.size(1), rows = q_.size(2), DV = v_.size(3);
   const auto type = q_.scalar_type(), acc = accumulator(type);
   check("grad_out", grad_, {batch, heads, rows, DV}, type)("out", out_, {batch, heads, rows, DV}, type);
-  check("grad_lse", grad_lse_, {batch, heads, rows}, acc)("stats", stats, {batch, heads, rows, 2}, acc);
+  check("grad_lse", grad_lse, {batch, heads, rows}, acc)("stats", stats, {batch, heads, rows, 2}, acc);
   const Tensor q = rows_contiguous(q_), k = rows_contiguous(k_), v = rows_contiguous(v_);
   const Tensor grad = rows_contiguous(grad_), out = rows_contiguous(out_);
   const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
-  const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc) : Tensor();
-  Tensor dq = head_major(q, q.size(0), p.heads, q.size(2), p.D);
-  Tensor dk = head_major(k, q.size(0), p.kv_heads, k.size(2), p.D);
-  Tensor dv = head_major(v, q.size(0), p.kv_heads, k.size(2), p.DV);
-  const Tensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads, acc);
+  Tensor dq = head_major(type, q.size(0), p.heads, q.size(2), p.D);
+  Tensor dk = head_major(type, q.size(0), p.kv_heads, k.size(2), p.D);
+  Tensor dv = head_major(type, q.size(0), p.kv_heads, k.size(2), p.DV);
+  const OptionalTensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads);
   backward_documents(
-      batch_documents(q, k, p), grad, grad_lse, q, k, v, out, stats.to(acc).contiguous(), mask, slopes, dq, dk, dv);
-  return {dq, dk, dv, at::empty({0}, q.options())};
+      batch_documents(q, k, p), grad, grad_lse, q, k, v, out, contiguous(stats), mask, slopes, dq, dk, dv);
+  return {dq, dk, dv, empty({0}, type)};
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("attention_fwd_cpp", &attention_fwd);
-  m.impl("attention_bwd_cpp", &attention_bwd);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("attention_fwd_cpp", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd_cpp", TORCH_BOX(&attention_bwd));
 }
 
 }  // namespace
 
 // ---- functions of attention.h ----
 
-Tensor rows_contiguous(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : t.contiguous(); }
+Tensor rows_contiguous(const Tensor& t) { return t.size(3) <= 1 || t.stride(3) == 1 ? t : contiguous(t); }
 
-Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads, at::ScalarType acc) {
-  return slopes ? slopes->to(acc).expand({documents, heads}).contiguous() : Tensor();
+OptionalTensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads) {
+  if (!slopes) return {};
+  const int64_t step = slopes->dim() == 1 ? 0 : slopes->stride(0);
+  return contiguous(as_strided(*slopes, {documents, heads}, {step, slopes->stride(-1)}));
 }
 
 void check_slopes_and_seed(
@@ -279,8 +283,8 @@ void check_slopes_and_seed(
     check("alibi_slopes", slopes, {q.size(1)}, acc);
   else
     check("alibi_slopes", slopes, {documents, q.size(1)}, acc);
-  check("seed", seed, {1}, at::kLong);
-  TORCH_CHECK(dropout_p == 0 || seed, "attention: dropout needs a seed; pass a tensor of one int64");
+  check("seed", seed, {1}, ScalarType::Long);
+  require(dropout_p == 0 || seed, "attention: dropout needs a seed; pass a tensor of one int64");
 }
 
 Problem common_problem(
@@ -296,7 +300,7 @@ Problem common_problem(
     double dropout_p) {
   Problem p{};
   p.heads = q.size(1), p.kv_heads = k.size(1), p.D = q.size(3), p.DV = v.size(3);
-  TORCH_CHECK(
+  require(
       p.kv_heads > 0 && p.heads % p.kv_heads == 0,
       "attention: the heads of k must divide those of q, got ",
       p.kv_heads,
@@ -312,8 +316,8 @@ void forward_documents(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& mask,
-    const Tensor& slopes,
+    const OptionalTensor& mask,
+    const OptionalTensor& slopes,
     const Tensor& out,
     const Tensor& stats) {
   if (documents.empty()) return;
@@ -334,14 +338,14 @@ void forward_documents(
 void backward_documents(
     const Problems& documents,
     const Tensor& grad,
-    const Tensor& grad_lse,
+    const OptionalTensor& grad_lse,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
     const Tensor& out,
     const Tensor& stats,
-    const Tensor& mask,
-    const Tensor& slopes,
+    const OptionalTensor& mask,
+    const OptionalTensor& slopes,
     const Tensor& dq,
     const Tensor& dk,
     const Tensor& dv) {

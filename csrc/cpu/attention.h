@@ -1,6 +1,5 @@
 // Functions that the launchers of attention.cpp and attention_varlen.cpp share. Tensors are (B, heads, L, D) with
-// contiguous rows, or (B, heads, L) with one number per row. Missing tensors are undefined. stats: (B, heads, L, 2), m
-// and l of each row.
+// contiguous rows, or (B, heads, L) with one number per row. stats: (B, heads, L, 2), m and l of each row.
 #pragma once
 
 #include "attention_tiles.h"
@@ -11,7 +10,7 @@ namespace fastgpt {
 Tensor rows_contiguous(const Tensor& t);
 
 // Expands slopes (heads,) or (documents, heads) to (documents, heads).
-Tensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads, at::ScalarType acc);
+OptionalTensor prepare_slopes(const OptionalTensor& slopes, int64_t documents, int64_t heads);
 
 // Checks alibi_slopes (H,) or (documents, H), and the seed of the dropout.
 void check_slopes_and_seed(
@@ -41,8 +40,8 @@ void forward_documents(
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
-    const Tensor& mask,
-    const Tensor& slopes,
+    const OptionalTensor& mask,
+    const OptionalTensor& slopes,
     const Tensor& out,
     const Tensor& stats);
 
@@ -50,14 +49,14 @@ void forward_documents(
 void backward_documents(
     const Problems& documents,
     const Tensor& grad,
-    const Tensor& grad_lse,
+    const OptionalTensor& grad_lse,
     const Tensor& q,
     const Tensor& k,
     const Tensor& v,
     const Tensor& out,
     const Tensor& stats,
-    const Tensor& mask,
-    const Tensor& slopes,
+    const OptionalTensor& mask,
+    const OptionalTensor& slopes,
     const Tensor& dq,
     const Tensor& dk,
     const Tensor& dv);

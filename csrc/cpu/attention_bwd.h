@@ -186,7 +186,7 @@ void backward(
   const BackwardWork work(documents);
   const std::unique_ptr<A[]> shared(work.keys > 0 ? new A[work.keys * stride] : nullptr);
 
-  at::parallel_for(0, work.tasks.total(), work.tasks.longest(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, work.tasks.total(), work.tasks.longest(), [&](int64_t begin, int64_t end) {
     Buffer<U> q_rows(ROWS * q_width), qt(q_width * ROWS), g_rows(ROWS * g_width), gt(g_width * ROWS);
     Buffer<U> q_pairs, g_pairs, k_space, v_space, k_pairs;
     Buffer<U> folded(FOLDED ? COLUMNS * ROWS / FOLD<E> * 3 : 0);
@@ -252,7 +252,7 @@ void backward(
       if (parts == 1) finish_keys(p, kv, 1, dks, width, value_width, dk, dv);
     });
   });
-  at::parallel_for(0, work.shared.total(), work.shared.longest(), [&](int64_t begin, int64_t end) {
+  parallel_for(0, work.shared.total(), work.shared.longest(), [&](int64_t begin, int64_t end) {
     work.shared.each(begin, end, [&](int64_t document, int64_t kv) {
       const Problem& p = documents[document];
       const int64_t parts = work.parts[document], first = work.first[document] + kv * parts * p.Lk;

@@ -123,10 +123,10 @@ struct Matrices {
   T* data = nullptr;
   int64_t batch = 0, head = 0, row = 0;  // strides
 
-  explicit Matrices(const Tensor& t) {
-    if (!t.defined()) return;
-    data = const_cast<T*>(t.const_data_ptr<std::remove_const_t<T>>());
-    batch = t.stride(0), head = t.stride(1), row = t.stride(2);
+  explicit Matrices(const OptionalTensor& t) {
+    if (!t) return;
+    data = const_cast<T*>(pointer<std::remove_const_t<T>>(t));
+    batch = t->stride(0), head = t->stride(1), row = t->stride(2);
   }
   T* at(RowOffset o, int64_t h, int64_t i) const { return data + o.batch * batch + h * head + (o.row + i) * row; }
 };
@@ -221,15 +221,14 @@ struct Mask {
   const A* added = nullptr;         // added to the scores
   int64_t stride[4] = {};           // of attn_mask; may be 0
 
-  // attn_mask: bool, or floating in the compute type. Either tensor may be undefined.
-  Mask(const Tensor& attn_mask, const Tensor& slopes) {
-    if (slopes.defined()) alibi_slopes = slopes.const_data_ptr<A>();
-    if (!attn_mask.defined()) return;
-    if (attn_mask.scalar_type() == at::kBool)
-      flags = attn_mask.const_data_ptr<bool>();
+  // attn_mask: bool, or floating in the compute type.
+  Mask(const OptionalTensor& attn_mask, const OptionalTensor& slopes) : alibi_slopes(pointer<A>(slopes)) {
+    if (!attn_mask) return;
+    if (attn_mask->scalar_type() == ScalarType::Bool)
+      flags = pointer<bool>(attn_mask);
     else
-      added = attn_mask.const_data_ptr<A>();
-    for (int d = 0; d < 4; ++d) stride[d] = attn_mask.stride(d);
+      added = pointer<A>(attn_mask);
+    for (int d = 0; d < 4; ++d) stride[d] = attn_mask->stride(d);
   }
 
   // Whether the scores of a full tile are only scale · q·k. The caller then applies the scale instead of `apply`.

@@ -9,20 +9,25 @@ namespace fastgpt {
 namespace {
 
 // (total, heads, D) as a batch with one entry, (1, heads, total, D).
-Tensor as_batch(const Tensor& t) { return t.transpose(0, 1).unsqueeze(0); }
+Tensor as_batch(const Tensor& t) {
+  return as_strided(t, {1, t.size(1), t.size(0), t.size(2)}, {0, t.stride(1), t.stride(0), t.stride(2)});
+}
+
+// (heads, total) or (heads, total, 2) as a batch with one entry.
+Tensor one_batch(const Tensor& t) {
+  std::vector<int64_t> sizes{1}, strides{0};
+  sizes.insert(sizes.end(), t.sizes().begin(), t.sizes().end());
+  strides.insert(strides.end(), t.strides().begin(), t.strides().end());
+  return as_strided(t, sizes, strides);
+}
 
 // The elements of cu_seqlens, checked, followed by the end of the tensor.
 std::vector<int64_t> bounds(const char* name, const Tensor& cu_seqlens, int64_t total) {
-  const Tensor starts = cu_seqlens.to(at::kLong).contiguous();
+  const Tensor starts = contiguous(cu_seqlens, ScalarType::Long);
   const int64_t* first = starts.const_data_ptr<int64_t>();
   std::vector<int64_t> found(first, first + starts.numel());
-  TORCH_CHECK_VALUE(
-      found.front() == 0 && found.back() <= total && std::is_sorted(found.begin(), found.end()),
-      name,
-      " must ascend from 0 to at most ",
-      total,
-      ", got ",
-      c10::IntArrayRef(found));
+  if (found.front() != 0 || found.back() > total || !std::is_sorted(found.begin(), found.end()))
+    raise<std::invalid_argument>(name, " must ascend from 0 to at most ", total, ", got ", listed(found));
   found.push_back(total);
   return found;
 }
@@ -56,9 +61,9 @@ Checks check_inputs(
     double dropout_p) {
   const Checks check(op, "q", q, {ANY, ANY, ANY});
   check("k", k, {ANY, ANY, q.size(2)}, q.scalar_type())("v", v, {k.size(0), k.size(1), ANY}, q.scalar_type());
-  check("cu_seqlens_q", cu_seqlens_q, {ANY}, {at::kInt, at::kLong});
-  check("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.sizes(), {at::kInt, at::kLong});
-  TORCH_CHECK(cu_seqlens_q.numel() > 0, op, ": cu_seqlens_q must have documents + 1 elements, got none");
+  check("cu_seqlens_q", cu_seqlens_q, {ANY}, {ScalarType::Int, ScalarType::Long});
+  check("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.sizes(), {ScalarType::Int, ScalarType::Long});
+  require(cu_seqlens_q.numel() > 0, op, ": cu_seqlens_q must have documents + 1 elements, got none");
   check_slopes_and_seed(check, q, slopes, cu_seqlens_q.size(0) - 1, seed, dropout_p);
   return check;
 }
@@ -84,10 +89,10 @@ std::tuple<Tensor, Tensor> attention_varlen_fwd(
   const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const Problems documents = packed_documents(q, k, cu_seqlens_q, cu_seqlens_k, p);
   const auto acc = accumulator(q.scalar_type());
-  Tensor out = at::empty({q.size(2), p.heads, p.DV}, q.options());
-  Tensor stats = at::empty({p.heads, q.size(2), 2}, q.options().dtype(acc));
-  const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
-  forward_documents(documents, q, k, v, Tensor(), slopes, as_batch(out), stats.unsqueeze(0));
+  Tensor out = empty({q.size(2), p.heads, p.DV}, q.scalar_type());
+  Tensor stats = empty({p.heads, q.size(2), 2}, acc);
+  const OptionalTensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads);
+  forward_documents(documents, q, k, v, {}, slopes, as_batch(out), one_batch(stats));
   return {out, stats};
 }
 
@@ -122,20 +127,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(
   const Tensor grad = rows_contiguous(as_batch(grad_)), out = rows_contiguous(as_batch(out_));
   const Problem p = common_problem(q, k, v, seed, scale, lower_right, left, right, softcap, dropout_p);
   const Problems documents = packed_documents(q, k, cu_seqlens_q, cu_seqlens_k, p);
-  const Tensor grad_lse = grad_lse_ ? grad_lse_->to(acc).unsqueeze(0) : Tensor();
-  const Tensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads, acc);
-  Tensor dq = at::empty(q_.sizes(), q.options());
-  Tensor dk = at::empty(k_.sizes(), k.options());
-  Tensor dv = at::empty(v_.sizes(), v.options());
-  const Tensor stats = stats_.to(acc).contiguous().unsqueeze(0);
+  const OptionalTensor grad_lse = grad_lse_ ? OptionalTensor(one_batch(*grad_lse_)) : grad_lse_;
+  const OptionalTensor slopes = prepare_slopes(alibi_slopes, cu_seqlens_q.size(0) - 1, p.heads);
+  Tensor dq = empty(q_.sizes(), type);
+  Tensor dk = empty(k_.sizes(), type);
+  Tensor dv = empty(v_.sizes(), type);
+  const Tensor stats = one_batch(contiguous(stats_));
   backward_documents(
-      documents, grad, grad_lse, q, k, v, out, stats, Tensor(), slopes, as_batch(dq), as_batch(dk), as_batch(dv));
+      documents, grad, grad_lse, q, k, v, out, stats, {}, slopes, as_batch(dq), as_batch(dk), as_batch(dv));
   return {dq, dk, dv};
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("attention_varlen_fwd_cpp", &attention_varlen_fwd);
-  m.impl("attention_varlen_bwd_cpp", &attention_varlen_bwd);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("attention_varlen_fwd_cpp", TORCH_BOX(&attention_varlen_fwd));
+  m.impl("attention_varlen_bwd_cpp", TORCH_BOX(&attention_varlen_bwd));
 }
 
 }  // namespace

@@ -5,37 +5,23 @@ namespace fastgpt {
 
 Checks::Checks(const char* op, const char* name, const Tensor& main) : Checks(op, name, main, main.sizes()) {}
 
-Checks::Checks(const char* op, const char* name, const Tensor& main, at::IntArrayRef sizes) : op_(op), main_(main) {
+Checks::Checks(const char* op, const char* name, const Tensor& main, Sizes sizes) : op_(op), main_(main) {
   (*this)(name, main, sizes, FLOATS);
 }
 
-const Checks& Checks::operator()(
-    const char* name, const Tensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes) const {
+const Checks& Checks::operator()(const char* name, const Tensor& t, Sizes sizes, Dtypes dtypes) const {
   const auto matches = [](int64_t is, int64_t wanted) { return wanted == ANY || is == wanted; };
-  TORCH_CHECK(t.is_cpu(), op_, ": ", name, " must be on the CPU, got ", t.device());
-  TORCH_CHECK(
-      std::ranges::equal(t.sizes(), sizes, matches),
-      op_,
-      ": ",
-      name,
-      " must have the sizes ",
-      sizes,
-      " (-1: any), got ",
-      t.sizes());
-  TORCH_CHECK(
-      std::ranges::find(dtypes, t.scalar_type()) != dtypes.end(),
-      op_,
-      ": ",
-      name,
-      " must have the dtype ",
-      dtypes,
-      ", got ",
-      t.scalar_type());
+  const Sizes found = t.sizes();
+  const ScalarType dtype = t.scalar_type();
+  require(t.is_cpu(), op_, ": ", name, " must be on the CPU");
+  if (!std::ranges::equal(found, sizes, matches))
+    raise(op_, ": ", name, " must have the sizes ", listed(sizes), " (-1: any), got ", listed(found));
+  if (std::ranges::find(dtypes, dtype) == dtypes.end())
+    raise(op_, ": ", name, " must have the dtype ", listed(dtypes), ", got ", dtype);
   return *this;
 }
 
-const Checks& Checks::operator()(
-    const char* name, const OptionalTensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes) const {
+const Checks& Checks::operator()(const char* name, const OptionalTensor& t, Sizes sizes, Dtypes dtypes) const {
   return t ? (*this)(name, *t, sizes, dtypes) : *this;
 }
 

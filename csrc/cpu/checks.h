@@ -9,19 +9,18 @@ namespace fastgpt {
 
 constexpr int64_t ANY = -1;  // matches every size
 
-constexpr at::ScalarType FLOATS[] = {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble};
+using Dtypes = torch::headeronly::HeaderOnlyArrayRef<ScalarType>;
+inline constexpr ScalarType FLOATS[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
 
 class Checks {
  public:
   // `op`: the full name of the op. `main`: the argument that the others are compared with, of a floating dtype.
   Checks(const char* op, const char* name, const Tensor& main);
-  Checks(const char* op, const char* name, const Tensor& main, at::IntArrayRef sizes);
+  Checks(const char* op, const char* name, const Tensor& main, Sizes sizes);
 
   // Checks that an argument, if given, is on the CPU and has these sizes (ANY matches any) and one of these dtypes.
-  const Checks& operator()(
-      const char* name, const Tensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes) const;
-  const Checks& operator()(
-      const char* name, const OptionalTensor& t, at::IntArrayRef sizes, at::ArrayRef<at::ScalarType> dtypes) const;
+  const Checks& operator()(const char* name, const Tensor& t, Sizes sizes, Dtypes dtypes) const;
+  const Checks& operator()(const char* name, const OptionalTensor& t, Sizes sizes, Dtypes dtypes) const;
 
   // Checks that an argument, if given, has the sizes and the dtype of the main one.
   const Checks& like(const char* name, const Tensor& t) const;

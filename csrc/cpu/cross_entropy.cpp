@@ -13,8 +13,8 @@ namespace {
 Checks check_rows(const char* op, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
   const Checks check(op, "logits", logits, {ANY, ANY});
   const int64_t rows = logits.size(0), vocab = logits.size(1);
-  check("target", target, {rows}, at::kLong)("weight", weight, {vocab}, accumulator(logits.scalar_type()));
-  TORCH_CHECK(vocab <= 1 || logits.stride(1) == 1, op, ": the classes of a row must be contiguous");
+  check("target", target, {rows}, ScalarType::Long)("weight", weight, {vocab}, accumulator(logits.scalar_type()));
+  require(vocab <= 1 || logits.stride(1) == 1, op, ": the classes of a row must be contiguous");
   return check;
 }
 
@@ -28,21 +28,20 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     double softcap) {
   check_rows("cross_entropy_fwd_cpp", logits, target, weight);
   const int64_t rows = logits.size(0), vocab = logits.size(1), stride = logits.stride(0);
-  const Tensor y = target.contiguous();
+  const Tensor y = contiguous(target);
   check_targets(y, vocab, ignore_index);
-  const auto options = logits.options().dtype(accumulator(logits.scalar_type()));
-  const Tensor w = weight ? weight->to(options.dtype()).contiguous() : Tensor();
-  Tensor loss = at::empty({rows}, options), statistics = at::empty({rows, 2}, options);
+  const auto acc = accumulator(logits.scalar_type());
+  const OptionalTensor w = contiguous(weight, acc);
+  Tensor loss = empty({rows}, acc), statistics = empty({rows, 2}, acc);
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
-    const CrossEntropyRow<A> row(
-        weight ? w.const_data_ptr<A>() : nullptr, vocab, {ignore_index, label_smoothing, z_loss, softcap});
+    const CrossEntropyRow<A> row(pointer<A>(w), vocab, {ignore_index, label_smoothing, z_loss, softcap});
     const T* x = logits.const_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     A* losses = loss.mutable_data_ptr<A>();
     A* row_statistics = statistics.mutable_data_ptr<A>();
-    at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], row_statistics + 2 * i);
     });
   });
@@ -76,24 +75,23 @@ void backward_into(
     const LossOptions& loss_options) {
   const int64_t rows = logits.size(0), vocab = logits.size(1);
   const int64_t stride = logits.stride(0), out_stride = out.stride(0);
-  const Tensor y = target.contiguous();
+  const Tensor y = contiguous(target);
   check_targets(y, vocab, loss_options.ignore_index);
   const auto acc = accumulator(logits.scalar_type());
-  const Tensor w = weight ? weight->to(acc).contiguous() : Tensor();
-  const Tensor g = grad_loss.to(acc).contiguous(), s = statistics.to(acc).contiguous();
-  const Tensor gl = grad_lse ? grad_lse->to(acc).contiguous() : Tensor();
+  const OptionalTensor w = contiguous(weight, acc), gl = contiguous(grad_lse, acc);
+  const Tensor g = contiguous(grad_loss), s = contiguous(statistics);
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
-    const CrossEntropyRow<A> row(weight ? w.const_data_ptr<A>() : nullptr, vocab, loss_options);
+    const CrossEntropyRow<A> row(pointer<A>(w), vocab, loss_options);
     const T* x = logits.const_data_ptr<T>();
     T* dx = out.mutable_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     const A* grads = g.const_data_ptr<A>();
     const A* row_statistics = s.const_data_ptr<A>();
-    const A* lse_grads = grad_lse ? gl.const_data_ptr<A>() : nullptr;
+    const A* lse_grads = pointer<A>(gl);
     const auto all = [&](auto streaming) {
-      at::parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+      parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           row.template backward<streaming.value>(
               x + i * stride,
@@ -123,7 +121,7 @@ Tensor cross_entropy_bwd(
     double z_loss,
     double softcap) {
   check_backward("cross_entropy_bwd_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
-  Tensor out = at::empty(logits.sizes(), logits.options());
+  Tensor out = empty(logits.sizes(), logits.scalar_type());
   backward_into(
       out, grad_loss, grad_lse, logits, target, statistics, weight, {ignore_index, label_smoothing, z_loss, softcap});
   return out;
@@ -141,7 +139,7 @@ void cross_entropy_bwd_inplace(
     double z_loss,
     double softcap) {
   check_backward("cross_entropy_bwd_inplace_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
-  TORCH_CHECK(
+  require(
       logits.size(0) <= 1 || logits.stride(0) >= logits.size(1),
       "cross_entropy_bwd_inplace_cpp: the rows of logits must not overlap, because they are written; pass a copy");
   backward_into(
@@ -155,10 +153,10 @@ void cross_entropy_bwd_inplace(
       {ignore_index, label_smoothing, z_loss, softcap});
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("cross_entropy_fwd_cpp", &cross_entropy_fwd);
-  m.impl("cross_entropy_bwd_cpp", &cross_entropy_bwd);
-  m.impl("cross_entropy_bwd_inplace_cpp", &cross_entropy_bwd_inplace);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("cross_entropy_fwd_cpp", TORCH_BOX(&cross_entropy_fwd));
+  m.impl("cross_entropy_bwd_cpp", TORCH_BOX(&cross_entropy_bwd));
+  m.impl("cross_entropy_bwd_inplace_cpp", TORCH_BOX(&cross_entropy_bwd_inplace));
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ struct LossOptions {
 inline void check_targets(const Tensor& target, int64_t vocab, int64_t ignore_index) {
   const int64_t* y = target.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < target.numel(); ++i)
-    TORCH_CHECK_INDEX(y[i] == ignore_index || (y[i] >= 0 && y[i] < vocab), "Target ", y[i], " is out of bounds.");
+    require<std::out_of_range>(
+        y[i] == ignore_index || (y[i] >= 0 && y[i] < vocab), "Target ", y[i], " is out of bounds.");
 }
 
 template <typename A>

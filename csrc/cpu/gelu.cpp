@@ -45,7 +45,7 @@ inline Doubles gelu_grad(Doubles x) {
 template <bool TANH, bool STREAMING, typename T>
 void gelu_forward(const T* x, T* y, int64_t numel) {
   using A = compute_t<T>;
-  at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
     fill<STREAMING, A>(y, begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
       const Vector<A> z = load<A>(x + i, n...);
       return z * gelu_cdf<TANH>(z);
@@ -57,7 +57,7 @@ void gelu_forward(const T* x, T* y, int64_t numel) {
 template <bool TANH, bool STREAMING, typename T>
 void bias_gelu_forward(const T* x, const T* bias, T* y, int64_t rows, int64_t columns) {
   using A = compute_t<T>;
-  at::parallel_for(0, rows, GRAIN / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, rows, GRAIN / std::max<int64_t>(columns, 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       fill<STREAMING, A>(y + row * columns, 0, columns, [&](int64_t j, auto... n) {
         const Vector<A> z = load<A>(x + row * columns + j, n...) + load<A>(bias + j, n...);
@@ -70,7 +70,7 @@ void bias_gelu_forward(const T* x, const T* bias, T* y, int64_t rows, int64_t co
 template <bool TANH, bool STREAMING, typename T>
 void geglu_forward(const T* a, const T* b, T* y, int64_t numel) {
   using A = compute_t<T>;
-  at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
     fill<STREAMING, A>(y, begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
       const Vector<A> z = load<A>(a + i, n...);
       return z * gelu_cdf<TANH>(z) * load<A>(b + i, n...);
@@ -84,7 +84,7 @@ void geglu_forward(const T* a, const T* b, T* y, int64_t numel) {
 template <bool TANH, bool STREAMING, typename T>
 void gelu_backward(const T* grad, const T* x, T* dx, int64_t numel) {
   using A = compute_t<T>;
-  at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
     fill<STREAMING, A>(dx, begin * BLOCK, std::min(end * BLOCK, numel), [&](int64_t i, auto... n) {
       return load<A>(grad + i, n...) * gelu_grad<TANH>(load<A>(x + i, n...));
     });
@@ -95,7 +95,7 @@ void gelu_backward(const T* grad, const T* x, T* dx, int64_t numel) {
 template <bool TANH, bool STREAMING, typename T>
 void geglu_backward(const T* grad, const T* a, const T* b, T* da, T* db, int64_t numel) {
   using A = compute_t<T>;
-  at::parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks(numel), GRAIN / BLOCK, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {  // the second pass finds its block in the cache
       const int64_t first = block * BLOCK, last = std::min(first + BLOCK, numel);
       fill<STREAMING, A>(da, first, last, [&](int64_t i, auto... n) {
@@ -123,7 +123,7 @@ void bias_gelu_backward(
     int64_t columns) {
   using A = compute_t<T>;
   const int64_t span = (rows + parts - 1) / parts;
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       A* sums = partial + part * columns;
       for (int64_t row = part * span; row < std::min(rows, (part + 1) * span); ++row)
@@ -146,7 +146,8 @@ template <typename F>
 void dispatch_kind(const Tensor& x, int64_t row, bool tanh, F&& f) {
   dispatch(x.scalar_type(), "gelu", [&](auto element) {
     // Each row must begin at a multiple of the vector size.
-    const bool streaming = is_streamed<decltype(element)>(x.numel()) && row * x.element_size() % VECTOR_BYTES == 0;
+    const bool streaming =
+        is_streamed<decltype(element)>(x.numel()) && row * static_cast<int64_t>(x.element_size()) % VECTOR_BYTES == 0;
     const auto kind = [&](auto is_tanh) {
       streaming ? f(element, is_tanh, std::true_type{}) : f(element, is_tanh, std::false_type{});
     };
@@ -156,8 +157,8 @@ void dispatch_kind(const Tensor& x, int64_t row, bool tanh, F&& f) {
 
 Tensor gelu_fwd(const Tensor& x_, bool tanh) {
   Checks("gelu_fwd_cpp", "x", x_);
-  const Tensor x = x_.contiguous();
-  Tensor y = at::empty_like(x);
+  const Tensor x = contiguous(x_);
+  Tensor y = empty_like(x);
   dispatch_kind(x, BLOCK, tanh, [&](auto element, auto kind, auto streaming) {
     using T = decltype(element);
     gelu_forward<kind.value, streaming.value>(x.const_data_ptr<T>(), y.mutable_data_ptr<T>(), x.numel());
@@ -167,8 +168,8 @@ Tensor gelu_fwd(const Tensor& x_, bool tanh) {
 
 Tensor gelu_bwd(const Tensor& grad_, const Tensor& x_, bool tanh) {
   Checks("gelu_bwd_cpp", "x", x_).like("grad", grad_);
-  const Tensor x = x_.contiguous(), grad = grad_.contiguous();
-  Tensor dx = at::empty_like(x);
+  const Tensor x = contiguous(x_), grad = contiguous(grad_);
+  Tensor dx = empty_like(x);
   dispatch_kind(x, BLOCK, tanh, [&](auto element, auto kind, auto streaming) {
     using T = decltype(element);
     gelu_backward<kind.value, streaming.value>(
@@ -179,8 +180,8 @@ Tensor gelu_bwd(const Tensor& grad_, const Tensor& x_, bool tanh) {
 
 Tensor bias_gelu_fwd(const Tensor& x_, const Tensor& bias_, bool tanh) {
   Checks("bias_gelu_fwd_cpp", "x", x_)("bias", bias_, {x_.size(-1)}, x_.scalar_type());
-  const Tensor x = x_.contiguous(), bias = bias_.contiguous();
-  Tensor y = at::empty_like(x);
+  const Tensor x = contiguous(x_), bias = contiguous(bias_);
+  Tensor y = empty_like(x);
   const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
   dispatch_kind(x, columns, tanh, [&](auto element, auto kind, auto streaming) {
     using T = decltype(element);
@@ -192,11 +193,12 @@ Tensor bias_gelu_fwd(const Tensor& x_, const Tensor& bias_, bool tanh) {
 
 std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad_, const Tensor& x_, const Tensor& bias_, bool tanh) {
   Checks("bias_gelu_bwd_cpp", "x", x_)("bias", bias_, {x_.size(-1)}, x_.scalar_type()).like("grad", grad_);
-  const Tensor x = x_.contiguous(), bias = bias_.contiguous(), grad = grad_.contiguous();
-  Tensor dx = at::empty_like(x);
+  const Tensor x = contiguous(x_), bias = contiguous(bias_), grad = contiguous(grad_);
+  Tensor dx = empty_like(x);
   const int64_t columns = bias.numel(), rows = columns ? x.numel() / columns : 0;
   const int64_t parts = row_parts(rows);
-  Tensor partial = at::zeros({parts, columns}, x.options().dtype(accumulator(x.scalar_type())));
+  const ScalarType acc = accumulator(x.scalar_type());
+  Tensor partial = zeros({parts, columns}, acc);
   dispatch_kind(x, columns, tanh, [&](auto element, auto kind, auto streaming) {
     using T = decltype(element);
     bias_gelu_backward<kind.value, streaming.value>(
@@ -209,13 +211,13 @@ std::tuple<Tensor, Tensor> bias_gelu_bwd(const Tensor& grad_, const Tensor& x_, 
         rows,
         columns);
   });
-  return {dx, at::sum(partial, {0}).to(bias.scalar_type())};
+  return {dx, to(sum_rows(partial, acc), bias.scalar_type())};
 }
 
 Tensor geglu_fwd(const Tensor& a_, const Tensor& b_, bool tanh) {
   Checks("geglu_fwd_cpp", "a", a_).like("b", b_);
-  const Tensor a = a_.contiguous(), b = b_.contiguous();
-  Tensor y = at::empty_like(a);
+  const Tensor a = contiguous(a_), b = contiguous(b_);
+  Tensor y = empty_like(a);
   dispatch_kind(a, BLOCK, tanh, [&](auto element, auto kind, auto streaming) {
     using T = decltype(element);
     geglu_forward<kind.value, streaming.value>(
@@ -226,8 +228,8 @@ Tensor geglu_fwd(const Tensor& a_, const Tensor& b_, bool tanh) {
 
 std::tuple<Tensor, Tensor> geglu_bwd(const Tensor& grad_, const Tensor& a_, const Tensor& b_, bool tanh) {
   Checks("geglu_bwd_cpp", "a", a_).like("b", b_).like("grad", grad_);
-  const Tensor a = a_.contiguous(), b = b_.contiguous(), grad = grad_.contiguous();
-  Tensor da = at::empty_like(a), db = at::empty_like(b);
+  const Tensor a = contiguous(a_), b = contiguous(b_), grad = contiguous(grad_);
+  Tensor da = empty_like(a), db = empty_like(b);
   dispatch_kind(a, BLOCK, tanh, [&](auto element, auto kind, auto streaming) {
     using T = decltype(element);
     geglu_backward<kind.value, streaming.value>(
@@ -241,13 +243,13 @@ std::tuple<Tensor, Tensor> geglu_bwd(const Tensor& grad_, const Tensor& a_, cons
   return {da, db};
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("gelu_fwd_cpp", &gelu_fwd);
-  m.impl("gelu_bwd_cpp", &gelu_bwd);
-  m.impl("bias_gelu_fwd_cpp", &bias_gelu_fwd);
-  m.impl("bias_gelu_bwd_cpp", &bias_gelu_bwd);
-  m.impl("geglu_fwd_cpp", &geglu_fwd);
-  m.impl("geglu_bwd_cpp", &geglu_bwd);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("gelu_fwd_cpp", TORCH_BOX(&gelu_fwd));
+  m.impl("gelu_bwd_cpp", TORCH_BOX(&gelu_bwd));
+  m.impl("bias_gelu_fwd_cpp", TORCH_BOX(&bias_gelu_fwd));
+  m.impl("bias_gelu_bwd_cpp", TORCH_BOX(&bias_gelu_bwd));
+  m.impl("geglu_fwd_cpp", TORCH_BOX(&geglu_fwd));
+  m.impl("geglu_bwd_cpp", TORCH_BOX(&geglu_bwd));
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ constexpr int64_t GEMM_M = 4;
 template <typename T>
 struct FactorOf {
 #if defined(__AVX512BF16__)
-  using type = std::conditional_t<std::is_same_v<T, at::BFloat16>, at::BFloat16, compute_t<T>>;
+  using type = std::conditional_t<std::is_same_v<T, BFloat16>, BFloat16, compute_t<T>>;
 #else
   using type = compute_t<T>;
 #endif
@@ -38,9 +38,9 @@ using factor_t = typename FactorOf<T>::type;
 
 // Elements in a unit, and the type that holds one.
 template <typename E>
-constexpr int64_t FOLD = std::is_same_v<E, at::BFloat16> ? 2 : 1;
+constexpr int64_t FOLD = std::is_same_v<E, BFloat16> ? 2 : 1;
 template <typename E>
-using Unit = std::conditional_t<std::is_same_v<E, at::BFloat16>, uint32_t, E>;
+using Unit = std::conditional_t<std::is_same_v<E, BFloat16>, uint32_t, E>;
 
 template <typename U>
 constexpr int64_t GEMM_N = 2 * LANES<U>;
@@ -152,7 +152,7 @@ inline void pack_rows(Unit<E>* out, int64_t width, const T* in, int64_t stride, 
 }
 
 // Packs n rows along k, two neighbouring rows per unit: out (units(n), width).
-inline void pack_pairs(uint32_t* out, int64_t width, const at::BFloat16* in, int64_t stride, int64_t n, int64_t size) {
+inline void pack_pairs(uint32_t* out, int64_t width, const BFloat16* in, int64_t stride, int64_t n, int64_t size) {
   if (width == 0) return;
   const auto* rows = reinterpret_cast<const uint16_t*>(in);
   for (int64_t i = 0; i < n; i += 2) {

@@ -4,15 +4,6 @@
 // and rounded when stored. The kernels are never compiled with -ffast-math, so NaN and infinity keep their meaning.
 #pragma once
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/sum.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -25,16 +16,17 @@
 #include <type_traits>
 #include <vector>
 
-namespace fastgpt {
+#include "tensors.h"
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+namespace fastgpt {
 
 // The type in which tensors of T are computed and accumulated.
 template <typename T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-inline at::ScalarType accumulator(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+inline ScalarType accumulator(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // The unit of work in elements: a thread processes whole blocks.
 constexpr int64_t BLOCK = 1024;
@@ -50,19 +42,18 @@ inline int64_t row_parts(int64_t rows) { return std::clamp<int64_t>(rows / 16, 1
 
 // Calls f with a value of the tensor's element type.
 template <typename F>
-inline void dispatch(at::ScalarType type, const char* name, F&& f) {
+inline void dispatch(ScalarType type, const char* name, F&& f) {
   switch (type) {
-    case at::kFloat:
+    case ScalarType::Float:
       return f(float{});
-    case at::kDouble:
+    case ScalarType::Double:
       return f(double{});
-    case at::kBFloat16:
-      return f(at::BFloat16{});
-    case at::kHalf:
-      return f(at::Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
     default:
-      TORCH_CHECK_NOT_IMPLEMENTED(
-          false, name, ": the C++ kernels do not support ", type, "; use float32, float64, bfloat16 or float16");
+      raise(name, ": the C++ kernels do not support ", type, "; use float32, float64, bfloat16 or float16");
   }
 }
 

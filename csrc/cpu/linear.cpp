@@ -12,9 +12,6 @@
 //
 // PyTorch computes the product for other types, for odd sizes (whose rows do not divide into pairs), and on CPUs
 // without bfloat16 multiplication.
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
-
 #include "checks.h"
 #include "gemm.h"
 #include "kernel.h"
@@ -28,13 +25,13 @@ constexpr int64_t MIN_ROWS = 32;
 
 bool can_pack(const Tensor& x, const Tensor& weight) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  return FOLD<factor_t<at::BFloat16>> > 1 && x.scalar_type() == at::kBFloat16 && m >= MIN_ROWS && n > 0 && k > 0 &&
+  return FOLD<factor_t<BFloat16>> > 1 && x.scalar_type() == ScalarType::BFloat16 && m >= MIN_ROWS && n > 0 && k > 0 &&
          n % 2 == 0 && k % 2 == 0;
 }
 
 #if defined(__AVX512BF16__)
 
-using U = Unit<at::BFloat16>;
+using U = Unit<BFloat16>;
 constexpr int64_t PANEL = GEMM_N<U>, HALF = LANES<float>;
 static_assert(PANEL == 2 * HALF);
 
@@ -53,7 +50,7 @@ struct Panels {
   U* data;
   int64_t depth;  // units of a column
   Panels(int64_t depth, int64_t columns)
-      : space(at::empty({padded<U>(columns) * depth}, at::kInt)),  // PyTorch aligns to cache lines
+      : space(empty({padded<U>(columns) * depth}, ScalarType::Int)),  // PyTorch aligns to cache lines
         data(reinterpret_cast<U*>(space.mutable_data_ptr<int32_t>())),
         depth(depth) {}
   U* at(int64_t column) const { return data + column / PANEL * PANEL * depth; }
@@ -72,7 +69,7 @@ struct Panels {
 template <typename W>
 Panels pack_rows_as_columns(const W* in, int64_t rows, int64_t size) {
   const Panels out(size / 2, rows);
-  at::parallel_for(0, (rows + HALF - 1) / HALF, 4, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (rows + HALF - 1) / HALF, 4, [&](int64_t begin, int64_t end) {
     alignas(64) U square[HALF * HALF], turned[HALF * HALF];
     for (int64_t i = begin * HALF; i < std::min(end * HALF, rows); i += HALF)
       for (int64_t k = 0; k < out.depth; k += HALF) {
@@ -100,7 +97,7 @@ Panels pack_rows_as_columns(const W* in, int64_t rows, int64_t size) {
 template <typename W>
 Panels pack_columns(const W* in, int64_t rows, int64_t size, float* sums) {
   const Panels out((rows + 1) / 2, size);
-  at::parallel_for(0, (size + PANEL - 1) / PANEL, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (size + PANEL - 1) / PANEL, 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin * PANEL; j < std::min(end * PANEL, size); j += PANEL) {
       const auto pack = [&](auto is_whole) {
         Floats sum[2] = {};
@@ -135,7 +132,7 @@ void multiply(int64_t m, int64_t n, const Panels& b, A&& rows_from, F&& finish) 
   const int64_t fitting = L2_BYTES / (b.depth * static_cast<int64_t>(sizeof(U))) / PANEL * PANEL;
   const int64_t block = std::clamp<int64_t>(fitting, PANEL, BLOCK_M);
   const int64_t blocks = (m + block - 1) / block, width = SPAN * PANEL, spans = (n + width - 1) / width;
-  at::parallel_for(0, blocks * spans, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks * spans, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float c[BLOCK_M * PANEL];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t first = task / spans * block, last = std::min(m, first + block);
@@ -159,7 +156,7 @@ void multiply(int64_t m, int64_t n, const Panels& b, A&& rows_from, F&& finish) 
 
 // Writes the rows of a tile to a matrix of `size` columns, with the bias added.
 template <typename T>
-auto writer(T* out, int64_t size, const at::BFloat16* bias) {
+auto writer(T* out, int64_t size, const BFloat16* bias) {
   return [=](int64_t i, int64_t rows, int64_t j, int64_t columns, const float* tile) {
     for (int64_t r = 0; r < rows; ++r)
       over_vectors<float>(0, columns, [&](int64_t c, auto... n) {
@@ -170,28 +167,28 @@ auto writer(T* out, int64_t size, const at::BFloat16* bias) {
 }
 
 template <typename W>
-void forward(const Tensor& x, const Tensor& weight, const at::BFloat16* bias, Tensor& y) {
+void forward(const Tensor& x, const Tensor& weight, const BFloat16* bias, Tensor& y) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  const auto* rows = reinterpret_cast<const U*>(x.const_data_ptr<at::BFloat16>());
+  const auto* rows = reinterpret_cast<const U*>(x.const_data_ptr<BFloat16>());
   const Panels b = pack_rows_as_columns(weight.const_data_ptr<W>(), n, k);
   const auto from = [&](int64_t i) { return Operand<U>{rows + i * k / 2, k / 2}; };
-  multiply(m, n, b, from, writer(y.mutable_data_ptr<at::BFloat16>(), n, bias));
+  multiply(m, n, b, from, writer(y.mutable_data_ptr<BFloat16>(), n, bias));
 }
 
 template <typename W>
 void backward_x(const Tensor& grad, const Tensor& weight, Tensor& dx) {
   const int64_t m = grad.size(0), n = weight.size(0), k = weight.size(1);
-  const auto* rows = reinterpret_cast<const U*>(grad.const_data_ptr<at::BFloat16>());
+  const auto* rows = reinterpret_cast<const U*>(grad.const_data_ptr<BFloat16>());
   const Panels b = pack_columns(weight.const_data_ptr<W>(), n, k, nullptr);
   const auto from = [&](int64_t i) { return Operand<U>{rows + i * n / 2, n / 2}; };
-  multiply(m, k, b, from, writer(dx.mutable_data_ptr<at::BFloat16>(), k, nullptr));
+  multiply(m, k, b, from, writer(dx.mutable_data_ptr<BFloat16>(), k, nullptr));
 }
 
 template <typename W>
 void backward_weight(const Tensor& grad, const Tensor& x, Tensor& dweight, float* dbias) {
   const int64_t m = grad.size(0), n = grad.size(1), k = x.size(1);
-  const Panels a = pack_columns(grad.const_data_ptr<at::BFloat16>(), m, n, dbias);
-  const Panels b = pack_columns(x.const_data_ptr<at::BFloat16>(), m, k, nullptr);
+  const Panels a = pack_columns(grad.const_data_ptr<BFloat16>(), m, n, dbias);
+  const Panels b = pack_columns(x.const_data_ptr<BFloat16>(), m, k, nullptr);
   const auto from = [&](int64_t i) { return Operand<U>{a.at(i), 1, PANEL}; };
   multiply(n, k, b, from, writer(dweight.mutable_data_ptr<W>(), k, nullptr));
 }
@@ -239,7 +236,7 @@ void with_constant(int64_t n, F&& f) {
 // Processes LINES rows of W and at most ROWS rows of x at a time.
 template <int ROWS, int LINES, typename T>
 void multiply_few(const float* x, int64_t m, const T* w, int64_t n, int64_t k, const T* bias, T* y) {
-  at::parallel_for(0, n / LINES, std::max<int64_t>(1, GRAIN / (LINES * k)), [&](int64_t begin, int64_t end) {
+  parallel_for(0, n / LINES, std::max<int64_t>(1, GRAIN / (LINES * k)), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin * LINES; c < end * LINES; c += LINES)
       for (int64_t r = 0; r < m; r += ROWS)
         with_constant<ROWS>(std::min<int64_t>(ROWS, m - r), [&](auto rows) {
@@ -251,8 +248,8 @@ void multiply_few(const float* x, int64_t m, const T* w, int64_t n, int64_t k, c
 template <typename T>
 void forward_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bias_, Tensor& y) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
-  const Tensor rows = x.to(at::kFloat).contiguous();
-  const T* const bias = bias_ ? bias_->const_data_ptr<T>() : nullptr;
+  const Tensor rows = contiguous(x, ScalarType::Float);
+  const T* const bias = pointer<T>(bias_);
   const auto multiply = [&](auto most, auto lines) {
     multiply_few<most.value, lines.value>(
         rows.const_data_ptr<float>(), m, weight.const_data_ptr<T>(), n, k, bias, y.mutable_data_ptr<T>());
@@ -267,7 +264,7 @@ bool is_few(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   const int64_t m = x.size(0), n = weight.size(0), k = weight.size(1);
   const auto type = weight.scalar_type();
   return m > 0 && m <= FEW_ROWS && k > 0 && n > 0 && weight.is_contiguous() &&
-         (type == at::kFloat || type == at::kBFloat16) && x.scalar_type() == type &&
+         (type == ScalarType::Float || type == ScalarType::BFloat16) && x.scalar_type() == type &&
          (!bias || (bias->is_contiguous() && bias->scalar_type() == type));
 }
 
@@ -279,10 +276,12 @@ Checks check_layer(const char* op, const Tensor& x, const Tensor& weight) {
   return check("weight", weight, {ANY, x.size(1)}, {x.scalar_type(), accumulator(x.scalar_type())});
 }
 
+Tensor mm(const Tensor& a, const Tensor& b) { return std::get<0>(call_op<Tensor>("aten::mm", a, b)); }
+
 // Calls f with a value of the weight's element type.
 template <typename F>
 void dispatch_weight(const Tensor& weight, F&& f) {
-  weight.scalar_type() == at::kFloat ? f(float{}) : f(at::BFloat16{});
+  weight.scalar_type() == ScalarType::Float ? f(float{}) : f(BFloat16{});
 }
 
 Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor& bias_) {
@@ -290,54 +289,55 @@ Tensor linear_fwd(const Tensor& x_, const Tensor& weight_, const OptionalTensor&
   check_layer("linear_fwd_cpp", x_, weight_)("bias", bias_, {weight_.size(0)}, {type, accumulator(type)});
 #if defined(__AVX512BF16__)
   if (can_pack(x_, weight_)) {
-    const Tensor x = x_.contiguous(), weight = weight_.contiguous();
-    const Tensor bias = bias_ ? bias_->to(type).contiguous() : Tensor();
-    Tensor y = at::empty({x.size(0), weight.size(0)}, x.options());
+    const Tensor x = contiguous(x_), weight = contiguous(weight_);
+    const OptionalTensor bias = contiguous(bias_, type);
+    Tensor y = empty({x.size(0), weight.size(0)}, type);
     dispatch_weight(weight, [&](auto element) {
       using W = decltype(element);
-      forward<W>(x, weight, bias.defined() ? bias.const_data_ptr<at::BFloat16>() : nullptr, y);
+      forward<W>(x, weight, pointer<BFloat16>(bias), y);
     });
     return y;
   }
 #endif
   if (is_few(x_, weight_, bias_)) {
-    Tensor y = at::empty({x_.size(0), weight_.size(0)}, x_.options());
+    Tensor y = empty({x_.size(0), weight_.size(0)}, type);
     dispatch_weight(weight_, [&](auto element) { forward_few<decltype(element)>(x_, weight_, bias_, y); });
     return y;
   }
-  return at::linear(x_, weight_.to(type), bias_ ? OptionalTensor(bias_->to(type)) : OptionalTensor());
+  const OptionalTensor bias = bias_ ? OptionalTensor(to(*bias_, type)) : bias_;
+  return std::get<0>(call_op<Tensor>("aten::linear", x_, to(weight_, type), bias));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(
     const Tensor& grad_, const Tensor& x_, const Tensor& weight_, bool with_x, bool with_weight, bool with_bias) {
   const auto type = x_.scalar_type(), weight_type = weight_.scalar_type();
   check_layer("linear_bwd_cpp", x_, weight_)("grad", grad_, {x_.size(0), weight_.size(0)}, type);
-  Tensor dx = at::empty({0}, x_.options()), dweight = at::empty({0}, weight_.options());
-  Tensor dbias = at::empty({0}, weight_.options());
+  Tensor dx = empty({0}, type), dweight = empty({0}, weight_type);
+  Tensor dbias = empty({0}, weight_type);
 #if defined(__AVX512BF16__)
   if (can_pack(x_, weight_)) {
-    const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.contiguous();
-    if (with_x) dx = at::empty_like(x);
-    if (with_weight) dweight = at::empty_like(weight);
-    Tensor sums = with_bias ? at::empty({weight.size(0)}, x.options().dtype(at::kFloat)) : Tensor();
+    const Tensor grad = contiguous(grad_), x = contiguous(x_), weight = contiguous(weight_);
+    if (with_x) dx = empty_like(x);
+    if (with_weight) dweight = empty_like(weight);
+    Tensor sums = empty({with_bias ? weight.size(0) : 0}, ScalarType::Float);
     dispatch_weight(weight, [&](auto element) {
       using W = decltype(element);
       if (with_x) backward_x<W>(grad, weight, dx);
       if (with_weight) backward_weight<W>(grad, x, dweight, with_bias ? sums.mutable_data_ptr<float>() : nullptr);
     });
-    if (with_bias) dbias = (with_weight ? sums : at::sum(grad, {0}, false, at::kFloat)).to(weight_type);
+    if (with_bias) dbias = to(with_weight ? sums : sum_rows(grad, ScalarType::Float), weight_type);
     return {dx, dweight, dbias};
   }
 #endif
-  if (with_x) dx = at::mm(grad_, weight_.to(type));
-  if (with_weight) dweight = at::mm(grad_.t(), x_).to(weight_type);
-  if (with_bias) dbias = at::sum(grad_, {0}, false, accumulator(type)).to(weight_type);
+  if (with_x) dx = mm(grad_, to(weight_, type));
+  if (with_weight) dweight = to(mm(transposed(grad_), x_), weight_type);
+  if (with_bias) dbias = to(sum_rows(grad_, accumulator(type)), weight_type);
   return {dx, dweight, dbias};
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("linear_fwd_cpp", &linear_fwd);
-  m.impl("linear_bwd_cpp", &linear_bwd);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("linear_fwd_cpp", TORCH_BOX(&linear_fwd));
+  m.impl("linear_bwd_cpp", TORCH_BOX(&linear_bwd));
 }
 
 }  // namespace

@@ -11,9 +11,10 @@ namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
+// The elements of a tensor, or null if it has none.
 template <typename A>
-A* pointer(const Tensor& t) {
-  return t.defined() && t.numel() > 0 ? t.mutable_data_ptr<A>() : nullptr;
+A* mutable_pointer(const Tensor& t) {
+  return t.numel() > 0 ? t.mutable_data_ptr<A>() : nullptr;
 }
 
 // Checks hidden (N, D), weight (V, D), bias (V,), target (N,), class_weight (V,).
@@ -27,7 +28,7 @@ Checks check_layer(
   const Checks check(op, "hidden", hidden, {ANY, ANY});
   const auto type = hidden.scalar_type();
   check("weight", weight, {ANY, hidden.size(1)}, type)("bias", bias, {weight.size(0)}, type);
-  check("target", target, {hidden.size(0)}, at::kLong);
+  check("target", target, {hidden.size(0)}, ScalarType::Long);
   check("class_weight", class_weight, {weight.size(0)}, accumulator(type));
   return check;
 }
@@ -45,8 +46,7 @@ void with_chunks(
     F&& f) {
   check_targets(target, weight.size(0), options.ignore_index);
   const auto acc = accumulator(hidden.scalar_type());
-  const Tensor b = bias ? bias->to(acc).contiguous() : Tensor();
-  const Tensor w = class_weight ? class_weight->to(acc).contiguous() : Tensor();
+  const OptionalTensor b = contiguous(bias, acc), w = contiguous(class_weight, acc);
   dispatch(hidden.scalar_type(), "linear_cross_entropy", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
@@ -57,11 +57,11 @@ void with_chunks(
 
 // dweight is not initialized, because the first chunk writes all of it. If there are no chunks, it is zero.
 Gradients empty_gradients(const Tensor& hidden, const Tensor& weight, bool has_bias) {
-  const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
+  const auto acc = accumulator(hidden.scalar_type());
   return {
-      at::empty(hidden.sizes(), options),
-      hidden.size(0) > 0 ? at::empty(weight.sizes(), options) : at::zeros(weight.sizes(), options),
-      at::zeros({has_bias ? weight.size(0) : 0}, options)};
+      empty(hidden.sizes(), acc),
+      hidden.size(0) > 0 ? empty(weight.sizes(), acc) : zeros(weight.sizes(), acc),
+      zeros({has_bias ? weight.size(0) : 0}, acc)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
@@ -77,10 +77,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     int64_t chunk,
     bool with_grad) {
   check_layer("linear_cross_entropy_fwd_cpp", hidden_, weight_, bias, target_, class_weight);
-  const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), target = target_.contiguous();
-  const auto options = hidden.options().dtype(accumulator(hidden.scalar_type()));
-  Tensor loss = at::empty({hidden.size(0)}, options), statistics = at::empty({hidden.size(0), 2}, options);
-  Tensor dhidden = at::empty({0}, options), dweight = at::empty({0}, options), dbias = at::empty({0}, options);
+  const Tensor hidden = contiguous(hidden_), weight = contiguous(weight_), target = contiguous(target_);
+  const auto acc = accumulator(hidden.scalar_type());
+  Tensor loss = empty({hidden.size(0)}, acc), statistics = empty({hidden.size(0), 2}, acc);
+  Tensor dhidden = empty({0}, acc), dweight = empty({0}, acc), dbias = empty({0}, acc);
   if (with_grad) std::tie(dhidden, dweight, dbias) = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {
@@ -89,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
         loss.mutable_data_ptr<A>(),
         statistics.mutable_data_ptr<A>(),
         with_grad,
-        pointer<A>(dhidden),
-        pointer<A>(dweight),
-        pointer<A>(dbias));
+        mutable_pointer<A>(dhidden),
+        mutable_pointer<A>(dweight),
+        mutable_pointer<A>(dbias));
   });
   return {loss, statistics, dhidden, dweight, dbias};
 }
@@ -112,9 +112,8 @@ Gradients linear_cross_entropy_bwd(
   const Checks check = check_layer("linear_cross_entropy_bwd_cpp", hidden_, weight_, bias, target_, class_weight);
   check("grad_loss", grad_loss, {hidden_.size(0)}, accumulator(hidden_.scalar_type()));
   check("statistics", statistics_, {hidden_.size(0), 2}, accumulator(hidden_.scalar_type()));
-  const Tensor hidden = hidden_.contiguous(), weight = weight_.contiguous(), target = target_.contiguous();
-  const auto acc = accumulator(hidden.scalar_type());
-  const Tensor grad = grad_loss.to(acc).contiguous(), statistics = statistics_.to(acc).contiguous();
+  const Tensor hidden = contiguous(hidden_), weight = contiguous(weight_), target = contiguous(target_);
+  const Tensor grad = contiguous(grad_loss), statistics = contiguous(statistics_);
   auto [dhidden, dweight, dbias] = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {
@@ -122,17 +121,17 @@ Gradients linear_cross_entropy_bwd(
     chunks.backward(
         grad.const_data_ptr<A>(),
         statistics.const_data_ptr<A>(),
-        pointer<A>(dhidden),
-        pointer<A>(dweight),
-        pointer<A>(dbias));
+        mutable_pointer<A>(dhidden),
+        mutable_pointer<A>(dweight),
+        mutable_pointer<A>(dbias));
   });
   const auto type = hidden.scalar_type();
-  return {dhidden.to(type), dweight.to(type), dbias.to(type)};
+  return {to(dhidden, type), to(dweight, type), to(dbias, type)};
 }
 
-TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  m.impl("linear_cross_entropy_fwd_cpp", &linear_cross_entropy_fwd);
-  m.impl("linear_cross_entropy_bwd_cpp", &linear_cross_entropy_bwd);
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  m.impl("linear_cross_entropy_fwd_cpp", TORCH_BOX(&linear_cross_entropy_fwd));
+  m.impl("linear_cross_entropy_bwd_cpp", TORCH_BOX(&linear_cross_entropy_bwd));
 }
 
 }  // namespace

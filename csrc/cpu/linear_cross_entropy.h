@@ -86,7 +86,7 @@ class Chunks {
     for (begin_ = 0; begin_ < rows_; begin_ += step_) {
       start_chunk(with_grad);
       RowGradients<A> rows(lanes_);
-      at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+      parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
         Workspace space(*this);
         for (int64_t part = first; part < last; ++part) accumulate(parts[part], classes_of(part), space);
       });
@@ -247,7 +247,7 @@ class Chunks {
 
   void gradients(const RowGradients<A>& rows, A* dhidden, A* dweight, A* dbias) {
     sums_.resize(parts_ * step_ * width_);
-    at::parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
       Workspace space(*this);
       space.block.resize(stored_ ? 0 : BLOCK_V * lanes_);
       for (int64_t part = first; part < last; ++part) {
@@ -266,7 +266,7 @@ class Chunks {
         }
       }
     });
-    at::parallel_for(0, n_, 16, [&](int64_t first, int64_t last) {
+    parallel_for(0, n_, 16, [&](int64_t first, int64_t last) {
       for (int64_t r = first; r < last; ++r)
         over_vectors<A>(0, size_, [&](int64_t j, auto... n) {
           Vector<A> x = {};

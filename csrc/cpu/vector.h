@@ -6,8 +6,8 @@
 // the AVX-512 instruction.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <bit>
 #include <cmath>
@@ -21,6 +21,9 @@
 #endif
 
 namespace fastgpt {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
 
 #if defined(__AVX512F__)
 constexpr int64_t VECTOR_BYTES = 64;
@@ -84,7 +87,7 @@ template <typename A, typename T>
 [[gnu::always_inline]] inline Vector<A> load(const T* p) {
   if constexpr (std::is_same_v<A, T>) {
     return *reinterpret_cast<const Vector<A>*>(p);
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
     return std::bit_cast<Floats>(widened(*reinterpret_cast<const Shorts*>(p)) << 16);
   } else {
 #if defined(__AVX512F__)
@@ -114,7 +117,7 @@ template <typename T, typename A>
 [[gnu::always_inline]] inline void store(T* p, Vector<A> x) {
   if constexpr (std::is_same_v<A, T>) {
     *reinterpret_cast<Vector<A>*>(p) = x;
-  } else if constexpr (std::is_same_v<T, at::BFloat16>) {
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
     *reinterpret_cast<Shorts*>(p) = to_bfloat16(x);
   } else {
 #if defined(__AVX512F__)
@@ -161,7 +164,7 @@ inline int64_t to_next_line(const T* p) {
 
 #if defined(__AVX512F__)
 // Rounds two vectors to 16 bits, which fill a cache line.
-[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, at::BFloat16) {
+[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, BFloat16) {
 #if defined(__AVX512BF16__)
   return std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
 #else
@@ -169,7 +172,7 @@ inline int64_t to_next_line(const T* p) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 #endif
 }
-[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, at::Half) {
+[[gnu::always_inline]] inline __m512i rounded_line(Floats a, Floats b, Half) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(a, 0)), _mm512_cvtps_ph(b, 0), 1);
 }
 

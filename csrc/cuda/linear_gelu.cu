@@ -3,7 +3,7 @@
 // For tanh GELU in 16 bits, GELU is the epilogue of a cuBLASLt product: y is computed from the sums before they are
 // rounded, and z is written only if a backward needs it. Otherwise, and if cuBLASLt has no kernel, PyTorch computes the
 // product and gelu.cu makes a pass over z.
-#include "call_op.cuh"
+#include "../call_op.h"
 #include "checks.cuh"
 #include "cublaslt.cuh"
 

@@ -6,7 +6,7 @@
 //
 // For tanh GELU in 16 bits, the derivative and the sum are the epilogue of a cuBLASLt product, and dy = dout W₂ is
 // never stored. Otherwise, and if cuBLASLt has no kernel, PyTorch computes dy and gelu.cu makes a pass over dy and z.
-#include "call_op.cuh"
+#include "../call_op.h"
 #include "checks.cuh"
 #include "cublaslt.cuh"
 

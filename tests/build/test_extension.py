@@ -287,29 +287,3 @@ def test_availability_and_info_say_what_is_wrong_with_cuda():
     report = info.report()
     assert ", ".join(extension.cuda_architectures()) in report
     assert available or available.reason in report
-
-
-# What the CUDA library may ask of others: PyTorch's stable ABI, the C and C++ libraries, the loader.
-STABLE = re.compile(
-    r"(aoti_torch_\w+|torch_\w+)$"  # of libtorch_cpu and libtorch_cuda
-    r"|.*@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$"
-    r"|_ZN[KRO]*St\w+$"  # members of std, which libtorch exports too, without a version
-    r"|(__gmon_start__|_ITM_\w+)$"
-)
-
-
-def test_cuda_library_asks_for_nothing_but_the_stable_abi():
-    """Or it would not load under another PyTorch than the one it was built with."""
-    library = extension.CUDA_LIBRARY
-    if not library.exists():
-        pytest.skip("the CUDA kernels are not built (setup.py build_ext --cuda)")
-    if shutil.which("nm") is None:
-        pytest.skip("nm (binutils) is not installed")
-    assert extension.cuda_architectures() == tuple(extension.build_info()["cuda_architectures"])
-    run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout  # noqa: E731
-    undefined = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", library).splitlines()]
-    assert "aoti_torch_get_current_cuda_stream" in undefined
-    assert not [symbol for symbol in undefined if not STABLE.match(symbol)]
-    needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library))
-    assert {"libtorch_cpu.so", "libtorch_cuda.so", "libc10.so"} <= set(needed)
-    assert not [name for name in needed if name.startswith(("libcudart", "libpython"))]

@@ -29,7 +29,7 @@ RANKS = (
         "download",
         "options",
     }
-    | {"distributed", "testing", "_C", "_ops", "_interrupt"},
+    | {"build_tools", "distributed", "testing", "_C", "_ops", "_interrupt"},
     {"backends", "env_report", "tokenizer", "tokenizer_json"},
     {"ops", "data"},
     {"functional", "flash_attention", "model"},

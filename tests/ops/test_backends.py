@@ -393,18 +393,29 @@ def test_without_the_extension_all_runs_and_the_reason_names_what_mends_it():
     assert "pip install --no-build-isolation" in reason
 
 
-def test_extension_of_another_torch_is_refused_with_both_versions():
+@pytest.mark.parametrize("version", ["2.10.1+cpu", "1.13.0"])
+def test_torch_without_the_stable_abi_is_refused_with_the_oldest_supported(version):
+    stub = f"import torch; torch.__version__ = {version!r}"
+    reason = run(
+        WITHOUT_THE_EXTENSION.format(stub=stub) + "assert '_cpu_' not in open('/proc/self/maps').read()\n"
+    )
+    assert f"for torch 2.11 and later and this is torch {version}" in reason
+    assert "pip install --upgrade 'torch>=2.11'" in reason
+
+
+@pytest.mark.skipif(not extension.loaded(), reason="the C++ kernels are not built")
+def test_libraries_of_another_version_are_refused_by_name():
     stub = (
         "stub = types.ModuleType('fastgpt._C')\n"
-        "stub.build_info = lambda: {'torch': '1.0.0', 'variants': 'plain'}\n"
+        "stub.build_info = lambda: {'version': '99.0', 'torch': '2.11.0', 'variants': 'plain'}\n"
         "stub.cpu_variants = lambda: ['plain']\n"
         "sys.modules['fastgpt._C'] = stub"
     )
     reason = run(
         WITHOUT_THE_EXTENSION.format(stub=stub) + "assert '_cpu_' not in open('/proc/self/maps').read()\n"
     )
-    assert f"built for torch 1.0.0 and this is torch {torch.__version__}" in reason
-    assert "pip install --no-build-isolation" in reason
+    assert reason.startswith("_cpu_plain.so is refused (it is of fastgpt ")
+    assert "not 99.0" in reason and "pip install --no-build-isolation" in reason
 
 
 def test_without_triton_the_reason_says_how_to_install_it():

@@ -40,6 +40,7 @@ TABLE = [
     ("csrc/cpu/gelu*", GELUS, CPU),
     ("csrc/cpu/attention_varlen.cpp", "attention_varlen op_sizes", CPU),
     ("csrc/cpu/attention*", f"{ATTENTION} threads out_of_memory", CPU),
+    ("csrc/cpu/tensors.h", f"{OPS} out_of_memory stable_abi", CPU),
     ("csrc/cpu/philox.h", "attention philox", CPU),
     ("csrc/cpu/cross_entropy*", LOSSES, CPU),
     (
@@ -60,6 +61,7 @@ TABLE = [
     ("csrc/cuda/cublaslt.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp cuda_compile", EMULATED),
     ("csrc/cuda/mlp*", "mlp_cuda mlp op_sizes cuda_compile", EMULATED),
     ("csrc/cuda/*", f"{OPS} simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/call_op.h", f"{OPS} stable_abi", "not triton and not reference"),
     ("csrc/*", OPS, "cpp or cuda"),
     ("kernels/triton/gelu.py", f"{GELUS} triton_compile triton_oldest hub {GPU_PATH}", TRITON),
     (
@@ -108,7 +110,8 @@ TABLE = [
     ("fastgpt/functional.py", f"{DROP_IN} {GPU_PATH}", ""),
     ("fastgpt/integrations/patch_functional.py", DROP_IN, ""),
     ("fastgpt/backends.py", f"backends kernels_off functional extension hub {GPU_PATH}", ""),
-    ("fastgpt/extension.py", "extension backends packaging", ""),
+    ("fastgpt/extension.py", "extension stable_abi backends packaging", ""),
+    ("fastgpt/build_tools.py", "stable_abi packaging", ""),
     ("fastgpt/flash_attention.py", f"flash_attention flash_attention_cuda {GPU_PATH}", ""),
     ("fastgpt/model.py", f"model model_mlp sampling data_packing large {GPU_PATH}", ""),
     ("fastgpt/generation/decode.py", "sampling generate model divergence", ""),
@@ -145,7 +148,7 @@ TABLE = [
     ("bench/*", "bench bench_harness bench_report bench_data bench_trainer bench_generate", ""),
     ("examples/*", "examples in_context finetune", ""),
     ("tests/simt/*.[!p]*", "simt simt_profiles primitives_cuda", ""),
-    ("setup.py", "packaging extension", ""),
+    ("setup.py", "packaging extension stable_abi", ""),
     ("pyproject.toml", "packaging", ""),
 ]
 
