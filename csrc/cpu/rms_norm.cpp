@@ -7,7 +7,8 @@
 //
 // Bytes moved: the forward reads x and residual and writes sum and normed. The backward reads grad_normed, grad_sum and
 // sum and writes dsum. A row is read from memory once: the second pass over it finds it in the cache. Only rstd is
-// saved. Large results are written with streaming (non-temporal) stores, which do not read the cache line first.
+// saved. Large results are written with streaming (non-temporal) stores, which do not read the cache line first. The
+// second pass prefetches the next row: without that, the memory would wait for it.
 //
 // dweight is computed over a fixed number of row spans, so its bits do not depend on the number of threads.
 #include "checks.h"
@@ -28,6 +29,9 @@ template <typename T, typename A>
     return load<A>(some);
   }
 }
+
+// Loads the cache line of p, which may be after the end of a tensor.
+[[gnu::always_inline]] inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 // 1/√(mean(z²) + eps) of a row.
 template <typename A>
@@ -74,6 +78,8 @@ void forward(
         over_vectors<A>(0, columns, [&](int64_t j, auto... n) { store<A, A>(&z[j], load<A>(x + at + j, n...), n...); });
       const A scale = rstd[row] = rstd_of(z.data(), columns, A(eps));
       fill<STREAMING, A>(normed + at, 0, columns, [&](int64_t j, auto... n) {
+        prefetch(x + at + columns + j);
+        if (residual) prefetch(residual + at + columns + j);
         const Vector<A> v = load<A>(&z[j], n...) * scale;
         return weight ? v * load<A>(weight + j, n...) : v;
       });
@@ -115,6 +121,8 @@ void backward(
                 [&](int64_t j, auto... n) { return weighted(j, n...) * (load<A>(total + at + j, n...) * scale); }) /
             A(columns);
         fill<STREAMING, A>(dsum + at, 0, columns, [&](int64_t j, auto... n) {
+          prefetch(total + at + columns + j);
+          prefetch(grad_normed + at + columns + j);
           const Vector<A> z = load<A>(total + at + j, n...) * scale;
           if (weight)
             store<A, A>(dweight + j, load<A>(dweight + j, n...) + load<A>(grad_normed + at + j, n...) * z, n...);
