@@ -34,6 +34,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("linear_cross_entropy",),
     "attention_varlen": ("attention_varlen", "flash_attention_cuda"),
     "add_layer_norm": ("add_layer_norm",),
+    "rms_norm": ("rms_norm",),
+    "add_rms_norm": (),  # tested with rms_norm
     "mlp": ("mlp", "mlp_cuda"),
     "linear_gelu": ("linear_gelu", "linear_gelu_cuda"),
     "linear": ("linear",),

@@ -1,6 +1,6 @@
 """A drop-in for `torch.nn.functional`:  `from fastgpt import functional as F`.
 
-Five functions run on fastgpt's kernels, with PyTorch's results, dtypes, errors and autocast. Every
+Six functions run on fastgpt's kernels, with PyTorch's results, dtypes, errors and autocast. Every
 other name is PyTorch's own. What the kernels do not cover, and every call that PyTorch would refuse,
 goes to PyTorch under "auto"; a backend that was chosen by name raises `BackendUnavailable` instead.
 `fastgpt.explain(F.gelu, x)` says which way a call goes and why.
@@ -24,6 +24,7 @@ from fastgpt.ops.attention import refusal as _attention_refusal
 # PyTorch's own, whatever `fastgpt.patch_functional` does to the module.
 PYTORCH_GELU = _torch.gelu
 PYTORCH_LAYER_NORM = _torch.layer_norm
+PYTORCH_RMS_NORM = _torch.rms_norm
 PYTORCH_ATTENTION = _torch.scaled_dot_product_attention
 PYTORCH_CROSS_ENTROPY = _torch.cross_entropy
 PYTORCH_LINEAR_CROSS_ENTROPY = getattr(_torch, "linear_cross_entropy", None)  # from PyTorch 2.13 on
@@ -86,18 +87,10 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm` on fastgpt's kernels; see `fastgpt.ops.add_layer_norm`."""
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else ()
-    reason = plain_reason(input, optional=(weight, bias))
+    parameters = [t for t in (weight, bias) if t is not None]
+    reason = plain_reason(input, optional=(weight, bias)) or _norm_reason(input, shape, parameters)
     if reason is None:
-        parameters = [t for t in (weight, bias) if t is not None]
-        if (
-            not shape
-            or tuple(input.shape[-len(shape) :]) != shape
-            or any(t.shape != shape for t in parameters)
-        ):
-            reason = "the shapes do not match"
-        elif any(isinstance(n, bool) for n in shape):
-            reason = "normalized_shape holds a bool"
-        elif any(t.dtype not in (input.dtype, torch.float32) for t in parameters) or (
+        if any(t.dtype not in (input.dtype, torch.float32) for t in parameters) or (
             input.dtype == torch.float64 and any(t.dtype != torch.float64 for t in parameters)
         ):
             reason = "the parameters' dtypes do not match the input's"
@@ -105,8 +98,6 @@ def layer_norm(
             reason = "weight and bias have different dtypes"
         elif not _number(eps):
             reason = f"eps is a {type(eps).__name__}"
-        elif input.numel() == 0:
-            reason = "the input is empty"
     if goes_to_pytorch("add_layer_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
         return PYTORCH_LAYER_NORM(input, normalized_shape, weight, bias, eps)
     if (
@@ -117,6 +108,54 @@ def layer_norm(
     flat = [None if t is None else t.reshape(size) for t in (weight, bias)]
     normed, _ = ops.add_layer_norm(input.reshape(-1, size), None, flat[0], flat[1], eps)
     return normed.view(input.shape)
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: list[int] | tuple[int, ...],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor:
+    """`torch.nn.functional.rms_norm` on fastgpt's kernels; see `fastgpt.ops.rms_norm`.
+
+    Without eps it is `torch.finfo(torch.float32).eps`, and that of float64 for a float64 input.
+    """
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (list, tuple)) else ()
+    parameters = [] if weight is None else [weight]
+    reason = plain_reason(input, optional=(weight,)) or _norm_reason(input, shape, parameters)
+    if reason is None:
+        if weight is not None and (
+            weight.dtype not in FLOATS or torch.float64 in {weight.dtype} - {input.dtype}
+        ):
+            reason = f"the dtypes are {input.dtype} and {weight.dtype}"
+        elif eps is not None and not _number(eps):
+            reason = f"eps is a {type(eps).__name__}"
+        elif _is_channels_last(input):
+            reason = "the input is channels last, and PyTorch's result would be"
+    if goes_to_pytorch("rms_norm", input, reason, lambda b: _no_float64(b, input.dtype)):
+        return PYTORCH_RMS_NORM(input, normalized_shape, weight, eps)
+    if input.is_cuda and autocast_dtype(input.device) is not None:  # as in layer_norm
+        input = input.float()
+    size = torch.Size(shape).numel()
+    if eps is None:
+        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+    flat = None if weight is None else weight.reshape(size)
+    return ops.rms_norm(input.reshape(-1, size), flat, eps).view(input.shape)
+
+
+def _norm_reason(input: Tensor, shape: tuple[Any, ...], parameters: list[Tensor]) -> str | None:
+    """Return why no kernel can normalize the input over dimensions of this shape, or None."""
+    if not shape or tuple(input.shape[-len(shape) :]) != shape or any(t.shape != shape for t in parameters):
+        return "the shapes do not match"
+    if any(isinstance(n, bool) for n in shape):
+        return "normalized_shape holds a bool"
+    return "the input is empty" if input.numel() == 0 else None
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """Return whether a tensor of images or volumes has its channels last in memory, and not also first."""
+    formats: dict[int, Any] = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.dim() in formats and not t.is_contiguous() and t.is_contiguous(memory_format=formats[t.dim()])
 
 
 def scaled_dot_product_attention(

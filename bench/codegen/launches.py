@@ -119,6 +119,10 @@ def configurations() -> Iterator[Configuration]:
     for dtype, size in ((BF16, 768), (BF16, 64), (BF16, 1600), (BF16, 4096), (BF16, 16384), (FP32, 768)):
         name, quick = f"{_NAMES[dtype]} D{size}", (dtype, size) == (BF16, 768)
         yield Configuration("add_layer_norm", name, _layer_norm(dtype, size), quick)
+    for dtype, size in ((BF16, 768), (BF16, 64), (BF16, 4096), (BF16, 16384), (FP32, 768)):
+        name, quick = f"{_NAMES[dtype]} D{size}", (dtype, size) == (BF16, 768)
+        yield Configuration("rms_norm", name, _rms_norm(dtype, size), quick)
+        yield Configuration("add_rms_norm", name, _rms_norm(dtype, size, residual=True), quick)
 
 
 # ---- launchers called as the ops call them ----
@@ -252,6 +256,18 @@ def _layer_norm(dtype: torch.dtype, size: int) -> Callable[[], None]:
         x, weight = torch.empty(64, size, dtype=dtype), torch.empty(size)
         normed, total, mean, rstd = add_layer_norm.add_layer_norm_fwd(x, x, weight, weight, 1e-5)
         add_layer_norm.add_layer_norm_bwd(normed, normed, total, weight, mean, rstd)
+
+    return launch
+
+
+def _rms_norm(dtype: torch.dtype, size: int, *, residual: bool = False) -> Callable[[], None]:
+    def launch() -> None:
+        from fastgpt.kernels import rms_norm
+
+        x, weight = torch.empty(64, size, dtype=dtype), torch.empty(size)
+        other = torch.empty_like(x) if residual else None
+        normed, _, rstd = rms_norm.rms_norm_fwd(x, other, weight, 1e-6, 0.0)
+        rms_norm.rms_norm_bwd(normed, other, x, weight, rstd, 0.0)
 
     return launch
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bench.codegen.sass import Instruction
 
@@ -30,8 +32,17 @@ SHARED_PER_BLOCK = {  # bytes
 LEAST = {
     "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
     "geglu_bwd": (3, 2), "cross_entropy_fwd": (1, 0), "cross_entropy_bwd": (1, 1), "add_layer_norm_fwd": (2, 2),
-    "add_layer_norm_bwd": (3, 1), "add_layer_norm_bwd_rows": (2, 0),
+    "add_layer_norm_bwd": (3, 1), "add_layer_norm_bwd_rows": (2, 0), "rms_norm_fwd": (2, 2),
+    "rms_norm_bwd": (3, 1), "rms_norm_bwd_rows": (2, 0),
 }  # fmt: skip
+
+
+def least(kernel: str, constants: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the bound of `LEAST` for a Triton kernel; `constants` has the arguments that are None."""
+    reads, writes = LEAST[kernel]
+    if constants.get("p_residual", 0) is None:  # then there is no sum
+        return reads - 1, writes - 1
+    return reads - (constants.get("p_grad_sum", 0) is None), writes
 
 
 def tool(option: str, path: str) -> str:

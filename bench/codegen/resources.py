@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.codegen import cubins
 from bench.codegen.launches import Compiled, Configuration, compiled, configurations
-from bench.codegen.occupancy import LEAST, blocks, tool, width
+from bench.codegen.occupancy import LEAST, blocks, least, tool, width
 from bench.codegen.sass import ARCHITECTURES, Instruction, instructions, loops, profile, streaming
 from bench.harness.machine import ROOT
 from bench.harness.records import save
@@ -141,14 +141,18 @@ def _streaming(kernel: Compiled, body: list[Instruction], arch: str) -> dict[str
     width, row = kernel.constants.get("BLOCK_D", 0), kernel.numbers.get("D", 0)
     if width >= row > 0:
         elements *= row / width
-    return streaming(body, kernel.warps, elements, sum(LEAST[kernel.kernel]) * kernel.itemsize, arch)
+    moved = sum(least(kernel.kernel, kernel.constants)) * kernel.itemsize
+    return streaming(body, kernel.warps, elements, moved, arch)
 
 
 def _moved(kernel: Compiled, body: list[Instruction]) -> dict[str, float]:
     """Count the bytes that a kernel moves per element, with the parameters of its rows, and their lower bound."""
     moved = sum(width(i) for i in body if i.opcode.startswith(("LDG", "STG"))) * 32 * kernel.warps
     tile = prod(v for k, v in kernel.constants.items() if k.startswith("BLOCK"))
-    return {"moved": moved / tile, "least": float(sum(LEAST[kernel.kernel]) * kernel.itemsize)}
+    return {
+        "moved": moved / tile,
+        "least": float(sum(least(kernel.kernel, kernel.constants)) * kernel.itemsize),
+    }
 
 
 def _exempt(record: dict[str, Any]) -> str | None:

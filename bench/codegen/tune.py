@@ -25,7 +25,17 @@ from bench.ops.registry import OPS
 from fastgpt import use_backend
 from fastgpt.testing import ErrorRule
 
-TUNED = ("attention", "cross_entropy", "linear_gelu", "gelu", "bias_gelu", "geglu", "add_layer_norm")
+TUNED = (
+    "attention",
+    "cross_entropy",
+    "linear_gelu",
+    "gelu",
+    "bias_gelu",
+    "geglu",
+    "add_layer_norm",
+    "add_rms_norm",
+    "rms_norm",
+)
 WARM_UP, ROUNDS = 2, 15
 GAIN = 0.98  # a faster row takes at most this share of the current row's time
 
@@ -61,6 +71,8 @@ CANDIDATES: dict[str, list[Row]] = {
     "bias_gelu_bwd": _ELEMENTWISE_BIAS,
     "add_layer_norm_fwd": rows((1, 2, 4, 8, 16)),
     "add_layer_norm_bwd": rows((2048, 4096, 8192), (4, 8, 16), (128, 256, 512)),
+    "rms_norm_fwd": rows((1, 2, 4, 8, 16)),
+    "rms_norm_bwd": rows((2048, 4096, 8192), (4, 8, 16), (128, 256, 512)),
 }
 REHEARSED = 2  # candidates of each kernel in a rehearsal
 

@@ -112,6 +112,7 @@ def launchers() -> dict[str, Callable[[], Tensor]]:
         "bias_gelu": lambda: ops.bias_gelu(x, bias),
         "cross_entropy": lambda: ops.cross_entropy(x, target),
         "add_layer_norm": lambda: ops.add_layer_norm(x, x, bias, bias)[0],
+        "rms_norm": lambda: ops.rms_norm(x, bias),
         "linear_gelu": lambda: ops.linear_gelu(x, weight, bias),
     }
 

@@ -127,12 +127,6 @@ void backward(
 
 // ---- launchers ----
 
-// The floating dtype that holds the numbers of both.
-ScalarType promoted(ScalarType a, ScalarType b) {
-  if (a == b) return a;
-  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
     const Tensor& x_,
     const OptionalTensor& residual_,

@@ -28,6 +28,12 @@ inline ScalarType accumulator(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// The floating dtype that holds the numbers of both.
+inline ScalarType promoted(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // The unit of work in elements: a thread processes whole blocks.
 constexpr int64_t BLOCK = 1024;
 

@@ -8,48 +8,6 @@ namespace {
 
 // ---- launchers ----
 
-OptionalTensor as(const OptionalTensor& x, ScalarType dtype) {
-  return x.has_value() ? OptionalTensor(torch::stable::to(*x, dtype)) : OptionalTensor();
-}
-
-bool is_aligned(const OptionalTensor& x) { return !x.has_value() || aligned(*x); }
-
-// Whether rows are a multiple of 16 bytes long, so that each begins aligned if the tensor does.
-bool wide_rows(const Tensor& x) { return x.size(1) * static_cast<int64_t>(x.element_size()) % 16 == 0; }
-
-// Whole warps for a row of vectors, with `per_thread` vectors for each thread.
-int threads_for(int64_t vectors, int per_thread, int most) {
-  return static_cast<int>(std::clamp<int64_t>(cdiv(cdiv(vectors, per_thread), WARP) * WARP, WARP, most));
-}
-
-int columns_of(const Tensor& x) {
-  STD_TORCH_CHECK(
-      x.size(1) < (int64_t{1} << 31) - 65536,
-      "fastgpt: add_layer_norm supports rows of less than 2^31 - 65536 elements, got ",
-      x.size(1));
-  return static_cast<int>(x.size(1));
-}
-
-// Calls f with the number of elements of a row in the registers of a thread of the backward, 0 if they are too many.
-template <bool WIDE, typename F>
-void choose_elements(int columns, F&& f) {
-  if (columns <= THREADS * BWD_ELEMENTS) return f(std::integral_constant<int, BWD_ELEMENTS>{});
-  if constexpr (WIDE)
-    if (columns <= THREADS * 2 * BWD_ELEMENTS) return f(std::integral_constant<int, 2 * BWD_ELEMENTS>{});
-  f(std::integral_constant<int, 0>{});
-}
-
-// Calls f with values of the types of x (also the type of the sum) and of the residual.
-template <typename F>
-void with_types(ScalarType x, ScalarType residual, F&& f) {
-  if (x == residual)
-    dispatch(x, "add_layer_norm", [&](auto element) { f(element, element); });
-  else if (residual == ScalarType::BFloat16)
-    f(float{}, bf16{});
-  else
-    f(float{}, fp16{});
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
     const Tensor& x_,
     const OptionalTensor& residual_,
@@ -69,40 +27,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_fwd(
   }
   const OptionalTensor weight = as(weight_, ScalarType::Float), bias = as(bias_, ScalarType::Float);
   const int64_t rows = x.size(0);
-  const int columns = columns_of(x);
+  const int columns = columns_of("add_layer_norm", x);
   Tensor normed = empty(x, {rows, columns}, x.scalar_type());
   Tensor sum = residual.has_value() ? torch::stable::empty_like(normed) : empty(x, {0}, x_.scalar_type());
   Tensor mean = empty(x, {rows}, ScalarType::Double), rstd = empty(x, {rows}, ScalarType::Float);
   if (rows == 0) return {normed, sum, mean, rstd};
   const bool is_wide =
       wide_rows(x) && aligned(x, normed, sum) && is_aligned(residual) && is_aligned(weight) && is_aligned(bias);
-  with_types(x.scalar_type(), residual.value_or(x).scalar_type(), [&](auto x_element, auto residual_element) {
-    choose(is_wide, [&](auto wide) {
-      choose(columns <= THREADS * FWD_ELEMENTS, [&](auto in_registers) {
-        using X = decltype(x_element);
-        using R = decltype(residual_element);
-        constexpr int N = WIDTH<X, wide>;
-        const int row_threads = in_registers ? threads_for(columns / N, FWD_ELEMENTS / N, THREADS) : THREADS;
-        const int rows_per_block = row_threads == WARP ? FWD_WARPS : 1;
-        launch<add_layer_norm_fwd_kernel<X, R, wide, in_registers>>(
-            device_of(x),
-            "add_layer_norm_fwd",
-            Launch{.x = cdiv(rows, rows_per_block), .threads = rows_per_block * row_threads, .shared = 3 * SLOTS},
-            global<const X>(x),
-            global<const R>(residual),
-            global<const float>(weight),
-            global<const float>(bias),
-            global<X>(normed),
-            global<X>(sum),
-            global<double>(mean),
-            global<float>(rstd),
-            rows,
-            columns,
-            static_cast<float>(eps),
-            row_threads);
+  with_types(
+      "add_layer_norm",
+      x.scalar_type(),
+      residual.value_or(x).scalar_type(),
+      [&](auto x_element, auto residual_element) {
+        choose(is_wide, [&](auto wide) {
+          choose(columns <= THREADS * FWD_ELEMENTS, [&](auto in_registers) {
+            using X = decltype(x_element);
+            using R = decltype(residual_element);
+            constexpr int N = WIDTH<X, wide>;
+            const int row_threads = in_registers ? threads_for(columns / N, FWD_ELEMENTS / N, THREADS) : THREADS;
+            const int rows_per_block = row_threads == WARP ? FWD_WARPS : 1;
+            launch<add_layer_norm_fwd_kernel<X, R, wide, in_registers>>(
+                device_of(x),
+                "add_layer_norm_fwd",
+                Launch{.x = cdiv(rows, rows_per_block), .threads = rows_per_block * row_threads, .shared = 3 * SLOTS},
+                global<const X>(x),
+                global<const R>(residual),
+                global<const float>(weight),
+                global<const float>(bias),
+                global<X>(normed),
+                global<X>(sum),
+                global<double>(mean),
+                global<float>(rstd),
+                rows,
+                columns,
+                static_cast<float>(eps),
+                row_threads);
+          });
+        });
       });
-    });
-  });
   return {normed, sum, mean, rstd};
 }
 
@@ -120,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_bwd(
   check.contiguous("mean", mean, "rstd", rstd);
   const OptionalTensor weight = as(weight_, ScalarType::Float);
   const int64_t rows = sum.size(0);
-  const int columns = columns_of(sum);
+  const int columns = columns_of("add_layer_norm", sum);
   Tensor dsum = torch::stable::empty_like(sum);
   if (sum.numel() == 0)
     return {dsum, zeros(sum, {columns}, ScalarType::Float), zeros(sum, {columns}, ScalarType::Float)};

@@ -1,4 +1,4 @@
-// LayerNorm of a sum, with the residual addition before it fused: constants, forward and backward.
+// LayerNorm of a sum, with the residual addition before it fused: forward and backward.
 //
 //   sum = x + residual, rounded to its dtype;   mean, var over the columns of that rounded sum
 //   xhat = (sum - mean) rstd,   rstd = 1 / sqrt(var + eps);   normed = xhat weight + bias
@@ -25,22 +25,9 @@
 #pragma once
 
 #include "../formulas.h"
-#include "row_threads.cuh"
-#include "tensors.cuh"
+#include "norms.cuh"
 
 namespace fastgpt {
-
-constexpr int THREADS = 512;  // of a block, at most
-// Elements of a row in the registers of a thread. The backward also has a version with twice as many.
-constexpr int FWD_ELEMENTS = 32, BWD_ELEMENTS = 8;
-// Warps of a block if a row needs fewer. Such a block processes several rows.
-constexpr int FWD_WARPS = 4, BWD_WARPS = 12;
-// Blocks of the backward: about as many as a GPU runs at once. Each writes partial sums, so not more.
-constexpr int PARTIALS = 256;
-
-// Elements in a vector: 16 bytes of the sum, or one element if rows are not aligned to 16 bytes.
-template <typename T, bool WIDE>
-constexpr int WIDTH = WIDE ? 16 / sizeof(T) : 1;
 
 // ---- forward ----
 

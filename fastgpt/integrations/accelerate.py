@@ -191,8 +191,9 @@ def accelerate(
     cross_entropy: bool = True,
     gelu: bool = True,
     layer_norm: bool = True,
+    rms_norm: bool = True,
 ) -> Report:
-    """Run a model's attention, losses, GELUs and LayerNorms on fastgpt's kernels, in place.
+    """Run a model's attention, losses, GELUs and norms on fastgpt's kernels, in place.
 
     Parameters, buffers, hooks and the keys of the state dict stay what they are; a model computes the same, up to
     rounding (with dropout: from other random numbers, of the same distribution). What is not known exactly is left
@@ -204,7 +205,7 @@ def accelerate(
 
     Args:
         model: PyTorch's own modules and models of transformers are known; see `fastgpt.integrations`.
-        attention, cross_entropy, gelu, layer_norm: what to replace.
+        attention, cross_entropy, gelu, layer_norm, rms_norm: what to replace.
 
     Returns:
         What was replaced by what, and what was left and why; it prints as a table, and `.model` is the model. For
@@ -221,7 +222,9 @@ def accelerate(
         what = f"{_listed(already)} in it" if already[0] else "the model"
         note = f"nothing done: {what} is accelerated already (fastgpt.restore({_written(already[0])}) undoes that)"
         return Report(model, (), (), note)
-    options = dict(attention=attention, cross_entropy=cross_entropy, gelu=gelu, layer_norm=layer_norm)
+    options = dict(
+        attention=attention, cross_entropy=cross_entropy, gelu=gelu, layer_norm=layer_norm, rms_norm=rms_norm
+    )
     work = _Work(inner, options)
     try:
         work.all()

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from fastgpt import functional
 
-NAMES = ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "gelu", "layer_norm")
+NAMES = (
+    *("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"),
+    *("gelu", "layer_norm", "rms_norm"),
+)
 
 _lock = threading.Lock()
 _depth = 0
@@ -23,7 +26,7 @@ _originals: dict[str, Any] = {}
 
 
 class patch_functional(contextlib.ContextDecorator):  # noqa: N801  (reads as a verb, like torch.no_grad)
-    """Context manager in which `torch.nn.functional` has fastgpt's five functions.
+    """Context manager in which `torch.nn.functional` has fastgpt's six functions.
 
     For code of others that calls `torch.nn.functional.X` or `F.X` (nanoGPT, x-transformers, timm, PyTorch's own
     modules); code that has imported a name directly (`from torch.nn.functional import gelu`) keeps PyTorch's. It
@@ -78,6 +81,7 @@ def _scripted_attention(
 _SCRIPTED: tuple[tuple[Any, Any], ...] = (
     (functional.gelu, _scripted_gelu),
     (functional.layer_norm, functional.PYTORCH_LAYER_NORM),
+    (functional.rms_norm, functional.PYTORCH_RMS_NORM),
     (functional.scaled_dot_product_attention, _scripted_attention),
     (functional.cross_entropy, functional.PYTORCH_CROSS_ENTROPY),
     (functional.linear_cross_entropy, functional.PYTORCH_LINEAR_CROSS_ENTROPY),

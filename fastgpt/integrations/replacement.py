@@ -61,7 +61,10 @@ class Replacement(nn.Module):
         return ()
 
 
-_DROP_IN = {"scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "gelu", "layer_norm"}
+_DROP_IN = {
+    *("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"),
+    *("gelu", "layer_norm", "rms_norm"),
+}
 
 
 def calls_functional(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""PyTorch's own modules: GELU, LayerNorm, CrossEntropyLoss, MultiheadAttention and the layers made of them."""
+"""PyTorch's own modules: GELU, LayerNorm, RMSNorm, CrossEntropyLoss, MultiheadAttention and the layers made of them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ class LayerNorm(Replacement, nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Replacement, nn.RMSNorm):
+    replaces, option, runs = nn.RMSNorm, "rms_norm", "rms_norm"
+    scripts = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
 
 
 class CrossEntropyLoss(Replacement, nn.CrossEntropyLoss):
@@ -167,6 +175,7 @@ class TransformerDecoderLayer(OwnerOfGelu, nn.TransformerDecoderLayer):
 REPLACEMENTS = (
     GELU,
     LayerNorm,
+    RMSNorm,
     CrossEntropyLoss,
     MultiheadAttention,
     TransformerEncoderLayer,

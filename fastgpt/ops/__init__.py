@@ -14,9 +14,11 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .mlp import mlp
+from .rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_varlen",
     "bias_gelu",
@@ -27,4 +29,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "rms_norm",
 ]

@@ -55,6 +55,7 @@ unserved._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _DROP_IN = {
     "attention": "scaled_dot_product_attention",
     "add_layer_norm": "layer_norm",
+    "rms_norm": "rms_norm",
     "cross_entropy": "cross_entropy",
     "linear_cross_entropy": "linear_cross_entropy",
     "gelu": "gelu",

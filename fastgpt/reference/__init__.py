@@ -11,9 +11,11 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import mlp
 from .philox import dropout_keep
+from .rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_varlen",
     "bias_gelu",
@@ -25,4 +27,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "rms_norm",
 ]

@@ -3,6 +3,7 @@
 from .backends import BackendUnavailable, available_backends, explain, use_backend
 from .ops import (
     add_layer_norm,
+    add_rms_norm,
     attention,
     attention_varlen,
     bias_gelu,
@@ -13,11 +14,13 @@ from .ops import (
     linear_cross_entropy,
     linear_gelu,
     mlp,
+    rms_norm,
 )
 
 __all__ = [
     "BackendUnavailable",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_varlen",
     "available_backends",
@@ -30,5 +33,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "rms_norm",
     "use_backend",
 ]

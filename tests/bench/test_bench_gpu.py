@@ -11,6 +11,7 @@ from bench import __main__ as cli
 from bench import gpu
 from bench.harness.records import load
 from bench.ops.registry import OPS
+from fastgpt.backends import SHARED_FILES
 from tests.support.benching import ROOT, bench, validate
 
 
@@ -106,7 +107,7 @@ def test_stages_come_in_the_order_of_what_matters():
 def test_every_op_is_tested_before_it_is_timed():
     names = [stage.name for stage in gpu.stages(rehearse=False, architecture=None)]
     for op, files in gpu.TESTS.items():
-        before = f"test-{op}" if files else "test-gelu"
+        before = f"test-{op if files else SHARED_FILES[op]}"
         assert names.index(before) < names.index(op)
 
 

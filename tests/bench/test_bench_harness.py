@@ -38,4 +38,4 @@ def test_host_time_of_the_triton_ops_can_be_measured():
         [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines()[2:]]
-    assert rows == ["gelu", "bias_gelu", "cross_entropy", "add_layer_norm", "linear_gelu"]
+    assert rows == ["gelu", "bias_gelu", "cross_entropy", "add_layer_norm", "rms_norm", "linear_gelu"]

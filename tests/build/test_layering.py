@@ -241,7 +241,7 @@ def stem(op):
 
 def formula_stem(op):
     """The formulas of all GELUs stand in one file; in Triton, a product with one in its epilogue has its own."""
-    return "gelu" if op in ("bias_gelu", "linear_gelu", "geglu") else op
+    return "gelu" if op in ("bias_gelu", "linear_gelu", "geglu") else stem(op)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -300,7 +300,7 @@ def test_every_op_is_exported():
 PUBLIC = {
     "fastgpt": "accelerate restore use_backend explain available_backends patch_functional functional ops "
     "Availability BackendUnavailable Explanation",
-    "fastgpt.functional": "gelu cross_entropy scaled_dot_product_attention layer_norm linear",
+    "fastgpt.functional": "gelu cross_entropy scaled_dot_product_attention layer_norm rms_norm linear",
     "fastgpt.model": "GPT GPTConfig KVCache sampling_distribution",
     "fastgpt.testing": "check_error_rule run_with_gradients",
     "fastgpt.flash_attention": "",

@@ -109,7 +109,7 @@ def test_every_configuration_keeps_its_bounds_and_does_not_spill(tmp_path, archi
 def test_committed_file_has_every_configuration_and_kernel():
     found = {(op, config.split(";")[0], arch) for _, op, config, arch in committed()}
     assert found == {(c.op, c.name, arch) for c in configurations() for arch in ARCHITECTURES}
-    assert len({kernel for kernel, *_ in committed()}) == 17
+    assert len({kernel for kernel, *_ in committed()}) == 20
 
 
 def test_no_committed_kernel_spills_or_exceeds_the_shared_memory():
@@ -135,10 +135,16 @@ def test_committed_kernels_use_their_architectures_matrix_instruction():
 STREAMING = {
     "gelu_fwd", "gelu_bwd", "bias_gelu_fwd", "bias_gelu_bwd", "geglu_fwd", "geglu_bwd", "cross_entropy_fwd",
     "cross_entropy_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd", "add_layer_norm_bwd_rows",
+    "rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_rows",
 }  # fmt: skip
 # Bytes an element of weight and bias, which stay in the caches; and what writes a few numbers a row.
-PARAMETERS = {"add_layer_norm_fwd": 8, "add_layer_norm_bwd_rows": 4}
-WRITE_LITTLE = ("cross_entropy_fwd", "add_layer_norm_bwd_rows")
+PARAMETERS = {
+    "add_layer_norm_fwd": 8,
+    "add_layer_norm_bwd_rows": 4,
+    "rms_norm_fwd": 4,
+    "rms_norm_bwd_rows": 4,
+}
+WRITE_LITTLE = ("cross_entropy_fwd", "add_layer_norm_bwd_rows", "rms_norm_bwd_rows")
 
 
 def test_streaming_kernels_move_16_bytes_at_a_time_and_nothing_twice():

@@ -101,6 +101,8 @@ def pointwise(dtype: torch.dtype = BF16, rows: int = 8192) -> Iterator[tuple[str
         "add_layer_norm",
         lambda: trained(ops.add_layer_norm, leaf(rows, 768), leaf(rows, 768), leaf(768), leaf(768)),
     )
+    yield "rms_norm", lambda: trained(ops.rms_norm, leaf(rows, 768), leaf(768))
+    yield "add_rms_norm", lambda: trained(ops.add_rms_norm, leaf(rows, 768), leaf(rows, 768), leaf(768))
 
 
 def drop_in() -> Iterator[tuple[str, Callable[[], None]]]:

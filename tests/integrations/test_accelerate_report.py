@@ -90,11 +90,15 @@ def test_patch_functional_is_named_where_it_changes_something():
             super().__init__()
             self.gate_proj, self.up_proj = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    model = nn.Sequential(PlainAttention(), FunctionalAttention(), GatedBlock(), nn.RMSNorm(4))
+    class LlamaRMSNorm(nn.Module):
+        def forward(self, x):
+            return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+    model = nn.Sequential(PlainAttention(), FunctionalAttention(), GatedBlock(), LlamaRMSNorm())
     details = {entry.kind: entry.detail for entry in fastgpt.accelerate(model).left}
     advised = {kind for kind, detail in details.items() if "patch_functional" in detail}
     assert advised == {"FunctionalAttention"}
-    assert details.keys() == {"PlainAttention", "FunctionalAttention", "GatedBlock", "RMSNorm"}
+    assert details.keys() == {"PlainAttention", "FunctionalAttention", "GatedBlock", "LlamaRMSNorm"}
     assert "gated activation" in details["GatedBlock"]
 
 

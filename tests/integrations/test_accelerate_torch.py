@@ -21,6 +21,8 @@ def called(function, *args, **kwargs):
         (nn.GELU(approximate="tanh"), (torch.randn(3, 5),), "gelu"),
         (nn.LayerNorm(5), (torch.randn(3, 5),), "add_layer_norm"),
         (nn.LayerNorm((3, 5), elementwise_affine=False), (torch.randn(2, 3, 5),), "add_layer_norm"),
+        (nn.RMSNorm(5), (torch.randn(3, 5),), "rms_norm"),
+        (nn.RMSNorm((3, 5), eps=0.1, elementwise_affine=False), (torch.randn(2, 3, 5),), "rms_norm"),
         (nn.CrossEntropyLoss(), (torch.randn(3, 5), torch.tensor([1, -100, 4])), "cross_entropy"),
         (
             nn.CrossEntropyLoss(weight=torch.rand(5), label_smoothing=0.2, ignore_index=1, reduction="none"),

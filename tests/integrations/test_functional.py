@@ -14,7 +14,7 @@ from fastgpt.testing import run_with_gradients
 from tests.support.contract import GPU_BACKENDS, check_compiles_once
 from tests.support.dropin import NAMES, check_same, check_same_error, classes, example, leaf
 
-FIVE = pytest.mark.parametrize("name", NAMES)
+EACH = pytest.mark.parametrize("name", NAMES)
 
 
 def test_every_other_name_is_pytorchs_own_object():
@@ -29,7 +29,7 @@ def test_dir_lists_every_name_and_an_unknown_one_is_an_attribute_error():
         F.no_such_function
 
 
-@FIVE
+@EACH
 def test_kernels_serve_the_ordinary_call(name):
     """Or everything below would compare PyTorch with itself."""
     if not fastgpt.available_backends("gelu")["cpp"]:
@@ -38,14 +38,14 @@ def test_kernels_serve_the_ordinary_call(name):
     assert fastgpt.explain(getattr(F, name), *arguments, **options).backend == "cpp"
 
 
-@FIVE
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ordinary_call_is_pytorchs_on_every_backend(backend, dtype, name):
     arguments, options = example(name, dtype)
     check_same(name, *arguments, **options)
 
 
-@FIVE
+@EACH
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_gives_pytorchs_dtypes_and_gradients(backend, dtype, name):
     arguments, options = example(name, dtype)
@@ -55,7 +55,7 @@ def test_autocast_gives_pytorchs_dtypes_and_gradients(backend, dtype, name):
     check_same(name, *arguments, autocast=True, **options)
 
 
-@FIVE
+@EACH
 def test_autocast_leaves_float64_alone(name):
     arguments, options = example(name, torch.float64)
     check_same(name, *arguments, autocast=True, **options)
@@ -79,7 +79,7 @@ def test_autocast_with_mixed_dtypes_behaves_as_in_pytorch():
         check_same_error(RuntimeError, "linear_cross_entropy", hidden, weight.double(), y)
 
 
-@FIVE
+@EACH
 def test_missing_or_wrong_tensors_are_pytorchs_error(name):
     (first, *rest), options = example(name)
     error = AttributeError if name == "linear_cross_entropy" else TypeError
@@ -89,7 +89,7 @@ def test_missing_or_wrong_tensors_are_pytorchs_error(name):
         check_same_error(TypeError, name, first, None, *rest[1:], **options)
 
 
-@FIVE
+@EACH
 def test_tensor_subclass_has_its_own_say(name):
     """A subclass that overrides functions is asked, and one that does not keeps its type, as in PyTorch."""
 
@@ -116,7 +116,7 @@ def test_parameters_are_served_by_the_kernels():
     check_same("gelu", torch.nn.Parameter(torch.randn(3)))
 
 
-@FIVE
+@EACH
 @sdpa_kernel(SDPBackend.MATH)  # PyTorch's fused attention on the CPU knows no higher derivatives
 def test_torch_func_transforms_fall_back(name):
     arguments, options = example(name)
@@ -145,7 +145,7 @@ def test_vmap_falls_back():
         torch.func.vmap(F.gelu)(x)
 
 
-@FIVE
+@EACH
 @sdpa_kernel(SDPBackend.MATH)
 def test_forward_mode_differentiation_falls_back(name):
     (first, *rest), options = example(name)
@@ -158,7 +158,7 @@ def test_forward_mode_differentiation_falls_back(name):
 
 
 @pytest.mark.once
-@FIVE
+@EACH
 @sdpa_kernel(SDPBackend.MATH)
 def test_double_backward_is_pytorchs(backend, name):
     arguments, options = example(name, torch.float32 if backend in GPU_BACKENDS else torch.float64)
@@ -173,7 +173,7 @@ def test_double_backward_is_pytorchs(backend, name):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
 
 
-@FIVE
+@EACH
 def test_batched_gradients_are_pytorchs(name):
     """`is_grads_batched` runs the backward under vmap, as the Jacobian of torch.autograd does."""
     arguments, options = example(name)
@@ -184,12 +184,12 @@ def test_batched_gradients_are_pytorchs(name):
 
 
 @pytest.mark.once
-def test_all_five_compile_without_a_graph_break(backend):
+def test_all_compile_without_a_graph_break(backend):
     width = 8
     w, b, head, bias = leaf(width), leaf(width), leaf(11, width), leaf(11)
 
     def function(x):
-        h = F.layer_norm(x, [width], w, b)
+        h = F.layer_norm(F.rms_norm(x, [width], w), [width], w, b)
         h = F.scaled_dot_product_attention(h, h, h, is_causal=True)
         h = F.gelu(h, "tanh").flatten(0, 1)
         y = torch.arange(h.shape[0]) % 11
@@ -198,7 +198,7 @@ def test_all_five_compile_without_a_graph_break(backend):
     check_compiles_once(function, [[leaf(2, n, width)] for n in (4, 5, 9)])
 
 
-@FIVE
+@EACH
 def test_meta_tensors_give_pytorchs_shapes(name):
     arguments, options = example(name)
     to_meta = lambda t: t.detach().to("meta") if isinstance(t, torch.Tensor) else t  # noqa: E731
@@ -209,7 +209,7 @@ def test_meta_tensors_give_pytorchs_shapes(name):
     assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
-@FIVE
+@EACH
 def test_callers_tensors_are_not_written(backend, name):
     arguments, options = example(name)
     tensors = [t for t in (*arguments, *options.values()) if isinstance(t, torch.Tensor)]
@@ -225,7 +225,7 @@ def test_callers_tensors_are_not_written(backend, name):
         assert tensor._version == version
 
 
-@FIVE
+@EACH
 def test_upstream_gradients_of_any_stride(backend, name):
     """Expanded, transposed and gapped upstream gradients, as the layers around hand them down."""
     arguments, options = example(name)
@@ -245,7 +245,7 @@ def test_upstream_gradients_of_any_stride(backend, name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@FIVE
+@EACH
 def test_non_contiguous_inputs(backend, name):
     arguments, options = example(name)
 
@@ -279,7 +279,7 @@ def test_gelu_keeps_the_order_of_dimensions_in_memory(backend, view):
     torch.testing.assert_close(grad, torch.autograd.grad(theirs.sum(), x)[0])
 
 
-@FIVE
+@EACH
 def test_results_have_no_graph_without_need(name):
     arguments, options = example(name)
     with torch.no_grad():
@@ -289,7 +289,7 @@ def test_results_have_no_graph_without_need(name):
     assert not getattr(F, name)(*detached, **options).requires_grad
 
 
-@FIVE
+@EACH
 def test_backward_can_run_twice_on_a_retained_graph(backend, name):
     arguments, options = example(name)
     result = getattr(F, name)(*arguments, **options)
@@ -297,7 +297,7 @@ def test_backward_can_run_twice_on_a_retained_graph(backend, name):
     assert torch.equal(first, torch.autograd.grad(result.sum(), arguments[0])[0])
 
 
-@FIVE
+@EACH
 def test_only_the_gradients_asked_for_exist(name):
     """A tensor that requires no gradient gets none, whichever it is."""
     arguments, options = example(name)

@@ -18,6 +18,7 @@ X, Y, W, Q = torch.randn(2, 4), torch.tensor([1, 2]), torch.randn(5, 4), torch.r
 ARGUMENTS = {
     "gelu": dict(input=X, approximate="none", out=torch.empty(2, 4)),
     "layer_norm": dict(input=X, normalized_shape=[4], weight=W[0], bias=W[1], eps=1e-5),
+    "rms_norm": dict(input=X, normalized_shape=[4], weight=W[0], eps=None),
     "cross_entropy": dict(
         input=X, target=Y, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean",
         label_smoothing=0.0,

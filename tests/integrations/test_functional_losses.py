@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as T
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import LinearCrossEntropyOptions
@@ -236,10 +237,76 @@ def test_layer_norm_of_empty_and_single_rows(shape):
     check_same("layer_norm", leaf(*shape), shape[-1:], leaf(shape[-1]), leaf(shape[-1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalized", [[5], (4, 5), [3, 4, 5], torch.Size([5])])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_rms_norm_over_the_last_dimensions(backend, dtype, normalized):
+    x, shape = leaf(3, 4, 5, dtype=dtype), tuple(normalized)
+    check_same("rms_norm", x, normalized, eps=0.1)
+    check_same("rms_norm", x, normalized, leaf(*shape, dtype=dtype))
+    for weight_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check_same("rms_norm", x, normalized, leaf(*shape, dtype=weight_dtype), 1e-5)
+    check_same("rms_norm", x, normalized, leaf(*shape, dtype=dtype), autocast=True)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_rms_norm_in_float64():
+    x = leaf(3, 5, dtype=torch.float64)
+    check_same("rms_norm", x, [5], leaf(5, dtype=torch.float64))
+    check_same("rms_norm", x, [5], leaf(5))
+    check_same("rms_norm", leaf(3, 5), [5], leaf(5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_rms_norm_without_eps_takes_that_of_the_arithmetic(dtype):
+    """Of float32 for 16 bits: rows this small show which it is."""
+    check_same("rms_norm", (1e-4 * torch.randn(3, 5)).to(dtype).requires_grad_(), [5])
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0, 3, 5), (3, 1)])
+def test_rms_norm_of_empty_and_single_rows(shape):
+    check_same("rms_norm", leaf(*shape), shape[-1:], leaf(shape[-1]))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 1, 1), (2, 3, 4, 5, 6)])
+def test_rms_norm_of_channels_last_has_pytorchs_strides(shape):
+    kind = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    for x in (torch.randn(shape).contiguous(memory_format=kind), torch.randn(shape).transpose(0, 1)):
+        assert F.rms_norm(x, shape[-1:]).stride() == T.rms_norm(x, shape[-1:]).stride()
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), -float("inf"), float("nan"), 1e-30])
+def test_rms_norm_of_special_values_is_pytorchs(backend, value):
+    x = torch.randn(4, 7)
+    x[0, 2], x[2] = value, value
+    for eps in (0.0, None):
+        ours, theirs = (module.rms_norm(x, [7], None, eps) for module in (F, T))
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("error", "arguments"),
     [
         (RuntimeError, (leaf(3, 5), [3])),
+        (RuntimeError, (leaf(3, 5), [])),
+        (RuntimeError, (leaf(3, 5), [5], leaf(3))),
+        (RuntimeError, (leaf(2, 3, 5), [3, 5], leaf(15))),
+        (ValueError, (torch.tensor(1.0), [1])),
+        (NotImplementedError, (torch.ones(3, 5).long(), [5])),
+        (TypeError, (leaf(3, 5), 5)),
+        (TypeError, (leaf(3, 5), [5], None, "small")),
+    ],
+)
+def test_bad_input_of_rms_norm_is_pytorchs_error(error, arguments):
+    check_same_error(error, "rms_norm", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (RuntimeError, (leaf(3, 5), [3])),
+        (RuntimeError, (leaf(3, 5), [])),
+        (RuntimeError, (leaf(3, 5), [1, 3, 5])),
         (RuntimeError, (leaf(3, 5), [])),
         (RuntimeError, (leaf(3, 5), [1, 3, 5])),
         (RuntimeError, (leaf(3, 5), [5], leaf(3))),

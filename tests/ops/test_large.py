@@ -136,6 +136,21 @@ def test_add_layer_norm():
 
 
 @pytest.mark.slow
+def test_rms_norm():
+    needs(16)
+    size = 2048
+    x = torch.zeros(ELEMENTS // size, size, dtype=torch.bfloat16)
+    x[-1] = torch.randn(size)
+    weight = torch.ones(size).bfloat16()
+    with torch.no_grad():
+        y, total = ops.add_rms_norm(x, x, weight)
+        y_last, total_last = ops.add_rms_norm(x[-1:], x[-1:], weight)
+    assert torch.equal(y[-1:], y_last)
+    assert torch.equal(total[-1:], total_last)
+    assert not y[:-1].any()
+
+
+@pytest.mark.slow
 def test_linear():
     """The result has more than 2³¹ elements, and so has the upstream gradient of the backward."""
     needs(12)

@@ -59,6 +59,8 @@ for name, rows, size in CASES:
 # through PyTorch; a heap in which other ops have left holes could serve them.
 IN_THREADS = {
     "add_layer_norm": (4, 1_000_000),
+    "add_rms_norm": (4, 1_000_000),
+    "rms_norm": (4, 1_000_000),
     "attention": (1000, 256),
     "linear_cross_entropy": (64, 10_000),
 }

@@ -15,7 +15,7 @@ class Patched(nn.Module):
     """Calls that `patch_functional` replaces, with options by position and by name."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = T.gelu(T.layer_norm(x, [8], eps=1e-3)) + T.gelu(x, approximate="tanh")
+        h = T.gelu(T.layer_norm(T.rms_norm(x, [8], eps=0.1), [8], eps=1e-3)) + T.gelu(x, approximate="tanh")
         q = h.view(2, 2, 2, 8)
         h = T.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.5).reshape(-1, 8)
         return T.cross_entropy(h, y, ignore_index=3, label_smoothing=0.1, reduction="sum")
@@ -23,14 +23,14 @@ class Patched(nn.Module):
 
 class Ours(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = F.layer_norm(F.relu(x), [8])
+        h = F.rms_norm(F.layer_norm(F.relu(x), [8]), [8])
         return F.cross_entropy(F.gelu(h), y) + F.scaled_dot_product_attention(h, h, h).sum()
 
 
 class Layers(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.activation = nn.LayerNorm(8), nn.GELU("tanh")
+        self.norm, self.activation = nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)), nn.GELU("tanh")
         self.loss = nn.CrossEntropyLoss(label_smoothing=0.2)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ def of_one_tensor(module, name):
     options = {
         "gelu": {"approximate": "tanh"},
         "layer_norm": {"normalized_shape": [5]},
+        "rms_norm": {"normalized_shape": [5], "eps": 1e-3},
         "cross_entropy": {"target": TARGET, "label_smoothing": 0.2, "reduction": "none"},
         "linear_cross_entropy": {"linear_weight": VECTORS, "target": TARGET, "reduction": "sum"},
         "scaled_dot_product_attention": {"is_causal": True},

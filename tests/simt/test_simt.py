@@ -267,6 +267,11 @@ PLANTED = [
     ("add_layer_norm 9 700", "row_threads.cuh", "sync_named(barrier, threads);", ";", f"{RACE}|{UNWRITTEN}"),
     ("add_layer_norm 3100 290", "add_layer_norm.cuh", ", turn ^= 1)", ")", RACE),
     ("add_layer_norm", "add_layer_norm.cuh", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),
+    ("rms_norm 3100 290", "rms_norm.cuh", ", turn ^= 1)", ")", RACE),
+    ("rms_norm", "rms_norm.cuh", "if (column < columns) store(", "store(", f"{OUTSIDE}|another thread"),
+    ("rms_norm 9 700", "rms_norm.cuh", "    sync_block();\n    for (int i = thread()", "    for (int i = thread()",
+     f"{RACE}|{UNWRITTEN}"),
+    ("rms_norm 9 700", "rms_norm.cuh", "products[0] /= static_cast<float>(columns);", "", WRONG),
     ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is in flight"),
     ("cross_entropy cluster", "cross_entropy.cu", "    sync_row(blocks);", "", RACE),
     (

@@ -25,7 +25,7 @@ DATA = (
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
 ATTENTION = "attention attention_extremes attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
-OPS = " ".join(dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm".split()))
+OPS = " ".join(dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm rms_norm".split()))
 CHECKPOINTS = "checkpoint untrusted_checkpoint fuzz_checkpoints"
 RUNS = f"train train_options train_distributed resume run_directory console divergence {CHECKPOINTS} cli"
 
@@ -53,12 +53,15 @@ TABLE = [
     ("csrc/cpu/products*", "products linear linear_cross_entropy stable_abi", CPU),
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy wheel", CPU),
     ("csrc/cpu/add_layer_norm*", "add_layer_norm op_sizes", CPU),
+    ("csrc/cpu/rms_norm*", "rms_norm op_sizes", CPU),
     ("csrc/cuda/gelu*", f"{GELUS} simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/attention*", f"{ATTENTION} attention_cuda simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/tiles.cuh", f"{ATTENTION} attention_cuda simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/cross_entropy*", f"{LOSSES} simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/add_layer_norm*", "add_layer_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
-    ("csrc/cuda/row_threads.cuh", "add_layer_norm simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/cuda/rms_norm*", "rms_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/cuda/norms.cuh", "add_layer_norm rms_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/cuda/row_threads.cuh", "add_layer_norm rms_norm simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu op_sizes cuda_compile", EMULATED),
     ("csrc/cuda/cublaslt.cuh", "linear_gelu_cuda mlp_cuda linear_gelu mlp cuda_compile", EMULATED),
     ("csrc/cuda/mlp*", "mlp_cuda mlp op_sizes cuda_compile", EMULATED),
@@ -91,6 +94,11 @@ TABLE = [
     (
         "kernels/triton/add_layer_norm.py",
         f"add_layer_norm op_sizes triton_compile triton_oldest hub {GPU_PATH}",
+        TRITON,
+    ),
+    (
+        "kernels/triton/rms_norm.py",
+        f"rms_norm op_sizes triton_compile triton_oldest hub {GPU_PATH}",
         TRITON,
     ),
     (

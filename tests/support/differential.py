@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-FUNCTIONS = ("gelu", "layer_norm", "cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention")
+FUNCTIONS = (
+    *("gelu", "layer_norm", "rms_norm"),
+    *("cross_entropy", "linear_cross_entropy", "scaled_dot_product_attention"),
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
 
@@ -167,6 +170,17 @@ class _Maker:
     def gelu(self):
         self.tensor("input", self.shape(self.draw.randint(1, 4), 0), scale=self.draw.choice((1.0, 4.0)))
         self.case.options["approximate"] = self.draw.choice(("none", "tanh"))
+
+    def rms_norm(self):
+        shape = self.shape(self.draw.randint(1, 4))
+        normalized = shape[-self.draw.randint(1, len(shape)) :]
+        self.tensor("input", shape, scale=self.draw.choice((1.0, 10.0)))
+        if self.maybe(0.7):
+            self.tensor("weight", normalized)
+        self.case.options |= {
+            "normalized_shape": list(normalized),
+            "eps": self.draw.choice((None, 1e-6, 1e-3)),
+        }
 
     def layer_norm(self):
         shape = self.shape(self.draw.randint(1, 4))

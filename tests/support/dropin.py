@@ -10,7 +10,10 @@ from torch import Tensor
 from fastgpt import functional as F
 from fastgpt.testing import check_error_rule
 
-NAMES = ("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy", "gelu", "layer_norm")
+NAMES = (
+    *("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"),
+    *("gelu", "layer_norm", "rms_norm"),
+)
 
 
 def leaf(*shape, dtype=torch.float32):
@@ -30,6 +33,8 @@ def example(name, dtype=torch.float32):
         return (leaf(3, 5, dtype=dtype),), {"approximate": "tanh"}
     if name == "layer_norm":
         return (leaf(3, 5, dtype=dtype), [5], leaf(5, dtype=dtype), leaf(5, dtype=dtype)), {}
+    if name == "rms_norm":
+        return (leaf(3, 5, dtype=dtype), [5], leaf(5, dtype=dtype)), {}
     if name == "cross_entropy":
         return (leaf(4, 5, dtype=dtype), classes(4, ignored=[2])), {"label_smoothing": 0.1}
     if name == "linear_cross_entropy":

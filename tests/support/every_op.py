@@ -16,6 +16,8 @@ NAMES = (
     "mlp",
     "geglu",
     "add_layer_norm",
+    "rms_norm",
+    "add_rms_norm",
     "attention",
     "attention_varlen",
     "cross_entropy",
@@ -79,6 +81,18 @@ def case(name, dtype, rows=37, size=67):
             ops.add_layer_norm,
             lambda x, r, w, b: (T.layer_norm(x + r, w.shape, w, b), x + r),
             [leaf(rows, size), leaf(rows, size), leaf(size), leaf(size)],
+        )
+    if name == "rms_norm":
+        return (
+            lambda x, w: ops.rms_norm(x, w, offset=1.0),
+            lambda x, w: T.rms_norm(x, w.shape, 1 + w, 1e-6),
+            [leaf(rows, size), leaf(size)],
+        )
+    if name == "add_rms_norm":
+        return (
+            ops.add_rms_norm,
+            lambda x, r, w: (T.rms_norm(x + r, w.shape, w, 1e-6), x + r),
+            [leaf(rows, size), leaf(rows, size), leaf(size)],
         )
     if name == "attention":
         return (
