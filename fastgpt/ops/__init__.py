@@ -14,6 +14,8 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .mlp import mlp
+from .relu_squared import relu_squared
+from .swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
@@ -27,4 +29,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "relu_squared",
+    "swiglu",
 ]

@@ -11,6 +11,8 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import mlp
 from .philox import dropout_keep
+from .relu_squared import relu_squared
+from .swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
@@ -25,4 +27,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "relu_squared",
+    "swiglu",
 ]

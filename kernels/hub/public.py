@@ -13,6 +13,8 @@ from .ops import (
     linear_cross_entropy,
     linear_gelu,
     mlp,
+    relu_squared,
+    swiglu,
 )
 
 __all__ = [
@@ -30,5 +32,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "relu_squared",
+    "swiglu",
     "use_backend",
 ]
