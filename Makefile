@@ -50,12 +50,12 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp
 	touch $@
 
 # For a first look the kernels of this CPU will do; `make test` builds the others.
-.venv/.native: .venv/.tools $(SOURCES)
-	printf '[build_ext]\nvariants = native\n' >.venv/native.cfg
-	DIST_EXTRA_CONFIG=$(CURDIR)/.venv/native.cfg $(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+.venv/.best: .venv/.tools $(SOURCES)
+	printf '[build_ext]\nvariants = best\n' >.venv/best.cfg
+	DIST_EXTRA_CONFIG=$(CURDIR)/.venv/best.cfg $(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 
-demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.native)
+demo: $(if $(wildcard .venv/.installed),.venv/.installed,.venv/.best)
 	$(BIN)/fastgpt train --config examples/demo.toml
 
 test: .venv/.dev

@@ -222,7 +222,7 @@ def build_cuda(library: Path, folder: Path, nvcc: str, architectures: list[str],
     run_ninja(folder, lines)
 
 
-def native_variant(capabilities: dict[str, object]) -> str:
+def best_variant(capabilities: dict[str, object]) -> str:
     """The most demanding variant for a CPU of these capabilities, by PyTorch's names for them."""
     wanted = {"plain": (), "avx2": ("avx2", "fma3", "f16c", "bmi2")}
     wanted["avx512"] = (*wanted["avx2"], "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
@@ -236,7 +236,7 @@ class BuildKernels(build_ext):
     user_options: ClassVar = [
         *build_ext.user_options,
         ("sanitize", None, "let the kernels check their reads, writes and arithmetic (gcc)"),
-        ("variants=", None, "the instruction sets to build for (all of them); native: this CPU's best"),
+        ("variants=", None, "the instruction sets to build for (all of them); best: that of this CPU alone"),
         (
             "cuda",
             None,
@@ -269,8 +269,8 @@ class BuildKernels(build_ext):
             raise SystemExit(
                 f"fastgpt: none of the architectures {self.cuda_architectures!r} can be compiled for"
             )
-        if self.variants == "native":
-            self.variants = native_variant(torch.cpu.get_capabilities())
+        if self.variants == "best":
+            self.variants = best_variant(torch.cpu.get_capabilities())
         unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
         unwanted |= set() if self.compiled_for else {"fastgpt._cuda"}
         self.extensions = [e for e in self.extensions if e.name not in unwanted]

@@ -42,6 +42,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "gelu": ("gelu",),
     "bias_gelu": (),  # tested with gelu
     "geglu": ("geglu", "op_sizes"),
+    "swiglu": ("swiglu",),
+    "relu_squared": ("relu_squared",),
 }
 TRAINED_WITH = 3  # training steps are timed after this number of ops
 REHEARSED = "gelu"  # a rehearsal runs the tests of this op and only collects the others

@@ -42,7 +42,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 # The ops, by what matters most to a training step. The files of each are found by its name.
 OPS = (
     *("attention", "cross_entropy", "linear_cross_entropy", "attention_varlen", "linear"),
-    *("gelu", "bias_gelu", "linear_gelu", "mlp", "geglu", "add_layer_norm", "add_rms_norm", "rms_norm"),
+    *("gelu", "bias_gelu", "linear_gelu", "mlp", "geglu", "swiglu", "relu_squared"),
+    *("add_layer_norm", "add_rms_norm", "rms_norm"),
 )
 # Ops without files of their own, and whose they share.
 SHARED_FILES = {"bias_gelu": "gelu", "add_rms_norm": "rms_norm"}

@@ -7,6 +7,7 @@ Triton's interpreter or its compiler: TRITON_INTERPRET must not be set.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -108,6 +109,8 @@ def configurations() -> Iterator[Configuration]:
     yield Configuration("cross_entropy", "bf16 V1 smoothing", _cross_entropy(BF16, 1, 0.1))
     for dtype, form, op in itertools.product((BF16, FP32), ("erf", "tanh"), ("gelu", "bias_gelu", "geglu")):
         yield Configuration(op, f"{_NAMES[dtype]} {form}", _gelu(op, dtype, form == "tanh"), dtype == BF16)
+    for dtype, op in itertools.product((BF16, FP32), ("swiglu", "relu_squared")):
+        yield Configuration(op, _NAMES[dtype], _elementwise(op, dtype), dtype == BF16)
     for dtype, form in ((BF16, "erf"), (BF16, "tanh"), (FP16, "erf"), (FP32, "erf")):
         launch = _linear_gelu(dtype, form == "tanh")
         yield Configuration("linear_gelu", f"{_NAMES[dtype]} {form}", launch, dtype == BF16)
@@ -232,6 +235,17 @@ def _gelu(op: str, dtype: torch.dtype, tanh: bool) -> Callable[[], None]:
         second: tuple[Tensor, ...] = {"gelu": (), "bias_gelu": (x[0].clone(),), "geglu": (x.clone(),)}[op]
         getattr(gelu, f"{op}_fwd")(x, *second, tanh)
         getattr(gelu, f"{op}_bwd")(x, x, *second, tanh)
+
+    return launch
+
+
+def _elementwise(op: str, dtype: torch.dtype) -> Callable[[], None]:
+    def launch() -> None:
+        module = importlib.import_module(f"fastgpt.kernels.{op}")
+        x = torch.empty(256, 3072, dtype=dtype)
+        inputs = (x, x.clone()) if op == "swiglu" else (x,)
+        getattr(module, f"{op}_fwd")(*inputs)
+        getattr(module, f"{op}_bwd")(x, *inputs)
 
     return launch
 

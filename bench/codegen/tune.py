@@ -26,15 +26,8 @@ from fastgpt import use_backend
 from fastgpt.testing import ErrorRule
 
 TUNED = (
-    "attention",
-    "cross_entropy",
-    "linear_gelu",
-    "gelu",
-    "bias_gelu",
-    "geglu",
-    "add_layer_norm",
-    "add_rms_norm",
-    "rms_norm",
+    *("attention", "cross_entropy", "linear_gelu", "gelu", "bias_gelu", "geglu", "swiglu", "relu_squared"),
+    *("add_layer_norm", "add_rms_norm", "rms_norm"),
 )
 WARM_UP, ROUNDS = 2, 15
 GAIN = 0.98  # a faster row takes at most this share of the current row's time
@@ -67,6 +60,10 @@ CANDIDATES: dict[str, list[Row]] = {
     "gelu_bwd": _ELEMENTWISE,
     "geglu_fwd": _ELEMENTWISE,
     "geglu_bwd": _ELEMENTWISE,
+    "swiglu_fwd": _ELEMENTWISE,
+    "swiglu_bwd": _ELEMENTWISE,
+    "relu_squared_fwd": _ELEMENTWISE,
+    "relu_squared_bwd": _ELEMENTWISE,
     "bias_gelu_fwd": _ELEMENTWISE_BIAS,
     "bias_gelu_bwd": _ELEMENTWISE_BIAS,
     "add_layer_norm_fwd": rows((1, 2, 4, 8, 16)),

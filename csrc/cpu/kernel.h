@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "tensors.h"
+#include "vector.h"
 
 namespace fastgpt {
 
@@ -61,6 +62,15 @@ inline void dispatch(ScalarType type, const char* name, F&& f) {
     default:
       raise(name, ": the C++ kernels do not support ", type, "; use float32, float64, bfloat16 or float16");
   }
+}
+
+// Calls f(element, streaming) for a result like x. streaming: whether to use streaming stores. Each thread's blocks
+// must begin at a cache line, which BLOCK ensures.
+template <typename F>
+inline void dispatch_streaming(const Tensor& x, const char* name, F&& f) {
+  dispatch(x.scalar_type(), name, [&](auto element) {
+    is_streamed<decltype(element)>(x.numel()) ? f(element, std::true_type{}) : f(element, std::false_type{});
+  });
 }
 
 }  // namespace fastgpt

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -219,6 +220,32 @@ template <bool STREAMING, typename A, typename T, typename F>
     for (; i + W <= end; i += W) store_line<STREAMING>(out + i, f(i));
 #endif
   over_vectors<A>(i, end, [&](int64_t j, auto... n) { store<T, A>(out + j, f(j, n...), n...); });
+}
+
+// The same for two results: first[i], second[i] = f(i), a pair of vectors.
+template <bool STREAMING, typename A, typename T, typename F>
+[[gnu::always_inline]] inline void fill_two(T* first, T* second, int64_t begin, int64_t end, F&& f) {
+  constexpr int64_t W = LANES<A>;
+  int64_t i = begin;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    for (; i + 2 * W <= end; i += 2 * W) {
+      const auto left = f(i), right = f(i + W);
+      store_line<STREAMING>(first + i, rounded_line(left.first, right.first, T{}));
+      store_line<STREAMING>(second + i, rounded_line(left.second, right.second, T{}));
+    }
+  else
+    for (; i + W <= end; i += W) {
+      const auto both = f(i);
+      store_line<STREAMING>(first + i, both.first);
+      store_line<STREAMING>(second + i, both.second);
+    }
+#endif
+  over_vectors<A>(i, end, [&](int64_t j, auto... n) {
+    const auto both = f(j, n...);
+    store<T, A>(first + j, both.first, n...);
+    store<T, A>(second + j, both.second, n...);
+  });
 }
 
 // ---- reductions and comparisons ----

@@ -8,18 +8,13 @@
 // depend on a race: a block sums ROWS_PER_PARTIAL rows, then PyTorch sums the partial sums.
 #include "../formulas.h"
 #include "checks.cuh"
+#include "elementwise.cuh"
 #include "tensors.cuh"
 
 namespace fastgpt {
 namespace {
 
-constexpr int THREADS = 256;
-constexpr int VECTORS = 2;            // per thread; both loads of 16 bytes are in flight at once
 constexpr int ROWS_PER_PARTIAL = 64;  // so the partial sums of dbias have 1/64 of the elements
-
-// Elements in a vector: 16 bytes, or one element if the tensors are not aligned to 16 bytes.
-template <typename T, bool WIDE>
-constexpr int WIDTH = WIDE ? 16 / sizeof(T) : 1;
 
 template <bool TANH>
 __device__ inline float gelu(float x) {
@@ -28,20 +23,6 @@ __device__ inline float gelu(float x) {
 template <bool TANH>
 __device__ inline float gelu_grad(float x) {
   return gelu_cdf_and_grad<TANH, Fast>(x).grad;
-}
-
-// Calls f(i, constant N) for each vector of N elements of this thread, and f(j, constant 1) for each remaining element.
-template <int N, typename F>
-__device__ inline void over_elements(int64_t numel, F&& f) {
-  const int64_t first = (int64_t{block_x()} * VECTORS * THREADS + thread()) * N;
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) {
-    const int64_t i = first + int64_t{v} * THREADS * N;
-    if (i + N <= numel)
-      f(i, std::integral_constant<int, N>{});
-    else
-      for (int64_t j = i; j < numel; ++j) f(j, std::integral_constant<int, 1>{});
-  }
 }
 
 // ---- forward ----
@@ -178,11 +159,6 @@ void with_variant(const char* op, const Tensor& x, bool tanh, bool wide, F&& f) 
   dispatch(x.scalar_type(), op, [&](auto element) {
     choose(tanh, [&](auto t) { choose(wide, [&](auto w) { f(element, t, w); }); });
   });
-}
-
-template <typename T, bool WIDE>
-Launch over(int64_t numel) {
-  return {.x = cdiv(numel, int64_t{THREADS} * VECTORS * WIDTH<T, WIDE>), .threads = THREADS};
 }
 
 template <typename T, bool WIDE>

@@ -14,7 +14,9 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_gelu import linear_gelu
 from .mlp import mlp
+from .relu_squared import relu_squared
 from .rms_norm import add_rms_norm, rms_norm
+from .swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
@@ -29,5 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "relu_squared",
     "rms_norm",
+    "swiglu",
 ]

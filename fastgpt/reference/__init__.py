@@ -11,7 +11,9 @@ from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
 from .mlp import mlp
 from .philox import dropout_keep
+from .relu_squared import relu_squared
 from .rms_norm import add_rms_norm, rms_norm
+from .swiglu import swiglu
 
 __all__ = [
     "add_layer_norm",
@@ -27,5 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "relu_squared",
     "rms_norm",
+    "swiglu",
 ]

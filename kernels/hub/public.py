@@ -14,7 +14,9 @@ from .ops import (
     linear_cross_entropy,
     linear_gelu,
     mlp,
+    relu_squared,
     rms_norm,
+    swiglu,
 )
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "linear_cross_entropy",
     "linear_gelu",
     "mlp",
+    "relu_squared",
     "rms_norm",
+    "swiglu",
     "use_backend",
 ]

@@ -174,6 +174,7 @@ def test_streaming_kernels_move_nothing_twice():
         assert moved["moved"] == moved["least"], key(record)
     assert checked == {
         *("gelu_fwd", "gelu_bwd", "bias_gelu_fwd", "bias_gelu_bwd", "geglu_fwd", "geglu_bwd"),
+        *("swiglu_fwd", "swiglu_bwd", "relu_squared_fwd", "relu_squared_bwd"),
         *("cross_entropy_fwd", "cross_entropy_bwd"),
     }
 

@@ -134,8 +134,8 @@ def test_committed_kernels_use_their_architectures_matrix_instruction():
 
 STREAMING = {
     "gelu_fwd", "gelu_bwd", "bias_gelu_fwd", "bias_gelu_bwd", "geglu_fwd", "geglu_bwd", "cross_entropy_fwd",
-    "cross_entropy_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd", "add_layer_norm_bwd_rows",
-    "rms_norm_fwd", "rms_norm_bwd", "rms_norm_bwd_rows",
+    "cross_entropy_bwd", "add_layer_norm_fwd", "add_layer_norm_bwd", "add_layer_norm_bwd_rows", "rms_norm_fwd",
+    "rms_norm_bwd", "rms_norm_bwd_rows", "swiglu_fwd", "swiglu_bwd", "relu_squared_fwd", "relu_squared_bwd",
 }  # fmt: skip
 # Bytes an element of weight and bias, which stay in the caches; and what writes a few numbers a row.
 PARAMETERS = {

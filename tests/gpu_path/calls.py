@@ -94,6 +94,8 @@ def pointwise(dtype: torch.dtype = BF16, rows: int = 8192) -> Iterator[tuple[str
     yield "gelu", lambda: trained(ops.gelu, leaf(rows, 3072))
     yield "bias_gelu", lambda: trained(ops.bias_gelu, leaf(rows, 3072), leaf(3072))
     yield "geglu", lambda: trained(ops.geglu, leaf(rows, 3072), leaf(rows, 3072))
+    yield "swiglu", lambda: trained(ops.swiglu, leaf(rows, 3072), leaf(rows, 3072))
+    yield "relu_squared", lambda: trained(ops.relu_squared, leaf(rows, 3072))
     yield "linear", lambda: trained(ops.linear, leaf(rows, 768), leaf(3072, 768), leaf(3072))
     yield "linear_gelu", lambda: trained(ops.linear_gelu, leaf(rows, 768), leaf(3072, 768), leaf(3072))
     yield "mlp", lambda: trained(ops.mlp, leaf(rows, 768), *(leaf(*shape) for shape in weights))

@@ -121,6 +121,23 @@ def test_geglu():
 
 
 @pytest.mark.slow
+def test_swiglu():
+    """One tensor for all arguments and gradients: forward and backward as registered, to spare memory."""
+    needs(18)
+    x = torch.zeros(ELEMENTS, dtype=torch.bfloat16)
+    x[-1] = 3.0
+    y = torch.ops.fastgpt.swiglu_fwd_cpp(x, x)
+    assert torch.equal(y[-1:], ops.swiglu(x[-1:], x[-1:]))
+    assert not y[:-1].any()
+    del y
+    da, db = torch.ops.fastgpt.swiglu_bwd_cpp(x, x, x)
+    end = x[-1:].clone()
+    for got, expected in zip((da, db), torch.ops.fastgpt.swiglu_bwd_cpp(end, end, end), strict=True):
+        assert torch.equal(got[-1:], expected)
+        assert not got[:-1].any()
+
+
+@pytest.mark.slow
 def test_add_layer_norm():
     needs(16)
     size = 2048

@@ -71,6 +71,8 @@ CASES = IN_THREADS | {
     "linear_gelu": (1000, 2000),
     "mlp": (1000, 2000),
     "geglu": (8, 250_000),
+    "swiglu": (8, 250_000),
+    "relu_squared": (8, 250_000),
     "attention_varlen": (1000, 256),
     "cross_entropy": (8, 150_000),
     "linear_cross_entropy, row by row": (64, 10_000),

@@ -260,10 +260,13 @@ UNWRITTEN = r"a read before any write"
 # (case of an op with its rows and columns, file, what stands there, what is planted, what is said of it)
 PLANTED = [
     ("bias_gelu", "gelu.cu", "  sync_block();\n", "", f"{RACE}|{UNWRITTEN}"),
-    ("gelu", "gelu.cu", "if (i + N <= numel)", "if (i < numel)", OUTSIDE),
-    ("gelu", "gelu.cu", "j = i; j < numel;", "j = i; j <= numel;", OUTSIDE),
+    ("gelu", "elementwise.cuh", "if (i + N <= numel)", "if (i < numel)", OUTSIDE),
+    ("gelu", "elementwise.cuh", "j = i; j < numel;", "j = i; j <= numel;", OUTSIDE),
     ("bias_gelu", "gelu.cu", "if (column < columns) store(partial", "store(partial", f"{OUTSIDE}|another thread"),
     ("bias_gelu", "gelu.cu", "(w * WARP + l + k * THREADS)", "(w * WARP + l + k * WARP)", WRONG),
+    ("swiglu", "swiglu.cu", "store_vector(db + i, gated)", "store_vector(da + i, gated)", f"{WRONG}|another thread"),
+    ("swiglu", "swiglu.cu", "(1.0f - s)", "(1.0f - y)", WRONG),
+    ("relu_squared", "relu_squared.cu", "store_vector(dx + i, v)", "store_vector(dx + i + 1, v)", f"{OUTSIDE}|aligned"),
     ("add_layer_norm 9 700", "row_threads.cuh", "sync_named(barrier, threads);", ";", f"{RACE}|{UNWRITTEN}"),
     ("add_layer_norm 3100 290", "add_layer_norm.cuh", ", turn ^= 1)", ")", RACE),
     ("add_layer_norm", "add_layer_norm.cuh", "if (column < columns) store(to", "store(to", f"{OUTSIDE}|another thread"),

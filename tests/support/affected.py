@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 TESTS = {p.stem[5:]: p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("test_*.py")}
 HOURS = 6  # a change without a stated beginning is what was committed in the last hours
 
+GATES = "swiglu relu_squared"
 GELUS = "gelu geglu linear_gelu mlp op_sizes"
 CALLS = "functional functional_attention functional_calls functional_losses differential"
 DROP_IN = f"{CALLS} transforms torchscript patch_functional examples functional functional_attention functional_losses"
@@ -25,7 +26,7 @@ DATA = (
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
 ATTENTION = "attention attention_extremes attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
-OPS = " ".join(dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} add_layer_norm rms_norm".split()))
+OPS = " ".join(dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm".split()))
 CHECKPOINTS = "checkpoint untrusted_checkpoint fuzz_checkpoints"
 RUNS = f"train train_options train_distributed resume run_directory console divergence {CHECKPOINTS} cli"
 
@@ -38,6 +39,8 @@ SPLIT = f"{TRITON} or split or descriptors or grids"
 # (paths, names of test files, what pytest's -k selects of them); of several rows that fit, the first.
 TABLE = [
     ("csrc/cpu/gelu*", GELUS, CPU),
+    ("csrc/cpu/swiglu*", "swiglu op_sizes", CPU),
+    ("csrc/cpu/relu_squared*", "relu_squared op_sizes", CPU),
     ("csrc/cpu/attention_varlen.cpp", "attention_varlen op_sizes", CPU),
     ("csrc/cpu/attention*", f"{ATTENTION} threads out_of_memory", CPU),
     ("csrc/cpu/tensors.h", f"{OPS} out_of_memory stable_abi wheel", CPU),
@@ -55,6 +58,13 @@ TABLE = [
     ("csrc/cpu/add_layer_norm*", "add_layer_norm op_sizes", CPU),
     ("csrc/cpu/rms_norm*", "rms_norm op_sizes", CPU),
     ("csrc/cuda/gelu*", f"{GELUS} simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/cuda/swiglu*", "swiglu op_sizes simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/cuda/relu_squared*", "relu_squared op_sizes simt simt_profiles cuda_compile", EMULATED),
+    (
+        "csrc/cuda/elementwise.cuh",
+        f"{GELUS} {GATES} simt simt_profiles cuda_compile",
+        EMULATED,
+    ),
     ("csrc/cuda/attention*", f"{ATTENTION} attention_cuda simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/tiles.cuh", f"{ATTENTION} attention_cuda simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/cross_entropy*", f"{LOSSES} simt simt_profiles cuda_compile", EMULATED),
@@ -69,6 +79,12 @@ TABLE = [
     ("csrc/call_op.h", f"{OPS} stable_abi wheel", "not triton and not reference"),
     ("csrc/*", OPS, "cpp or cuda"),
     ("kernels/triton/gelu.py", f"{GELUS} triton_compile triton_oldest hub {GPU_PATH}", TRITON),
+    ("kernels/triton/swiglu.py", f"swiglu op_sizes triton_compile triton_oldest hub {GPU_PATH}", TRITON),
+    (
+        "kernels/triton/relu_squared.py",
+        f"relu_squared op_sizes triton_compile triton_oldest hub {GPU_PATH}",
+        TRITON,
+    ),
     (
         "kernels/triton/attention_varlen.py",
         f"attention_varlen attention_grids op_sizes triton_compile triton_oldest hub {GPU_PATH}",

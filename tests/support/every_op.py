@@ -15,6 +15,8 @@ NAMES = (
     "linear_gelu",
     "mlp",
     "geglu",
+    "swiglu",
+    "relu_squared",
     "add_layer_norm",
     "rms_norm",
     "add_rms_norm",
@@ -76,6 +78,10 @@ def case(name, dtype, rows=37, size=67):
         return ops.mlp, lambda x, w1, b1, w2, b2: T.linear(T.gelu(T.linear(x, w1, b1)), w2, b2), inputs
     if name == "geglu":
         return ops.geglu, lambda a, b: T.gelu(a) * b, [leaf(rows, size), leaf(rows, size)]
+    if name == "swiglu":
+        return ops.swiglu, lambda a, b: T.silu(a) * b, [leaf(rows, size), leaf(rows, size)]
+    if name == "relu_squared":
+        return ops.relu_squared, lambda x: T.relu(x).square(), [leaf(rows, size)]
     if name == "add_layer_norm":
         return (
             ops.add_layer_norm,
