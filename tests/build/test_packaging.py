@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from fastgpt import extension
 
@@ -329,6 +331,17 @@ def nvcc(tmp_path):
 def test_architectures_asked_for(setup_py, nvcc, capsys, asked, names, said):
     assert setup_py["cuda_architectures"](asked, nvcc) == names.split()
     assert said in capsys.readouterr().out
+
+
+def test_best_variant_is_the_one_that_is_loaded(setup_py):
+    best = setup_py["best_variant"]
+    assert best({}) == "plain"
+    if platform.machine() == "x86_64":
+        from fastgpt import _C
+
+        assert best(torch.cpu.get_capabilities()) == _C.cpu_variants()[-1]
+        avx2 = dict.fromkeys(("avx2", "fma3", "f16c", "bmi2"), True)
+        assert best(avx2) == best(avx2 | {"avx512_f": True, "avx512_bf16": True}) == "avx2"
 
 
 def test_names_of_architectures_are_those_of_pytorch(setup_py):
