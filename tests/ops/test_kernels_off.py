@@ -67,4 +67,4 @@ def test_a_run_of_training_says_it(broken_extension, tmp_path, capsys):
     sizes = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8, "batch_size": 1, "max_steps": 1}
     with pytest.warns(RuntimeWarning, match=OFF):
         train(TrainConfig(data="stdlib", out=str(tmp_path / "run"), device="cpu", **sizes))
-    assert f"note: the fused {OFF}" in capsys.readouterr().out
+    assert f"warning: the fused {OFF}" in capsys.readouterr().out
