@@ -30,7 +30,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja pybind11 numpy
 	touch $@
 
 # The package, editable, with its kernels compiled against the PyTorch above (a few minutes).

@@ -1,11 +1,20 @@
-"""Devices and dtypes by their option names, and the peak FLOP/s of a device."""
+"""Devices and dtypes by their option names; the peak FLOP/s of a device, and the peak memory of a call."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from fastgpt.malloc import is_glibc
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Short names of dtypes.
+DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -61,3 +70,35 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         (a @ a)[0, 0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Measure the peak memory of a call, in bytes beyond the memory in use before it.
+
+    On a GPU the source is PyTorch's allocator. On Linux with glibc it is VmHWM, the peak of the resident pages of the
+    process. Elsewhere the result is None.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists() or not is_glibc():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        reset.write_text("5")  # resets VmHWM
+        before = _status_bytes("VmRSS")
+        call()
+        return max(0, _status_bytes("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    """Return a size in /proc/self/status, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])

@@ -50,7 +50,7 @@ def add_options(
         parser: the parser.
         options: the dataclass.
         groups: titles of groups in the help, by the first field of each.
-        defaults: what the help says of the defaults of this command, where they are not the fields'.
+        defaults: default values that the help shows instead of those of the fields.
     """
     hints = get_type_hints(options)
     group: Any = parser

@@ -21,7 +21,8 @@ import torch
 
 from bench.harness.gpu_clock import Call, GpuClock, Times
 from bench.harness.records import EMPTY, Record
-from fastgpt.malloc import keep_freed_memory
+from fastgpt.device import peak_memory
+from fastgpt.malloc import is_glibc, keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,30 +82,12 @@ class Machine:
         return self._gpu_clock.time_whole(calls) if whole else self._gpu_clock.time_round(calls, names)
 
     def peak_bytes(self, call: Callable[[], Any]) -> int | None:
-        """Measure the peak memory of a call, in bytes beyond the memory in use before it.
-
-        On a GPU the source is PyTorch's allocator. On Linux with glibc it is VmHWM, the peak of the resident pages
-        of the process; malloc returns large blocks to the system during the call. Elsewhere the result is None.
-        """
-        if self.is_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            torch.cuda.synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        if not Path("/proc/self/clear_refs").exists() or platform.libc_ver()[0] != "glibc":
-            return None
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-        libc.malloc_trim(0)
+        """Measure the peak memory of a call, as `peak_memory` does; glibc returns large blocks during the call."""
+        if self.is_gpu or not is_glibc():
+            return peak_memory(call, self.device)
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-            before = _status_bytes("VmRSS")
-            call()
-            return max(0, _status_bytes("VmHWM") - before)
-        except OSError:
-            return None
+            return peak_memory(call, self.device)
         finally:
             keep_freed_memory()
 
@@ -241,11 +224,6 @@ def _time(prepare: Callable[[], Any], call: Callable[[], Any]) -> Times:
 def _malloc() -> str:
     disabled = "malloc trimming disabled, for every implementation"
     return disabled if keep_freed_memory() else "malloc: default settings"
-
-
-def _status_bytes(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
 
 
 def _version(package: str) -> str | None:

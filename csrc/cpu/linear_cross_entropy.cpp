@@ -62,38 +62,28 @@ bool uses_mm(const Tensor& hidden, const Tensor& weight) {
          hidden.numel() > 0 && weight.numel() > 0;
 }
 
-// Calls mm_chunks.
-void forward_or_backward_by_mm(
+// The arguments of mm_chunks.
+Layer layer_of(
     const Tensor& hidden,
     const Tensor& weight,
     const OptionalTensor& bias,
     const Tensor& target,
     const OptionalTensor& class_weight,
     const LossOptions& options,
-    int64_t chunk,
-    const float* grad,
-    float* loss,
-    float* statistics,
-    bool with_grad,
-    const Gradients& gradients) {
+    int64_t chunk) {
   check_targets(target, weight.size(0), options.ignore_index);
-  const OptionalTensor w = contiguous(class_weight, ScalarType::Float);
-  const Layer layer{
+  return {
       hidden,
       weight,
+      target,
       contiguous(bias, ScalarType::BFloat16),
-      target.const_data_ptr<int64_t>(),
-      pointer<float>(w),
+      contiguous(class_weight, ScalarType::Float),
       options,
       chunk};
+}
+LayerGradients pointers(const Gradients& gradients) {
   const auto& [dhidden, dweight, dbias] = gradients;
-  mm_chunks(
-      layer,
-      grad,
-      loss,
-      statistics,
-      with_grad,
-      {mutable_pointer<float>(dhidden), mutable_pointer<float>(dweight), mutable_pointer<float>(dbias)});
+  return {mutable_pointer<float>(dhidden), mutable_pointer<float>(dweight), mutable_pointer<float>(dbias)};
 }
 
 // dweight is not initialized, because the first chunk writes all of it. If there are no chunks, it is zero.
@@ -125,21 +115,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
   if (with_grad) std::tie(dhidden, dweight, dbias) = empty_gradients(hidden, weight, bias.has_value());
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
   if (uses_mm(hidden, weight)) {
-    float* const losses = loss.mutable_data_ptr<float>();
-    float* const of_rows = statistics.mutable_data_ptr<float>();
-    forward_or_backward_by_mm(
-        hidden,
-        weight,
-        bias,
-        target,
-        class_weight,
-        loss_options,
-        chunk,
-        nullptr,
-        losses,
-        of_rows,
+    mm_forward(
+        layer_of(hidden, weight, bias, target, class_weight, loss_options, chunk),
+        loss.mutable_data_ptr<float>(),
+        statistics.mutable_data_ptr<float>(),
         with_grad,
-        {dhidden, dweight, dbias});
+        pointers({dhidden, dweight, dbias}));
     return {loss, statistics, dhidden, dweight, dbias};
   }
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {
@@ -177,20 +158,11 @@ Gradients linear_cross_entropy_bwd(
   const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
   const auto type = hidden.scalar_type();
   if (uses_mm(hidden, weight)) {
-    float* const of_rows = const_cast<float*>(statistics.const_data_ptr<float>());  // only read
-    forward_or_backward_by_mm(
-        hidden,
-        weight,
-        bias,
-        target,
-        class_weight,
-        loss_options,
-        chunk,
+    mm_backward(
+        layer_of(hidden, weight, bias, target, class_weight, loss_options, chunk),
         grad.const_data_ptr<float>(),
-        nullptr,
-        of_rows,
-        true,
-        {dhidden, dweight, dbias});
+        statistics.const_data_ptr<float>(),
+        pointers({dhidden, dweight, dbias}));
     return {to(dhidden, type), to(dweight, type), to(dbias, type)};
   }
   with_chunks(hidden, weight, bias, target, class_weight, loss_options, chunk, [&](auto& chunks, auto element) {

@@ -36,27 +36,26 @@ inline void accumulate_into(float* to, const Tensor& from, bool add) {
   });
 }
 
-// The layer and its targets; all tensors are contiguous. class_weight is float32.
+// The layer and its targets. All tensors are contiguous.
 struct Layer {
-  const Tensor &hidden, &weight;
-  OptionalTensor bias;
-  const int64_t* target;
-  const float* class_weight;
+  Tensor hidden, weight, target;
+  OptionalTensor bias, class_weight;
   LossOptions options;
   int64_t chunk;
 };
 
-// The gradients (float32) that a pass over the chunks writes; null for none.
+// The gradients in float32.
 struct LayerGradients {
   float *hidden, *weight, *bias;
 };
 
-// Goes through the chunks. Forward: grad is null, and loss and statistics are written. Backward: grad has the gradients
-// of the rows, and loss is null. The gradients of the forward are those of the sum of the losses.
-inline void mm_chunks(
-    const Layer& layer, const float* grad, float* loss, float* statistics, bool with_grad, LayerGradients gradients) {
+// Calls f(row, logits, target, i) for each row i, a chunk at a time. row: a CrossEntropyRow. f writes the gradient over
+// the logits, if with_grad; then the products add it to the gradients of the layer.
+template <typename F>
+void mm_chunks(const Layer& layer, bool with_grad, LayerGradients gradients, F&& f) {
   const int64_t rows = layer.hidden.size(0), size = layer.hidden.size(1), vocab = layer.weight.size(0);
-  const CrossEntropyRow<float> row(layer.class_weight, vocab, layer.options);
+  const CrossEntropyRow<float> row(pointer<float>(layer.class_weight), vocab, layer.options);
+  const int64_t* const target = layer.target.const_data_ptr<int64_t>();
   const int64_t step = mm_chunk_rows(layer.chunk, rows), grain = GRAIN / std::max<int64_t>(vocab, 1) + 1;
   for (int64_t first = 0; first < rows; first += step) {
     const int64_t n = std::min(step, rows - first);
@@ -64,13 +63,7 @@ inline void mm_chunks(
     const Tensor logits = linear(hidden, layer.weight, layer.bias);
     BFloat16* const x = logits.mutable_data_ptr<BFloat16>();
     parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        BFloat16* const at = x + i * vocab;
-        const int64_t y = layer.target[first + i];
-        float* const of_row = statistics + 2 * (first + i);
-        if (loss) loss[first + i] = row.forward(at, y, of_row);
-        if (with_grad) row.backward<false>(at, at, y, of_row, grad ? grad[first + i] : 1.0f, 0.0f);
-      }
+      for (int64_t i = begin; i < end; ++i) f(row, x + i * vocab, target[first + i], first + i);
     });
     if (!with_grad) continue;
     accumulate_into(gradients.hidden + first * size, mm(logits, layer.weight), false);
@@ -81,6 +74,23 @@ inline void mm_chunks(
       for (int64_t j = 0; j < vocab; ++j) gradients.bias[j] += more[j];
     }
   }
+}
+
+// ---- forward; with_grad: also the gradients of the sum of the losses ----
+
+inline void mm_forward(const Layer& layer, float* loss, float* statistics, bool with_grad, LayerGradients gradients) {
+  mm_chunks(layer, with_grad, gradients, [&](const auto& row, BFloat16* x, int64_t y, int64_t i) {
+    loss[i] = row.forward(x, y, statistics + 2 * i);
+    if (with_grad) row.template backward<false>(x, x, y, statistics + 2 * i, 1.0f, 0.0f);
+  });
+}
+
+// ---- backward, for upstream gradients that differ between rows; computes the logits again ----
+
+inline void mm_backward(const Layer& layer, const float* grad, const float* statistics, LayerGradients gradients) {
+  mm_chunks(layer, true, gradients, [&](const auto& row, BFloat16* x, int64_t y, int64_t i) {
+    row.template backward<false>(x, x, y, statistics + 2 * i, grad[i], 0.0f);
+  });
 }
 
 }  // namespace fastgpt

@@ -8,7 +8,6 @@ all of them down. On a CPU with glibc two processes take turns, too: one with ma
 from __future__ import annotations
 
 import copy
-import ctypes
 import gc
 import logging
 import multiprocessing
@@ -18,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastgpt import malloc
 from fastgpt.backends import kernels_off, resolve_backend
 from fastgpt.console import Progress
-from fastgpt.device import cpu_threads, peak_flops, resolve_device, resolve_dtype
+from fastgpt.device import (
+    DTYPE_NAMES,
+    DTYPES,
+    cpu_threads,
+    peak_flops,
+    peak_memory,
+    resolve_device,
+    resolve_dtype,
+)
 from fastgpt.integrations.accelerate import accelerate
 from fastgpt.options import check_sizes, option
 
 MODELS = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM"}
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNMODIFIED, COMPILED, ACCELERATED = "unmodified", "torch.compile", "accelerated"
 
 _SETTINGS = {False: "malloc's defaults", True: "fastgpt.keep_freed_memory()"}
@@ -51,9 +58,8 @@ class BenchConfig:
     batch_size: int = option(1, "sequences per step")
     length: int = option(256, "tokens per sequence")
     dtype: str = option(
-        "auto", "dtype of autocast; auto: bfloat16 if the hardware has it", DTYPES,
-        synonyms={"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"},
-    )  # fmt: skip
+        "auto", "dtype of autocast; auto: bfloat16 if the hardware has it", DTYPES, synonyms=DTYPE_NAMES
+    )
     device: str = option("auto", "device: auto (a GPU if there is one), cpu or cuda:N")
     threads: int | None = option(None, "threads of a CPU", described="as PyTorch chooses")
     seconds: float = option(60.0, "time to measure for, after the preparation")
@@ -145,7 +151,7 @@ def compare(model: str, config: BenchConfig) -> Comparison:
     """
     device = resolve_device(config.device)
     _config_of(model)  # raises before processes start
-    settings = [False, True] if device.type == "cpu" and malloc.advice() else [False]
+    settings = [False, True] if device.type == "cpu" and malloc.is_glibc() else [False]
     bar = Progress(desc="preparing", total=config.seconds, unit="s", bar_format="{desc} {bar} {elapsed}")
     processes: list[_Process] = []
     try:
@@ -265,14 +271,15 @@ class _Process:
 
 
 def _serve(pipe: Connection, model: str, config: BenchConfig, kept: bool) -> None:
-    """Send the facts of a `_Bench`, then the time of each step that is requested."""
+    """Send the facts of a `_Bench`, of the one with malloc's defaults, then the time of each step that is requested."""
     warnings.simplefilter("ignore")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         if kept:
             malloc.keep_freed_memory()
         bench = _Bench(model, config)
-        pipe.send(bench.facts())
+        bench.warm_up()
+        pipe.send({} if kept else bench.facts())
         while True:
             pipe.send(bench.time(pipe.recv()))
     except EOFError:
@@ -308,8 +315,13 @@ class _Bench:
         )
         self.batch = {"input_ids": tokens, "labels": labels}
 
+    def warm_up(self) -> None:
+        """Take a step of every contender, which compiles."""
+        for name in self.models:
+            self._step(name)
+
     def facts(self) -> dict[str, Any]:
-        """Compare the losses, warm up, and measure memory, operations and the peak of matrix products."""
+        """Compare the losses, and measure memory, operations and the peak of matrix products."""
         with _without_dropout(self.models.values()):
             losses = tuple(self._loss(self.models[name]).item() for name in (UNMODIFIED, ACCELERATED))
         with FlopCounterMode(display=False) as counter:
@@ -326,7 +338,9 @@ class _Bench:
             "losses": losses,
             "flops": counter.get_total_flops(),
             "peak_flops": peak_flops(self.device, self.dtype),
-            "memory": {name: self._peak_memory(name) for name in self.models},
+            "memory": {
+                name: peak_memory(partial(self._step, name), self.device) for name in self.models
+            },
         }
 
     def time(self, contender: str) -> float:
@@ -349,24 +363,6 @@ class _Bench:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-    def _peak_memory(self, contender: str) -> int | None:
-        """Measure the peak memory of a step above weights and batch; None where the system does not say."""
-        self._step(contender)  # compiles
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            self._step(contender)
-            return torch.cuda.max_memory_allocated(self.device) - before
-        reset = Path("/proc/self/clear_refs")
-        if not reset.exists() or not malloc.advice():
-            return None
-        ctypes.CDLL(None).malloc_trim(0)
-        reset.write_text("5")  # resets VmHWM, the peak of the resident pages
-        before = _status("VmRSS")
-        self._step(contender)
-        return max(0, _status("VmHWM") - before)
 
 
 @contextmanager
@@ -404,9 +400,3 @@ def _build(model: str) -> Any:
     cls, config = _config_of(model)
     config.use_cache = False
     return cls(config)
-
-
-def _status(name: str) -> int:
-    """Return a field of /proc/self/status in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024

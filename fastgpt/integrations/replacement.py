@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import functional, ops
+from fastgpt.integrations.patch_functional import NAMES
 from fastgpt.ops._checks import no_float64_on_gpu_backends
 from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
 from fastgpt.ops._modules import is_unmodified
@@ -61,12 +62,6 @@ class Replacement(nn.Module):
         return ()
 
 
-_DROP_IN = {
-    *("scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"),
-    *("gelu", "layer_norm", "rms_norm"),
-}
-
-
 def calls_functional(module: nn.Module) -> bool:
     """Return whether a module's class names a function that `patch_functional` replaces, or has no readable code."""
     methods = [
@@ -80,7 +75,7 @@ def calls_functional(module: nn.Module) -> bool:
         return True
     while codes:
         code = codes.pop()
-        if _DROP_IN & set(code.co_names):
+        if set(NAMES) & set(code.co_names):
             return True
         codes += [constant for constant in code.co_consts if hasattr(constant, "co_names")]
     return False

@@ -16,14 +16,13 @@ from fastgpt.backends import BACKENDS
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
 from fastgpt.data.files import STANDARD_INPUT, open_text
 from fastgpt.data.packing import PACKINGS
+from fastgpt.device import DTYPE_NAMES, DTYPES
 from fastgpt.evaluation.tasks.template import TASKS
 from fastgpt.json_io import loads_toml, shown
 from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 from fastgpt.options import TEXT_KEY, kind_of, option
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-_DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 OPTIMIZERS = ("adamw", "adam", "muon")
 SCHEDULES = ("cosine", "linear", "wsd")
 PARALLEL = ("auto", "ddp", "fsdp")
@@ -148,7 +147,7 @@ class TrainConfig:
         "auto",
         "dtype of matrix products; auto: bfloat16 if the hardware has it; float16 uses loss scaling",
         DTYPES,
-        synonyms=_DTYPE_NAMES,
+        synonyms=DTYPE_NAMES,
     )
     backend: str = option("auto", "backend of the kernels", BACKEND_CHOICES)
     compile: bool = option(False, "torch.compile of the model")
@@ -225,7 +224,7 @@ class TrainConfig:
             if name not in hints:
                 raise ValueError(f"there is no option {shown(name)}; did you mean {_nearest(name, hints)!r}?")
             typed = _typed(name, value, hints[name])
-            values = values | {name: _DTYPE_NAMES.get(typed, typed) if name == "dtype" else typed}
+            values = values | {name: DTYPE_NAMES.get(typed, typed) if name == "dtype" else typed}
         return replace(self, **values)
 
     def as_dict(self) -> dict[str, Any]:

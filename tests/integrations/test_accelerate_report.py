@@ -53,7 +53,7 @@ def test_norms_rotations_and_gates_are_said_to_be_left(name):
 
 
 def test_keeping_freed_memory_is_advised_until_it_is_done(monkeypatch):
-    fastgpt.keep_freed_memory.cache_clear()
+    monkeypatch.setattr(fastgpt.malloc, "_is_kept", False)
     libc = platform.libc_ver()[0]
     advised = str(fastgpt.accelerate(nn.GELU()))
     assert ("fastgpt.keep_freed_memory()" in advised) is (libc == "glibc")
@@ -61,10 +61,10 @@ def test_keeping_freed_memory_is_advised_until_it_is_done(monkeypatch):
     if libc == "glibc":
         assert "keep_freed_memory" not in str(fastgpt.accelerate(nn.GELU()))
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    fastgpt.keep_freed_memory.cache_clear()
+    monkeypatch.setattr(fastgpt.malloc, "_is_kept", False)
     assert "keep_freed_memory" not in str(fastgpt.accelerate(nn.GELU()))
     assert not fastgpt.keep_freed_memory()
-    fastgpt.keep_freed_memory.cache_clear()
+    monkeypatch.setattr(fastgpt.malloc, "_is_kept", False)
 
 
 def test_the_report_warns_where_the_kernels_are_off(monkeypatch):

@@ -1,4 +1,4 @@
-"""`fastgpt bench`: what it measures, and what it makes of it."""
+"""Measurements and verdict of `fastgpt bench`."""
 
 from __future__ import annotations
 
