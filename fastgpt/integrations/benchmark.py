@@ -338,9 +338,7 @@ class _Bench:
             "losses": losses,
             "flops": counter.get_total_flops(),
             "peak_flops": peak_flops(self.device, self.dtype),
-            "memory": {
-                name: peak_memory(partial(self._step, name), self.device) for name in self.models
-            },
+            "memory": {name: peak_memory(partial(self._step, name), self.device) for name in self.models},
         }
 
     def time(self, contender: str) -> float:
