@@ -233,6 +233,8 @@ def best_variant(capabilities: dict[str, object]) -> str:
 class BuildKernels(build_ext):
     """Compiles the same sources for several instruction sets, and the CUDA kernels where there is nvcc."""
 
+    # An editable installation initializes the options again, from those of the command of this name.
+    command_name = "build_ext"
     user_options: ClassVar = [
         *build_ext.user_options,
         ("sanitize", None, "let the kernels check their reads, writes and arithmetic (gcc)"),
@@ -260,6 +262,7 @@ class BuildKernels(build_ext):
         import torch
 
         super().finalize_options()
+        print("VARIANTS", self.variants, os.environ.get("DIST_EXTRA_CONFIG"), sys.argv, file=open("/tmp/variants.txt","a"))
         self.torch_folder = Path(torch.__file__).parent
         self.nvcc = find_nvcc() if self.cuda or (torch.version.cuda and not self.no_cuda) else None
         if self.cuda and not self.nvcc:
