@@ -207,9 +207,9 @@ def _export(arguments: dict[str, Any]) -> None:
 
     model, tokenizer = open_model(arguments["checkpoint"])
     model.save_pretrained(arguments["out"], tokenizer)
-    out = arguments["out"]
+    out, layout = arguments["out"], "Llama" if model.config.norm == "rms" else "GPT-2"
     console.show(
-        f'wrote {out} in GPT-2\'s layout: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
+        f'wrote {out} in {layout}\'s layout: transformers.AutoModelForCausalLM.from_pretrained("{out}")'
     )
 
 

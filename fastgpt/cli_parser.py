@@ -238,7 +238,7 @@ def make_parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="export of a model for transformers",
-        description="Write a model and its tokenizer as a Hugging Face GPT-2 directory.",
+        description="Write a model and its tokenizer as a Hugging Face GPT-2, Llama or Mistral.",
     )
     export.add_argument("--checkpoint", required=True, metavar="DIR", help="directory of a run (train --out)")
     export.add_argument("--out", required=True, metavar="DIR", help="directory to create")
@@ -280,7 +280,8 @@ def _checkpoint_options(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         required=True,
         metavar="DIR",
-        help="directory of a run (train --out), or a Hugging Face GPT-2: a directory, or NAME[@REVISION] on the Hub",
+        help="directory of a run (train --out), or a Hugging Face GPT-2, Llama or Mistral: a directory or "
+        "NAME[@REVISION] on the Hub",
     )
     parser.add_argument("--device", default="auto", help="device of the model (default: auto)")
     parser.add_argument(

@@ -1,11 +1,12 @@
-"""GPT-2 in one file that reads top to bottom: configuration, layers, model.
+"""A GPT in one file that reads top to bottom: positions, attention, MLP, block, model.
 
-The architecture is that of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): a
-pre-norm Transformer decoder with learned positions and a head tied to the token embedding. Two positional
-schemes and an untied head are options. All expensive operations are calls of `fastgpt.ops`, so that the same
-code runs on every backend.
+By default it is GPT-2 of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): a pre-norm
+Transformer decoder with learned positions and a head tied to the token embedding. Other positions, norms, activations,
+heads and windows are options of `GPTConfig`, and Llama and nanochat presets of them. All expensive operations are
+calls of `fastgpt.ops`, so that the same code runs on every backend.
 
-Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / H, V = vocab_size.
+Shapes: B sequences, T tokens, C = n_embd channels, H = n_head query heads and Hk heads of keys and values of D = C / H
+channels, I channels inside the MLP, V = vocab_size.
 """
 
 # ruff: noqa: N806  (sizes are written B, T, C as above)
@@ -13,7 +14,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, H = n_head heads of D = C / 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -24,80 +25,26 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.json_io import shown
+from fastgpt.gpt_config import GPTConfig
 from fastgpt.ops._checks import check_tokens
 from fastgpt.ops._modules import is_unmodified
-from fastgpt.options import check_sizes, check_types
 from fastgpt.tokenizer import Tokenizer
 
-POSITIONS = ("learned", "sinusoidal", "rotary")
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
-# Far above any trained model. A larger number, which may come from an untrusted file, is a mistake.
-MOST = dict(n_layer=1 << 14, n_head=1 << 16, n_embd=1 << 18, block_size=1 << 24, vocab_size=1 << 24)
+__all__ = ["GPT", "GPTConfig"]
+
 Rotation = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
 MAX_TABLE_SIZE = 1 << 31  # elements of a table of positions
 
 
-@dataclass(frozen=True)
-class GPTConfig:
-    """Hyper-parameters of a `GPT`. The defaults are GPT-2 small, its vocabulary padded to a multiple of 64.
-
-    Attributes:
-        position: "learned" (GPT-2), "sinusoidal" (Vaswani et al. 2017, section 3.5; the token embedding is multiplied
-            by sqrt(n_embd), section 3.4) or "rotary" (Su et al. 2021, RoFormer).
-        activation: "gelu_tanh" (GPT-2), "gelu" (exact, Hendrycks & Gimpel 2016) or "relu".
-        dropout: one rate for attention, residual branches and embedding, in training mode only.
-        bias: whether linear layers and LayerNorms have a bias.
-        tie_head: whether the output projection is the token embedding (Press & Wolf 2017).
-
-    Raises:
-        ValueError: a value is out of range, or values contradict each other.
-    """
-
-    vocab_size: int = 50304
-    block_size: int = 1024
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True
-    position: str = "learned"
-    activation: str = "gelu_tanh"
-    tie_head: bool = True
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_sizes(self, MOST)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if not 0 < self.layer_norm_eps < math.inf:
-            raise ValueError(f"layer_norm_eps must be positive, not {self.layer_norm_eps}")
-        for name, choices in (("position", POSITIONS), ("activation", ACTIVATIONS)):
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")
-        if self.position == "rotary" and self.head_size % 2:
-            raise ValueError(f"rotary positions need an even n_embd / n_head, not {self.head_size}")
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"sinusoidal positions need an even n_embd, not {self.n_embd}")
-
-    @property
-    def head_size(self) -> int:
-        """Channels of one attention head, D."""
-        return self.n_embd // self.n_head
-
-
-def sin_cos(length: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Compute sin and cos of position / 10000^(2i / channels), each (length, channels / 2).
+def sin_cos(length: int, channels: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Compute sin and cos of position / base^(2i / channels), each (length, channels / 2).
 
     Raises:
         ValueError: the table would have more than MAX_TABLE_SIZE elements.
     """
     if length * channels > MAX_TABLE_SIZE:
         raise ValueError(f"{length} positions of {channels} channels are too many for a table")
-    frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(10000.0) / channels))
+    frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(base) / channels))
     angle = torch.arange(length)[:, None] * frequency
     return angle.sin(), angle.cos()
 
@@ -123,11 +70,11 @@ class Cache(Protocol):
     """A key-value cache as the model calls it: `fastgpt.generation.kv_cache.KVCache`."""
 
     length: int
-    mask: Tensor | None
 
     def begin(self, count: int) -> slice | Tensor: ...
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
     def advance(self, count: int) -> None: ...
+    def mask_within(self, window: int | None) -> Tensor | None: ...
 
 
 class Context(NamedTuple):
@@ -145,62 +92,100 @@ class Linear(nn.Linear):
         return ops.linear(x, self.weight, self.bias)
 
 
+def make_norm(config: GPTConfig, size: int) -> nn.LayerNorm | nn.RMSNorm:
+    """Make the normalization of the last dimension, of `size` channels, that a configuration asks for."""
+    if config.norm == "rms":
+        return nn.RMSNorm(size, config.layer_norm_eps, config.norm_weight)
+    return nn.LayerNorm(size, config.layer_norm_eps, config.norm_weight, bias=config.bias)
+
+
+def add_norm(
+    branch: Tensor, residual: Tensor | None, norm: nn.LayerNorm | nn.RMSNorm
+) -> tuple[Tensor, Tensor]:
+    """Return (norm(branch + residual), branch + residual)."""
+    if isinstance(norm, nn.RMSNorm):
+        return ops.add_rms_norm(branch, residual, norm.weight, norm.eps or 0.0)
+    return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)
+
+
 class CausalSelfAttention(nn.Module):
-    """Causal multi-head self-attention, (B, T, C) -> (B, T, C)."""
+    """Causal self-attention of H query heads and Hk heads of keys and values, (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
-        self.n_head = config.n_head
+        self.heads = (config.n_head, config.kv_heads, config.kv_heads)
+        self.head_size = config.head_size
         self.dropout = config.dropout
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.window = config.window_of(layer)
+        self.c_attn = Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            settings = (config.head_size, config.layer_norm_eps, config.norm_weight)
+            self.q_norm, self.k_norm = nn.RMSNorm(*settings), nn.RMSNorm(*settings)
+        self.qk_norm, self.norm_eps = config.qk_norm, config.layer_norm_eps
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        dropout = self.dropout if self.training else 0.0
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        if context.cu_seqlens is None:
-            y = self._attend(qkv, context, dropout)
-        else:
-            y = self._attend_packed(qkv, context.rotation, context.cu_seqlens, dropout)
-        return self.c_proj(y.reshape(B, T, C))
-
-    def _attend(self, qkv: Tensor, context: Context, dropout: float) -> Tensor:
-        """Attend within each row of qkv (B, T, 3, H, D), and to the cached tokens before it: (B, T, H, D)."""
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = self.c_attn(x).view(B, T, sum(self.heads), self.head_size).split(self.heads, dim=2)
+        if self.qk_norm:
+            q = ops.rms_norm(q, self.q_norm.weight, self.norm_eps)
+            k = ops.rms_norm(k, self.k_norm.weight, self.norm_eps)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
-        mask = None
+        y = (
+            self._attend(q, k, v, context)
+            if context.cu_seqlens is None
+            else self._attend_packed(q, k, v, context.cu_seqlens)
+        )
+        return self.c_proj(y.reshape(B, T, C))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Attend within each row of q (B, T, H, D), k and v (B, T, Hk, D), and to the cached tokens before it."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mask, window = None, self.window
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
-            mask = context.cache.mask
+            if (mask := context.cache.mask_within(window)) is not None:
+                window = None
         # With a cache, query i is token Lk - Lq + i: "lower_right". Without one, Lk = Lq and it is plain causality.
-        y = ops.attention(q, k, v, causal="lower_right", attn_mask=mask, dropout_p=dropout)
-        return y.transpose(1, 2)
+        options: dict[str, Any] = {"attn_mask": mask, **self._options(window)}
+        return ops.attention(q, k, v, **options).transpose(1, 2)
 
-    def _attend_packed(self, qkv: Tensor, rotation: Rotation, cu_seqlens: Tensor, dropout: float) -> Tensor:
-        """Attend within each document of the B T tokens of qkv (B, T, 3, H, D): (B T, H, D)."""
-        max_seqlen = qkv.shape[1]
-        q, k, v = qkv.flatten(0, 1).unbind(1)
-        if rotation is not None:
-            cos, sin = (angles.view(len(q), 1, -1) for angles in rotation)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return ops.attention_varlen(q, k, v, *lengths, causal="lower_right", dropout_p=dropout)
+    def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Attend within each document of the B T tokens of q (B, T, H, D), k and v (B, T, Hk, D): (B T, H, D)."""
+        lengths = (cu_seqlens, cu_seqlens, q.shape[1], q.shape[1])
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        return ops.attention_varlen(q, k, v, *lengths, **self._options(self.window))
+
+    def _options(self, window: int | None) -> dict[str, Any]:
+        dropout = self.dropout if self.training else 0.0
+        return {
+            "causal": "lower_right",
+            "window": None if window is None else (window - 1, 0),
+            "dropout_p": dropout,
+        }
 
 
 class MLP(nn.Module):
-    """Two linear layers with the activation between them, (B, T, C) -> (B, T, 4C) -> (B, T, C)."""
+    """Two matrices with the activation between them, (B, T, C) -> (B, T, I) -> (B, T, C); with a gate, three."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        if config.gated:
+            self.c_gate = Linear(config.n_embd, config.inner_size, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, config.inner_size, bias=config.bias)
+        self.c_proj = Linear(config.inner_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         fc, proj = self.c_fc, self.c_proj
+        if self.activation == "swiglu":
+            return proj(ops.swiglu(self.c_gate(x), fc(x)))
+        if self.activation == "geglu":
+            return proj(ops.geglu(self.c_gate(x), fc(x), "tanh"))
+        if self.activation == "relu2":
+            return proj(ops.relu_squared(fc(x)))
         if self.activation == "relu":
             return proj(F.relu(fc(x)))
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
@@ -212,31 +197,26 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One Transformer layer. It takes and returns (branch, residual), whose sum is the residual stream.
 
-    The next LayerNorm computes the sum, so that the addition and the normalization are one pass over memory.
+    The next norm computes the sum, so that the addition and the normalization are one pass over memory.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps, bias=config.bias)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, branch: Tensor, residual: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
-        x, residual = _add_norm(branch, residual, self.ln_1)
+        x, residual = add_norm(branch, residual, self.ln_1)
         branch = self.drop(self.attn(x, context))
-        x, residual = _add_norm(branch, residual, self.ln_2)
+        x, residual = add_norm(branch, residual, self.ln_2)
         return self.drop(self.mlp(x)), residual
 
 
-def _add_norm(branch: Tensor, residual: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """Return (norm(branch + residual), branch + residual)."""
-    return ops.add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps)
-
-
 class GPT(nn.Module):
-    """A GPT-2 language model. Its parameters have the names of Hugging Face's checkpoints.
+    """A GPT language model. Its parameters have the names of Hugging Face's GPT-2.
 
     Weights are initialized as in GPT-2: normal(0, 0.02), the projections into the residual stream divided by
     sqrt(2 n_layer), biases 0.
@@ -261,12 +241,12 @@ class GPT(nn.Module):
             wave = torch.stack(sin_cos(T, C), dim=-1).flatten(1)  # sin in even channels, cos in odd ones
             self.register_buffer("wave", wave, persistent=False)
         else:
-            sin, cos = sin_cos(T, config.head_size)
+            sin, cos = sin_cos(T, config.head_size, config.rope_theta)
             self.register_buffer("sin", sin, persistent=False)
             self.register_buffer("cos", cos, persistent=False)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(C, eps=config.layer_norm_eps, bias=config.bias)
+        self.ln_f = make_norm(config, C)
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_head:
             self.lm_head.weight = self.wte.weight
@@ -314,9 +294,9 @@ class GPT(nn.Module):
             raise ValueError(f"targets {tuple(targets.shape)} do not match idx {tuple(idx.shape)}")
         hidden = self.hidden_states(idx, cu_seqlens=cu_seqlens)
         if targets is None:
-            return self.lm_head(hidden), None
+            return self.logits(hidden), None
         options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        weight = self.lm_head.weight
+        weight, options["softcap"] = self.lm_head.weight, self.config.softcap
         return None, ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction, **options)
 
     def hidden_states(
@@ -343,7 +323,7 @@ class GPT(nn.Module):
             branch, residual = run(branch, residual, context)
         if cache is not None:
             cache.advance(idx.shape[1])
-        return _add_norm(branch, residual, self.ln_f)[0]
+        return add_norm(branch, residual, self.ln_f)[0]
 
     def _embed(self, idx: Tensor, positions: slice | Tensor) -> tuple[Tensor, Rotation]:
         """Embed tokens at positions, a range or (B, T): vectors (B, T, C), and the rotation of queries and keys."""
@@ -352,8 +332,14 @@ class GPT(nn.Module):
             return x + self.wpe.weight[positions], None
         if self.config.position == "sinusoidal":
             return x * math.sqrt(self.config.n_embd) + self.wave[positions], None
-        where = positions if isinstance(positions, slice) else positions[:, None]  # the same for all heads
-        return x, (self.cos[where], self.sin[where])
+        # (T, 1, D / 2) or (B, T, 1, D / 2): the same for all heads.
+        return x, (self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2))
+
+    def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Compute the logits, (..., V), of hidden states (..., C); of the first `num_tokens` tokens alone if given."""
+        softcap, weight = self.config.softcap, self.lm_head.weight
+        logits = self.lm_head(hidden) if num_tokens is None else ops.linear(hidden, weight[:num_tokens])
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def num_parameters(self) -> int:
         """Count the parameters; a tied head counts once."""
@@ -362,13 +348,20 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int | None = None) -> int:
         """Count the floating-point operations to train on one token of a sequence of `length` (default: block_size).
 
-        2 in the forward and 4 in the backward for each of the 12 n_layer C^2 + V C weights of matrices; attention to
-        T/2 tokens on average, two products of C channels: 2 C T a layer in the forward, 6 C T with the backward.
+        2 in the forward and 4 in the backward for each weight of a matrix, but for the embedding's; in attention, two
+        products of C channels with each of the T/2 tokens seen on average, fewer in a window: 2 C T a layer in the
+        forward, 6 C T with the backward.
         """
         c = self.config
         length = c.block_size if length is None else length
-        matrices = 12 * c.n_layer * c.n_embd**2 + c.vocab_size * c.n_embd
-        return 6 * matrices + 6 * c.n_layer * c.n_embd * length
+        projections = c.n_embd * (2 * c.n_head + 2 * c.kv_heads) * c.head_size
+        mlp = (3 if c.gated else 2) * c.n_embd * c.inner_size
+        matrices = c.n_layer * (projections + mlp) + c.vocab_size * c.n_embd
+        windows = (min(c.window_of(layer) or length, length) for layer in range(c.n_layer))
+        seen = sum(
+            window * (2 * length - window) // max(length, 1) for window in windows
+        )  # twice the average
+        return 6 * matrices + 6 * c.n_embd * seen
 
     def generate(
         self,
@@ -390,25 +383,26 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dropout: float = 0.0) -> GPT:
-        """Load a Hugging Face GPT-2 checkpoint, a directory or a name on the Hub, in float32 and evaluation mode.
+        """Load a Hugging Face checkpoint of GPT-2's or Llama's architecture, in float32 and evaluation mode.
 
-        `dropout` replaces the checkpoint's rates. Details and errors: `fastgpt.checkpoints.huggingface.read_gpt2`.
+        `name` is a directory or a name on the Hub, and `dropout` replaces the checkpoint's rates. Details and errors:
+        `fastgpt.checkpoints.huggingface.read_pretrained`.
         """
-        from fastgpt.checkpoints.huggingface import read_gpt2
+        from fastgpt.checkpoints.huggingface import read_pretrained
 
-        config, weights = read_gpt2(str(name), dropout)
+        config, weights = read_pretrained(str(name), dropout)
         model = cls(config)
         model.load_state_dict(weights, strict=True, assign=False)
         return model.eval()
 
     def save_pretrained(self, directory: str | Path, tokenizer: Tokenizer | None = None) -> None:
-        """Write a Hugging Face GPT-2 checkpoint, which transformers' GPT2LMHeadModel loads with equal logits.
+        """Write a Hugging Face checkpoint, which transformers' GPT2LMHeadModel or LlamaForCausalLM loads.
 
-        Details and errors: `fastgpt.checkpoints.huggingface.write_gpt2`.
+        Details and errors: `fastgpt.checkpoints.huggingface.write_pretrained`.
         """
-        from fastgpt.checkpoints.huggingface import write_gpt2
+        from fastgpt.checkpoints.huggingface import write_pretrained
 
-        write_gpt2(self, Path(directory), tokenizer)
+        write_pretrained(self, Path(directory), tokenizer)
 
     @torch.no_grad()
     def resize_token_embeddings(self, vocab_size: int, *, shrink: bool = False) -> None:

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import field, fields
 from numbers import Integral, Real
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from fastgpt.json_io import shown
 
@@ -65,7 +65,9 @@ def add_options(
             "default": argparse.SUPPRESS,
             "help": f"{item.metadata['help']} (default: {default})".replace("%", "%%"),
         }
-        if kind is bool:
+        if get_origin(kind) is tuple:
+            settings |= {"type": _numbers, "metavar": "N[,N...]"}
+        elif kind is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
             synonyms = item.metadata["synonyms"]
@@ -73,6 +75,15 @@ def add_options(
             settings["choices"] = item.metadata["choices"] or None
             settings["metavar"] = None if item.metadata["choices"] else kind.__name__.upper()
         group.add_argument("--" + item.name.replace("_", "-"), *item.metadata["aliases"], **settings)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of whole numbers, such as 256 or 256,256,0"
+        ) from None
 
 
 def _synonym(synonyms: Mapping[str, str], value: str) -> str:
@@ -89,11 +100,19 @@ _NUMBERS: dict[type, type] = {int: Integral, float: Real}
 
 
 def check_types(options: Any) -> None:
-    """Raise ValueError unless every field of a dataclass has a value of its type (int, float, bool or str)."""
+    """Raise ValueError unless every field of a dataclass has a value of its type.
+
+    The types are int, float, bool and str, and unions of one with None. A tuple may be in the union; its fields are
+    checked by their owner.
+    """
     for name, hint in get_type_hints(type(options)).items():
-        value, kind = getattr(options, name), _NUMBERS.get(hint, hint)
-        if not isinstance(value, kind) or (isinstance(value, bool) and hint is not bool):
-            raise ValueError(f"{name} must be of type {hint.__name__}, not {shown(value)}")
+        value, kind = getattr(options, name), kind_of(hint)
+        if isinstance(value, tuple) and any(get_origin(part) is tuple for part in get_args(hint)):
+            continue
+        if value is None and type(None) in get_args(hint):
+            continue
+        if not isinstance(value, _NUMBERS.get(kind, kind)) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{name} must be of type {kind.__name__}, not {shown(value)}")
 
 
 def check_sizes(options: Any, largest: dict[str, int]) -> None:

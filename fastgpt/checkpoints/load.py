@@ -16,7 +16,7 @@ def open_model(path: str | Path) -> tuple[GPT, Tokenizer]:
 
     Args:
         path: the directory of a run (`fastgpt train --out`) or of one of its checkpoints, a directory with a Hugging
-            Face GPT-2, or the name of one on the Hub.
+            Face GPT-2, Llama or Mistral, or the name of one on the Hub.
 
     Raises:
         ValueError: the files are damaged, of another architecture, or contradict each other (CheckpointError for a
@@ -27,7 +27,7 @@ def open_model(path: str | Path) -> tuple[GPT, Tokenizer]:
 
 
 def open_trained(path: str | Path) -> tuple[GPT, Tokenizer, dict[str, Any] | None]:
-    """Load like `open_model`, with the options of the run that trained the model; None for a Hugging Face GPT-2."""
+    """Load like `open_model`, with the options of the run that trained the model; None for a Hugging Face model."""
     path = checkpoint_directory(str(path))
     if not (path / CONFIG).is_file():
         opened = open_checkpoint(path)

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastgpt import ops
 from fastgpt.generation.kv_cache import KVCache
 from fastgpt.generation.sampling import Sampling
 from fastgpt.ops._checks import check_tokens
@@ -44,13 +43,15 @@ class CausalLM(Protocol):
     @property
     def config(self) -> ModelConfig: ...
     @property
-    def lm_head(self) -> nn.Linear: ...
-    @property
     def training(self) -> bool: ...
     def train(self, mode: bool = True) -> Any: ...
     def eval(self) -> Any: ...
     def hidden_states(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the input of lm_head (B, T, C) for idx (B, T), which continues the tokens in `cache`."""
+        """Return the input of `logits` (B, T, C) for idx (B, T), which continues the tokens in `cache`."""
+        ...
+
+    def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
+        """Return the logits (N, V) of hidden (N, C), of the first `num_tokens` tokens alone if given."""
         ...
 
 
@@ -141,7 +142,7 @@ def _decode(
         if step % _BLOCK == 0:
             text = F.pad(text, (0, min(_BLOCK, max_new_tokens - step)), value=NOTHING)
         hidden = _last_hidden(model, text, ends, longest, even, cache)
-        logits = ops.linear(hidden, model.lm_head.weight[:num_tokens]).float()
+        logits = model.logits(hidden, vocab_size).float()
         if logits.numel():
             unusable |= ~logits.amax().isfinite()
         if (on_token is not None or device.type == "cpu") and unusable:

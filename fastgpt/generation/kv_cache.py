@@ -25,14 +25,12 @@ class KVCache:
     Attributes:
         length: number of positions that the longest row fills.
         lengths: (B,) int64, number of positions that each row fills; None if all are equal.
-        mask: (B, 1, 1, length + 1) bool, the columns that the new token of each row attends to; None for all.
     """
 
     def __init__(self, n_layer: int, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
         self.lengths: Tensor | None = None
-        self.mask: Tensor | None = None
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer
 
     def begin(self, count: int) -> slice | Tensor:
@@ -45,15 +43,26 @@ class KVCache:
             ValueError: the lengths differ and count is not 1.
         """
         if self.lengths is None:
-            self.mask = None
             return slice(self.length, self.length + count)
         if count != 1:
             raise ValueError(
                 f"rows of different lengths accept one token per pass, not {count}; append them one by one"
             )
-        columns = torch.arange(self.length + 1, device=self.lengths.device)
-        self.mask = (columns <= self.lengths[:, None])[:, None, None]
         return self.lengths[:, None]
+
+    def mask_within(self, window: int | None) -> Tensor | None:
+        """Return the columns that the new token of each row attends to, (B, 1, 1, length + 1) bool.
+
+        `window` limits them to the last ones, the token's own included. None if all lengths are equal: no mask is
+        needed then.
+        """
+        if self.lengths is None:
+            return None
+        columns, last = torch.arange(self.length + 1, device=self.lengths.device), self.lengths[:, None]
+        seen = columns <= last
+        if window is not None:
+            seen &= columns > last - window
+        return seen[:, None, None]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, H, T, D) after the filled positions; return all, (B, H, length + T, D)."""

@@ -154,7 +154,7 @@ def generate_texts(
     """Generate num_samples continuations of every prompt, in order, in float32.
 
     Args:
-        checkpoint: the directory of a run (`fastgpt train --out`) or of a Hugging Face GPT-2.
+        checkpoint: the directory of a run (`fastgpt train --out`) or of a Hugging Face model.
         prompts: the prompts.
         max_new_tokens: maximum number of new tokens per text.
         sampling: options of sampling.

@@ -10,7 +10,7 @@ import difflib
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from fastgpt.backends import BACKENDS
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
@@ -18,8 +18,8 @@ from fastgpt.data.files import STANDARD_INPUT, open_text
 from fastgpt.data.packing import PACKINGS
 from fastgpt.device import DTYPE_NAMES, DTYPES
 from fastgpt.evaluation.tasks.template import TASKS
+from fastgpt.gpt_config import ACTIVATIONS, NORMS, POSITIONS, PRESET_FIELDS, PRESETS, GPTConfig, preset_fields
 from fastgpt.json_io import loads_toml, shown
-from fastgpt.model import ACTIVATIONS, POSITIONS, GPTConfig
 from fastgpt.options import TEXT_KEY, kind_of, option
 
 BACKEND_CHOICES = ("auto", *BACKENDS)
@@ -28,7 +28,7 @@ SCHEDULES = ("cosine", "linear", "wsd")
 PARALLEL = ("auto", "ddp", "fsdp")
 
 # The fields that say which model it is: resuming cannot change them, and `init_from` brings its own.
-ARCHITECTURE = ("n_layer", "n_head", "n_embd", "position", "activation", "bias", "tie_head")
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "n_inner", "layer_norm_eps", *PRESET_FIELDS)
 MODEL_FIELDS = ("tokenizer", "vocab_size", "block_size", *ARCHITECTURE)
 
 # Defaults of `fastgpt finetune`, which starts from trained weights.
@@ -36,7 +36,7 @@ FINETUNE = {"max_steps": 500, "lr": 1e-4, "min_lr": 1e-5}
 # Titles of the options' groups in --help, by the first field of each.
 GROUPS = {
     "data": "data and directories",
-    "n_layer": "model",
+    "preset": "model",
     "packing": "batches and length of the run",
     "optimizer": "optimizer and schedule",
     "label_smoothing": "loss",
@@ -80,8 +80,8 @@ class TrainConfig:
     resume: bool = option(False, "continue the newest checkpoint in --out; its options are the defaults")
     init_from: str | None = option(
         None,
-        "model to start from, with its weights, tokenizer and architecture: a checkpoint, or a Hugging Face GPT-2 (a "
-        "directory, or NAME[@REVISION] on the Hub)",
+        "model to start from, with its weights, tokenizer and architecture: a checkpoint, or a Hugging Face GPT-2, "
+        "Llama or Mistral (a directory, or NAME[@REVISION] on the Hub)",
     )
     tokenizer: str = option(
         "auto",
@@ -90,12 +90,32 @@ class TrainConfig:
     )
     vocab_size: int = option(4096, "vocabulary size of bpe; other tokenizers have their own")
 
+    preset: str = option("gpt2", "architecture: defaults of the options below but for the sizes", PRESETS)
     n_layer: int = option(6, "Transformer blocks")
     n_head: int = option(6, "attention heads per block")
+    n_kv_head: int | None = option(
+        None, "heads of keys and values", described="n_head, with llama a fourth, third or half of it"
+    )
     n_embd: int = option(384, "embedding width (channels)")
+    n_inner: int | None = option(
+        None, "width of the MLP", described="4 n_embd, with a gate 8/3 n_embd in multiples of 64"
+    )
     block_size: int = option(256, "context length in tokens")
     position: str = option("learned", "positional encoding", POSITIONS)
-    activation: str = option("gelu_tanh", "activation of the MLP", ACTIVATIONS)
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    activation: str = option(
+        "gelu_tanh", "activation of the MLP; relu2: squared; swiglu, geglu: gated", ACTIVATIONS
+    )
+    norm: str = option("layer", "normalization: LayerNorm or RMSNorm", NORMS)
+    norm_weight: bool = option(True, "learned parameters in norms")
+    layer_norm_eps: float = option(1e-5, "term added to the variance or mean square in norms")
+    qk_norm: bool = option(False, "RMSNorm of queries and keys")
+    softcap: float | None = option(None, "bound c of the logits, c tanh(logits / c)")
+    window: tuple[int, ...] | None = option(
+        None,
+        "tokens that a token attends to, 0: all; several numbers are for the layers in turn",
+        described="all",
+    )
     dropout: float = option(0.0, "dropout rate in training")
     bias: bool = option(True, "biases in linear layers and LayerNorms")
     tie_head: bool = option(True, "output projection tied to the token embedding")
@@ -207,19 +227,15 @@ class TrainConfig:
         return GPTConfig(
             vocab_size=vocab_size,
             block_size=self.block_size,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            n_embd=self.n_embd,
             dropout=self.dropout,
-            bias=self.bias,
-            position=self.position,
-            activation=self.activation,
-            tie_head=self.tie_head,
+            **{name: getattr(self, name) for name in ARCHITECTURE},
         )
 
     def override(self, values: dict[str, Any]) -> TrainConfig:
-        """A copy with other values of the fields' types. Raises ValueError for anything else."""
+        """A copy with other values of the fields' types, a preset's fields included. Raises ValueError for others."""
         hints = get_type_hints(TrainConfig)
+        if "preset" in values:
+            values = preset_fields(values["preset"], values.get("n_head", self.n_head)) | values
         for name, value in values.items():
             if name not in hints:
                 raise ValueError(f"there is no option {shown(name)}; did you mean {_nearest(name, hints)!r}?")
@@ -269,6 +285,11 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     kind = kind_of(hint)
     if value is None and kind is not hint:
         return None
+    if get_origin(kind) is tuple:
+        many = value if isinstance(value, (list, tuple)) else [value]
+        if not all(type(one) is int for one in many):
+            raise ValueError(f"{name} must be one or more whole numbers, not {shown(value)}")
+        return tuple(many)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

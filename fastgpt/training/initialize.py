@@ -15,7 +15,8 @@ from fastgpt.checkpoints import native as checkpoint
 from fastgpt.checkpoints.load import open_model
 from fastgpt.checkpoints.native import Checkpoint, CheckpointError
 from fastgpt.distributed import restarted
-from fastgpt.model import GPT, GPTConfig
+from fastgpt.gpt_config import GPTConfig
+from fastgpt.model import GPT
 from fastgpt.tokenizer import Tokenizer, matches_option
 from fastgpt.training.config import ARCHITECTURE, MODEL_FIELDS, TrainConfig, trained_with
 from fastgpt.training.directory_lock import check_run_directory, in_use, is_locked

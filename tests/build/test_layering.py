@@ -30,7 +30,7 @@ RANKS = (
         "options",
     }
     | {"build_tools", "distributed", "testing", "_C", "_ops", "_interrupt"},
-    {"backends", "env_report", "tokenizer", "tokenizer_json"},
+    {"backends", "env_report", "gpt_config", "tokenizer", "tokenizer_json"},
     {"ops", "data"},
     {"functional", "flash_attention", "model"},
     {"integrations", "checkpoints"},

@@ -12,7 +12,8 @@ import fastgpt
 from fastgpt.generation.decode import NOTHING
 from fastgpt.generation.kv_cache import KVCache
 from fastgpt.generation.sampling import Sampling, sampling_distribution
-from fastgpt.model import GPT, POSITIONS
+from fastgpt.gpt_config import POSITIONS
+from fastgpt.model import GPT
 from fastgpt.testing import poisoned_memory
 from tests.model.test_model import lively, tokens
 

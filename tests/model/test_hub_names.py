@@ -242,8 +242,8 @@ def test_a_checkpoint_with_more_or_an_older_one_loads_with_a_note(
             {"transformer.h.0.crossattention.c_attn.bias": torch.ones(32)},
             "has the tensor 'h.0.crossattention",
         ),
-        ({"model_type": None, "n_head": None}, {}, "of type None; only 'gpt2'"),
-        ({"model_type": "opt"}, {}, "of type 'opt'; only 'gpt2'"),
+        ({"model_type": None, "n_head": None}, {}, "of type None; supported are 'gpt2'"),
+        ({"model_type": "opt"}, {}, "of type 'opt'; supported are 'gpt2'"),
         ({"n_layer": 2}, {}, "lacks the tensor 'h.1"),
     ],
 )

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt.model import ACTIVATIONS, GPT, POSITIONS, GPTConfig, sampling_distribution
+from fastgpt.gpt_config import ACTIVATIONS, POSITIONS
+from fastgpt.model import GPT, GPTConfig, sampling_distribution
 
 TINY = {"vocab_size": 61, "block_size": 24, "n_layer": 2, "n_head": 2, "n_embd": 32}
 
@@ -92,12 +93,14 @@ def test_from_pretrained_refuses_what_it_would_compute_otherwise(tmp_path: Path)
     file = tmp_path / "config.json"
     good = json.loads(file.read_text())
     for change, message in [
-        ({"model_type": "llama"}, "type 'llama'"),
+        ({"model_type": "llama"}, "lacks hidden_size"),
+        ({"model_type": "qwen2"}, "type 'qwen2'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn"),
         ({"scale_attn_weights": False}, "scale_attn_weights"),
         ({"activation_function": "silu"}, "'silu'"),
-        ({"n_inner": 100}, "n_inner=100"),
+        ({"n_inner": 100}, "shape"),
+        ({"n_inner": "wide"}, "n_inner must be of type int"),
         ({"n_embd": 64}, "shape"),
         ({"n_layer": 3}, "lacks the tensor 'h.2"),
         ({"n_layer": 1}, "has the tensor 'h.1"),

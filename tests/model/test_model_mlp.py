@@ -10,15 +10,22 @@ import torch.nn.utils.prune
 from torch import Tensor
 
 from fastgpt import explain
-from fastgpt.model import ACTIVATIONS
+from fastgpt.gpt_config import ACTIVATIONS
 from tests.model.test_model import tiny
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_mlp_is_one_op(activation: str):
+def test_the_mlp_is_one_op_without_gate_or_relu(activation: str):
     mlp = tiny(activation=activation).h[0].mlp
     decisions = explain(mlp, torch.randn(2, 3, 32)).decisions
-    assert [d.op for d in decisions] == (["linear"] * 2 if activation == "relu" else ["mlp"])
+    between = {
+        "relu": [],
+        "relu2": ["relu_squared"],
+        "swiglu": ["linear", "swiglu"],
+        "geglu": ["linear", "geglu"],
+    }
+    expected = ["linear", *between[activation], "linear"] if activation in between else ["mlp"]
+    assert [d.op for d in decisions] == expected
 
 
 class Adapter(torch.nn.Module):

@@ -66,6 +66,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
 def test_every_field_is_an_option_and_a_toml_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     other = {str: "data.txt", int: 2, float: 0.5, bool: False}
     special = {
+        **{"preset": "nanochat", "norm": "rms", "n_kv_head": 1, "qk_norm": True},
         **{"position": "rotary", "activation": "relu", "dtype": "float32", "backend": "reference"},
         **{"packing": "documents", "optimizer": "muon", "schedule": "wsd", "parallel": "fsdp"},
         **{

@@ -55,7 +55,7 @@ def test_the_help_of_train_has_groups_examples_and_defaults(capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.startswith("usage: fastgpt train [options] Train a model on a text.")
     for part in (
-        *("model: --n-layer", "machine: --threads", "examples: fastgpt train --data my.txt"),
+        *("model: --preset", "machine: --threads", "examples: fastgpt train --data my.txt"),
         *("(default: a tenth of max_steps, at most 250)", "(default: as PyTorch chooses)"),
     ):
         assert part in printed
