@@ -321,9 +321,10 @@ def test_json_on_stdout_is_the_records():
 
 
 @pytest.mark.slow
-def test_training_losses_agree_before_a_speed_counts(machine):
+@pytest.mark.parametrize("size", SIZES["tiny"], ids=["gpt2", "llama"])
+def test_training_losses_agree_before_a_speed_counts(size, machine):
     plan = Plan(0, 3, 3, ("step",), backends=("cpp",))
-    records = run_train(SIZES["tiny"][0], "fp32", machine, plan)
+    records = run_train(size, "fp32", machine, plan)
     validate([records[0] | machine.facts(command="test"), *records])
     status = {r["peer"]: r["status"] for r in records}
     assert status.pop("transformers + Liger-Kernel") in ("missing", "failed")  # it needs a GPU
