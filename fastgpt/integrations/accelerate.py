@@ -115,14 +115,24 @@ class _Work:
                 self._note(self.replaced, "AttentionInterface", name, attention.runs(before))
             done |= {m for m in model.modules() if attention.uses_interface(m)}
         if self.options["cross_entropy"]:
-            for name, model in language_model.with_causal_loss(self.model, self.table):
+            known = lambda model: self._class_for(model) is not None  # noqa: E731
+            for name, model in language_model.with_causal_loss(self.model, known):
                 self.undo.append(lambda m=model: delattr(m, "_loss_function"))  # type: ignore[misc]
                 model.loss_function = language_model.causal_loss_of_logits
                 self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
         return done
 
+    def _class_for(self, module: nn.Module) -> type[Replacement] | None:
+        """Return the class that takes the place of a module's own, if any."""
+        found = self.table.get(type(module))
+        if found is None and "transformers" in sys.modules:
+            from fastgpt.integrations.recognized import replacement_of
+
+            found = replacement_of(module)
+        return found
+
     def _module(self, name: str, module: nn.Module, known: set[nn.Module]) -> None:
-        cls = self.table.get(type(module))
+        cls = self._class_for(module)
         if cls is None:
             of = next((c for c in type(module).__mro__ if c in self.table), None)
             kind = type(module).__name__
@@ -192,8 +202,9 @@ def accelerate(
     gelu: bool = True,
     layer_norm: bool = True,
     rms_norm: bool = True,
+    swiglu: bool = True,
 ) -> Report:
-    """Run a model's attention, losses, GELUs and norms on fastgpt's kernels, in place.
+    """Run a model's attention, losses, activations and norms on fastgpt's kernels, in place.
 
     Parameters, buffers, hooks and the keys of the state dict stay what they are; a model computes the same, up to
     rounding (with dropout: from other random numbers, of the same distribution). What is not known exactly is left
@@ -205,7 +216,8 @@ def accelerate(
 
     Args:
         model: PyTorch's own modules and models of transformers are known; see `fastgpt.integrations`.
-        attention, cross_entropy, gelu, layer_norm, rms_norm: what to replace.
+        attention, cross_entropy, gelu, layer_norm, rms_norm, swiglu: what to replace; swiglu stands for MLPs with a
+            gate, GEGLU's too.
 
     Returns:
         What was replaced by what, and what was left and why; it prints as a table, and `.model` is the model. For
@@ -222,9 +234,8 @@ def accelerate(
         what = f"{_listed(already)} in it" if already[0] else "the model"
         note = f"nothing done: {what} is accelerated already (fastgpt.restore({_written(already[0])}) undoes that)"
         return Report(model, (), (), note)
-    options = dict(
-        attention=attention, cross_entropy=cross_entropy, gelu=gelu, layer_norm=layer_norm, rms_norm=rms_norm
-    )
+    options = dict(attention=attention, cross_entropy=cross_entropy, gelu=gelu, swiglu=swiglu)
+    options |= dict(layer_norm=layer_norm, rms_norm=rms_norm)
     work = _Work(inner, options)
     try:
         work.all()

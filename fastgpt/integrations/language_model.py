@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ class Loss:
 
     count:   what the sum is divided by; None for the number of targets that count.
     float32: the loss is float32 even where the logits are not.
+    softcap: logits made of hidden states become c tanh(logits / c).
     """
 
     target: Tensor
@@ -43,6 +44,7 @@ class Loss:
     ignore_index: int = -100
     label_smoothing: float = 0.0
     float32: bool = True
+    softcap: float | None = None
 
     def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The loss of logits hidden @ weight.T + bias, for hidden (..., D) and weight (V, D); scalar."""
@@ -58,7 +60,9 @@ class Loss:
         reason = reason or _of_targets(target)
         case = lambda b: no_float64_on_gpu_backends(b, hidden.dtype)  # noqa: E731
         if goes_to_pytorch("linear_cross_entropy", hidden, reason, case):
-            return self.of_logits(nn.functional.linear(hidden, weight, bias), target)
+            logits = nn.functional.linear(hidden, weight, bias)
+            logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            return self.of_logits(logits, target)
         traced = torch.compiler.is_compiling() or isinstance(target, FakeTensor)
         if hidden.device.type == "cpu" and not traced and len(hidden) == len(target):
             # In masked language modelling six rows in seven do not count. (On a GPU, to ask which is to wait for it.)
@@ -66,7 +70,7 @@ class Loss:
             if 0 < len(counted) < _FEW * len(target):
                 hidden, target = hidden.index_select(0, counted), target[counted]
         loss = ops.linear_cross_entropy(
-            hidden, weight, target, bias=bias, loss_dtype=self._dtype(), **self._options()
+            hidden, weight, target, bias=bias, softcap=self.softcap, loss_dtype=self._dtype(), **self._options()
         )  # fmt: skip
         return self._divided(loss)
 
@@ -131,6 +135,7 @@ def causal_loss_of_logits(logits: Tensor, labels: Tensor, vocab_size: int, **opt
 # does at a time, a variable that Dynamo can follow, and that leaves nothing in the graph.
 _thread = threading.local()
 _traced: Loss | None = None
+_given: Tensor | None = None
 
 
 class LossHead(Replacement, nn.Linear):
@@ -140,7 +145,11 @@ class LossHead(Replacement, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         loss = self._taken()
-        return super().forward(input) if loss is None else loss.of_hidden(input, self.weight, self.bias)
+        if loss is None:
+            return super().forward(input)
+        value = loss.of_hidden(input, self.weight, self.bias)
+        self._give(value)
+        return value
 
     def _taken(self) -> Loss | None:
         """Take the loss that was requested of this head; None afterwards."""
@@ -155,16 +164,30 @@ class LossHead(Replacement, nn.Linear):
         wishes[-1] = (None, None)
         return loss
 
+    def _give(self, value: Tensor) -> None:
+        global _given  # noqa: PLW0603
+        if torch.compiler.is_compiling():
+            _given = value
+        else:
+            _thread.wishes[-1] = (None, value)
+
+    def given(self) -> Tensor | None:
+        """Return, within `wanted`, the loss that was computed; None if the head was not called."""
+        if torch.compiler.is_compiling():
+            return _given
+        head, value = _thread.wishes[-1]
+        return None if head is self else value
+
     @contextmanager
     def wanted(self, loss: Loss) -> Iterator[None]:
         """Within, the first call of the head in this thread gives this loss; calls of the model may be nested."""
-        global _traced  # noqa: PLW0603
+        global _traced, _given
         if torch.compiler.is_compiling():
             before, _traced = _traced, loss
             try:
                 yield
             finally:
-                _traced = before
+                _traced, _given = before, None
             return
         wishes = _thread.__dict__.setdefault("wishes", [])
         wishes.append((self, loss))
@@ -181,6 +204,8 @@ def with_fused_loss(
     logits: str = "logits",
     rest: tuple[str, Callable[[Any, Tensor], Tensor]] | None = None,
     no_cache: bool = False,
+    own: Callable[[Any, dict[str, Any]], bool] = lambda model, kwargs: False,
+    softcap: str | None = None,
 ) -> Callable[..., Any]:
     """A model's forward with its loss fused into the head while training, and computed from the logits otherwise.
 
@@ -192,6 +217,8 @@ def with_fused_loss(
         rest: what else is added to the loss: the name of its labels, without which there is no loss at all, and a
             function of the output and these.
         no_cache: whether the model's own forward sets use_cache=False where it is given labels.
+        own: whether a call's loss is left to the model's forward; of the model and the keyword arguments.
+        softcap: the name of the cap of the logits in the model's configuration.
     """
 
     @functools.wraps(forward)
@@ -206,22 +233,24 @@ def with_fused_loss(
             and "_loss_function" not in vars(self)
             and isinstance(layer, LossHead)
             and is_unmodified(layer, called=True)
+            and not own(self, kwargs)
         )
         if labels is None or not ours or (rest is not None and kwargs.get(rest[0]) is None):
             return forward(self, *args, **kwargs)
-        wanted = loss(**kwargs)
+        wanted = replace(loss(**kwargs), softcap=getattr(self.config, softcap) if softcap else None)
         kwargs["labels"] = None
         if no_cache:
             kwargs["use_cache"] = False
         if self.training:
             with layer.wanted(wanted):
                 output = forward(self, *args, **kwargs)
-            if output[logits].dim() != 0:
+                value = layer.given()
+            if value is None or output[logits].dim() != 0:
                 raise RuntimeError(
                     f"something called {head} before the model did, and got the loss for the logits: call "
                     "fastgpt.accelerate(model, cross_entropy=False) for such a model"
                 )
-            found = {**output, logits: None, "loss": output[logits]}
+            found = {**output, logits: None, "loss": value}
         else:
             output = forward(self, *args, **kwargs)
             found = {**output, "loss": wanted.of_logits(output[logits])}
@@ -253,13 +282,13 @@ class OwnerOfHead(Replacement):
         return {cls.head: LossHead}
 
 
-def with_causal_loss(model: nn.Module, known: Container[type]) -> Iterator[tuple[str, Any]]:
+def with_causal_loss(model: nn.Module, known: Callable[[nn.Module], bool]) -> Iterator[tuple[str, Any]]:
     """Yield the models of transformers in a model, with their names, that compute the next-token loss by loss_function.
 
-    Models of known classes are left out; some of them warn when their loss_function is read.
+    Those that are known otherwise are left out; some of them warn when their loss_function is read.
     """
     for name, module in model.named_modules():
-        if type(module) in known or not isinstance(module, PreTrainedModel):
+        if not isinstance(module, PreTrainedModel) or known(module):
             continue
         if not _calls_loss_function(type(module)):
             continue

@@ -283,18 +283,18 @@ def test_hooks_see_the_layers_that_fuse():
 
 
 def test_other_causal_models_get_attention_and_the_loss_on_logits():
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+    from transformers import OPTConfig
+    from transformers.models.opt.modeling_opt import OPTForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
+    config = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=64, dropout=0.0,
     )  # fmt: skip
-    model, inputs = LlamaForCausalLM(config), batch("LlamaForCausalLM", "left")
+    model, inputs = OPTForCausalLM(config), batch("OPTForCausalLM", "left")
     before = loss_and_gradients(model, inputs)
     report = fastgpt.accelerate(model)
     called = {decision.op for decision in fastgpt.explain(model, **inputs).decisions}
-    assert called == {"attention", "cross_entropy"}
+    assert called == {"attention", "add_layer_norm", "cross_entropy"}
     assert "on logits" in str(report)
     assert_same(before, loss_and_gradients(model, inputs))
     fastgpt.restore(model)

@@ -39,13 +39,20 @@ MODELS = {
 }  # fmt: skip
 
 
+class DoubledRMSNorm(hf.models.llama.modeling_llama.LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return 2 * super().forward(hidden_states)
+
+
 def kinds(entries):
     return {entry.kind for entry in entries}
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])
 def test_norms_rotations_and_gates_are_said_to_be_left(name):
-    report = fastgpt.accelerate(MODELS[name]())
+    model = MODELS[name](hidden_act="relu")
+    model.model.norm = DoubledRMSNorm(32)
+    report = fastgpt.accelerate(model)
     found = kinds(report.left)
     for part in ("RMSNorm", "RotaryEmbedding", "MLP"):
         assert any(kind.endswith(part) for kind in found), str(report)
