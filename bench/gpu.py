@@ -44,6 +44,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "geglu": ("geglu", "op_sizes"),
     "swiglu": ("swiglu",),
     "relu_squared": ("relu_squared",),
+    "rope": ("rope",),
 }
 TRAINED_WITH = 3  # training steps are timed after this number of ops
 REHEARSED = "gelu"  # a rehearsal runs the tests of this op and only collects the others

@@ -43,7 +43,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 OPS = (
     *("attention", "cross_entropy", "linear_cross_entropy", "attention_varlen", "linear"),
     *("gelu", "bias_gelu", "linear_gelu", "mlp", "geglu", "swiglu", "relu_squared"),
-    *("add_layer_norm", "add_rms_norm", "rms_norm"),
+    *("add_layer_norm", "add_rms_norm", "rms_norm", "rope"),
 )
 # Ops without files of their own, and whose they share.
 SHARED_FILES = {"bias_gelu": "gelu", "add_rms_norm": "rms_norm"}

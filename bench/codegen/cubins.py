@@ -229,8 +229,9 @@ def record(kernel: Kernel, arch: str) -> dict[str, Any]:
     """Create the record of a kernel, with the same fields as for a Triton kernel."""
     warps, code = kernel.threads // 32, kernel.code
     shared = SHARED[kernel.name](kernel.arguments) if kernel.name in SHARED else 0
-    # The norms have several passes over a row in registers, so no single loop represents their cost.
-    least = None if kernel.op in ("add_layer_norm", "rms_norm") else LEAST.get(kernel.name)
+    # The norms have several passes over a row in registers, so no single loop represents their cost. rope reads cos and
+    # sin from the cache beside what it moves.
+    least = None if kernel.op in ("add_layer_norm", "rms_norm", "rope") else LEAST.get(kernel.name)
     loop, moved = None, None
     if least and not kernel.is_fallback:
         body, itemsize = streamed(code), _itemsize(kernel.arguments)

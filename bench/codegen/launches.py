@@ -126,6 +126,12 @@ def configurations() -> Iterator[Configuration]:
         name, quick = f"{_NAMES[dtype]} D{size}", (dtype, size) == (BF16, 768)
         yield Configuration("rms_norm", name, _rms_norm(dtype, size), quick)
         yield Configuration("add_rms_norm", name, _rms_norm(dtype, size, residual=True), quick)
+    for dtype, size in ((BF16, 64), (BF16, 128), (FP32, 64)):
+        for interleaved in (False, True):
+            name = f"{_NAMES[dtype]} d{size}{' interleaved' if interleaved else ''}"
+            launch = _rope(dtype, size, interleaved=interleaved)
+            yield Configuration("rope", name, launch, (dtype, size) == (BF16, 64))
+    yield Configuration("rope", "bf16 d96 turned 32", _rope(BF16, 96, turned=32))
 
 
 # ---- launchers called as the ops call them ----
@@ -282,6 +288,21 @@ def _rms_norm(dtype: torch.dtype, size: int, *, residual: bool = False) -> Calla
         other = torch.empty_like(x) if residual else None
         normed, _, rstd = rms_norm.rms_norm_fwd(x, other, weight, 1e-6, 0.0)
         rms_norm.rms_norm_bwd(normed, other, x, weight, rstd, 0.0)
+
+    return launch
+
+
+def _rope(
+    dtype: torch.dtype, size: int, *, turned: int | None = None, interleaved: bool = False
+) -> Callable[[], None]:
+    """Return a call of one launcher; the other launches the same kernel."""
+
+    def launch() -> None:
+        from fastgpt.kernels import rope
+
+        q, k = (torch.empty(1, 64, heads, size, dtype=dtype).transpose(1, 2) for heads in (16, 4))
+        cos = torch.empty(64, (turned or size) // 2)
+        rope.rope_fwd(q, k, cos, cos.clone(), interleaved)
 
     return launch
 

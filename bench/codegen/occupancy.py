@@ -28,13 +28,13 @@ SHARED_PER_BLOCK = {  # bytes
     "sm_120": 99 << 10,
 }
 
-# Lower bound of the elements read and written per element of the result.
+# Lower bound of the elements read and written per element of the result; of rope per pair of channels.
 LEAST = {
     "gelu_fwd": (1, 1), "gelu_bwd": (2, 1), "bias_gelu_fwd": (1, 1), "bias_gelu_bwd": (2, 1), "geglu_fwd": (2, 1),
     "geglu_bwd": (3, 2), "cross_entropy_fwd": (1, 0), "cross_entropy_bwd": (1, 1), "add_layer_norm_fwd": (2, 2),
     "add_layer_norm_bwd": (3, 1), "add_layer_norm_bwd_rows": (2, 0), "rms_norm_fwd": (2, 2), "rms_norm_bwd": (3, 1),
     "rms_norm_bwd_rows": (2, 0), "swiglu_fwd": (2, 1), "swiglu_bwd": (3, 2), "relu_squared_fwd": (1, 1),
-    "relu_squared_bwd": (2, 1),
+    "relu_squared_bwd": (2, 1), "rope_fwd": (2, 2),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from fastgpt.testing import ErrorRule
 
 TUNED = (
     *("attention", "cross_entropy", "linear_gelu", "gelu", "bias_gelu", "geglu", "swiglu", "relu_squared"),
-    *("add_layer_norm", "add_rms_norm", "rms_norm"),
+    *("add_layer_norm", "add_rms_norm", "rms_norm", "rope"),
 )
 WARM_UP, ROUNDS = 2, 15
 GAIN = 0.98  # a faster row takes at most this share of the current row's time
@@ -70,6 +70,7 @@ CANDIDATES: dict[str, list[Row]] = {
     "add_layer_norm_bwd": rows((2048, 4096, 8192), (4, 8, 16), (128, 256, 512)),
     "rms_norm_fwd": rows((1, 2, 4, 8, 16)),
     "rms_norm_bwd": rows((2048, 4096, 8192), (4, 8, 16), (128, 256, 512)),
+    "rope_fwd": rows((4, 8, 16, 32)),
 }
 REHEARSED = 2  # candidates of each kernel in a rehearsal
 

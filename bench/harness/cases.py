@@ -22,7 +22,7 @@ class Case:
     """A shape, a dtype and options.
 
     Attributes:
-        dims: sizes by letter: B batch, H heads, T length, D head size, N rows, C width, F width
+        dims: sizes by letter: B batch, H heads, K heads of the keys, T length, D head size, N rows, C width, F width
             of the hidden layer, V vocabulary.
         options: further arguments of the op, such as {"approximate": "tanh"}.
         sweep: letter of the size that a scaling series varies; None outside a series.

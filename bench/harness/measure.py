@@ -216,12 +216,12 @@ class InputSet:
 
     Attributes:
         original: copies of the inputs for contenders that overwrite them; None if no contender does.
-        upstream: gradient with respect to the output.
+        upstream: gradient with respect to the output, or one for each output.
     """
 
     inputs: list[Any]
     original: list[Any] | None
-    upstream: Tensor
+    upstream: Any
 
     def clear(self) -> None:
         """Delete the gradients."""
@@ -251,7 +251,10 @@ def _input_sets(op: Op, case: Case, machine: Machine, contenders: list[Contender
     for i in range(count):
         inputs = first if i == 0 else op.inputs(case, machine.device)
         original = [x.detach().clone() for x in inputs] if mutated else None
-        sets.append(InputSet(inputs, original, torch.randn_like(output)))
+        upstream = (
+            [torch.randn_like(y) for y in output] if isinstance(output, tuple) else torch.randn_like(output)
+        )
+        sets.append(InputSet(inputs, original, upstream))
     return sets
 
 
@@ -267,7 +270,7 @@ def _turn(direction: str, sets: list[InputSet], contender: Contender, number: in
     def call() -> None:
         output = function(*one.inputs)
         if direction == "fwd+bwd":
-            output.backward(one.upstream)
+            torch.autograd.backward(output, one.upstream)
 
     return one.restore if contender.mutates else one.clear, call
 

@@ -16,6 +16,7 @@ from .linear_gelu import linear_gelu
 from .mlp import mlp
 from .relu_squared import relu_squared
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
@@ -33,5 +34,6 @@ __all__ = [
     "mlp",
     "relu_squared",
     "rms_norm",
+    "rope",
     "swiglu",
 ]

@@ -13,6 +13,7 @@ from .mlp import mlp
 from .philox import dropout_keep
 from .relu_squared import relu_squared
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import rope
 from .swiglu import swiglu
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "mlp",
     "relu_squared",
     "rms_norm",
+    "rope",
     "swiglu",
 ]

@@ -16,6 +16,7 @@ from .ops import (
     mlp,
     relu_squared,
     rms_norm,
+    rope,
     swiglu,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "mlp",
     "relu_squared",
     "rms_norm",
+    "rope",
     "swiglu",
     "use_backend",
 ]

@@ -105,6 +105,15 @@ def pointwise(dtype: torch.dtype = BF16, rows: int = 8192) -> Iterator[tuple[str
     )
     yield "rms_norm", lambda: trained(ops.rms_norm, leaf(rows, 768), leaf(768))
     yield "add_rms_norm", lambda: trained(ops.add_rms_norm, leaf(rows, 768), leaf(rows, 768), leaf(768))
+    yield "rope", lambda: trained(rotated(rows), leaf(rows, 12, 64), leaf(rows, 4, 64))
+
+
+def rotated(rows: int, **options: Any) -> Callable[[Tensor, Tensor], Any]:
+    """RoPE of q and k (rows, heads, 64), one sequence."""
+    cos = cuda(rows, 32)
+    return lambda q, k: ops.rope(
+        q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, cos.clone(), **options
+    )
 
 
 def drop_in() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -15,7 +15,7 @@ from tests.support import every_op
 
 WITHOUT_PRODUCTS = (
     *("gelu", "bias_gelu", "geglu", "swiglu", "relu_squared"),
-    *("add_layer_norm", "add_rms_norm", "rms_norm", "cross_entropy"),
+    *("add_layer_norm", "add_rms_norm", "rms_norm", "rope", "cross_entropy"),
 )
 
 

@@ -73,6 +73,7 @@ CASES = IN_THREADS | {
     "geglu": (8, 250_000),
     "swiglu": (8, 250_000),
     "relu_squared": (8, 250_000),
+    "rope": (3000, 256),
     "attention_varlen": (1000, 256),
     "cross_entropy": (8, 150_000),
     "linear_cross_entropy, row by row": (64, 10_000),

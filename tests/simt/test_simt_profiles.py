@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 FILES = (
     *("add_layer_norm", "attention", "attention_cuda", "attention_varlen", "cross_entropy"),
     *("cross_entropy_with_grad", "geglu", "gelu", "linear_cross_entropy", "linear_gelu", "linear_gelu_cuda"),
-    *("mlp", "mlp_cuda", "op_sizes", "relu_squared", "rms_norm", "swiglu"),
+    *("mlp", "mlp_cuda", "op_sizes", "relu_squared", "rms_norm", "rope", "swiglu"),
 )
 
 

@@ -26,7 +26,9 @@ DATA = (
 MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
 ATTENTION = "attention attention_extremes attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
-OPS = " ".join(dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm".split()))
+OPS = " ".join(
+    dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm rope".split())
+)
 CHECKPOINTS = "checkpoint untrusted_checkpoint fuzz_checkpoints"
 RUNS = f"train train_options train_distributed resume run_directory console divergence {CHECKPOINTS} cli"
 
@@ -57,12 +59,13 @@ TABLE = [
     ("csrc/cpu/gemm.h", "linear linear_gelu mlp linear_cross_entropy wheel", CPU),
     ("csrc/cpu/add_layer_norm*", "add_layer_norm op_sizes", CPU),
     ("csrc/cpu/rms_norm*", "rms_norm op_sizes", CPU),
+    ("csrc/cpu/rope*", "rope op_sizes", CPU),
     ("csrc/cuda/gelu*", f"{GELUS} simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/swiglu*", "swiglu op_sizes simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/relu_squared*", "relu_squared op_sizes simt simt_profiles cuda_compile", EMULATED),
     (
         "csrc/cuda/elementwise.cuh",
-        f"{GELUS} {GATES} simt simt_profiles cuda_compile",
+        f"{GELUS} {GATES} rope simt simt_profiles cuda_compile",
         EMULATED,
     ),
     ("csrc/cuda/attention*", f"{ATTENTION} attention_cuda simt simt_profiles cuda_compile", EMULATED),
@@ -70,6 +73,7 @@ TABLE = [
     ("csrc/cuda/cross_entropy*", f"{LOSSES} simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/add_layer_norm*", "add_layer_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/rms_norm*", "rms_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
+    ("csrc/cuda/rope*", "rope op_sizes simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/norms.cuh", "add_layer_norm rms_norm op_sizes simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/row_threads.cuh", "add_layer_norm rms_norm simt simt_profiles cuda_compile", EMULATED),
     ("csrc/cuda/linear_gelu*", "linear_gelu_cuda linear_gelu op_sizes cuda_compile", EMULATED),
@@ -117,6 +121,7 @@ TABLE = [
         f"rms_norm op_sizes triton_compile triton_oldest hub {GPU_PATH}",
         TRITON,
     ),
+    ("kernels/triton/rope.py", f"rope op_sizes triton_compile triton_oldest hub {GPU_PATH}", TRITON),
     (
         "kernels/triton/philox.py",
         f"{ATTENTION} philox triton_compile triton_oldest hub {GPU_PATH}",

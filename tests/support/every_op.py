@@ -20,6 +20,7 @@ NAMES = (
     "add_layer_norm",
     "rms_norm",
     "add_rms_norm",
+    "rope",
     "attention",
     "attention_varlen",
     "cross_entropy",
@@ -40,6 +41,13 @@ def sdpa_by_document(q, k, v, bounds):
         if d[0].shape[2]
     ]
     return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+
+def rotated(x, cos, sin):
+    """RoPE of halves, of the first channels of x as the columns of cos have it."""
+    pairs = cos.shape[-1]
+    a, b = x[..., :pairs], x[..., pairs : 2 * pairs]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, x[..., 2 * pairs :]), dim=-1)
 
 
 def case(name, dtype, rows=37, size=67):
@@ -100,6 +108,19 @@ def case(name, dtype, rows=37, size=67):
             ops.add_rms_norm,
             lambda x, r, w: (T.rms_norm(x + r, w.shape, w, 1e-6), x + r),
             [leaf(rows, size), leaf(rows, size), leaf(size)],
+        )
+    if name == "rope":
+        size = min(size, 256)
+        angle = torch.randn(rows, size // 2)
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        inputs = [leaf(2, heads, rows, size) for heads in (6, 4)]
+        return (
+            lambda q, k: ops.rope(q, k, cos, sin),
+            lambda q, k: (
+                rotated(q, cos.to(q.dtype), sin.to(q.dtype)),
+                rotated(k, cos.to(k.dtype), sin.to(k.dtype)),
+            ),
+            inputs,
         )
     if name == "attention":
         return (
