@@ -32,7 +32,7 @@ from fastgpt.tokenizer import Tokenizer
 
 __all__ = ["GPT", "GPTConfig"]
 
-Rotation = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding
+Rotation = tuple[Tensor, Tensor] | None  # cos and sin of the rotary embedding, (T, D/2) or (B, T, D/2)
 MAX_TABLE_SIZE = 1 << 31  # elements of a table of positions
 
 
@@ -47,12 +47,6 @@ def sin_cos(length: int, channels: int, base: float = 10000.0) -> tuple[Tensor, 
     frequency = torch.exp(torch.arange(0, channels, 2) * (-math.log(base) / channels))
     angle = torch.arange(length)[:, None] * frequency
     return angle.sin(), angle.cos()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channel pairs (i, i + D/2) of x (…, D) by the angles of cos and sin (…, D/2), which broadcast."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def packed_positions(cu_seqlens: Tensor, idx: Tensor) -> Tensor:
@@ -131,8 +125,9 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             q = ops.rms_norm(q, self.q_norm.weight, self.norm_eps)
             k = ops.rms_norm(k, self.k_norm.weight, self.norm_eps)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if context.rotation is not None:
-            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+            q, k = ops.rope(q, k, *context.rotation)
         y = (
             self._attend(q, k, v, context)
             if context.cu_seqlens is None
@@ -141,8 +136,7 @@ class CausalSelfAttention(nn.Module):
         return self.c_proj(y.reshape(B, T, C))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """Attend within each row of q (B, T, H, D), k and v (B, T, Hk, D), and to the cached tokens before it."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        """Attend within each row of q (B, H, T, D), k and v (B, Hk, T, D), and to the cached tokens before it."""
         mask, window = None, self.window
         if context.cache is not None:
             k, v = context.cache.append(self.layer, k, v)
@@ -153,9 +147,9 @@ class CausalSelfAttention(nn.Module):
         return ops.attention(q, k, v, **options).transpose(1, 2)
 
     def _attend_packed(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Attend within each document of the B T tokens of q (B, T, H, D), k and v (B, T, Hk, D): (B T, H, D)."""
-        lengths = (cu_seqlens, cu_seqlens, q.shape[1], q.shape[1])
-        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        """Attend within each document of the B T tokens of q (B, H, T, D), k and v (B, Hk, T, D): (B T, H, D)."""
+        lengths = (cu_seqlens, cu_seqlens, q.shape[2], q.shape[2])
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
         return ops.attention_varlen(q, k, v, *lengths, **self._options(self.window))
 
     def _options(self, window: int | None) -> dict[str, Any]:
@@ -332,8 +326,7 @@ class GPT(nn.Module):
             return x + self.wpe.weight[positions], None
         if self.config.position == "sinusoidal":
             return x * math.sqrt(self.config.n_embd) + self.wave[positions], None
-        # (T, 1, D / 2) or (B, T, 1, D / 2): the same for all heads.
-        return x, (self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2))
+        return x, (self.cos[positions], self.sin[positions])
 
     def logits(self, hidden: Tensor, num_tokens: int | None = None) -> Tensor:
         """Compute the logits, (..., V), of hidden states (..., C); of the first `num_tokens` tokens alone if given."""
