@@ -98,7 +98,7 @@ def test_it_compiles(kernel):
 def test_two_versions_live_in_one_process(kernel, tmp_path, monkeypatch):
     templates = tmp_path / "templates"
     templates.mkdir()
-    for path in hub.TEMPLATES.iterdir():
+    for path in filter(Path.is_file, hub.TEMPLATES.iterdir()):
         (templates / path.name).write_text(
             path.read_text().replace("nothing compiled", "nothing compiled at all")
         )

@@ -229,7 +229,7 @@ def test_a_signal_saves_and_ends_all_processes(options: dict, tmp_path: Path):
     read_until(process, "step 3/")
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
-    (stopped,) = re.findall(r"^stopped at step (\d+): saved; pass --resume to go on$", printed, re.MULTILINE)
+    (stopped,) = re.findall(r"^stopped at step (\d+): saved; to go on: ", printed, re.MULTILINE)
     assert checkpoint.open_checkpoint(tmp_path).step == int(stopped)
 
 
@@ -240,7 +240,7 @@ def test_a_signal_to_one_process_alone_saves_and_ends_all(options: dict, tmp_pat
     workers(process)[1].terminate()
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    (stopped,) = re.findall(r"^stopped at step (\d+): saved; pass --resume to go on$", printed, re.MULTILINE)
+    (stopped,) = re.findall(r"^stopped at step (\d+): saved; to go on: ", printed, re.MULTILINE)
     assert checkpoint.open_checkpoint(tmp_path).step == int(stopped)
 
 
