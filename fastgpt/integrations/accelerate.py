@@ -140,7 +140,7 @@ class _Work:
                 self._note(
                     self.left, kind, name, f"a {of.__name__} of its own kind: it may compute something else"
                 )
-            elif module not in known and _NOTEWORTHY.search(kind):
+            elif module not in known and _NOTEWORTHY.search(kind) and not _makes_angles(module):
                 self._note(self.left, kind, name, _UNKNOWN + (_PATCHED if calls_functional(module) else ""))
             elif type(module).__module__.partition(".")[0] != "torch" and _is_gated(module):
                 self._note(self.left, kind, name, f"its gated activation: {_UNKNOWN}")
@@ -202,6 +202,7 @@ def accelerate(
     gelu: bool = True,
     layer_norm: bool = True,
     rms_norm: bool = True,
+    rope: bool = True,
     swiglu: bool = True,
 ) -> Report:
     """Run a model's attention, losses, activations and norms on fastgpt's kernels, in place.
@@ -216,8 +217,8 @@ def accelerate(
 
     Args:
         model: PyTorch's own modules and models of transformers are known; see `fastgpt.integrations`.
-        attention, cross_entropy, gelu, layer_norm, rms_norm, swiglu: what to replace; swiglu stands for MLPs with a
-            gate, GEGLU's too.
+        attention, cross_entropy, gelu, layer_norm, rms_norm, rope, swiglu: what to replace; rope is the rotation
+            of queries and keys, and swiglu stands for MLPs with a gate, GEGLU's too.
 
     Returns:
         What was replaced by what, and what was left and why; it prints as a table, and `.model` is the model. For
@@ -235,7 +236,7 @@ def accelerate(
         note = f"nothing done: {what} is accelerated already (fastgpt.restore({_written(already[0])}) undoes that)"
         return Report(model, (), (), note)
     options = dict(attention=attention, cross_entropy=cross_entropy, gelu=gelu, swiglu=swiglu)
-    options |= dict(layer_norm=layer_norm, rms_norm=rms_norm)
+    options |= dict(layer_norm=layer_norm, rms_norm=rms_norm, rope=rope)
     work = _Work(inner, options)
     try:
         work.all()
@@ -250,6 +251,15 @@ def _is_gated(module: nn.Module) -> bool:
     """Return whether a module is a feed-forward block with a gate (SwiGLU, GEGLU), which no replacement fuses."""
     names = {*module._modules, *module._parameters}
     return any(names >= gate for gate in _GATED)
+
+
+def _makes_angles(module: nn.Module) -> bool:
+    """Return whether a module makes angles of a rotation, once for all layers: there is nothing to replace."""
+    if "transformers" not in sys.modules or not type(module).__name__.endswith("RotaryEmbedding"):
+        return False
+    from fastgpt.integrations.rotary import makes_angles
+
+    return makes_angles(type(module))
 
 
 def _inner(model: nn.Module) -> nn.Module:

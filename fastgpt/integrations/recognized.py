@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import activations
 
 from fastgpt import ops
+from fastgpt.integrations import rotary
 from fastgpt.integrations.fingerprint import fingerprint
 from fastgpt.integrations.language_model import OwnerOfHead, causal_loss, with_fused_loss
 from fastgpt.integrations.replacement import Replacement, approximation
@@ -31,12 +32,18 @@ class Recognized(Replacement):
     needs: of further methods, by name.
     """
 
-    code: ClassVar[tuple[str, ...]]
+    code: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[dict[str, str]] = {}
 
     if TYPE_CHECKING:  # submodules and parameters of the class that is replaced
 
         def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def fits(cls, kind: Any, found: str | None) -> bool:
+        """Return whether a class, whose forward has this fingerprint, computes what this one does."""
+        known = cls.needs.items()
+        return found in cls.code and all(fingerprint(getattr(kind, name)) == code for name, code in known)
 
     @classmethod
     def members(cls, replaced: Any) -> dict[str, Any]:
@@ -237,13 +244,37 @@ class CappedCausalLM(CausalLM):
     cap = "final_logit_softcapping"
 
 
+class RotaryAttention(Recognized):
+    """An attention, with its own code, whose queries and keys are rotated by one op."""
+
+    option, runs = "rope", "rope"
+
+    @classmethod
+    def fits(cls, kind: Any, found: str | None) -> bool:
+        return rotary.is_known(inspect.unwrap(kind.forward)) and rotary.with_rope(kind.forward) is not None
+
+    @classmethod
+    def members(cls, replaced: Any) -> dict[str, Any]:
+        return {"forward": rotary.with_rope(replaced.forward)}
+
+
 def _with_a_routers_loss(model: Any, kwargs: dict[str, Any]) -> bool:
     requested = kwargs.get("output_router_logits")
     return bool(getattr(model.config, "output_router_logits", False) if requested is None else requested)
 
 
 PATTERNS: tuple[type[Recognized], ...] = (
-    *(RMSNorm, WeightedRMSNorm, OffsetRMSNorm, SwiGLU, GEGLU, PreNormLayer, CausalLM, CappedCausalLM),
+    *(
+        RMSNorm,
+        WeightedRMSNorm,
+        OffsetRMSNorm,
+        SwiGLU,
+        GEGLU,
+        PreNormLayer,
+        CausalLM,
+        CappedCausalLM,
+        RotaryAttention,
+    ),
 )
 
 
@@ -262,12 +293,7 @@ def _fitting(kind: Any) -> tuple[type[Recognized], ...]:
     if "forward" not in vars(kind) or issubclass(kind, Replacement):
         return ()
     found = fingerprint(kind.forward)
-    return tuple(
-        pattern
-        for pattern in PATTERNS
-        if found in pattern.code
-        and all(fingerprint(getattr(kind, name)) == code for name, code in pattern.needs.items())
-    )
+    return tuple(pattern for pattern in PATTERNS if pattern.fits(kind, found))
 
 
 @functools.cache

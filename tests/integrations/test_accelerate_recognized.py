@@ -22,23 +22,33 @@ SIZES = dict(
 )  # fmt: skip
 NORM, LAYER, MLP, GEMMA, HEAD = "rms_norm", "add_rms_norm", "swiglu", "geglu", "linear_cross_entropy"
 # Options of the configuration, and the ops that a training step must call beside attention.
+ROPE = "rope"
 FAMILIES = {
-    "Llama": ({}, {NORM, LAYER, MLP, HEAD}),
-    "Mistral": ({"sliding_window": 6}, {NORM, LAYER, MLP, HEAD}),
-    "Qwen2": ({}, {NORM, LAYER, MLP, HEAD}),
-    "Qwen3": ({"head_dim": 8}, {NORM, LAYER, MLP, HEAD}),
-    "Gemma": ({"head_dim": 8}, {NORM, LAYER, GEMMA, HEAD}),
-    "Gemma2": ({"head_dim": 8, "final_logit_softcapping": 2.0}, {NORM, GEMMA, HEAD}),
-    "Olmo2": ({}, {NORM, MLP, HEAD}),
+    "Llama": ({}, {NORM, LAYER, MLP, HEAD, ROPE}),
+    "Mistral": ({"sliding_window": 6}, {NORM, LAYER, MLP, HEAD, ROPE}),
+    "Qwen2": ({}, {NORM, LAYER, MLP, HEAD, ROPE}),
+    "Qwen3": ({"head_dim": 8}, {NORM, LAYER, MLP, HEAD, ROPE}),
+    "Gemma": ({"head_dim": 8}, {NORM, LAYER, GEMMA, HEAD, ROPE}),
+    "Gemma2": ({"head_dim": 8, "final_logit_softcapping": 2.0}, {NORM, GEMMA, HEAD, ROPE}),
+    "Olmo2": ({}, {NORM, MLP, HEAD, ROPE}),
     "SmolLM3": ({}, {NORM, LAYER, MLP, HEAD}),
-    "Mixtral": ({"num_local_experts": 2}, {NORM, LAYER, HEAD}),
+    "Mixtral": ({"num_local_experts": 2}, {NORM, LAYER, HEAD, ROPE}),
     "Qwen2Moe": (
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         {NORM, MLP, HEAD},
     ),
-    "Granite": ({"logits_scaling": 3.0}, {NORM, MLP}),
+    "Granite": ({"logits_scaling": 3.0}, {NORM, MLP, ROPE}),
     "Helium": ({"head_dim": 8}, {LAYER, MLP, HEAD}),
     "Ernie4_5": ({}, {NORM, LAYER, MLP, HEAD}),
+    "Glm4Moe": (  # rotates the first half of the channels
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+        {NORM, LAYER, MLP, ROPE},
+    ),
     "Exaone4": ({"sliding_window": 6}, {NORM, MLP, HEAD}),
 }
 
@@ -183,13 +193,44 @@ def test_hooks_and_other_modules_in_place_of_norm_gate_and_head_are_called():
     torch.testing.assert_close(model(**inputs).loss, expected)
 
 
-@pytest.mark.parametrize("option", ["rms_norm", "swiglu", "cross_entropy"])
+@pytest.mark.parametrize("option", ["rms_norm", "rope", "swiglu", "cross_entropy"])
 def test_an_option_leaves_its_part_alone(option):
     model, inputs = build("Llama"), batch("Llama")
     report = fastgpt.accelerate(model, **{option: False})
-    gone = {"rms_norm": {NORM, LAYER}, "swiglu": {MLP}, "cross_entropy": {HEAD}}[option]
+    gone = {"rms_norm": {NORM, LAYER}, "rope": {ROPE}, "swiglu": {MLP}, "cross_entropy": {HEAD}}[option]
     assert not gone & called(model, inputs)
     assert any(f"{option}=False" in entry.detail for entry in report.left)
+
+
+def test_a_rotation_that_differs_is_left_to_the_model(monkeypatch):
+    llama = transformers.models.llama.modeling_llama
+    attention = llama.LlamaAttention
+
+    def rotate_half(x):
+        return torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1)
+
+    assert recognized.RotaryAttention.fits(attention, None)
+    for name, other in (
+        ("rotate_half", rotate_half),
+        ("apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(llama, name, other)
+            assert not recognized.RotaryAttention.fits(attention, None)
+    with monkeypatch.context() as patched:
+        patched.setattr(llama.LlamaRotaryEmbedding, "forward", lambda self, x, position_ids: (x, x))
+        assert not recognized.RotaryAttention.fits(attention, None)
+
+
+def test_a_cache_given_by_its_former_name_is_still_used():
+    """The decorators of an attention's forward are kept."""
+    model = build("Llama").eval()
+    fastgpt.accelerate(model)
+    layer, cos = model.model.layers[0].self_attn, torch.ones(1, 3, 8)
+    cache = transformers.DynamicCache()
+    x = torch.randn(2, 3, 32)
+    layer(x, position_embeddings=(cos, 0 * cos), attention_mask=None, past_key_values=cache)
+    assert cache.get_seq_length() == 3
 
 
 def test_changed_code_is_left_as_it_was():
