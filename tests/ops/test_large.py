@@ -184,3 +184,17 @@ def test_linear():
     assert not dx[:-1].any()
     torch.testing.assert_close(dweight, y[-1:].float().T @ x[-1:].float())
     torch.testing.assert_close(dbias, y[-1].float())
+
+
+@pytest.mark.slow
+def test_rope():
+    """More positions than fit, with the heads of q far apart; as registered, to spare memory."""
+    needs(10)
+    length = ELEMENTS // 32
+    q = torch.zeros(1, 2, length, 16, dtype=torch.bfloat16)
+    q[:, :, -1] = torch.randn(2, 16)
+    none, angle = q[:, :0], torch.ones(1, 8).expand(length, 8)
+    y, _ = torch.ops.fastgpt.rope_fwd_cpp(q, none, angle, angle, False)
+    last, _ = torch.ops.fastgpt.rope_fwd_cpp(q[:, :, -1:], none[:, :, -1:], angle[-1:], angle[-1:], False)
+    assert torch.equal(y[:, :, -1:], last)
+    assert not y[:, :, :-1].any()

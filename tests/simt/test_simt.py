@@ -277,7 +277,7 @@ PLANTED = [
     ("rms_norm 9 700", "rms_norm.cuh", "products[0] /= static_cast<float>(columns);", "", WRONG),
     ("rope", "rope.cu", "if (position >= s.positions) break;", "", OUTSIDE),
     ("rope", "rope.cu", "store_vector(to + second, high)", "store_vector(to + first, high)", f"{WRONG}|another thread"),
-    ("rope", "rope.cu", "t * cos.row_stride + pair", "t * sin.row_stride + unit", WRONG),
+    ("rope", "rope.cu", "t * cos.row_stride + pair", "t * sin.row_stride + unit", f"{WRONG}|aligned"),
     ("cross_entropy cluster", "cross_entropy.cu", "    wait_copies<later>();\n", "", "copy is in flight"),
     ("cross_entropy cluster", "cross_entropy.cu", "    sync_row(blocks);", "", RACE),
     (

@@ -47,7 +47,7 @@ MUTATIONS = [
      "return found;"),
     ("rope cpp: the last channels are not copied", "csrc/cpu/rope.cpp",
      "std::copy(x + turned, x + e.size, y + turned);",
-     "std::copy(x + turned, x + e.size - 1, y + turned);"),
+     "std::fill(y + turned, y + e.size, T(0));"),
     ("rope cpp: the rows of a batch share the first row's cos", "csrc/cpu/rope.cpp",
      "cos.data + b * cos.batch_stride + t",
      "cos.data + t"),
