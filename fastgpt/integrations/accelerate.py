@@ -115,12 +115,15 @@ class _Work:
                 self._note(self.replaced, "AttentionInterface", name, attention.runs(before))
             done |= {m for m in model.modules() if attention.uses_interface(m)}
         if self.options["cross_entropy"]:
-            known = lambda model: self._class_for(model) is not None  # noqa: E731
-            for name, model in language_model.with_causal_loss(self.model, known):
+            for name, model in language_model.with_causal_loss(self.model, self._has_a_fused_loss):
                 self.undo.append(lambda m=model: delattr(m, "_loss_function"))  # type: ignore[misc]
                 model.loss_function = language_model.causal_loss_of_logits
                 self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
         return done
+
+    def _has_a_fused_loss(self, model: nn.Module) -> bool:
+        found = self._class_for(model)
+        return type(model) in self.table or (found is not None and found.refusal(model) is None)
 
     def _class_for(self, module: nn.Module) -> type[Replacement] | None:
         """Return the class that takes the place of a module's own, if any."""

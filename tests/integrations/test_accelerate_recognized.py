@@ -233,6 +233,19 @@ def test_a_cache_given_by_its_former_name_is_still_used():
     assert cache.get_seq_length() == 3
 
 
+def test_a_head_that_is_no_linear_layer_still_gets_the_loss_on_logits():
+    model, inputs = build("Llama"), batch("Llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    expected = loss_and_gradients(model, inputs)
+    report = fastgpt.accelerate(model)
+    assert any("its head is a Sequential" in entry.detail for entry in report.left)
+    assert "cross_entropy" in called(model, inputs)
+    assert_same(expected, loss_and_gradients(model, inputs))
+    assert model(**inputs).logits is not None
+    fastgpt.restore(model)
+    assert "_loss_function" not in vars(model)
+
+
 def test_changed_code_is_left_as_it_was():
     class Changed(transformers.models.llama.modeling_llama.LlamaRMSNorm):
         def forward(self, hidden_states):
