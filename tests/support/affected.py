@@ -23,7 +23,10 @@ DATA = (
     "data data_formats data_cleaning data_duplicates data_packing data_prepare data_shards data_description "
     "data_inputs"
 )
-MODELS = "accelerate accelerate_calls accelerate_others accelerate_torch torchscript training_stacks accelerate_report"
+MODELS = (
+    "accelerate accelerate_recognized accelerate_calls accelerate_others accelerate_torch accelerate_report "
+    "torchscript training_stacks"
+)
 ATTENTION = "attention attention_extremes attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
 OPS = " ".join(
