@@ -220,13 +220,13 @@ def _attention_varlen(dtype: torch.dtype, size: int) -> Callable[[], None]:
 
 
 def _cross_entropy(
-    dtype: torch.dtype, classes: int, smoothing: float = 0.0, softcap: float = 0.0
+    dtype: torch.dtype, classes: int, smoothing: float = 0.0, softcap: float = 0.0, scale: float = 1.0
 ) -> Callable[[], None]:
     def launch() -> None:
         from fastgpt.kernels import cross_entropy
 
         logits, target = torch.empty(4, classes, dtype=dtype), torch.zeros(4, dtype=torch.int64)
-        options = (torch.ones(classes) if smoothing else None, -100, smoothing, 0.0, softcap)
+        options = (torch.ones(classes) if smoothing else None, -100, smoothing, 0.0, softcap, scale)
         loss, statistics = cross_entropy.cross_entropy_fwd(logits, target, *options)
         cross_entropy.cross_entropy_bwd(loss, None, logits, target, statistics, *options)
 

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
-    double softcap) {
+    double softcap,
+    double logit_scale) {
   check_rows("cross_entropy_fwd_cpp", logits, target, weight);
   const int64_t rows = logits.size(0), vocab = logits.size(1), stride = logits.stride(0);
   const Tensor y = contiguous(target);
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
   dispatch(logits.scalar_type(), "cross_entropy", [&](auto element) {
     using T = decltype(element);
     using A = compute_t<T>;
-    const CrossEntropyRow<A> row(pointer<A>(w), vocab, {ignore_index, label_smoothing, z_loss, softcap});
+    const CrossEntropyRow<A> row(pointer<A>(w), vocab, {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
     const T* x = logits.const_data_ptr<T>();
     const int64_t* targets = y.const_data_ptr<int64_t>();
     A* losses = loss.mutable_data_ptr<A>();
@@ -119,11 +120,19 @@ Tensor cross_entropy_bwd(
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
-    double softcap) {
+    double softcap,
+    double logit_scale) {
   check_backward("cross_entropy_bwd_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
   Tensor out = empty(logits.sizes(), logits.scalar_type());
   backward_into(
-      out, grad_loss, grad_lse, logits, target, statistics, weight, {ignore_index, label_smoothing, z_loss, softcap});
+      out,
+      grad_loss,
+      grad_lse,
+      logits,
+      target,
+      statistics,
+      weight,
+      {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
   return out;
 }
 
@@ -137,7 +146,8 @@ void cross_entropy_bwd_inplace(
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
-    double softcap) {
+    double softcap,
+    double logit_scale) {
   check_backward("cross_entropy_bwd_inplace_cpp", grad_loss, grad_lse, logits, target, statistics, weight);
   require(
       logits.size(0) <= 1 || logits.stride(0) >= logits.size(1),
@@ -150,7 +160,7 @@ void cross_entropy_bwd_inplace(
       target,
       statistics,
       weight,
-      {ignore_index, label_smoothing, z_loss, softcap});
+      {ignore_index, label_smoothing, z_loss, softcap, logit_scale});
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {

@@ -1,10 +1,15 @@
 // Cross-entropy of one row, for cross_entropy.cpp. linear_cross_entropy.cpp uses the same formulas.
 //
-// For a row of logits l, target y, class weights w, smoothing ε, z-loss ζ, softcap c:
-//   x = c·tanh(l/c) or l;  m = max x_j,  s = Σ exp(x_j - m),  lse = m + log s;  a = (1-ε)·w_y,  b = ε/V,  W = Σ w_j
-//   loss  = a·(log s + m - x_y) + b·(W·log s + Σ w_j·(m - x_j)) + ζ·lse²
-//   dl_j  = [c_p·exp(x_j - m) - c_y·[j=y] - c_w·w_j]·(1 - (x_j/c)²)
-//           c_p = (g·(a + b·W + 2ζ·lse) + g_lse)/s,  c_y = g·a,  c_w = g·b    (g: gradient of the loss, g_lse: of lse)
+// For a row of logits l, target y, class weights w, smoothing ε, z-loss ζ, softcap c, logit scale k:
+//   x = c·tanh(k·l/c), e = 1 with a softcap; x = l, e = k without
+//   m = max x_j,  s = Σ exp(e·(x_j - m)),  lse = e·m + log s;  a = (1-ε)·w_y,  b = ε/V,  W = Σ w_j
+//   loss  = a·(log s + e·(m - x_y)) + b·(W·log s + e·Σ w_j·(m - x_j)) + ζ·lse²
+//   dl_j  = [c_p·exp(e·(x_j - m)) - c_y·[j=y] - c_w·w_j]·(1 - (x_j/c)²)
+//           c_p = k·(g·(a + b·W + 2ζ·lse) + g_lse)/s,  c_y = k·g·a,  c_w = k·g·b
+//           (g: gradient of the loss, g_lse: of lse)
+//
+// e multiplies differences from the maximum. e·x_j - e·m, contracted to one fma, would compare an exact product with a
+// rounded one.
 //
 // m and s are kept as two numbers, here and in what is saved for the backward: in the sum lse, log s would be lost
 // beside a large m. All terms of Σ w_j·(m - x_j) have one sign, so they do not cancel. A term that an option of 0
@@ -22,7 +27,7 @@ namespace fastgpt {
 
 struct LossOptions {
   int64_t ignore_index;
-  double label_smoothing, z_loss, softcap;
+  double label_smoothing, z_loss, softcap, logit_scale;
 };
 
 // Raises PyTorch's error for a target that is out of bounds.
@@ -40,6 +45,7 @@ class CrossEntropyRow {
   CrossEntropyRow(const A* weight, int64_t vocab, const LossOptions& options)
       : weight_(weight), vocab_(vocab), options_(options) {
     W_ = weight ? sum_of<A>(vocab, [&](int64_t j, auto... n) { return load<A>(weight + j, n...); }) : A(vocab);
+    if (options.softcap <= 0) e_ = A(options.logit_scale);
   }
 
   // ---- forward ----
@@ -47,17 +53,15 @@ class CrossEntropyRow {
   // Returns the loss of one row. Writes m and s to statistics[0] and [1].
   template <typename T>
   A forward(const T* logits, int64_t y, A* statistics) const {
-    Statistics s;
-    int64_t i = 0;
-    for (; i + GROUP * LANES<A> <= vocab_; i += GROUP * LANES<A>) accumulate<T, GROUP>(s, logits, i);
-    over_vectors<A>(i, vocab_, [&](int64_t j, auto... n) { accumulate<T, 1>(s, logits, j, n...); });
+    const Statistics s = e_ == A(1) ? statistics_of<false>(logits) : statistics_of<true>(logits);
     statistics[0] = s.row_max, statistics[1] = lane_sum<A>(s.sum);
     const A log_sum = std::log(statistics[1]);
     if (y == options_.ignore_index) return A(0);
     const A target = read<T>(logits + y, 1)[0];
-    A loss = a(y) * (log_sum - (target - s.row_max));
-    if (options_.label_smoothing > 0) loss += b() * (std::isinf(W_) ? W_ : W_ * log_sum + lane_sum<A>(s.weighted));
-    if (options_.z_loss > 0) loss += z_loss(s.row_max + log_sum);
+    A loss = a(y) * (log_sum - e_ * (target - s.row_max));
+    if (options_.label_smoothing > 0)
+      loss += b() * (std::isinf(W_) ? W_ : W_ * log_sum + lane_sum<A>(rounded<A>(e_ * s.weighted)));
+    if (options_.z_loss > 0) loss += z_loss(e_ * s.row_max + log_sum);
     return loss;
   }
 
@@ -70,20 +74,22 @@ class CrossEntropyRow {
     if (ignored) grad = 0;
     const A row_max = statistics[0], row_sum = statistics[1];
     A c_p = grad_lse;  // divided by s below
-    if (!ignored) c_p += grad * loss_factor_of_p(a(y), row_max + std::log(row_sum));
+    if (!ignored) c_p += grad * loss_factor_of_p(a(y), e_ * row_max + std::log(row_sum));
     if (c_p == A(0) && (ignored || grad == A(0))) {
       std::fill(out, out + vocab_, T(0));
       return;
     }
-    const A c_y = ignored ? A(0) : grad * a(y), c_w = grad * b(), cap = A(options_.softcap);
-    c_p /= row_sum;
-    const auto term_of_p = [&](Vector<A> x) { return c_p * exp<IS_FINE<T>>(x - row_max); };
+    const A cap = A(options_.softcap), k = A(options_.logit_scale);
+    const A c_y = ignored ? A(0) : k * (grad * a(y)), c_w = k * (grad * b());
+    c_p = k * (c_p / row_sum);
     const auto gradient = [&](Vector<A> x, Vector<A> w, A c_target) {
-      Vector<A> d = term_of_p(x) - c_target;
+      Vector<A> d = c_p * exp<IS_FINE<T>>(e_ * (x - row_max)) - c_target;
       if (c_w != A(0)) d -= c_w * w;
       return cap > A(0) ? d * (A(1) - (x / cap) * (x / cap)) : d;
     };
-    const auto without_options = [&](int64_t i, auto... n) { return term_of_p(load<A>(logits + i, n...)); };
+    const auto without_options = [&](int64_t i, auto... n) {
+      return c_p * exp<IS_FINE<T>>(load<A>(logits + i, n...) - row_max);
+    };
     const auto with_options = [&](int64_t i, auto... n) {
       const Vector<A> w = weight_ ? load<A>(weight_ + i, n...) : broadcast(A(1));
       return gradient(read<T>(logits + i, n...), w, A(0));
@@ -99,7 +105,7 @@ class CrossEntropyRow {
       fill<false, A>(out, 0, head, piece);
       fill<STREAMING, A>(out, head, vocab_, piece);
     };
-    c_w != A(0) || cap > A(0) ? row(with_options) : row(without_options);
+    c_w != A(0) || cap > A(0) || k != A(1) ? row(with_options) : row(without_options);
     if (!ignored) out[y] = static_cast<T>(dl_y);
   }
 
@@ -138,11 +144,21 @@ class CrossEntropyRow {
   [[gnu::always_inline]] Vector<A> read(const T* logits, N... n) const {
     const Vector<A> x = load<A>(logits, n...);
     const A cap = A(options_.softcap);
-    return cap > A(0) ? cap * tanh(x / cap) : x;
+    return cap > A(0) ? cap * tanh(x / (cap / A(options_.logit_scale))) : x;
+  }
+
+  // SCALED: e is not 1.
+  template <bool SCALED, typename T>
+  Statistics statistics_of(const T* logits) const {
+    Statistics s;
+    int64_t i = 0;
+    for (; i + GROUP * LANES<A> <= vocab_; i += GROUP * LANES<A>) accumulate<SCALED, T, GROUP>(s, logits, i);
+    over_vectors<A>(i, vocab_, [&](int64_t j, auto... n) { accumulate<SCALED, T, 1>(s, logits, j, n...); });
+    return s;
   }
 
   // Adds `COUNT` vectors, starting at element i, to the statistics. Of the last vector only the first n elements count.
-  template <typename T, int64_t COUNT, typename... N>
+  template <bool SCALED, typename T, int64_t COUNT, typename... N>
   [[gnu::always_inline]] void accumulate(Statistics& s, const T* logits, int64_t i, N... n) const {
     Vector<A> x[COUNT];
 #pragma GCC unroll 8
@@ -154,7 +170,7 @@ class CrossEntropyRow {
     if (any_above<A>(largest, broadcast(s.row_max))) {
       const A old = s.row_max;
       for (int64_t l = 0; l < LANES<A>; ++l) s.row_max = largest[l] > s.row_max ? largest[l] : s.row_max;
-      s.sum *= exp(broadcast(old - s.row_max));
+      s.sum *= exp(broadcast(e_ * (old - s.row_max)));
       if (options_.label_smoothing > 0 && i > 0) s.weighted += (s.row_max - old) * s.weights;
     }
     if (options_.label_smoothing > 0) {
@@ -167,7 +183,7 @@ class CrossEntropyRow {
       s.add_weighted(weighted);
     }
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < COUNT; ++v) x[v] = exp<IS_FINE<T>>(x[v] - s.row_max);
+    for (int64_t v = 0; v < COUNT; ++v) x[v] = exp<IS_FINE<T>>(SCALED ? e_ * (x[v] - s.row_max) : x[v] - s.row_max);
 #pragma GCC unroll 4
     for (int64_t width = COUNT / 2; width > 0; width /= 2)
       for (int64_t v = 0; v < width; ++v) x[v] += x[v + width];
@@ -177,7 +193,7 @@ class CrossEntropyRow {
   const A* weight_;
   int64_t vocab_;
   LossOptions options_;
-  A W_;
+  A W_, e_ = 1;
 };
 
 }  // namespace fastgpt

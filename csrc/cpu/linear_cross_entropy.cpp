@@ -105,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
     double label_smoothing,
     double z_loss,
     double softcap,
+    double logit_scale,
     int64_t chunk,
     bool with_grad) {
   check_layer("linear_cross_entropy_fwd_cpp", hidden_, weight_, bias, target_, class_weight);
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_fwd(
   Tensor loss = empty({hidden.size(0)}, acc), statistics = empty({hidden.size(0), 2}, acc);
   Tensor dhidden = empty({0}, acc), dweight = empty({0}, acc), dbias = empty({0}, acc);
   if (with_grad) std::tie(dhidden, dweight, dbias) = empty_gradients(hidden, weight, bias.has_value());
-  const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
+  const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap, logit_scale};
   if (uses_mm(hidden, weight)) {
     mm_forward(
         layer_of(hidden, weight, bias, target, class_weight, loss_options, chunk),
@@ -148,6 +149,7 @@ Gradients linear_cross_entropy_bwd(
     double label_smoothing,
     double z_loss,
     double softcap,
+    double logit_scale,
     int64_t chunk) {
   const Checks check = check_layer("linear_cross_entropy_bwd_cpp", hidden_, weight_, bias, target_, class_weight);
   check("grad_loss", grad_loss, {hidden_.size(0)}, accumulator(hidden_.scalar_type()));
@@ -155,7 +157,7 @@ Gradients linear_cross_entropy_bwd(
   const Tensor hidden = contiguous(hidden_), weight = contiguous(weight_), target = contiguous(target_);
   const Tensor grad = contiguous(grad_loss), statistics = contiguous(statistics_);
   auto [dhidden, dweight, dbias] = empty_gradients(hidden, weight, bias.has_value());
-  const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap};
+  const LossOptions loss_options{ignore_index, label_smoothing, z_loss, softcap, logit_scale};
   const auto type = hidden.scalar_type();
   if (uses_mm(hidden, weight)) {
     mm_backward(

@@ -1,7 +1,7 @@
 // Cross-entropy of a linear layer's output on the CPU, one chunk of rows at a time. The mathematics of the loss, with
 // a, b, W, c_p, c_y and c_w, is in cross_entropy.h.
 //
-//   logits = hidden·weightᵀ + bias        three products of 2·N·D·V FLOPs each
+//   logits = k·(hidden·weightᵀ + bias)    three products of 2·N·D·V FLOPs each
 //   dhidden = dlogits·weight,  dweight = dlogitsᵀ·hidden,  dbias = Σ dlogits
 //
 // The logits of a chunk are stored transposed, one class per row: a vector holds LANES rows of hidden, and their
@@ -151,18 +151,18 @@ class Chunks {
     if (with_grad) by_row_ = second_factor<E>(second_, h, size_, n_, size_);
   }
 
-  // Computes the logits (classes, lanes) of the classes [v, v + n), with bias and softcap.
+  // Computes the logits (classes, lanes) of the classes [v, v + n), with bias, scale and softcap.
   void project(int64_t v, int64_t n, Workspace& space) const {
     const Operand<U> w = first_factor<E>(space.rows, weight_ + v * size_, size_, n, size_);
     gemm<false>(
         n, lanes_, units<E>(size_), w, Operand<U>{transposed_.data(), GEMM_N<U>, depth_}, space.logits.data(), lanes_);
-    const A cap = A(options_.softcap);
-    if (!bias_ && cap <= A(0)) return;
+    const A cap = A(options_.softcap), scale = A(options_.logit_scale);
+    if (!bias_ && cap <= A(0) && scale == A(1)) return;
     for (int64_t c = 0; c < n; ++c)
       over_vectors<A>(0, lanes_, [&](int64_t r, auto...) {
         A* at = &space.logits[c * lanes_ + r];
         const Vector<A> x = load<A>(at) + (bias_ ? bias_[v + c] : A(0));
-        store<A, A>(at, cap > A(0) ? cap * tanh(x / cap) : x);
+        store<A, A>(at, cap > A(0) ? cap * tanh(x / (cap / scale)) : rounded<A>(scale * x));
       });
   }
 
@@ -238,9 +238,10 @@ class Chunks {
     A factor = a_y;  // a + b·W + 2ζ·lse
     if (options_.label_smoothing > 0) factor += b() * W_;
     if (options_.z_loss > 0) factor += A(2 * options_.z_loss) * (statistics[0] + std::log(statistics[1]));
+    const A scale = A(options_.logit_scale);
     rows.row_max[r] = statistics[0];
-    rows.c_w[r] = grad * b(), rows.c_y[r] = grad * a_y;
-    rows.c_p[r] = grad == A(0) ? A(0) : grad * factor / statistics[1];
+    rows.c_w[r] = scale * (grad * b()), rows.c_y[r] = scale * (grad * a_y);
+    rows.c_p[r] = grad == A(0) ? A(0) : scale * (grad * factor / statistics[1]);
   }
 
   // ---- gradients of a chunk ----

@@ -45,16 +45,17 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_fwd_kernel(
   const auto x_of = [&](const auto& v) { return values<OPTIONS>(v, options); };
   const Global<const T> row = logits + n * stride;
   const bool smoothing = OPTIONS && options.label_smoothing != 0.0f;
+  const float rate = rate_of<OPTIONS>(options);
   const int64_t y = load(tensors.target + n);  // in flight while the row is read
   Statistics mine;
   over_row<FWD_VECTORS>(row, Row<WIDTH<T, true>>(row, columns), [&](int j, const auto& v) {
     const auto x = x_of(v);
-    mine.add(x);
+    mine.add(x, rate);
     if (smoothing) mine.add_weighted(x, j, tensors);
   });
   const Target target(y, columns, tensors, options);
   if (thread() == 0 && target.y >= 0) mine.x_target = x_of(load_vector<1>(row + target.y)).at[0];
-  const Statistics all = merge_row(mine, shared_memory(), 1);
+  const Statistics all = merge_row(mine, shared_memory(), 1, rate);
   if (thread() != 0) return;
   store(loss + n, loss_of<OPTIONS>(all, target, columns, tensors, options));
   store_softmax(statistics + 2 * n, all.softmax);
@@ -126,11 +127,12 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_with_grad_kernel(
     commit_copies();
   }
   const Target target(load(tensors.target + n), columns, tensors, options);
+  const float rate = rate_of<OPTIONS>(options);
   Statistics mine;
   const auto accumulate = [&](int j, const auto& v) {
     constexpr int COUNT = sizeof(v) / sizeof(T);
     const auto x = values<OPTIONS>(v, options);
-    mine.add(x);
+    mine.add(x, rate);
     if (static_cast<unsigned>(target.y - j) < static_cast<unsigned>(COUNT)) {
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) mine.x_target += k == target.y - j ? x.at[k] : 0.0f;
@@ -148,7 +150,7 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_with_grad_kernel(
   accumulate_stage(std::integral_constant<int, 1>{});
   accumulate_stage(std::integral_constant<int, 0>{});
   if (has_edge) accumulate(r.edge(thread()), edge);
-  Statistics all = merge_row(mine, slots, blocks);
+  Statistics all = merge_row(mine, slots, blocks, rate);
 
   const Gradient g = Gradient::of<OPTIONS>(
       target, all.softmax.row_max, all.softmax.row_sum, 1.0f, 0.0f, false, columns, tensors, options);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(MAX_THREADS) cross_entropy_with_grad_kernel(
   if (has_edge) write_gradient(r.edge(thread()), edge);
   if (smoothing) {
     sync_row(blocks);  // all threads have read the slots
-    all.weighted = merge_row(smoothing_sum, slots, blocks).weighted;
+    all.weighted = merge_row(smoothing_sum, slots, blocks, rate).weighted;
   }
   if (rank == 0 && thread() == 0) {
     store(loss + n, loss_of<OPTIONS>(all, target, columns, tensors, options));
@@ -194,10 +196,15 @@ struct Call {
       int64_t ignore_index,
       double label_smoothing,
       double z_loss,
-      double softcap)
+      double softcap,
+      double logit_scale)
       : check(op, "logits", logits, {ANY, ANY}),
         options{
-            ignore_index, static_cast<float>(label_smoothing), static_cast<float>(z_loss), static_cast<float>(softcap)},
+            ignore_index,
+            static_cast<float>(label_smoothing),
+            static_cast<float>(z_loss),
+            static_cast<float>(softcap),
+            static_cast<float>(logit_scale)},
         rows(logits.size(0)) {
     check("target", target, {rows}, {ScalarType::Long})("weight", weight, {logits.size(1)}, {ScalarType::Float});
     check.rows_contiguous("logits", logits).contiguous("target", target, "weight", weight);
@@ -207,7 +214,9 @@ struct Call {
     tensors = {global<const int64_t>(target), global<const float>(weight), global<const float>(weight_sum)};
     shape = {.x = rows, .threads = threads_for(cdiv(columns, 16 / logits.element_size())), .shared = SLOTS};
   }
-  bool has_options() const { return options.label_smoothing != 0.0f || options.softcap != 0.0f; }
+  bool has_options() const {
+    return options.label_smoothing != 0.0f || options.softcap != 0.0f || options.logit_scale != 1.0f;
+  }
 
   // Whole warps, at most one thread per vector.
   static int threads_for(int64_t vectors) {
@@ -306,9 +315,20 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
-    double softcap) {
+    double softcap,
+    double logit_scale) {
   return forward(
-      logits, Call("cross_entropy_fwd_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap));
+      logits,
+      Call(
+          "cross_entropy_fwd_cuda",
+          logits,
+          target,
+          weight,
+          ignore_index,
+          label_smoothing,
+          z_loss,
+          softcap,
+          logit_scale));
 }
 
 Tensor cross_entropy_bwd(
@@ -321,8 +341,10 @@ Tensor cross_entropy_bwd(
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
-    double softcap) {
-  const Call call("cross_entropy_bwd_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+    double softcap,
+    double logit_scale) {
+  const Call call(
+      "cross_entropy_bwd_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   Tensor dlogits = empty(logits, {logits.size(0), logits.size(1)}, logits.scalar_type());
   backward(grad_loss, grad_lse, logits, statistics, dlogits, call);
   return dlogits;
@@ -338,9 +360,18 @@ void cross_entropy_bwd_inplace(
     int64_t ignore_index,
     double label_smoothing,
     double z_loss,
-    double softcap) {
+    double softcap,
+    double logit_scale) {
   const Call call(
-      "cross_entropy_bwd_inplace_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+      "cross_entropy_bwd_inplace_cuda",
+      logits,
+      target,
+      weight,
+      ignore_index,
+      label_smoothing,
+      z_loss,
+      softcap,
+      logit_scale);
   backward(grad_loss, grad_lse, logits, statistics, logits, call);
 }
 
@@ -352,9 +383,18 @@ std::tuple<Tensor, Tensor> cross_entropy_with_grad_inplace(
     double label_smoothing,
     double z_loss,
     double softcap,
+    double logit_scale,
     int64_t block_bytes) {
   const Call call(
-      "cross_entropy_with_grad_inplace_cuda", logits, target, weight, ignore_index, label_smoothing, z_loss, softcap);
+      "cross_entropy_with_grad_inplace_cuda",
+      logits,
+      target,
+      weight,
+      ignore_index,
+      label_smoothing,
+      z_loss,
+      softcap,
+      logit_scale);
   check_no_overlap(logits);
   const Device device = device_of(logits);
   const int64_t row_bytes = call.columns * logits.element_size();

@@ -1,12 +1,15 @@
 // Cross-entropy of one row, for the kernels of cross_entropy.cu: its 16-byte vectors, statistics, loss and gradient.
 //
-//   x_j = logit_j, or softcap tanh(logit_j / softcap)
-//   m = max_j x_j;   s = Σ_j exp(x_j - m);   lse = m + log s;   p_j = exp(x_j - m) / s
+//   x_j = softcap tanh(k logit_j / softcap), e = 1 with a softcap;   x_j = logit_j, e = k without   (k: logit_scale)
+//   m = max_j x_j;   s = Σ_j exp(e (x_j - m));   lse = e m + log s;   p_j = exp(e (x_j - m)) / s
 //   w_j = class weights, or 1;   W = Σ_j w_j;   a = (1 - eps) w_y;   b = eps / V   (eps: label smoothing)
 //
-//   loss = a (log s + m - x_y) + b (W log s + Σ_j w_j (m - x_j)) + z lse²                  0 for an ignored row
-//   dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j        (with a softcap, times 1 - (x_j / softcap)²)
-//          c_p = (grad_loss (a + b W + 2 z lse) + grad_lse) / s,  c_y = grad_loss a,  c_w = grad_loss b
+//   loss = a (log s + e (m - x_y)) + b (W log s + e Σ_j w_j (m - x_j)) + z lse²            0 for an ignored row
+//   dlogit_j = c_p exp(e (x_j - m)) - c_y [j = y] - c_w w_j      (with a softcap, times 1 - (x_j / softcap)²)
+//              c_p = k (grad_loss (a + b W + 2 z lse) + grad_lse) / s,  c_y = k grad_loss a,  c_w = k grad_loss b
+//
+// e multiplies differences of logits, never a logit: e x_j - e m, contracted to one fma, would compare an exact product
+// with a rounded one. It is part of the factor of the base-2 exponentials, the rate, and costs no instruction.
 //
 // m and s are kept as two numbers, here and in what is saved for the backward, because log s would be lost beside a
 // large m in their sum lse. All terms of Σ_j w_j (m - x_j) have one sign, so they do not cancel. A term that an option
@@ -23,7 +26,9 @@ constexpr float LOG2E_32 = static_cast<float>(LOG2E);
 
 struct LossOptions {
   int64_t ignore_index;
-  float label_smoothing, z_loss, softcap;
+  float label_smoothing, z_loss, softcap, logit_scale;
+
+  __device__ float exponent_scale() const { return softcap != 0.0f ? 1.0f : logit_scale; }  // e
 };
 
 // The tensors of the loss beside the logits. weight_sum is W, if there are weights and smoothing.
@@ -69,14 +74,20 @@ __device__ inline void over_row(Global<T> row, const Row<N>& r, F&& f) {
   if (thread() < r.edges) f(r.edge(thread()), load_vector<1>(row + r.edge(thread())));
 }
 
-// x: the elements in float32, with the softcap applied. OPTIONS: softcap or smoothing may be set.
+// e log2(e). OPTIONS: softcap, smoothing or scale may be set.
+template <bool OPTIONS>
+__device__ inline float rate_of(const LossOptions& options) {
+  return OPTIONS ? options.exponent_scale() * LOG2E_32 : LOG2E_32;
+}
+
+// x: the elements in float32, with the softcap applied.
 template <bool OPTIONS, typename T, int N>
 __device__ inline Vector<float, N> values(const Vector<T, N>& v, const LossOptions& options) {
   Vector<float, N> x;
 #pragma unroll
   for (int k = 0; k < N; ++k) x.at[k] = to_float(v.at[k]);
   if (OPTIONS && options.softcap != 0.0f) {
-    const float inverse = 1.0f / options.softcap;
+    const float inverse = options.logit_scale / options.softcap;
 #pragma unroll
     for (int k = 0; k < N; ++k) x.at[k] = options.softcap * tanh_of<Fast>(x.at[k] * inverse);
   }
@@ -89,22 +100,20 @@ __device__ inline float weight_of(const LossTensors& tensors, int j) {
 
 // ---- statistics ----
 
-// Statistics of a part of a row: row_max, Σ exp(x - row_max), Σ w (row_max - x), Σ w, and x_y if y is in the part.
+// Statistics of a part of a row: row_max, Σ exp(e (x - row_max)), Σ w (row_max - x), Σ w, and x_y if y is in the part.
 struct alignas(16) Statistics {
   RunningSoftmax<float> softmax;
   float weighted = 0, weights = 0, x_target = 0;
 
-  __device__ static float exp(float x) { return exp2_fast(x * LOG2E_32); }
-
   template <int N>
-  __device__ void add(const Vector<float, N>& x) {
+  __device__ void add(const Vector<float, N>& x, float rate) {
     float largest = x.at[0];
 #pragma unroll
     for (int k = 1; k < N; ++k) largest = fmaxf(largest, x.at[k]);
-    rescale(fmaxf(softmax.row_max, largest));
+    rescale(fmaxf(softmax.row_max, largest), rate);
     float sum = 0;
 #pragma unroll
-    for (int k = 0; k < N; ++k) sum += exp(x.at[k] - softmax.row_max);
+    for (int k = 0; k < N; ++k) sum += exp2_fast((x.at[k] - softmax.row_max) * rate);
     softmax.row_sum += sum;
   }
   // Adds Σ w (row_max - x) and Σ w. Call it after `add` of the same numbers.
@@ -117,24 +126,24 @@ struct alignas(16) Statistics {
       weights += w;
     }
   }
-  __device__ void rescale(float row_max) {
+  __device__ void rescale(float row_max, float rate) {
     weighted += weighted_increase(row_max);
-    softmax.rescale(row_max, exp);
+    softmax.rescale(row_max, [&](float x) { return exp2_fast(x * rate); });
   }
   // The increase of `weighted` with the maximum. It is 0 for an empty part, whose maximum is LOWEST.
   __device__ float weighted_increase(float row_max) const {
     return weights == 0 ? 0.0f : weights * (row_max - softmax.row_max);
   }
-  __device__ void merge(Statistics other) {
+  __device__ void merge(Statistics other, float rate) {
     const float row_max = fmaxf(softmax.row_max, other.softmax.row_max);
-    rescale(row_max);
-    other.rescale(row_max);
+    rescale(row_max, rate);
+    other.rescale(row_max, rate);
     softmax.row_sum += other.softmax.row_sum;
     weighted += other.weighted;
     weights += other.weights;
     x_target += other.x_target;
   }
-  __device__ void merge_lanes() {
+  __device__ void merge_lanes(float rate) {
 #pragma unroll
     for (int mask = WARP / 2; mask > 0; mask /= 2) {
       Statistics other;
@@ -143,7 +152,7 @@ struct alignas(16) Statistics {
       other.weighted = shuffle_xor(weighted, mask);
       other.weights = shuffle_xor(weights, mask);
       other.x_target = shuffle_xor(x_target, mask);
-      merge(other);
+      merge(other, rate);
     }
   }
 };
@@ -159,18 +168,18 @@ __device__ inline void sync_row(int blocks) {
 }
 
 // Merges the statistics of all threads of the row. Every thread gets the result.
-__device__ inline Statistics merge_row(Statistics mine, SharedAddress slots, int blocks) {
+__device__ inline Statistics merge_row(Statistics mine, SharedAddress slots, int blocks, float rate) {
   constexpr int SLOT = sizeof(Statistics);
-  mine.merge_lanes();
+  mine.merge_lanes(rate);
   if (lane() == 0) store_shared(slots + SLOT * warp(), mine);
   sync_row(blocks);
   Statistics all;
   const int warps = threads() / WARP;
   for (int i = lane(); i < blocks * warps; i += WARP) {
     const SharedAddress slot = slots + SLOT * (i % warps);
-    all.merge(blocks > 1 ? load_shared_of<Statistics>(i / warps, slot) : load_shared<Statistics>(slot));
+    all.merge(blocks > 1 ? load_shared_of<Statistics>(i / warps, slot) : load_shared<Statistics>(slot), rate);
   }
-  all.merge_lanes();
+  all.merge_lanes(rate);
   return all;
 }
 
@@ -201,22 +210,23 @@ __device__ inline float loss_of(
     const Statistics& s, const Target& target, int columns, const LossTensors& tensors, const LossOptions& options) {
   if (!target.counts) return 0.0f;
   if (!target.is_class) return NAN;
-  const float log_sum = logf(s.softmax.row_sum), lse = s.softmax.row_max + log_sum;
-  float loss = target.a * (log_sum - (s.x_target - s.softmax.row_max));
+  const float e = OPTIONS ? options.exponent_scale() : 1.0f;
+  const float log_sum = logf(s.softmax.row_sum), lse = e * s.softmax.row_max + log_sum;
+  float loss = target.a * (log_sum - e * (s.x_target - s.softmax.row_max));
   if (options.z_loss != 0.0f) loss += options.z_loss * lse * lse;
   if (OPTIONS && options.label_smoothing != 0.0f) {
     const float W = sum_of_weights(tensors, columns);
-    loss +=
-        options.label_smoothing / static_cast<float>(columns) * (fabsf(W) == INFINITY ? W : W * log_sum + s.weighted);
+    const float smooth = fabsf(W) == INFINITY ? W : W * log_sum + e * s.weighted;
+    loss += options.label_smoothing / static_cast<float>(columns) * smooth;
   }
   return loss;
 }
 
 // ---- a row's gradient ----
 
-// dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j
+// dlogit_j = c_p exp(e (x_j - m)) - c_y [j = y] - c_w w_j
 struct Gradient {
-  float row_max;  // m
+  float row_max, rate;  // m, e log2(e)
   float c_p = 0, c_y = 0, c_w = 0;
   int y;
   bool is_nonzero = false;  // otherwise all of it is 0, even if the logits are NaN
@@ -233,8 +243,10 @@ struct Gradient {
       int columns,
       const LossTensors& tensors,
       const LossOptions& options) {
+    const float e = OPTIONS ? options.exponent_scale() : 1.0f;
     Gradient g;
     g.row_max = row_max;
+    g.rate = rate_of<OPTIONS>(options);
     g.y = target.y;
     g.is_nonzero = target.counts || has_grad_lse;
     g.c_p = grad_lse;
@@ -242,13 +254,14 @@ struct Gradient {
       if (!target.is_class) grad = NAN;
       g.c_y = grad * target.a;
       g.c_p += g.c_y;
-      if (options.z_loss != 0.0f) g.c_p += grad * 2.0f * options.z_loss * (row_max + logf(row_sum));
+      if (options.z_loss != 0.0f) g.c_p += grad * 2.0f * options.z_loss * (e * row_max + logf(row_sum));
       if (OPTIONS && options.label_smoothing != 0.0f) {
         g.c_w = grad * options.label_smoothing / static_cast<float>(columns);
         g.c_p += g.c_w * sum_of_weights(tensors, columns);
       }
     }
     g.c_p /= row_sum;
+    if (OPTIONS) g.c_p *= options.logit_scale, g.c_y *= options.logit_scale, g.c_w *= options.logit_scale;
     return g;
   }
 
@@ -260,7 +273,7 @@ struct Gradient {
     float dx[N] = {};
     if (is_nonzero) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) dx[k] = c_p * exp2_fast((x.at[k] - row_max) * LOG2E_32);
+      for (int k = 0; k < N; ++k) dx[k] = c_p * exp2_fast((x.at[k] - row_max) * rate);
       if (OPTIONS && c_w != 0.0f) {
 #pragma unroll
         for (int k = 0; k < N; ++k) dx[k] -= c_w * weight_of(tensors, j + k);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,9 +28,12 @@ from ._transforms import is_batched, twice_differentiable
 
 REDUCTIONS = ("mean", "sum", "none")
 
-_OPTIONS = "Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float softcap"
+_OPTIONS = (
+    "Tensor? weight, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale"
+)
 # statistics (N, 2): the row's maximum m and Σ exp(x - m). In one number, lse = m + log Σ, the logarithm would be lost
-# beside a large m.
+# beside a large m. With a logit scale k and no softcap, m is the maximum of the logits without k, and the sum is
+# Σ exp(k·(x - m)): the largest exponent is exactly 0, however a compiler contracts product and difference.
 _BWD_ARGUMENTS = (
     f"Tensor grad_loss, Tensor? grad_lse, Tensor logits, Tensor target, Tensor statistics, {_OPTIONS}"
 )
@@ -99,7 +103,20 @@ def _reference_bwd(
 
 def _reference_fwd(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     loss = reference.cross_entropy(logits, target, *options)[0]
-    return loss, torch.stack(softmax_statistics(capped(logits, options[-1])), dim=1)
+    return loss, saved_statistics(logits, *options[-2:])
+
+
+def saved_statistics(logits: Tensor, softcap: float, logit_scale: float) -> Tensor:
+    """Return m and the sum of the exponentials (N, 2), as the kernels save them."""
+    x = capped(logits, softcap, logit_scale if softcap else 1.0)
+    m, _ = softmax_statistics(x)
+    exponents = (x - m[:, None]) * exponent_scale(softcap, logit_scale)
+    return torch.stack((m, exponents.exp().sum(dim=1)), dim=1)
+
+
+def exponent_scale(softcap: float, logit_scale: float) -> float:
+    """Return the factor of x - m: with a softcap, the logits were scaled before it."""
+    return 1.0 if softcap else logit_scale
 
 
 def _reference_bwd_inplace(
@@ -172,7 +189,10 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, target, statistics, weight)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.inplace, ctx.backend = options, inplace, backend
-        return (loss, statistics[:, 0] + statistics[:, 1].log()) if with_lse else loss
+        if not with_lse:
+            return loss
+        m, log_sum = statistics[:, 0], statistics[:, 1].log()
+        return loss, torch.add(log_sum, m, alpha=exponent_scale(*options[-2:]))
 
     @staticmethod
     def backward(
@@ -219,7 +239,13 @@ def dtype_of_loss(values: Tensor, asked: torch.dtype | None) -> torch.dtype:
 
 
 def check_loss_options(
-    op: str, target: Tensor, reduction: Any, label_smoothing: Any, z_loss: Any, softcap: Any
+    op: str,
+    target: Tensor,
+    reduction: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    softcap: Any,
+    logit_scale: Any,
 ) -> None:
     """The checks that the two cross-entropy ops share."""
     check_choice(op, "reduction", reduction, REDUCTIONS)
@@ -231,6 +257,12 @@ def check_loss_options(
         raise ValueError(f"{op}: z_loss must not be negative, got {z_loss}")
     if softcap is not None and softcap < 0:
         raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
+    if isinstance(logit_scale, Tensor):
+        raise TypeError(
+            f"{op}: logit_scale must be a number, got a tensor; multiply by a learned scale before the op"
+        )
+    if not 0 < logit_scale < math.inf:
+        raise ValueError(f"{op}: logit_scale must be positive and finite, got {logit_scale}")
 
 
 def _can_be_written(rows: Tensor) -> bool:
@@ -252,13 +284,14 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     return_lse: bool = False,
     inplace_backward: bool = False,
     loss_dtype: torch.dtype | None = None,
 ) -> Any:
     """Softmax cross-entropy with class indices, in one read of the logits.
 
-    The formula is in `fastgpt.reference.cross_entropy`; without z_loss and softcap it is that of
+    The formula is in `fastgpt.reference.cross_entropy`; without z_loss, softcap and logit_scale it is that of
     `torch.nn.functional.cross_entropy`, in every reduction.
 
     Args:
@@ -271,6 +304,8 @@ def cross_entropy(
         label_smoothing: share of the uniform distribution in the target, 0 to 1 (arXiv:1512.00567).
         z_loss: weight of lse² (arXiv:2204.02311).
         softcap: the logits become c·tanh(logits/c); None or 0 for none.
+        logit_scale: multiplies the logits, before the softcap (Cohere's `logit_scale`, the inverse of Granite's
+            `logits_scaling` and of a temperature). A positive number; no gradient flows to it.
         return_lse: also return the log-sum-exp of each row, differentiable.
         inplace_backward: the backward writes the gradient over the logits, saving their size in
             memory. The logits must not be used afterwards, by you or by another op's backward. Logits whose elements
@@ -296,7 +331,7 @@ def cross_entropy(
             "cross_entropy: logits (..., V) and target (...) must match, "
             f"got {tuple(logits.shape)} and {tuple(target.shape)}"
         )
-    check_loss_options("cross_entropy", target, reduction, label_smoothing, z_loss, softcap)
+    check_loss_options("cross_entropy", target, reduction, label_smoothing, z_loss, softcap, logit_scale)
     vocab = logits.shape[-1]
     check_last_dim("cross_entropy", vocab, weight=weight)
     backend = select("cross_entropy", logits.device, lambda b: no_float64_on_gpu_backends(b, logits.dtype))
@@ -306,7 +341,8 @@ def cross_entropy(
     if weight is not None:
         weight = weight.detach().to(accumulator(logits.dtype)).contiguous()
     flat = target.reshape(-1).contiguous()
-    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0))
+    numbers = (float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale))
+    options = (ignore_index, *numbers)
     found = _CrossEntropy.apply(rows, flat, weight, options, inplace, return_lse, backend)
     loss, lse = found if return_lse else (found, None)
     loss = reduce_rows(loss.view(target.shape), target, weight, ignore_index, reduction)

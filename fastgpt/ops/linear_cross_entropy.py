@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import select
-from ..reference.cross_entropy import capped, check_targets, softmax_statistics
+from ..reference.cross_entropy import check_targets
 from ..reference.linear_cross_entropy import project
 from ..reference.precision import accumulator
 from ._checks import (
@@ -29,10 +29,12 @@ from .cross_entropy import (
     dtype_of_loss,
     mean_denominator,
     reduce_rows,
+    saved_statistics,
 )
 
 _OPTIONS = (
-    "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, int chunk"
+    "Tensor? class_weight, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale,"
+    " int chunk"
 )
 
 
@@ -92,13 +94,14 @@ def _reference_fwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    logit_scale: float,
     chunk: int,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
-    options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     logits = project(hidden, weight, bias)
     loss = reference.cross_entropy(logits, *options)[0]
-    statistics = torch.stack(softmax_statistics(capped(logits, softcap)), dim=1)
+    statistics = saved_statistics(logits, softcap, logit_scale)
     if not with_grad:
         return loss, statistics, *(loss.new_empty(0) for _ in range(3))
     inputs = tuple(None if t is None else t.to(loss.dtype) for t in (hidden, weight, bias))
@@ -119,9 +122,10 @@ def _reference_bwd(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    logit_scale: float,
     chunk: int,
 ) -> tuple[Tensor, ...]:
-    options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (target, class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     function = lambda h, w, b: reference.linear_cross_entropy(h, w, b, *options)[0]  # noqa: E731
     grads = vjp(function, (hidden, weight, bias), grad_loss)
     return tuple(hidden.new_empty(0) if g is None else g for g in grads)
@@ -253,6 +257,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     chunk: int | None = None,
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -267,7 +272,7 @@ def linear_cross_entropy(
         target: (...), int64 class indices; out of range as in `cross_entropy`.
         bias: (V,), hidden's dtype, or None.
         class_weight: (V,) weights of the classes in the loss; no gradient flows to them.
-        ignore_index, reduction, label_smoothing, z_loss, softcap: as `cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale: as `cross_entropy`.
         chunk: rows of logits held at a time; None lets the backend choose.
         loss_dtype: as `cross_entropy`.
 
@@ -288,7 +293,7 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"{op}: chunk must be at least 1, or None, got {chunk}")
-    check_loss_options(op, target, reduction, label_smoothing, z_loss, softcap)
+    check_loss_options(op, target, reduction, label_smoothing, z_loss, softcap, logit_scale)
     check_last_dim(op, weight.shape[0], bias=bias, class_weight=class_weight)
 
     cast = autocast_dtype(hidden.device)
@@ -307,7 +312,8 @@ def linear_cross_entropy(
     if class_weight is not None:
         class_weight = class_weight.detach().to(accumulator(hidden.dtype)).contiguous()
     bias = None if bias is None else bias.contiguous()
-    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), chunk or 0)
+    numbers = (float(label_smoothing), float(z_loss), float(softcap or 0.0), float(logit_scale))
+    options = (ignore_index, *numbers, chunk or 0)
     with_grad = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )

@@ -1,8 +1,8 @@
 """Softmax cross-entropy of each row, as `torch.nn.functional.cross_entropy` defines it, and more.
 
-For a row of logits l (V values), target y, class weights w (1 without), smoothing ε and z-loss ζ:
+For a row of logits l (V values), target y, class weights w (1 without), smoothing ε, z-loss ζ and logit scale k:
 
-    x = c·tanh(l/c)  with a softcap c, else l                  (softcap: Gemma 2, arXiv:2408.00118)
+    x = c·tanh(k·l/c)  with a softcap c, else k·l              (softcap: Gemma 2, arXiv:2408.00118)
     lse  = log Σ_j exp(x_j)
     loss = (1-ε)·w_y·(lse - x_y) + ε/V·Σ_j w_j·(lse - x_j) + ζ·lse²
 
@@ -23,6 +23,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Loss and log-sum-exp of each row.
 
@@ -33,6 +34,7 @@ def cross_entropy(
         weight: (V,) class weights, or None.
         ignore_index: rows with this target have loss 0 and no gradient through it.
         softcap: 0 for none.
+        logit_scale: multiplies the logits, before the softcap.
 
     Returns:
         loss (N,) and lse (N,), float32 (float64 for float64 logits).
@@ -41,7 +43,7 @@ def cross_entropy(
         IndexError: a target is outside [0, V) and is not ignore_index (checked on the CPU).
     """
     vocab = logits.shape[1]
-    x = capped(logits, softcap)
+    x = capped(logits, softcap, logit_scale)
     w = x.new_ones(vocab) if weight is None else weight.to(x.dtype)
     lse = log_sum_exp(x)
     nll = -torch.log_softmax(x, dim=1)  # lse - x, without the cancellation that large logits bring
@@ -64,9 +66,10 @@ def cross_entropy(
     return torch.where(valid, loss, 0), lse
 
 
-def capped(logits: Tensor, softcap: float) -> Tensor:
-    """The logits with their softcap, in float32 (float64 for float64)."""
+def capped(logits: Tensor, softcap: float, logit_scale: float) -> Tensor:
+    """The logits with their scale and softcap, in float32 (float64 for float64)."""
     x = logits.to(accumulator(logits.dtype))
+    x = x if logit_scale == 1 else x * logit_scale
     return softcap * torch.tanh(x / softcap) if softcap else x
 
 

@@ -16,13 +16,15 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """`cross_entropy(hidden @ weight.T + bias, target, ...)`, the logits not rounded in between.
 
     hidden (N, D), weight (V, D), bias (V,) or None; the rest and the results as `cross_entropy`.
     """
     logits = project(hidden, weight, bias)
-    return cross_entropy(logits, target, class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    return cross_entropy(logits, target, *options)
 
 
 def project(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,17 +1,19 @@
-"""Softmax cross-entropy over rows of logits, with the other functions of one row: smoothing, weights, z-loss, softcap.
+"""Softmax cross-entropy over rows of logits, with smoothing, class weights, z-loss, a softcap and a scale k.
 
-    x_j = logit_j, or softcap tanh(logit_j / softcap)
-    m = max_j x_j;   s = sum_j exp(x_j - m);   lse = m + log s;   p_j = exp(x_j - m) / s
+    x_j = softcap tanh(k logit_j / softcap), e = 1 with a softcap;   x_j = logit_j, e = k without
+    m = max_j x_j;   s = sum_j exp(e (x_j - m));   lse = e m + log s;   p_j = exp(e (x_j - m)) / s
     w_j = class weights, or 1;   W = sum_j w_j;   a = (1 - eps) w_y;   b = eps / V   (eps: label smoothing)
 
-    loss = a (log s + m - x_y) + b (W log s + sum_j w_j (m - x_j)) + z lse^2             0 for an ignored row
-    dx_j = grad_loss [(a + b W + 2 z lse) p_j - a [j = y] - b w_j] + grad_lse p_j
-           (with a softcap, times 1 - (x_j / softcap)^2)
+    loss = a (log s + e (m - x_y)) + b (W log s + e sum_j w_j (m - x_j)) + z lse^2       0 for an ignored row
+    dlogit_j = k (grad_loss [(a + b W + 2 z lse) p_j - a [j = y] - b w_j] + grad_lse p_j)
+               (with a softcap, times 1 - (x_j / softcap)^2)
 
 Shapes: logits (N, V) with any row stride, target (N,) int64, weight (V,) fp32, loss (N,) fp32, statistics (N, 2) fp32:
 m and s. They are two numbers, because the sum lse would lose log s beside a large m. All terms of sum_j w_j (m - x_j)
-have one sign, so that none cancels. A term that an option of 0 switches off is not computed: a class weight may be
-infinite, and 0 inf is NaN.
+have one sign, so that none cancels. The scale multiplies differences of logits, never a logit: e x_j - e m, contracted
+to one fma, would compare an exact product with a rounded one. It is part of the factor of the base-2 exponentials, and
+costs no instruction. A term that an option of 0 switches off is not computed: a class weight may be infinite, and 0 inf
+is NaN.
 
 One program takes one row. Bytes moved: the forward reads the logits once, the backward reads and writes them once and
 recomputes p from m and s. The forward reads a row once whatever its length: each lane of the block, 16 bytes wide,
@@ -55,11 +57,20 @@ def _row_start(i_n, stride):
 
 
 @triton.jit
-def _cap(b_x, softcap, SOFTCAP: tl.constexpr):
+def _cap(b_x, softcap, logit_scale, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        return softcap * tanh(b_x * (1.0 / softcap))
+        return softcap * tanh(b_x * (logit_scale / softcap))
     else:
         return b_x
+
+
+@triton.jit
+def _exponent_scale(logit_scale, SOFTCAP: tl.constexpr):
+    """Return e, the factor of x - m."""
+    if SOFTCAP:
+        return 1.0
+    else:
+        return logit_scale
 
 
 @triton.jit
@@ -82,7 +93,7 @@ def _load(p_tile, o, m, other, EDGE: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
+    b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap, logit_scale,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Add a tile to the lanes' maxima and to their sums of exp(x - maximum), w (maximum - x) and w.
@@ -90,17 +101,18 @@ def _accumulate(
     A lane takes GROUP neighbouring elements, which a thread loads at once. Their maximum is taken first, so that the
     sum is rescaled once per group, and an element costs one exponential and four other instructions.
     """
+    rate = _exponent_scale(logit_scale, SOFTCAP) * LOG2E
     o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m = (o >= shift - start) & (o < end - start)
     b_x = _load(p_row + start, o, m, float("-inf"), EDGE)
     if SOFTCAP:
-        b_x = _cap(b_x, softcap, SOFTCAP)
+        b_x = _cap(b_x, softcap, logit_scale, SOFTCAP)
         if EDGE:
             b_x = tl.where(m, b_x, float("-inf"))
     b_group = b_x.reshape(BLOCK_V // GROUP, GROUP)
     b_new = tl.maximum(b_max, tl.max(b_group, 1))  # [BLOCK_V / GROUP]
-    b_e = tl.exp2((b_group - b_new[:, None]) * LOG2E)
-    b_sum = b_sum * tl.exp2((b_max - b_new) * LOG2E) + tl.sum(b_e, 1)
+    b_e = tl.exp2((b_group - b_new[:, None]) * rate)
+    b_sum = b_sum * tl.exp2((b_max - b_new) * rate) + tl.sum(b_e, 1)
     if SMOOTHING:
         b_term = (b_new[:, None] - b_group).reshape(BLOCK_V)
         b_weight = tl.full((BLOCK_V,), 1.0, tl.float32)
@@ -124,7 +136,7 @@ def _raise_maximum(b_w, b_max, b_new):
 @triton.jit
 def _cross_entropy_fwd(
     p_logits, p_target, p_weight, p_weight_sum, p_loss, p_statistics,
-    stride, V, ignore_index, eps, z_loss, softcap,
+    stride, V, ignore_index, eps, z_loss, softcap, logit_scale,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
@@ -136,39 +148,41 @@ def _cross_entropy_fwd(
     b_smooth = tl.zeros((BLOCK_V // GROUP,), tl.float32)
     b_w = tl.zeros((BLOCK_V // GROUP,), tl.float32)
     b_max, b_sum, b_smooth, b_w = _accumulate(
-        b_max, b_sum, b_smooth, b_w, p_row, p_weight, 0, shift, end, softcap,
+        b_max, b_sum, b_smooth, b_w, p_row, p_weight, 0, shift, end, softcap, logit_scale,
         SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
     )  # fmt: skip
     whole = end // BLOCK_V * BLOCK_V
     for start in range(BLOCK_V, whole, BLOCK_V):
         b_max, b_sum, b_smooth, b_w = _accumulate(
-            b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
+            b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap, logit_scale,
             SMOOTHING, SOFTCAP, False, BLOCK_V, GROUP,
         )  # fmt: skip
     for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # 0 or 1 times
         b_max, b_sum, b_smooth, b_w = _accumulate(
-            b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap,
+            b_max, b_sum, b_smooth, b_w, p_row, p_weight, start, shift, end, softcap, logit_scale,
             SMOOTHING, SOFTCAP, True, BLOCK_V, GROUP,
         )  # fmt: skip
 
+    e = _exponent_scale(logit_scale, SOFTCAP)
     row_max = tl.max(b_max, 0)
-    row_sum = tl.sum(b_sum * tl.exp2((b_max - row_max) * LOG2E), 0)
+    row_sum = tl.sum(b_sum * tl.exp2((b_max - row_max) * (e * LOG2E)), 0)
     log_sum = tl.log(row_sum)
 
     y = tl.load(p_target + i_n)
     counts, is_class = _check_target(y, ignore_index, V)
     x_y = tl.load(p_logits + i_n * stride + y, mask=is_class, other=0.0).to(tl.float32)
-    x_y = _cap(x_y, softcap, SOFTCAP)
+    x_y = _cap(x_y, softcap, logit_scale, SOFTCAP)
     a = 1.0 - eps
     if p_weight is not None:
         a *= tl.load(p_weight + y, mask=is_class, other=0.0)
-    loss = a * (log_sum - (x_y - row_max))
-    loss += tl.where(z_loss == 0.0, 0.0, z_loss * (row_max + log_sum) * (row_max + log_sum))
+    loss = a * (log_sum - e * (x_y - row_max))
+    lse = e * row_max + log_sum
+    loss += tl.where(z_loss == 0.0, 0.0, z_loss * lse * lse)
     if SMOOTHING:
         W = tl.cast(V, tl.float32)  # V = 1 is a Python constant here
         if p_weight is not None:
             W = tl.load(p_weight_sum)
-        smooth = W * log_sum + tl.sum(b_smooth + _raise_maximum(b_w, b_max, row_max), 0)
+        smooth = W * log_sum + e * tl.sum(b_smooth + _raise_maximum(b_w, b_max, row_max), 0)
         loss += eps / V * tl.where(tl.abs(W) == float("inf"), W, smooth)
     loss = tl.where(is_class, loss, float("nan"))
     tl.store(p_loss + i_n, tl.where(counts, loss, 0.0))
@@ -178,14 +192,15 @@ def _cross_entropy_fwd(
 
 @triton.jit
 def _gradient(
-    p_row, p_row_d, p_weight, start, shift, end, y, counts, row_max, c_p, c_y, c_w, softcap,
+    p_row, p_row_d, p_weight, start, shift, end, y, counts, row_max, c_p, c_y, c_w, softcap, logit_scale,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Store dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j of a tile; y, start and end count on the aligned grid."""
+    """Store c_p exp(e (x_j - m)) - c_y [j = y] - c_w w_j of a tile; y, start and end count on the aligned grid."""
+    rate = _exponent_scale(logit_scale, SOFTCAP) * LOG2E
     o = tl.arange(0, BLOCK_V)  # [BLOCK_V]
     m = (o >= shift - start) & (o < end - start)
-    b_x = _cap(_load(p_row + start, o, m, float("-inf"), EDGE), softcap, SOFTCAP)
-    b_dx = c_p * tl.exp2((b_x - row_max) * LOG2E)
+    b_x = _cap(_load(p_row + start, o, m, float("-inf"), EDGE), softcap, logit_scale, SOFTCAP)
+    b_dx = c_p * tl.exp2((b_x - row_max) * rate)
     if SMOOTHING:
         if p_weight is not None:
             b_dx -= c_w * _load(p_weight + (start - shift), o, m, 0.0, EDGE)
@@ -206,7 +221,7 @@ def _gradient(
 def _cross_entropy_bwd(
     p_grad_loss, p_grad_lse, p_logits, p_target, p_statistics, p_weight, p_weight_sum,
     p_dlogits,  # may be p_logits
-    stride, stride_d, V, ignore_index, eps, z_loss, softcap,
+    stride, stride_d, V, ignore_index, eps, z_loss, softcap, logit_scale,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, SAME_STRIDE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(0).to(tl.int64)
@@ -214,14 +229,15 @@ def _cross_entropy_bwd(
     counts, is_class = _check_target(y, ignore_index, V)
     row_max = tl.load(p_statistics + 2 * i_n)
     row_sum = tl.load(p_statistics + 2 * i_n + 1)
+    e = _exponent_scale(logit_scale, SOFTCAP)
 
-    # dx_j = c_p exp(x_j - m) - c_y [j = y] - c_w w_j
+    # dlogit_j = c_p exp(e (x_j - m)) - c_y [j = y] - c_w w_j
     grad = tl.load(p_grad_loss + i_n)
     grad = tl.where(is_class, grad, float("nan"))
     c_y = grad * (1.0 - eps)
     if p_weight is not None:
         c_y *= tl.load(p_weight + y, mask=is_class, other=0.0)
-    c_p = c_y + tl.where(z_loss == 0.0, 0.0, grad * 2.0 * z_loss * (row_max + tl.log(row_sum)))
+    c_p = c_y + tl.where(z_loss == 0.0, 0.0, grad * 2.0 * z_loss * (e * row_max + tl.log(row_sum)))
     c_w = grad * eps / V
     if SMOOTHING:
         W = tl.cast(V, tl.float32)  # V = 1 is a Python constant here
@@ -234,7 +250,9 @@ def _cross_entropy_bwd(
     if p_grad_lse is not None:
         c_p += tl.load(p_grad_lse + i_n)
         counts = counts | True  # every row has a gradient then
-    c_p /= row_sum
+    c_p = c_p / row_sum * logit_scale
+    c_y *= logit_scale
+    c_w *= logit_scale
 
     o_row, shift = _row_start(i_n, stride)
     o_row_d = i_n * stride_d - shift
@@ -246,18 +264,18 @@ def _cross_entropy_bwd(
     y_shifted = (y + shift).to(tl.int32)
     whole = end // BLOCK_V * BLOCK_V
     _gradient(
-        p_row, p_row_d, p_weight, 0, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
+        p_row, p_row_d, p_weight, 0, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap, logit_scale,
         SMOOTHING, SOFTCAP, True, BLOCK_V,
     )  # fmt: skip
     for start in range(BLOCK_V, whole, BLOCK_V):
         _gradient(
             p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
-            SMOOTHING, SOFTCAP, False, BLOCK_V,
+            logit_scale, SMOOTHING, SOFTCAP, False, BLOCK_V,
         )  # fmt: skip
     for start in range(tl.maximum(whole, BLOCK_V), end, BLOCK_V):  # 0 or 1 times
         _gradient(
             p_row, p_row_d, p_weight, start, shift, end, y_shifted, counts, row_max, c_p, c_y, c_w, softcap,
-            SMOOTHING, SOFTCAP, True, BLOCK_V,
+            logit_scale, SMOOTHING, SOFTCAP, True, BLOCK_V,
         )  # fmt: skip
 
 
@@ -273,12 +291,13 @@ class LossOptions(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float
+    logit_scale: float
 
     def weight_sum(self) -> Tensor | None:
         """Return W on the device; None without label smoothing, which alone needs it."""
         return self.weight.sum() if self.weight is not None and self.label_smoothing != 0.0 else None
 
-    def arguments(self) -> tuple[int, float, float, float, bool, bool]:
+    def arguments(self) -> tuple[int, float, float, float, float, bool, bool]:
         """Return the kernels' arguments from ignore_index to SOFTCAP."""
         return *self[1:], self.label_smoothing != 0.0, self.softcap != 0.0
 

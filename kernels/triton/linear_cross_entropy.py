@@ -134,12 +134,13 @@ def _forward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    logit_scale: float,
     chunk: int,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return loss, statistics, and with `with_grad` the fp32 gradients of loss.sum(): dhidden, dweight, dbias."""
     (N, D), V = hidden.shape, weight.shape[0]
-    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     fp32 = {"dtype": torch.float32, "device": hidden.device}
     loss = torch.empty(N, **fp32)
     statistics = torch.empty((N, 2), **fp32)
@@ -177,11 +178,12 @@ def _backward(
     label_smoothing: float,
     z_loss: float,
     softcap: float,
+    logit_scale: float,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dhidden, dweight and dbias for any row gradient, in the inputs' dtypes."""
     (N, D), V = hidden.shape, weight.shape[0]
-    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap)
+    options = (class_weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     dweight = hidden.new_zeros(V, D, dtype=torch.float32)
     dbias = hidden.new_zeros(0 if bias is None else V, dtype=torch.float32)

@@ -23,9 +23,12 @@ def targets(rows, vocab, ignored=0.2, ignore_index=-100):
     return torch.where(torch.rand(rows) < ignored, ignore_index, y)
 
 
-def pytorch(logits, target, *, softcap=None, z_loss=0.0, reduction="mean", weight=None, **options):
+def pytorch(
+    logits, target, *, softcap=None, logit_scale=1.0, z_loss=0.0, reduction="mean", weight=None, **options
+):
     """The same loss out of torch.nn.functional.cross_entropy and the few operations it lacks."""
     weight = None if weight is None else weight.to(logits.dtype)
+    logits = logits * logit_scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     loss = T.cross_entropy(logits, target, weight, reduction=reduction, **options)
@@ -49,7 +52,20 @@ CASES = {
     "weighted and smoothed": {"weight": True, "label_smoothing": 0.3, "reduction": "none"},
     "z-loss": {"z_loss": 0.01},
     "softcap": {"softcap": 3.0},
+    "scaled": {"logit_scale": 0.25},
+    "scaled up": {"logit_scale": 3.0, "reduction": "none"},
+    "scaled and smoothed": {"logit_scale": 2.5, "label_smoothing": 0.1, "weight": True},
+    "scaled with z-loss": {"logit_scale": 0.4, "z_loss": 0.02},
+    "scaled and capped": {"logit_scale": 1.7, "softcap": 3.0},
     "everything": {"weight": True, "label_smoothing": 0.1, "z_loss": 0.02, "softcap": 5.0, "ignore_index": 2},
+    "everything, scaled": {
+        "weight": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.02,
+        "softcap": 5.0,
+        "logit_scale": 0.6,
+        "ignore_index": 2,
+    },
 }
 
 
@@ -124,36 +140,50 @@ def test_any_shape_and_option(
     label_smoothing=st.sampled_from([0.0, 0.1]),
     z_loss=st.sampled_from([0.0, 0.01]),
     softcap=st.sampled_from([None, 5.0]),
+    logit_scale=st.sampled_from([1.0, 0.125, 2.3]),
     ignore_index=st.sampled_from([-100, 1]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
 )
 def test_all_options_together_on_rows_of_any_number_of_tiles(
-    backend, vocab, dtype, gap, weighted, label_smoothing, z_loss, softcap, ignore_index, reduction
+    backend,
+    vocab,
+    dtype,
+    gap,
+    weighted,
+    label_smoothing,
+    z_loss,
+    softcap,
+    logit_scale,
+    ignore_index,
+    reduction,
 ):
     """Rows that end with a tile, one before and one behind, and start anywhere within 16 bytes."""
     weight = (torch.rand(vocab) + 0.1).to(dtype) if weighted else None
     y = targets(3, vocab, ignore_index=ignore_index)
     y[0], y[1] = vocab - 1, 0  # at least one of them counts, whichever is ignored
     options = {"weight": weight, "label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
-    options |= {"ignore_index": ignore_index, "reduction": reduction}
+    options |= {"logit_scale": logit_scale, "ignore_index": ignore_index, "reduction": reduction}
     logits = torch.randn(3, vocab + gap).mul_(2).to(dtype)[:, :vocab].requires_grad_()
     check_error_rule(
         lambda x: ops.cross_entropy(x, y, **options), lambda x: pytorch(x, y, **options), [logits]
     )
 
 
-def test_log_sum_exp_is_returned_and_differentiable(backend, dtype):
+@pytest.mark.parametrize(("softcap", "logit_scale"), [(4.0, 1.0), (None, 0.3), (None, 2.0), (4.0, 2.0)])
+def test_log_sum_exp_is_returned_and_differentiable(backend, dtype, softcap, logit_scale):
     """Also of a row that the loss ignores, whose other gradients are 0."""
     y = targets(6, 40)
     y[0], y[1] = 3, -100
+    options = {"softcap": softcap, "logit_scale": logit_scale, "label_smoothing": 0.1}
 
     def both(logits):
-        loss, lse = ops.cross_entropy(logits, y, return_lse=True, softcap=4.0, label_smoothing=0.1)
+        loss, lse = ops.cross_entropy(logits, y, return_lse=True, **options)
         return loss, lse.to(logits.dtype)
 
     def expected(logits):
-        capped = 4.0 * torch.tanh(logits / 4.0)
-        return pytorch(logits, y, softcap=4.0, label_smoothing=0.1), torch.logsumexp(capped, dim=-1)
+        x = logits * logit_scale
+        x = softcap * torch.tanh(x / softcap) if softcap else x
+        return pytorch(logits, y, **options), torch.logsumexp(x, dim=-1)
 
     check_error_rule(both, expected, [strided((6, 40), dtype, "contiguous", 3)])
 
@@ -291,15 +321,15 @@ def test_opcheck(backend):
     statistics = torch.stack([x.amax(1), (x - x.amax(1, keepdim=True)).exp().sum(1)], 1)
     check_opcheck(
         registered("cross_entropy_fwd", backend),
-        (x, y, w, -100, 0.1, 0.0, 0.0),
-        (x, y, None, -100, 0.0, 0.1, 2.0),
+        (x, y, w, -100, 0.1, 0.0, 0.0, 1.0),
+        (x, y, None, -100, 0.0, 0.1, 2.0, 0.5),
     )
     check_opcheck(
-        registered("cross_entropy_bwd", backend), (g, None, x, y, statistics, w, -100, 0.1, 0.0, 0.0)
+        registered("cross_entropy_bwd", backend), (g, None, x, y, statistics, w, -100, 0.1, 0.0, 0.0, 1.0)
     )
     check_opcheck(
         registered("cross_entropy_bwd_inplace", backend),
-        (g, g, x.clone(), y, statistics, None, -100, 0.0, 0.0, 0.0),
+        (g, g, x.clone(), y, statistics, None, -100, 0.0, 0.0, 0.0, 1.0),
     )
 
 
@@ -311,10 +341,12 @@ def test_compiles_once_for_all_shapes(backend):
     check_compiles_once(function, [[strided((n, 9), torch.float32, "contiguous")] for n in (3, 5, 12)])
 
 
-def test_gradcheck_in_float64():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_gradcheck_in_float64(softcap):
     y = torch.tensor([0, -100, 3])
     w = torch.rand(5, dtype=torch.float64)
-    options = {"weight": w, "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 2.0, "return_lse": True}
+    options = {"weight": w, "label_smoothing": 0.2, "z_loss": 0.1, "return_lse": True}
+    options |= {"softcap": softcap, "logit_scale": 1.5}
     with fastgpt.use_backend("cpp"):
         x = strided((3, 5), torch.float64, "contiguous")
         assert torch.autograd.gradcheck(lambda x: ops.cross_entropy(x, y, **options), (x,))
@@ -381,6 +413,17 @@ def test_bad_input_gets_one_sentence(arguments, options, error, message):
         ops.cross_entropy(*arguments, **options)
 
 
+@pytest.mark.parametrize("bad", [0, -1.0, float("inf"), float("nan"), torch.ones(())], ids=str)
+def test_a_scale_is_a_positive_number(bad):
+    error, message = (
+        (TypeError, "a number, got a tensor")
+        if isinstance(bad, torch.Tensor)
+        else (ValueError, f"positive and finite, got {bad}")
+    )
+    with pytest.raises(error, match=f"cross_entropy: logit_scale must be {message}"):
+        ops.cross_entropy(torch.ones(2, 3), torch.tensor([0, 1]), logit_scale=bad)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
@@ -396,7 +439,7 @@ def test_gradients_past_the_caches_have_the_bits_of_small_ones(dtype):
         return torch.autograd.grad(ops.cross_entropy(leaf, y, reduction="sum", **options), leaf)[0]
 
     with fastgpt.use_backend("cpp"):
-        for options in ({}, {"label_smoothing": 0.1, "softcap": 3.0}):
+        for options in ({}, {"label_smoothing": 0.1, "softcap": 3.0}, {"logit_scale": 0.3}):
             parts = zip(logits.tensor_split(3), y.tensor_split(3), strict=True)
             small = torch.cat([gradient(*part, **options) for part in parts])
             assert torch.equal(gradient(logits, y, **options), small)

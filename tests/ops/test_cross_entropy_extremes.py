@@ -130,3 +130,17 @@ def test_a_z_loss_of_zero_is_not_computed(backend, loss_of, value):
     (grad,) = torch.autograd.grad(loss_of(logits, y), logits, create_graph=True)
     assert grad.isfinite().all()
     assert torch.autograd.grad(grad.square().sum(), logits)[0].isfinite().all()
+
+
+@pytest.mark.only("cpp", "triton", "cuda")
+def test_a_scale_of_large_logits_keeps_every_digit(backend):
+    """k·x - max k·x, contracted to one fma, would give the largest of these logits an exponent other than 0."""
+    logits = torch.tensor([[1.1e10, 1.1e10, -3e9], [7.7e6, 7.7e6 - 8, 7.7e6 - 16]], requires_grad=True)
+    y, scale = torch.tensor([0, 2]), 0.1234567
+    loss = ops.cross_entropy(logits, y, logit_scale=scale, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, logits)
+    exact = logits.detach().double().requires_grad_()
+    exact_loss = T.cross_entropy(exact * scale, y, reduction="sum")
+    (exact_grad,) = torch.autograd.grad(exact_loss, exact)
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-9)

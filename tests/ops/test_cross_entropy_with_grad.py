@@ -9,7 +9,14 @@ from tests.support.contract import any_of, check_opcheck, registered
 from tests.support.cuda_kernels import has_clusters, launches
 
 pytestmark = pytest.mark.only("reference", "triton", "cuda")
-NOTHING = (None, -100, 0.0, 0.0, 0.0)  # weight, ignore_index, label_smoothing, z_loss, softcap
+NOTHING = (
+    None,
+    -100,
+    0.0,
+    0.0,
+    0.0,
+    1.0,
+)  # weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale
 
 
 @pytest.fixture
@@ -53,6 +60,7 @@ def check(backend, op, logits, y, options, block_bytes):
     label_smoothing=st.sampled_from([0.0, 0.1]),
     z_loss=st.sampled_from([0.0, 0.01]),
     softcap=st.sampled_from([0.0, 5.0]),
+    logit_scale=st.sampled_from([1.0, 0.3, 2.0]),
     ignore_index=st.sampled_from([-100, 0]),
 )
 def test_is_the_forward_and_the_backward(
@@ -67,6 +75,7 @@ def test_is_the_forward_and_the_backward(
     label_smoothing,
     z_loss,
     softcap,
+    logit_scale,
     ignore_index,
 ):
     """Rows that start anywhere, in one block, in clusters of 2, 4 and 8, and too long for any."""
@@ -74,7 +83,8 @@ def test_is_the_forward_and_the_backward(
     logits = memory.as_strided((3, vocab), (vocab + gap, 1), offset)
     weight = torch.rand(vocab) + 0.1 if weighted else None
     y = torch.tensor([vocab - 1, ignore_index, vocab // 2])
-    check(backend, op, logits, y, (weight, ignore_index, label_smoothing, z_loss, softcap), block_bytes)
+    options = (weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check(backend, op, logits, y, options, block_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -110,7 +120,7 @@ def test_infinite_logits(backend, dtype, op):
 @pytest.mark.parametrize("bad", [600, -1, 2**40])
 def test_a_target_that_is_no_class(backend, op, bad):
     logits, y = torch.randn(3, 600), torch.tensor([1, bad, 2])
-    options = (torch.rand(600), -100, 0.1, 0.1, 3.0)
+    options = (torch.rand(600), -100, 0.1, 0.1, 3.0, 0.5)
     if backend != "cuda" and not logits.is_cuda:
         with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
             op(logits, y, *options, 0)
@@ -135,7 +145,9 @@ def test_no_rows_and_no_classes(backend, op):
 @pytest.mark.once
 def test_opcheck(backend, op):
     x, y, w = torch.randn(3, 5), torch.tensor([1, -100, 4]), torch.rand(5)
-    check_opcheck(op, (x, y, w, -100, 0.1, 0.0, 0.0, 0), (x.clone(), y, None, -100, 0.0, 0.1, 2.0, 16))
+    check_opcheck(
+        op, (x, y, w, -100, 0.1, 0.0, 0.0, 1.0, 0), (x.clone(), y, None, -100, 0.0, 0.1, 2.0, 0.5, 16)
+    )
 
 
 @pytest.mark.only("triton", "cuda")

@@ -44,7 +44,7 @@ def ours_and_pytorch(y, **options):
     def pytorch(hidden, weight, bias=None):
         w = torch_options.get("weight")
         o = {**torch_options, "weight": None if w is None else w.to(hidden.dtype)}
-        return T.cross_entropy(T.linear(hidden, weight, bias), y, **o)
+        return T.cross_entropy(T.linear(hidden, weight, bias) * o.pop("logit_scale", 1.0), y, **o)
 
     return ours, pytorch
 
@@ -69,6 +69,16 @@ def test_obeys_the_error_rule(backend, dtype, reduction, bias, rows, size, vocab
     check_error_rule(*functions, inputs(rows, size, vocab, dtype, bias, layout))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("logit_scale", [0.125, 3.0])
+def test_scaled_logits(backend, dtype, reduction, bias, logit_scale):
+    """More classes than a slice and a block of the C++ kernel."""
+    options = {"reduction": reduction, "label_smoothing": 0.1, "chunk": 4}
+    functions = ours_and_pytorch(targets(9, 300), logit_scale=logit_scale, **options)
+    check_error_rule(*functions, inputs(9, 8, 300, dtype, bias))
+
+
 @any_of(
     rows=st.integers(1, 12),
     size=st.integers(1, 20),
@@ -78,20 +88,26 @@ def test_obeys_the_error_rule(backend, dtype, reduction, bias, rows, size, vocab
     layout=st.sampled_from(["contiguous", "transposed", "sliced", "gapped"]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     bias=st.booleans(),
+    logit_scale=st.sampled_from([1.0, 0.5, 2.3]),
 )
-def test_any_shape_and_chunk(backend, rows, size, vocab, chunk, dtype, layout, reduction, bias):
-    functions = ours_and_pytorch(targets(rows, vocab), reduction=reduction, chunk=chunk)
+def test_any_shape_and_chunk(backend, rows, size, vocab, chunk, dtype, layout, reduction, bias, logit_scale):
+    options = {"reduction": reduction, "chunk": chunk, "logit_scale": logit_scale}
+    functions = ours_and_pytorch(targets(rows, vocab), **options)
     check_error_rule(*functions, inputs(rows, size, vocab, dtype, bias, layout))
 
 
-def test_z_loss_and_softcap(backend, dtype):
+@pytest.mark.parametrize("logit_scale", [1.0, 0.4])
+@pytest.mark.parametrize("softcap", [2.0, None])
+def test_z_loss_and_softcap(backend, dtype, softcap, logit_scale):
     y = targets(7, 20)
+    options = {"z_loss": 0.1, "softcap": softcap, "logit_scale": logit_scale}
 
     def ours(h, w):
-        return ops.linear_cross_entropy(h, w, y, z_loss=0.1, softcap=2.0, chunk=3)
+        return ops.linear_cross_entropy(h, w, y, chunk=3, **options)
 
     def composed(h, w):
-        x = 2.0 * torch.tanh(T.linear(h, w) / 2.0)
+        x = T.linear(h, w) * logit_scale
+        x = softcap * torch.tanh(x / softcap) if softcap else x
         valid = y != -100
         penalty = torch.where(valid, torch.logsumexp(x, -1) ** 2, 0).sum() / valid.sum()
         return T.cross_entropy(x, y) + 0.1 * penalty
@@ -201,7 +217,7 @@ def test_autocast_does_not_act_within_the_op(backend):
     """Autocast was applied to the arguments; the products inside must keep the dtype they were given."""
     h, w = (t.detach() for t in inputs(6, 8, 12, torch.float32, bias=False))
     y = targets(6, 12)
-    arguments = (h, w, None, y, None, -100, 0.0, 0.0, 0.0, 0)
+    arguments = (h, w, None, y, None, -100, 0.0, 0.0, 0.0, 1.0, 0)
     plain = registered("linear_cross_entropy_fwd", backend)(*arguments, True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = registered("linear_cross_entropy_fwd", backend)(*arguments, True)
@@ -279,7 +295,7 @@ def test_opcheck(backend):
     y, cw = targets(5, 12), torch.rand(12)
     logits = T.linear(h, w, b)
     statistics = torch.stack([logits.amax(1), (logits - logits.amax(1, keepdim=True)).exp().sum(1)], 1)
-    rest = (-100, 0.1, 0.0, 0.0, 2)
+    rest = (-100, 0.1, 0.0, 0.0, 0.5, 2)
     check_opcheck(
         registered("linear_cross_entropy_fwd", backend),
         (h, w, b, y, cw, *rest, True),
@@ -302,15 +318,15 @@ def test_compiles_once_for_all_shapes(backend):
     )
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck_in_float64(reduction):
+def test_gradcheck_in_float64(reduction, softcap):
     y = torch.tensor([0, -100, 3])
     args = inputs(3, 4, 5, torch.float64, bias=True)
 
     def function(h, w, b):
-        return ops.linear_cross_entropy(
-            h, w, y, bias=b, reduction=reduction, z_loss=0.1, softcap=3.0, chunk=2
-        )
+        options = {"z_loss": 0.1, "softcap": softcap, "logit_scale": 1.4, "chunk": 2}
+        return ops.linear_cross_entropy(h, w, y, bias=b, reduction=reduction, **options)
 
     with fastgpt.use_backend("cpp"):
         assert torch.autograd.gradcheck(function, args)
@@ -326,6 +342,7 @@ def test_gradcheck_in_float64(reduction):
         ({"class_weight": torch.ones(4)}, ValueError, "class_weight must have shape"),
         ({"weight": torch.ones(5, 4).half()}, TypeError, "dtypes must be equal"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1"),
+        ({"logit_scale": -1}, ValueError, "logit_scale must be positive and finite, got -1"),
         ({"hidden": None}, TypeError, "hidden must be"),
     ],
 )

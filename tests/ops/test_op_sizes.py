@@ -55,7 +55,7 @@ def _calls(dtype, rows):
         )
         _run(lambda x, f=losses: f(x * 1.0, target, label_smoothing=0.1), leaf(rows, 11))
     torch.ops.fastgpt.cross_entropy_with_grad_inplace_reference(
-        leaf(rows, 11).detach(), target, weight, -100, 0.1, 0.0, 0.0, 0
+        leaf(rows, 11).detach(), target, weight, -100, 0.1, 0.0, 0.0, 1.0, 0
     )
     for reduction in ("mean", "none"):
         loss = functools.partial(ops.linear_cross_entropy, class_weight=weight, reduction=reduction)

@@ -30,19 +30,22 @@ def targets(rows, vocab):
     return y
 
 
+OURS_ONLY = ("chunk", "z_loss", "softcap", "logit_scale")
+
+
 def check_loss(rows, size, vocab, layout="contiguous", bias=False, class_weight=False, **options):
     y = targets(rows, vocab)
     w = (torch.rand(vocab) + 0.1).to(BF16) if class_weight else None
     inputs = [strided((rows, size), BF16, layout), strided((vocab, size), BF16, layout, scale=size**-0.5)]
     inputs += [strided((vocab,), BF16, "contiguous")] if bias else []
-    ours_only = {name: options.pop(name) for name in ("chunk", "z_loss", "softcap") if name in options}
+    ours_only = {name: options.pop(name) for name in OURS_ONLY if name in options}
     cap, z = ours_only.get("softcap"), ours_only.get("z_loss", 0.0)
 
     def ours(hidden, weight, bias=None):
         return ops.linear_cross_entropy(hidden, weight, y, bias=bias, class_weight=w, **options, **ours_only)
 
     def pytorch(hidden, weight, bias=None):
-        logits = T.linear(hidden, weight, bias)
+        logits = T.linear(hidden, weight, bias) * ours_only.get("logit_scale", 1.0)
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         loss = T.cross_entropy(logits, y, None if w is None else w.to(hidden.dtype), **options)
         if not z:
@@ -64,7 +67,15 @@ def test_cross_entropy_obeys_the_error_rule(products, rows, size, vocab, chunk, 
 
 
 @pytest.mark.parametrize(
-    "options", [{"z_loss": 1e-2}, {"softcap": 3.0}, {"softcap": 3.0, "z_loss": 1e-2}], ids=str
+    "options",
+    [
+        {"z_loss": 1e-2},
+        {"softcap": 3.0},
+        {"softcap": 3.0, "z_loss": 1e-2},
+        {"logit_scale": 0.3, "z_loss": 1e-2},
+        {"logit_scale": 2.0, "softcap": 3.0},
+    ],
+    ids=str,
 )
 def test_cross_entropy_with_options(products, options):
     check_loss(37, 20, 90, chunk=16, **options)
@@ -90,7 +101,7 @@ def test_cross_entropy_of_few(products, rows, vocab):
 def test_every_element_is_written(products):
     y = targets(300, 70)
     hidden, weight = torch.randn(300, 24, dtype=BF16), torch.randn(70, 24, dtype=BF16)
-    arguments = (hidden, weight, None, y, None, -100, 0.0, 0.0, 0.0, 128)
+    arguments = (hidden, weight, None, y, None, -100, 0.0, 0.0, 0.0, 1.0, 128)
     with poisoned_memory():
         found = torch.ops.fastgpt.linear_cross_entropy_fwd_cpp(*arguments, True)
     assert all(part.isfinite().all() for part in found)

@@ -218,7 +218,7 @@ torch.ops.load_library(library)
 with mock.patch.object(emulator, "library"), emulator.running(), fastgpt.use_backend("cuda"):
     if name == "cross_entropy" and size == ["cluster"]:
         logits, target = torch.randn(3, 1031), torch.tensor([5, 1030, 700])
-        options = (None, -100, 0.1, 0.0, 0.0, 2048)
+        options = (None, -100, 0.1, 0.0, 0.0, 1.0, 2048)
         torch.ops.fastgpt.cross_entropy_with_grad_inplace_cuda(logits, target, *options)
     else:
         for sizes in [map(int, size)] if size else [(37, 67), (131, 64)]:
