@@ -36,7 +36,7 @@ class Loss:
 
     count:   what the sum is divided by; None for the number of targets that count.
     float32: the loss is float32 even where the logits are not.
-    softcap: logits made of hidden states become c tanh(logits / c).
+    softcap, logit_scale: logits made of hidden states become c tanh(scale logits / c), as in `ops.cross_entropy`.
     """
 
     target: Tensor
@@ -45,6 +45,7 @@ class Loss:
     label_smoothing: float = 0.0
     float32: bool = True
     softcap: float | None = None
+    logit_scale: float = 1.0
 
     def of_hidden(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The loss of logits hidden @ weight.T + bias, for hidden (..., D) and weight (V, D); scalar."""
@@ -60,7 +61,7 @@ class Loss:
         reason = reason or _of_targets(target)
         case = lambda b: no_float64_on_gpu_backends(b, hidden.dtype)  # noqa: E731
         if goes_to_pytorch("linear_cross_entropy", hidden, reason, case):
-            logits = nn.functional.linear(hidden, weight, bias)
+            logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
             logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
             return self.of_logits(logits, target)
         traced = torch.compiler.is_compiling() or isinstance(target, FakeTensor)
@@ -70,7 +71,8 @@ class Loss:
             if 0 < len(counted) < _FEW * len(target):
                 hidden, target = hidden.index_select(0, counted), target[counted]
         loss = ops.linear_cross_entropy(
-            hidden, weight, target, bias=bias, softcap=self.softcap, loss_dtype=self._dtype(), **self._options()
+            hidden, weight, target, bias=bias, softcap=self.softcap, logit_scale=self.logit_scale,
+            loss_dtype=self._dtype(), **self._options(),
         )  # fmt: skip
         return self._divided(loss)
 
@@ -205,7 +207,7 @@ def with_fused_loss(
     rest: tuple[str, Callable[[Any, Tensor], Tensor]] | None = None,
     no_cache: bool = False,
     own: Callable[[Any, dict[str, Any]], bool] = lambda model, kwargs: False,
-    softcap: str | None = None,
+    of_logits: Callable[[Any], dict[str, Any]] = lambda model: {},
 ) -> Callable[..., Any]:
     """A model's forward with its loss fused into the head while training, and computed from the logits otherwise.
 
@@ -218,7 +220,7 @@ def with_fused_loss(
             function of the output and these.
         no_cache: whether the model's own forward sets use_cache=False where it is given labels.
         own: whether a call's loss is left to the model's forward; of the model and the keyword arguments.
-        softcap: the name of the cap of the logits in the model's configuration.
+        of_logits: what the model does to the logits before the loss: the `softcap` and `logit_scale` of `Loss`.
     """
 
     @functools.wraps(forward)
@@ -237,7 +239,7 @@ def with_fused_loss(
         )
         if labels is None or not ours or (rest is not None and kwargs.get(rest[0]) is None):
             return forward(self, *args, **kwargs)
-        wanted = replace(loss(**kwargs), softcap=getattr(self.config, softcap) if softcap else None)
+        wanted = replace(loss(**kwargs), **of_logits(self))
         kwargs["labels"] = None
         if no_cache:
             kwargs["use_cache"] = False

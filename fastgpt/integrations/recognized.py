@@ -223,7 +223,11 @@ class CausalLM(OwnerOfHead, Recognized):
             "0c80a36a92ae92c2",
         ),  # with a router's loss, if it is requested
     )
-    cap: ClassVar[str | None] = None
+
+    @staticmethod
+    def of_logits(model: Any) -> dict[str, Any]:
+        """Return what the model does to the logits before the loss: fields of `Loss`."""
+        return {}
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
@@ -233,7 +237,7 @@ class CausalLM(OwnerOfHead, Recognized):
 
     @classmethod
     def members(cls, replaced: Any) -> dict[str, Any]:
-        options: dict[str, Any] = {"own": _with_a_routers_loss, "softcap": cls.cap}
+        options: dict[str, Any] = {"own": _with_a_routers_loss, "of_logits": cls.of_logits}
         return {"forward": with_fused_loss(replaced.forward, cls.head, causal_loss, **options)}
 
 
@@ -241,7 +245,40 @@ class CappedCausalLM(CausalLM):
     """Gemma 2's: with a cap of the logits before the loss."""
 
     code = ("345f0544ef82ff48", "a2451e920a82fbc1", "98e78c2a64453c90", "6f097186382e9feb")
-    cap = "final_logit_softcapping"
+
+    @staticmethod
+    def of_logits(model: Any) -> dict[str, Any]:
+        return {"softcap": model.config.final_logit_softcapping}
+
+
+class DividedCausalLM(CausalLM):
+    """Granite's: the logits are divided by a number."""
+
+    code = (
+        *("ca474d62301243ae", "8bc93edf9b8388da", "d6207ef7b1b34dbb"),
+        *(
+            "27f0da3beaafca05",
+            "ceefd9e6334f8bd5",
+            "df28759b718fa8d8",
+        ),  # with a router's loss, if it is requested
+    )
+
+    @staticmethod
+    def of_logits(model: Any) -> dict[str, Any]:
+        return {"logit_scale": 1.0 / model.config.logits_scaling}
+
+
+class ScaledCausalLM(CausalLM):
+    """Cohere's: the logits are multiplied by a number."""
+
+    code = (
+        *("c40e17d171acc39b", "a061b5875c296f14", "9f3052c6786a4ecb"),
+        *("0e42cfc9b1f8638e", "dc26cdc279abed13"),  # with the logits of a router beside them
+    )
+
+    @staticmethod
+    def of_logits(model: Any) -> dict[str, Any]:
+        return {"logit_scale": model.logit_scale}
 
 
 class RotaryAttention(Recognized):
@@ -264,17 +301,8 @@ def _with_a_routers_loss(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 PATTERNS: tuple[type[Recognized], ...] = (
-    *(
-        RMSNorm,
-        WeightedRMSNorm,
-        OffsetRMSNorm,
-        SwiGLU,
-        GEGLU,
-        PreNormLayer,
-        CausalLM,
-        CappedCausalLM,
-        RotaryAttention,
-    ),
+    *(RMSNorm, WeightedRMSNorm, OffsetRMSNorm, SwiGLU, GEGLU, PreNormLayer, RotaryAttention),
+    *(CausalLM, CappedCausalLM, DividedCausalLM, ScaledCausalLM),
 )
 
 

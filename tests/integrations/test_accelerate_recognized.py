@@ -37,7 +37,8 @@ FAMILIES = {
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         {NORM, MLP, HEAD},
     ),
-    "Granite": ({"logits_scaling": 3.0}, {NORM, MLP, ROPE}),
+    "Granite": ({"logits_scaling": 3.0}, {NORM, MLP, ROPE, HEAD}),
+    "Cohere": ({"logit_scale": 0.25}, {MLP, HEAD}),
     "Helium": ({"head_dim": 8}, {LAYER, MLP, HEAD}),
     "Ernie4_5": ({}, {NORM, LAYER, MLP, HEAD}),
     "Glm4Moe": (  # rotates the first half of the channels
