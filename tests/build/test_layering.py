@@ -32,7 +32,7 @@ RANKS = (
     | {"build_tools", "distributed", "testing", "_C", "_ops", "_interrupt"},
     {"backends", "env_report", "gpt_config", "tokenizer", "tokenizer_json"},
     {"ops", "data"},
-    {"functional", "flash_attention", "model"},
+    {"functional", "flash_attention", "flash_attn_interface", "model"},
     {"integrations", "checkpoints"},
     {"generation", ""},  # "" is fastgpt/__init__.py
     {"evaluation"},
@@ -304,6 +304,8 @@ PUBLIC = {
     "fastgpt.model": "GPT GPTConfig KVCache sampling_distribution",
     "fastgpt.testing": "check_error_rule run_with_gradients",
     "fastgpt.flash_attention": "",
+    "fastgpt.flash_attn_interface": "flash_attn_func flash_attn_qkvpacked_func flash_attn_varlen_func "
+    "flash_attn_with_kvcache",
     "fastgpt.tokenizer": "Tokenizer ByteTokenizer BPETokenizer load_tokenizer make_tokenizer",
     "fastgpt.backends": "OPS BACKENDS select use_backend explain available_backends",
     "fastgpt.data": "load_corpus open_dataset encode_documents Batch Packed Repeats",

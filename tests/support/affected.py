@@ -146,6 +146,7 @@ TABLE = [
     ("fastgpt/backends.py", f"backends kernels_off functional extension hub {GPU_PATH}", ""),
     ("fastgpt/extension.py", "extension stable_abi backends packaging wheel", ""),
     ("fastgpt/build_tools.py", "stable_abi packaging wheel", ""),
+    ("fastgpt/flash_attn_interface.py", "flash_attn_interface", ""),
     ("fastgpt/flash_attention.py", f"flash_attention flash_attention_cuda {GPU_PATH}", ""),
     ("fastgpt/gpt_config.py", "architectures llama pretrained train_presets cli", ""),
     ("fastgpt/model.py", f"model architectures llama model_mlp sampling data_packing large {GPU_PATH}", ""),
