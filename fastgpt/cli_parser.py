@@ -229,7 +229,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="?",
         default="gpt2",
         metavar="MODEL",
-        help="gpt2 (default), bert, or a directory with the config.json of a language model",
+        help="gpt2 (default), bert, llama, or a directory with the config.json of a language model",
     )
     bench.add_argument("--json", action="store_true", help="results as one JSON object")
     add_options(bench, BenchConfig)

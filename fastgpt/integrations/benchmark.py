@@ -41,7 +41,18 @@ from fastgpt.device import (
 from fastgpt.integrations.accelerate import accelerate
 from fastgpt.options import check_sizes, option
 
-MODELS = {"gpt2": "GPT2LMHeadModel", "bert": "BertForMaskedLM"}
+# A class of transformers and options of its configuration. The Llama has the sizes of SmolLM 135M.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2LMHeadModel", {}),
+    "bert": ("BertForMaskedLM", {}),
+    "llama": (
+        "LlamaForCausalLM",
+        {
+            **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+            **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+        },
+    ),
+}
 UNMODIFIED, COMPILED, ACCELERATED = "unmodified", "torch.compile", "accelerated"
 
 _SETTINGS = {False: "malloc's defaults", True: "fastgpt.keep_freed_memory()"}
@@ -140,7 +151,8 @@ def compare(model: str, config: BenchConfig) -> Comparison:
     """Time training steps of a model with random weights.
 
     Args:
-        model: "gpt2" (124 M parameters), "bert" (110 M), or a directory with the config.json of a language model.
+        model: "gpt2" (124 M parameters), "bert" (110 M), "llama" (135 M), or a directory with the config.json of a
+            language model.
         config: the options.
 
     Raises:
@@ -383,10 +395,13 @@ def _config_of(model: str) -> tuple[Any, Any]:
     except ImportError:
         raise ImportError("fastgpt bench needs the package transformers: pip install transformers") from None
     if model in MODELS:
-        cls = getattr(transformers, MODELS[model])
-        return cls, cls.config_class()
+        name, options = MODELS[model]
+        cls = getattr(transformers, name)
+        return cls, cls.config_class(**options)
     if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"there is no model {model!r}: give gpt2, bert, or a directory with a config.json")
+        raise ValueError(
+            f"there is no model {model!r}: give gpt2, bert, llama, or a directory with a config.json"
+        )
     config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
     for name in config.architectures or ():
         if name.endswith(("LMHeadModel", "ForCausalLM", "ForMaskedLM")):

@@ -106,7 +106,7 @@ def test_losses_that_differ_are_an_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["no-such-model"], "there is no model 'no-such-model': give gpt2, bert, or a directory"),
+        (["no-such-model"], "there is no model 'no-such-model': give gpt2, bert, llama, or a directory"),
         (["gpt2", "--length=0"], "length must be at least 1"),
         (["gpt2", "--seconds=0"], "seconds must be positive"),
         (["gpt2", "--threads=0"], "threads must be at least 1"),
@@ -129,3 +129,11 @@ def test_other_kinds_of_models_and_errors_of_a_process_are_named(tmp_path, capsy
     ).save_pretrained(tmp_path)
     assert main(["bench", str(tmp_path), "--no-compile"]) == 2
     assert "divisible" in capsys.readouterr().err
+
+
+def test_every_name_is_a_model_of_its_size():
+    sizes = {}
+    for name in benchmark.MODELS:
+        with torch.device("meta"):
+            sizes[name] = sum(p.numel() for p in benchmark._build(name).parameters()) // 10**6
+    assert sizes == {"gpt2": 124, "bert": 109, "llama": 134}
