@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from fastgpt import functional, ops
 from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
@@ -62,7 +62,8 @@ def attention_forward(
         query: (B, H, Lq, D).
         key, value: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), Hk dividing H.
         attention_mask: broadcastable to (B, H, Lq, Lk), bool (True takes part) or added; without one the module's
-            (or the argument's) is_causal says whether rows see later columns.
+            (or the argument's) is_causal says whether rows see later columns. One of no columns, (1, 1, W, 0), stands
+            for causality within a window of W columns (`attention_mask` below).
         dropout, scaling: of the probabilities, and of the scores (None for 1/√D).
         softcap: scores become c·tanh(scores/c).
         position_bias: added to the scores, where the mask shows them.
@@ -84,6 +85,12 @@ def attention_forward(
             raise ValueError(
                 f"fastgpt's attention has no {meaning} ({keyword}): use set_attn_implementation('eager')"
             )
+    if attention_mask is not None and attention_mask.shape[-1] == 0 < key.shape[2]:
+        window = attention_mask.shape[-2]
+        if position_bias is None:
+            out = _windowed(query, key, value, window, dropout, scaling, softcap)
+            return out.transpose(1, 2).contiguous(), None
+        attention_mask = _band(query, key, window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(query.shape[2] > 1 and attention_mask is None and causal)  # a tensor in torch.jit.trace
     if position_bias is not None:
@@ -96,6 +103,27 @@ def attention_forward(
         found = functional.attention(query, key, value, *options)
         out = functional.pytorch_attention(query, key, value, *options) if found is None else found
     return out.transpose(1, 2).contiguous(), None
+
+
+def _windowed(
+    q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float, scale: Any, softcap: float | None
+) -> Tensor:
+    """Causal attention to the last `window` columns, the row's own included."""
+    reason = plain_reason(q, k, v)
+    if not goes_to_pytorch("attention", q, reason, lambda b: kernel_refusal(b, q, v, None)):
+        options: dict[str, Any] = {"causal": "lower_right", "window": (window - 1, 0), "softcap": softcap}
+        return ops.attention(q, k, v, scale=scale, dropout_p=dropout, **options)
+    mask = _band(q, k, window)
+    if softcap is not None:
+        return _softcapped(q, k, v, mask, dropout, False, scale, softcap)
+    return functional.pytorch_attention(q, k, v, mask, dropout, False, scale, bool(q.shape[1] != k.shape[1]))
+
+
+def _band(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """The mask of causality within a window, (Lq, Lk) bool."""
+    rows, columns = q.shape[2], k.shape[2]
+    seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device)
+    return seen.tril(columns - rows).triu(columns - rows - window + 1)
 
 
 def _softcapped(
@@ -153,12 +181,23 @@ def attention_mask(
 
     Returns:
         (B, 1, Lq, Lk) bool, or None where the kernel's own causality is the whole mask; also under `torch.compile`,
-        where older versions of transformers build it.
+        where older versions of transformers build it. Where causality within a window of W columns is the whole mask,
+        (1, 1, W, 0): no mask is made, and `attention_forward` reads the window off its shape (not while compiling).
     """
     rows = options["q_length"] if "q_length" in options else options["cache_position"].shape[0]
     plain = mask_function is causal_mask_function and local_size is None and attention_mask is None
     if allow_is_causal_skip and plain and torch.compiler.is_compiling() and rows == kv_length:
         return None
+    if (
+        allow_is_causal_skip
+        and not torch.compiler.is_compiling()  # which cannot look into a function
+        and rows == kv_length
+        and local_size is not None
+        and local_size < kv_length
+        and _is_window(mask_function)
+        and _hides_nothing(attention_mask)
+    ):
+        return torch.empty(1, 1, local_size, 0, dtype=torch.bool, device=options.get("device"))
     return sdpa_mask(
         kv_length=kv_length,
         mask_function=mask_function,
@@ -167,6 +206,30 @@ def attention_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **options,
     )
+
+
+def _is_window(mask_function: Any) -> bool:
+    """Return whether a mask function of transformers is causality within a window and nothing else."""
+    plain = sliding_window_causal_mask_function(1)
+    return _code(mask_function) is not None and _code(mask_function) == _code(plain)
+
+
+def _code(function: Any) -> Any:
+    """The code of a function and of the functions that it calls by its closure."""
+    if not hasattr(function, "__code__"):
+        return None
+    found = [function.__code__]
+    for cell in function.__closure__ or ():
+        inner = cell.cell_contents
+        found += [_code(one) for one in (inner if isinstance(inner, tuple) else (inner,)) if callable(one)]
+    return found
+
+
+def _hides_nothing(padding: Tensor | None) -> bool:
+    """Return whether a padding mask (B, L) is absent or shows every token, as far as that can be known here."""
+    if padding is None:
+        return True
+    return type(padding) is Tensor and bool(padding.all())
 
 
 def refusal(model: PreTrainedModel, name: str = "") -> str | None:

@@ -247,12 +247,16 @@ def with_fused_loss(
             with layer.wanted(wanted):
                 output = forward(self, *args, **kwargs)
                 value = layer.given()
-            if value is None or output[logits].dim() != 0:
+            made = output[logits].dim() != 0
+            if made is (value is not None) and (made or of_logits(self)):
                 raise RuntimeError(
                     f"something called {head} before the model did, and got the loss for the logits: call "
                     "fastgpt.accelerate(model, cross_entropy=False) for such a model"
                 )
-            found = {**output, logits: None, "loss": value}
+            if made:  # torch.compile broke the graph between here and the head, which was not asked then
+                found = {**output, "loss": wanted.of_logits(output[logits])}
+            else:
+                found = {**output, logits: None, "loss": output[logits] if value is None else value}
         else:
             output = forward(self, *args, **kwargs)
             found = {**output, "loss": wanted.of_logits(output[logits])}

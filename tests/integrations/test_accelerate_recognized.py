@@ -312,3 +312,21 @@ def test_the_patterns_serve_over_a_hundred_classes_of_transformers():
                 forward = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward"]
                 found += any(digest(function) in known for function in forward)
     assert found > 200, f"transformers {transformers.__version__}: new fingerprints are needed"
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_a_graph_that_breaks_within_the_model_has_the_same_loss(name, monkeypatch):
+    model, inputs = build(name), batch(name)
+    expected = model(**inputs).loss
+    fastgpt.accelerate(model)
+    kind = type(model.model.layers[0].mlp)
+    whole = kind.forward
+
+    def broken(self, x):
+        torch._dynamo.graph_break()
+        return whole(self, x)
+
+    monkeypatch.setattr(kind, "forward", broken)
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="aot_eager")(**inputs).loss
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
