@@ -8,6 +8,7 @@ import functools
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,8 @@ _UNSERVED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
 }
+# Keywords of a model's call that `attention_forward` computes, or that its mask says already.
+_SERVED = {"dropout", "scaling", "is_causal", "softcap", "sliding_window", "position_bias"}
 # Parameters that are added to the scores: the mask requires a gradient then, which only PyTorch computes.
 _LEARNED_BIAS = re.compile(r"(^|\.)(relative_position_bias(_table)?|relative_attention_bias)(\.|$)")
 # Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
@@ -244,7 +247,7 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
         reason = "it does not take its attention from AttentionInterface"
     elif (asking := _asks(model, current)) is not None:
         reason = f"its code asks whether its attention is {asking!r}, and may compute something else if not"
-    elif not model._supports_sdpa:
+    elif not model._supports_sdpa and not _passes_what_is_served(model):
         reason = "it has no 'sdpa': its attention is a variant that is not known"
     elif getattr(model.config, "output_attentions", False):
         reason = "it returns its attention weights (output_attentions)"
@@ -255,6 +258,32 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
     elif (size := max(map(_head_dim, model.modules()), default=0)) > MAX_HEAD_DIM:
         reason = f"its head_dim is {size}, and the kernels go up to {MAX_HEAD_DIM}"
     return f"{name}: {reason}" if name and reason else reason
+
+
+def _passes_what_is_served(model: PreTrainedModel) -> bool:
+    """Return whether every call of an attention interface in a model's attentions has known keywords alone.
+
+    A model without "sdpa" may lack it for a softcap only, which PyTorch's function does not have.
+    """
+    forwards = {type(module).forward for module in model.modules() if uses_interface(module)}
+    found = [_keywords(inspect.unwrap(forward)) for forward in forwards]
+    calls = [keywords for keywords in found if keywords is not None]
+    return bool(calls) and all(keywords <= _SERVED for keywords in calls)
+
+
+@functools.cache
+def _keywords(forward: Any) -> frozenset[str] | None:
+    """Return the keywords of the calls of `attention_interface` in a forward; None if there is no such call."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset({"unknown"})
+    calls = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attention_interface"
+    ]  # fmt: skip
+    named = [keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None]
+    return frozenset(named) if calls else None
 
 
 def _head_dim(module: nn.Module) -> int:

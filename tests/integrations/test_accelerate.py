@@ -223,7 +223,6 @@ def test_switch_that_the_user_turned_since_is_the_users():
         (lambda m: setattr(m.transformer.h[0].mlp.c_fc, "forward", lambda x: x), "c_fc: its forward"),
         (lambda m: setattr(m.config, "_attn_implementation_internal", "flex_attention"), "flex_attention"),
         (lambda m: setattr(m.config, "_output_attentions", True), "output_attentions"),
-        (lambda m: setattr(m, "_supports_sdpa", False), "variant"),
     ],
 )
 def test_what_is_not_known_is_left_with_the_reason(change, reason):
