@@ -129,7 +129,7 @@ class _Work:
         """Return the class that takes the place of a module's own, if any."""
         found = self.table.get(type(module))
         if found is None and "transformers" in sys.modules:
-            from fastgpt.integrations.recognized import replacement_of
+            from fastgpt.integrations.patterns import replacement_of
 
             found = replacement_of(module)
         return found

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import fastgpt
-from fastgpt.integrations import recognized
+from fastgpt.integrations import decoder_patterns, patterns
 from fastgpt.integrations.fingerprint import digest, fingerprint
 from fastgpt.integrations.replacement import Replacement
 from tests.support.client_models import VOCAB, assert_same, batch, loss_and_gradients
@@ -212,17 +212,17 @@ def test_a_rotation_that_differs_is_left_to_the_model(monkeypatch):
     def rotate_half(x):
         return torch.cat((x[..., x.shape[-1] // 2 :], -x[..., : x.shape[-1] // 2]), dim=-1)
 
-    assert recognized.RotaryAttention.fits(attention, None)
+    assert decoder_patterns.RotaryAttention.fits(attention, None)
     for name, other in (
         ("rotate_half", rotate_half),
         ("apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k)),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(llama, name, other)
-            assert not recognized.RotaryAttention.fits(attention, None)
+            assert not decoder_patterns.RotaryAttention.fits(attention, None)
     with monkeypatch.context() as patched:
         patched.setattr(llama.LlamaRotaryEmbedding, "forward", lambda self, x, position_ids: (x, x))
-        assert not recognized.RotaryAttention.fits(attention, None)
+        assert not decoder_patterns.RotaryAttention.fits(attention, None)
 
 
 def test_a_cache_given_by_its_former_name_is_still_used():
@@ -261,10 +261,10 @@ def test_changed_code_is_left_as_it_was():
     class Inherited(transformers.models.llama.modeling_llama.LlamaRMSNorm):
         pass
 
-    assert recognized.replacement_of(Changed(8)) is None
-    assert recognized.replacement_of(Inherited(8)) is None  # it may have changed what forward calls
-    assert recognized.replacement_of(transformers.models.llama.modeling_llama.LlamaRMSNorm(8)) is not None
-    assert recognized.replacement_of(nn.Linear(2, 2)) is None
+    assert patterns.replacement_of(Changed(8)) is None
+    assert patterns.replacement_of(Inherited(8)) is None  # it may have changed what forward calls
+    assert patterns.replacement_of(transformers.models.llama.modeling_llama.LlamaRMSNorm(8)) is not None
+    assert patterns.replacement_of(nn.Linear(2, 2)) is None
 
 
 def test_an_activation_that_is_no_known_gate_is_refused():
@@ -306,7 +306,7 @@ def test_fingerprints_see_code_and_arguments_alone():
 def test_the_patterns_serve_over_a_hundred_classes_of_transformers():
     import pathlib
 
-    known = {code for pattern in recognized.PATTERNS for code in pattern.code}
+    known = {code for pattern in patterns.PATTERNS for code in pattern.code}
     found = 0
     for path in pathlib.Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         for node in ast.parse(path.read_text("utf-8")).body:
