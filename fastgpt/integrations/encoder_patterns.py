@@ -1,4 +1,4 @@
-"""Feed-forward blocks and masked language models with the code of BERT's, RoBERTa's, CLIP's and their kind."""
+"""Feed-forward blocks with a GELU, and masked language models with the code of RoBERTa's and its kind."""
 
 from __future__ import annotations
 
@@ -33,10 +33,51 @@ class HeadTransform(OwnerOfGelu, Recognized):
 class FeedForward(OwnerOfGelu, Recognized):
     """fc2(activation_fn(fc1(x))), of CLIP and many encoders of images and sound."""
 
-    code, first, then = ("841446fb07dfa915",), "fc1", "activation_fn"
+    code: ClassVar[tuple[str, ...]] = ("841446fb07dfa915",)
+    first, then, last = "fc1", "activation_fn", "fc2"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.fc2(self.activated(hidden_states))
+        return getattr(self, self.last)(self.activated(hidden_states))
+
+
+class NeoXFeedForward(FeedForward):
+    """GPT-NeoX's."""
+
+    code = ("24f206b05ecf01d9",)
+    first, then, last = "dense_h_to_4h", "act", "dense_4h_to_h"
+
+
+class SamFeedForward(FeedForward):
+    """SAM's."""
+
+    code = ("da9524d8f5a8493c",)
+    first, then, last = "lin1", "act", "lin2"
+
+
+class DinoFeedForward(FeedForward):
+    """DINOv2's."""
+
+    code, then = ("934dff19cd44f6cc",), "activation"
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.fc2(self.activated(hidden_state))
+
+
+class GPTJFeedForward(FeedForward):
+    """GPT-J's, with dropout at the end."""
+
+    code = ("5478c872d193b369",)
+    first, then, last = "fc_in", "act", "fc_out"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(super().forward(hidden_states))
+
+
+class GPTNeoFeedForward(GPTJFeedForward):
+    """GPT-Neo's and GPTBigCode's."""
+
+    code = ("de1e41158c81b4a2",)
+    first, last = "c_fc", "c_proj"
 
 
 class MaskedLM(OwnerOfHead, Recognized):
@@ -84,6 +125,7 @@ class DistilBertMaskedLM(MaskedLM):
 
 
 PATTERNS: tuple[type[Recognized], ...] = (
-    *(Intermediate, HeadTransform, FeedForward),
+    *(Intermediate, HeadTransform, FeedForward, NeoXFeedForward, SamFeedForward, DinoFeedForward),
+    *(GPTJFeedForward, GPTNeoFeedForward),
     *(MaskedLM, AlbertMaskedLM, ErnieMaskedLM, DistilBertMaskedLM),
 )

@@ -91,7 +91,7 @@ def test_a_model_of_esm_adds_its_bias_after_the_head_and_keeps_its_loss():
     assert_same(before, loss_and_gradients(model, {"input_ids": tokens, "labels": tokens}))
 
 
-@pytest.mark.parametrize("kind", ["ViT", "Siglip"])
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2", "Siglip"])
 def test_feed_forward_blocks_of_images_run_linear_gelu(kind):
     sizes = dict(
         hidden_size=32,
@@ -104,6 +104,8 @@ def test_feed_forward_blocks_of_images_run_linear_gelu(kind):
     if kind == "ViT":
         config = transformers.ViTConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
         model = transformers.ViTModel(config, add_pooling_layer=False)
+    elif kind == "Dinov2":
+        model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).eval()
     else:
         model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes))
     images = torch.randn(2, 3, 16, 16)
@@ -111,3 +113,26 @@ def test_feed_forward_blocks_of_images_run_linear_gelu(kind):
     fastgpt.accelerate(model)
     torch.testing.assert_close(model(pixel_values=images).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
     assert GELU in called(model, {"pixel_values": images})
+
+
+@pytest.mark.parametrize("kind", ["GPTNeoX", "GPTJ", "GPTNeo", "GPTBigCode"])
+def test_feed_forward_blocks_of_decoders_run_linear_gelu(kind):
+    names = {
+        "GPTNeoX": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48),
+        "GPTJ": dict(n_embd=32, n_layer=2, n_head=4, n_inner=48, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0),
+        "GPTNeo": dict(
+            hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, attention_types=[[["global"], 2]],
+            resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+        ),
+        "GPTBigCode": dict(n_embd=32, n_layer=2, n_head=4, n_inner=48, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    }[kind]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **names)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+    inputs = batch(f"{kind}ForCausalLM", "right")
+    before = loss_and_gradients(model, inputs)
+    fastgpt.accelerate(model)
+    assert_same(before, loss_and_gradients(model, inputs))
+    assert GELU in called(model, inputs)
+    fastgpt.restore(model)
+    assert torch.equal(loss_and_gradients(model, inputs)[0], before[0])
