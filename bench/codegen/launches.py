@@ -106,6 +106,8 @@ def configurations() -> Iterator[Configuration]:
             yield Configuration("cross_entropy", f"{name} V{classes}", launch, dtype == BF16)
         launch = _cross_entropy(dtype, 50257, 0.1, 30.0)
         yield Configuration("cross_entropy", f"{name} V50257 smoothing softcap", launch)
+        launch = _cross_entropy(dtype, 50257, scale=0.0625)
+        yield Configuration("cross_entropy", f"{name} V50257 scale", launch)
     yield Configuration("cross_entropy", "bf16 V1 smoothing", _cross_entropy(BF16, 1, 0.1))
     for dtype, form, op in itertools.product((BF16, FP32), ("erf", "tanh"), ("gelu", "bias_gelu", "geglu")):
         yield Configuration(op, f"{_NAMES[dtype]} {form}", _gelu(op, dtype, form == "tanh"), dtype == BF16)

@@ -229,10 +229,11 @@ def _code(function: Any) -> Any:
 
 
 def _hides_nothing(padding: Tensor | None) -> bool:
-    """Return whether a padding mask (B, L) is absent or shows every token, as far as that can be known here."""
-    if padding is None:
-        return True
-    return type(padding) is Tensor and bool(padding.all())
+    """Return whether a padding mask (B, L) is absent or shows every token.
+
+    On a GPU this waits for it, once a forward, as transformers does for its other masks.
+    """
+    return padding is None or (type(padding) is Tensor and bool(padding.all()))
 
 
 def refusal(model: PreTrainedModel, name: str = "") -> str | None:

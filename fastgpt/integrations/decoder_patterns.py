@@ -26,9 +26,7 @@ class RMSNorm(Recognized):
     code: ClassVar[tuple[str, ...]] = ("1ee42456c7aca18a",)
     eps_name: ClassVar[str] = "variance_epsilon"
     offset: ClassVar[float] = 0.0
-    keeps_dtype: ClassVar[bool] = (
-        False  # whether the result has x's dtype, and not one promoted with the weight's
-    )
+    keeps_dtype: ClassVar[bool] = False  # else the result has the promoted dtype of x and weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self._normed(hidden_states)
@@ -132,12 +130,9 @@ class PreNormLayer(Recognized):
     """A layer with norms before attention and MLP: the sum after the attention and the second norm are one op."""
 
     option, runs = "rms_norm", "add_rms_norm"
+    # They differ in the arguments of the attention.
     code = (
-        *(
-            "896970dc87b3702d",
-            "af50c80fd82565b8",
-            "8c3de64edfeab82c",
-        ),  # they differ in what the attention is given
+        *("896970dc87b3702d", "af50c80fd82565b8", "8c3de64edfeab82c"),  # Llama
         *("db578e7ede7a4ab3", "c38011051b68f074", "4e861a004eb54677"),  # Mixtral
         *("fb3148f518c3cf32", "359a1e8e99f4d373", "d27dcd595ae4eecb"),  # Qwen3-VL
     )
@@ -180,11 +175,8 @@ class CausalLM(OwnerOfHead, Recognized):
     code: ClassVar[tuple[str, ...]] = (
         *("ff1674cf2da4b806", "31d99856cdeb17cf", "abe904f64eaf3e09"),  # plain
         "e9c625db88ba818a",  # with the logits of a router beside them
-        *(
-            "5f27dd391e2273de",
-            "db4bf8f5188e98bb",
-            "0c80a36a92ae92c2",
-        ),  # with a router's loss, if it is requested
+        # with a router's loss, if it is requested
+        *("5f27dd391e2273de", "db4bf8f5188e98bb", "0c80a36a92ae92c2"),
     )
 
     @staticmethod
@@ -219,11 +211,8 @@ class DividedCausalLM(CausalLM):
 
     code = (
         *("ca474d62301243ae", "8bc93edf9b8388da", "d6207ef7b1b34dbb"),
-        *(
-            "27f0da3beaafca05",
-            "ceefd9e6334f8bd5",
-            "df28759b718fa8d8",
-        ),  # with a router's loss, if it is requested
+        # with a router's loss, if it is requested
+        *("27f0da3beaafca05", "ceefd9e6334f8bd5", "df28759b718fa8d8"),
     )
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""What a function computes, as a number: two functions with the same fingerprint have the same code.
+"""Fingerprints of functions: a hash of the syntax tree, equal for functions with the same code.
 
-Models of transformers are generated from one another, so that the same lines stand in a hundred files. A class whose
-code is known can be replaced whatever its name is, and one whose code has changed is not.
+Models of transformers are generated from one another, so that the same lines are in a hundred files. By its fingerprint
+a class is recognized under any name, and no longer once its code has changed.
 """
 
 from __future__ import annotations

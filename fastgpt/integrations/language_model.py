@@ -61,7 +61,8 @@ class Loss:
         reason = reason or _of_targets(target)
         case = lambda b: no_float64_on_gpu_backends(b, hidden.dtype)  # noqa: E731
         if goes_to_pytorch("linear_cross_entropy", hidden, reason, case):
-            logits = self.logit_scale * nn.functional.linear(hidden, weight, bias)
+            logits = nn.functional.linear(hidden, weight, bias)
+            logits = logits if self.logit_scale == 1.0 else self.logit_scale * logits
             logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
             return self.of_logits(logits, target)
         traced = torch.compiler.is_compiling() or isinstance(target, FakeTensor)

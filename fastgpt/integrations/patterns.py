@@ -1,4 +1,4 @@
-"""Search for the class that takes the place of one with known code."""
+"""Lookup of the replacement for a module, by the fingerprint of its forward."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Classes of transformers that are known by the code of their forward, whatever model they are of.
+"""Classes of transformers that are recognized by the code of their forward, in any model.
 
-The norms, MLPs, layers and heads of many models stand in more than a hundred files with the same lines
+The norms, MLPs, layers and heads of many models are the same lines in more than a hundred files
 (`fastgpt.integrations.fingerprint`). `decoder_patterns` and `encoder_patterns` hold a class for each such forward,
 which computes the same. The fingerprints are those of transformers 4.57 to 5.24; a class with other code is left as it
 was.

@@ -59,15 +59,18 @@ def _row_start(i_n, stride):
 @triton.jit
 def _cap(b_x, softcap, logit_scale, SOFTCAP: tl.constexpr):
     if SOFTCAP:
-        return softcap * tanh(b_x * (logit_scale / softcap))
+        factor = 1.0
+        if logit_scale is not None:
+            factor = logit_scale
+        return softcap * tanh(b_x * (factor / softcap))
     else:
         return b_x
 
 
 @triton.jit
 def _exponent_scale(logit_scale, SOFTCAP: tl.constexpr):
-    """Return e, the factor of x - m."""
-    if SOFTCAP:
+    """Return e, the factor of x - m; `logit_scale` is None for 1."""
+    if SOFTCAP or logit_scale is None:
         return 1.0
     else:
         return logit_scale
@@ -250,9 +253,11 @@ def _cross_entropy_bwd(
     if p_grad_lse is not None:
         c_p += tl.load(p_grad_lse + i_n)
         counts = counts | True  # every row has a gradient then
-    c_p = c_p / row_sum * logit_scale
-    c_y *= logit_scale
-    c_w *= logit_scale
+    c_p /= row_sum
+    if logit_scale is not None:
+        c_p *= logit_scale
+        c_y *= logit_scale
+        c_w *= logit_scale
 
     o_row, shift = _row_start(i_n, stride)
     o_row_d = i_n * stride_d - shift
@@ -297,9 +302,10 @@ class LossOptions(NamedTuple):
         """Return W on the device; None without label smoothing, which alone needs it."""
         return self.weight.sum() if self.weight is not None and self.label_smoothing != 0.0 else None
 
-    def arguments(self) -> tuple[int, float, float, float, float, bool, bool]:
-        """Return the kernels' arguments from ignore_index to SOFTCAP."""
-        return *self[1:], self.label_smoothing != 0.0, self.softcap != 0.0
+    def arguments(self) -> tuple[int, float, float, float, float | None, bool, bool]:
+        """Return the kernels' arguments from ignore_index to SOFTCAP. A scale of 1 is none, and compiles to nothing."""
+        scale = None if self.logit_scale == 1.0 else self.logit_scale
+        return *self[1:-1], scale, self.label_smoothing != 0.0, self.softcap != 0.0
 
     def tile(self, kernel: str, logits: Tensor) -> tuple[int, int]:
         """Choose (BLOCK_V, warps). A short row is one tile, together with the elements before it."""
