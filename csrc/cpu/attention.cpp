@@ -15,8 +15,8 @@
 // FLOPs: 4·D per visible (query, key) pair, at the rate of the matrix product. A tile of 64 × 64 × 64 takes 262,144
 // multiply-adds (16,384 vector instructions in float, half as many in bfloat16). Its 4,096 exponentials (256 vectors of
 // 13 instructions) take a fifth to two fifths of that. Other work is kept small: v is packed once per tile, q once, k
-// not at all. Tiles outside the window are skipped, and in edge tiles strips of 16. Bytes moved: q, k, v and out once;
-// k and v again for each tile of queries, from the cache.
+// not at all. Tiles outside the window and tiles that attn_mask hides are skipped, and at the window's edge strips of
+// 16. Bytes moved: q, k, v and out once; k and v again for each tile of queries, from the cache.
 #include "attention.h"
 
 #include "attention_bwd.h"
@@ -110,10 +110,12 @@ void forward(
       for (int64_t n = blocks.n_block_min; n < blocks.n_block_max; ++n) {
         const int64_t j = n * COLUMNS;
         const Tile t{h, first, m, j, std::min(COLUMNS, p.Lk - j)};
+        const Shown shown = mask.shown(p, t);
+        if (shown == Shown::NONE) continue;
         const Operand<U> ks = first_factor<E>(k_space, k.at(p.k_begin, kv, j), k.row, t.n, p.D);
         product_of_keys(p, t, depth, ks, Operand<U>{qt.data(), ROWS}, s.data());
-        const bool unmasked = plain && is_full(p, t);
-        if (!unmasked) mask.apply(p, t, s.data(), nullptr);
+        const bool unmasked = plain && shown == Shown::ALL && is_full(p, t);
+        if (!unmasked) mask.apply(p, t, shown, s.data(), nullptr);
         if (drops) dropout_tile(p, t, dropout_scale.data());
         U* const ps = FOLD<E> > 1 ? factors.data() : reinterpret_cast<U*>(s.data());
         const A scale = unmasked ? A(p.scale) : A(1);

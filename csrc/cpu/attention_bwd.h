@@ -224,11 +224,13 @@ void backward(
         for (int64_t n = blocks.n_block_min; n < blocks.n_block_max; ++n) {
           t.j = n * COLUMNS;
           t.n = std::min(COLUMNS, p.Lk - t.j);
+          const Shown shown = mask.shown(p, t);
+          if (shown == Shown::NONE) continue;
           product_of_keys(p, t, depth, {ks.data + t.j * ks.row, ks.row}, Operand<U>{qt.data(), ROWS}, s.data());
           product_of_keys(p, t, value_depth, {vs.data + t.j * vs.row, vs.row}, Operand<U>{gt.data(), ROWS}, dp.data());
-          const bool unmasked = plain && is_full(p, t);
+          const bool unmasked = plain && shown == Shown::ALL && is_full(p, t);
           A* const softcap = softcap_grad.empty() ? nullptr : softcap_grad.data();
-          if (!unmasked) mask.apply(p, t, s.data(), softcap);
+          if (!unmasked) mask.apply(p, t, shown, s.data(), softcap);
           if (drops) dropout_tile(p, t, dropout_scale.data());
           U* const ps = FOLDED ? folded.data() : reinterpret_cast<U*>(s.data());
           U* const ds_keys = FOLDED ? folded.data() + COLUMNS * ROWS / FOLD<E> : reinterpret_cast<U*>(dp.data());

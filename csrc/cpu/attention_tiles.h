@@ -7,6 +7,8 @@
 // vector.
 #pragma once
 
+#include <cstring>
+
 #include "gemm.h"
 #include "kernel.h"
 #include "philox.h"
@@ -213,6 +215,8 @@ inline void add_over_queries(
 
 // ---- the scores of a tile ----
 
+enum class Shown { NONE, SOME, ALL };
+
 // Turns products q·kᵀ into scores.
 template <typename A>
 struct Mask {
@@ -231,12 +235,21 @@ struct Mask {
     for (int d = 0; d < 4; ++d) stride[d] = attn_mask->stride(d);
   }
 
-  // Whether the scores of a full tile are only scale · q·k. The caller then applies the scale instead of `apply`.
-  bool is_plain(const Problem& p) const { return p.softcap <= 0 && !alibi_slopes && !flags && !added; }
+  // Whether the scores of a full tile that attn_mask leaves alone are only scale · q·k. The caller then applies the
+  // scale instead of `apply`.
+  bool is_plain(const Problem& p) const { return p.softcap <= 0 && !alibi_slopes; }
+
+  // What attn_mask does to a tile: it hides every score, or leaves every score alone, or neither. This reads a number a
+  // score, where the products of the tile take 4·D operations, and a hidden tile is skipped.
+  Shown shown(const Problem& p, const Tile& t) const {
+    if (flags) return shown(flags, true, false, p, t);
+    if (added) return shown(added, A(0), MINUS_INFINITY<A>, p, t);
+    return Shown::ALL;
+  }
 
   // Turns products s (COLUMNS, ROWS) into scores, the scale included; -inf where the query does not see the key.
-  // softcap_grad, if not null: the derivative of the softcap.
-  void apply(const Problem& p, const Tile& t, A* s, A* softcap_grad) const {
+  // `shown`: of the tile. softcap_grad, if not null: the derivative of the softcap.
+  void apply(const Problem& p, const Tile& t, Shown shown, A* s, A* softcap_grad) const {
     const A scale = A(p.scale), cap = A(p.softcap);
     for (int64_t c = 0; c < t.n; ++c) {
       A* row = s + c * ROWS;
@@ -255,7 +268,7 @@ struct Mask {
         store<A, A>(row + r, x);
       }
     }
-    if (flags || added) apply_attn_mask(p, t, s);
+    if (shown != Shown::ALL) apply_attn_mask(p, t, s);
     if (is_full(p, t)) return;
     for (int64_t c = 0; c < t.n; ++c) {
       const int64_t below = t.j + c - p.diagonal() - t.first;
@@ -266,8 +279,29 @@ struct Mask {
   }
 
  private:
+  int64_t begin_of(const Problem& p, const Tile& t) const {
+    return p.document * stride[0] + t.h * stride[1] + t.first * stride[2] + t.j * stride[3];
+  }
+
+  template <typename M>
+  Shown shown(const M* mask, M visible, M hidden, const Problem& p, const Tile& t) const {
+    mask += begin_of(p, t);
+    const M all = mask[0];
+    if (all != visible && all != hidden) return Shown::SOME;
+    for (int64_t r = 0; r < (stride[2] == 0 ? 1 : t.m); ++r) {
+      const M* row = mask + r * stride[2];
+      bool same = row[0] == all;
+      if (stride[3] == 1)  // as its neighbors, each number is as the first
+        same &= std::memcmp(row, row + 1, (t.n - 1) * sizeof(M)) == 0;
+      else
+        for (int64_t c = 1; c < t.n; ++c) same &= row[c * stride[3]] == all;
+      if (!same) return Shown::SOME;
+    }
+    return all == visible ? Shown::ALL : Shown::NONE;
+  }
+
   void apply_attn_mask(const Problem& p, const Tile& t, A* s) const {
-    const int64_t begin = p.document * stride[0] + t.h * stride[1] + t.first * stride[2] + t.j * stride[3];
+    const int64_t begin = begin_of(p, t);
     for (int64_t r = 0; r < t.m; ++r)
       for (int64_t c = 0; c < t.n; ++c) {
         const int64_t at = begin + r * stride[2] + c * stride[3];

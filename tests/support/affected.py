@@ -27,7 +27,7 @@ MODELS = (
     "accelerate accelerate_recognized accelerate_windows accelerate_encoders accelerate_calls accelerate_others "
     "accelerate_torch accelerate_report torchscript training_stacks"
 )
-ATTENTION = "attention attention_extremes attention_varlen op_sizes"
+ATTENTION = "attention attention_extremes attention_masks attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
 OPS = " ".join(
     dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm rope".split())
