@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
 from fastgpt import functional, ops
+from fastgpt.integrations.masks import Causality, CausalMask, Documents, attention_mask, documents_of
 from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
+from fastgpt.ops._transforms import unserved
 from fastgpt.ops.attention import MAX_HEAD_DIM
 from fastgpt.ops.attention import refusal as kernel_refusal
 
@@ -65,11 +66,12 @@ def attention_forward(
         query: (B, H, Lq, D).
         key, value: (B, Hk, Lk, D) and (B, Hk, Lk, Dv), Hk dividing H.
         attention_mask: broadcastable to (B, H, Lq, Lk), bool (True takes part) or added; without one the module's
-            (or the argument's) is_causal says whether rows see later columns. One of no columns, (1, 1, W, 0), stands
-            for causality within a window of W columns (`attention_mask` below).
+            (or the argument's) is_causal says whether rows see later columns. A `CausalMask` has no elements.
         dropout, scaling: of the probabilities, and of the scores (None for 1/√D).
         softcap: scores become c·tanh(scores/c).
         position_bias: added to the scores, where the mask shows them.
+        others: documents packed in the one row of a batch are those of cu_seq_lens_q and max_length_q, or of
+            position_ids that begin again at 0 (not under `torch.compile`); rows see their own document.
 
     Returns:
         (B, Lq, H, Dv), and None for the weights.
@@ -88,13 +90,24 @@ def attention_forward(
             raise ValueError(
                 f"fastgpt's attention has no {meaning} ({keyword}): use set_attn_implementation('eager')"
             )
-    if attention_mask is not None and attention_mask.shape[-1] == 0 < key.shape[2]:
-        window = attention_mask.shape[-2]
-        if position_bias is None:
-            out = _windowed(query, key, value, window, dropout, scaling, softcap)
-            return out.transpose(1, 2).contiguous(), None
-        attention_mask = _band(query, key, window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    seen, length = None, query.shape[2]
+    if isinstance(attention_mask, CausalMask):
+        if attention_mask.shape == (len(query), 1, length, key.shape[2]):
+            seen, attention_mask = attention_mask.seen, None
+        else:
+            attention_mask = attention_mask.dense()
+    if attention_mask is None and causal and (seen is None or seen.padding is None):
+        documents = _documents(query, key, others)
+        if documents is not None:
+            seen = Causality(seen.window if seen else None, None, documents)
+    if seen is not None:
+        found = None
+        if position_bias is None:
+            found = _causal(query, key, value, seen, dropout, scaling, softcap)
+        if found is not None:
+            return found.contiguous(), None
+        attention_mask = seen.mask(len(query), length, query.device)
     causal = bool(query.shape[2] > 1 and attention_mask is None and causal)  # a tensor in torch.jit.trace
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
@@ -108,25 +121,44 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float, scale: Any, softcap: float | None
-) -> Tensor:
-    """Causal attention to the last `window` columns, the row's own included."""
-    reason = plain_reason(q, k, v)
-    if not goes_to_pytorch("attention", q, reason, lambda b: kernel_refusal(b, q, v, None)):
-        options: dict[str, Any] = {"causal": "lower_right", "window": (window - 1, 0), "softcap": softcap}
-        return ops.attention(q, k, v, scale=scale, dropout_p=dropout, **options)
-    mask = _band(q, k, window)
-    if softcap is not None:
-        return _softcapped(q, k, v, mask, dropout, False, scale, softcap)
-    return functional.pytorch_attention(q, k, v, mask, dropout, False, scale, bool(q.shape[1] != k.shape[1]))
+def _documents(query: Tensor, key: Tensor, given: dict[str, Any]) -> Documents | None:
+    """The documents packed in the one row of a batch, by what the model hands to its attention; None without."""
+    length = query.shape[2]
+    if len(query) != 1 or not 1 < length == key.shape[2]:
+        return None
+    cu_seqlens, longest = given.get("cu_seq_lens_q"), given.get("max_length_q")
+    if cu_seqlens is not None and longest is not None:
+        return Documents(cu_seqlens, int(longest))
+    positions = given.get("position_ids")
+    if torch.compiler.is_compiling() or type(positions) is not Tensor or unserved() is not None:
+        return None
+    return documents_of(positions) if positions.shape == (1, length) else None
 
 
-def _band(q: Tensor, k: Tensor, window: int) -> Tensor:
-    """The mask of causality within a window, (Lq, Lk) bool."""
-    rows, columns = q.shape[2], k.shape[2]
-    seen = torch.ones(rows, columns, dtype=torch.bool, device=q.device)
-    return seen.tril(columns - rows).triu(columns - rows - window + 1)
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, seen: Causality, dropout: float, scale: Any, softcap: float | None
+) -> Tensor | None:
+    """Attention of B × L rows to as many columns, (B, L, H, Dv); None where no kernel serves it."""
+    window, padding, documents = seen.window, seen.padding, seen.documents
+    op = "attention" if documents is None else "attention_varlen"
+    reason = plain_reason(q, k, v, optional=(padding, documents and documents.cu_seqlens))
+    if goes_to_pytorch(op, q, reason, lambda b: kernel_refusal(b, q, v, None)):
+        return None
+    options: dict[str, Any] = {
+        "scale": scale,
+        "dropout_p": dropout,
+        "softcap": softcap,
+        "causal": "lower_right",
+    }
+    options["window"] = None if window is None else (window - 1, 0)
+    if documents is None:
+        shown = None if padding is None else padding[:, None, None]
+        out: Tensor = ops.attention(q, k, v, attn_mask=shown, **options)
+        return out.transpose(1, 2)
+    batch, length, cu_seqlens, longest = len(q), q.shape[2], documents.cu_seqlens, documents.longest
+    q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
+    out = ops.attention_varlen(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return out.unflatten(0, (batch, length))
 
 
 def _softcapped(
@@ -165,75 +197,6 @@ def _with_bias(bias: Tensor, mask: Tensor | None, causal: bool, q: Tensor, k: Te
     if mask.dtype == torch.bool:
         return torch.where(mask, bias, torch.finfo(k.dtype).min)
     return bias + mask
-
-
-def attention_mask(
-    *,
-    kv_length: int,
-    mask_function: Any = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **options: Any,
-) -> Tensor | None:
-    """Make the mask of transformers' "sdpa", for `AttentionMaskInterface`.
-
-    Args:
-        options: further arguments of transformers, by its version: the number of rows (q_length) or, before 5.4, their
-            positions (cache_position).
-
-    Returns:
-        (B, 1, Lq, Lk) bool, or None where the kernel's own causality is the whole mask; also under `torch.compile`,
-        where older versions of transformers build it. Where causality within a window of W columns is the whole mask,
-        (1, 1, W, 0): no mask is made, and `attention_forward` reads the window off its shape (not while compiling).
-    """
-    rows = options["q_length"] if "q_length" in options else options["cache_position"].shape[0]
-    plain = mask_function is causal_mask_function and local_size is None and attention_mask is None
-    if allow_is_causal_skip and plain and torch.compiler.is_compiling() and rows == kv_length:
-        return None
-    if (
-        allow_is_causal_skip
-        and not torch.compiler.is_compiling()  # which cannot look into a function
-        and rows == kv_length
-        and local_size is not None
-        and local_size < kv_length
-        and _is_window(mask_function)
-        and _hides_nothing(attention_mask)
-    ):
-        return torch.empty(1, 1, local_size, 0, dtype=torch.bool, device=options.get("device"))
-    return sdpa_mask(
-        kv_length=kv_length,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **options,
-    )
-
-
-def _is_window(mask_function: Any) -> bool:
-    """Return whether a mask function of transformers is causality within a window and nothing else."""
-    plain = sliding_window_causal_mask_function(1)
-    return _code(mask_function) is not None and _code(mask_function) == _code(plain)
-
-
-def _code(function: Any) -> Any:
-    """The code of a function and of the functions that it calls by its closure."""
-    if not hasattr(function, "__code__"):
-        return None
-    found = [function.__code__]
-    for cell in function.__closure__ or ():
-        inner = cell.cell_contents
-        found += [_code(one) for one in (inner if isinstance(inner, tuple) else (inner,)) if callable(one)]
-    return found
-
-
-def _hides_nothing(padding: Tensor | None) -> bool:
-    """Return whether a padding mask (B, L) is absent or shows every token.
-
-    On a GPU this waits for it, once a forward, as transformers does for its other masks.
-    """
-    return padding is None or (type(padding) is Tensor and bool(padding.all()))
 
 
 def refusal(model: PreTrainedModel, name: str = "") -> str | None:

@@ -24,7 +24,7 @@ DATA = (
     "data_inputs"
 )
 MODELS = (
-    "accelerate accelerate_recognized accelerate_windows accelerate_encoders accelerate_calls accelerate_others "
+    "accelerate accelerate_recognized accelerate_masks accelerate_encoders accelerate_calls accelerate_others "
     "accelerate_torch accelerate_report torchscript training_stacks"
 )
 ATTENTION = "attention attention_extremes attention_masks attention_varlen op_sizes"
