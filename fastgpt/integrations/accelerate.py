@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from fastgpt.backends import kernels_off
 from fastgpt.integrations import replacements
 from fastgpt.integrations.replacement import Replacement, calls_functional
 from fastgpt.malloc import advice
+
+if TYPE_CHECKING:
+    from fastgpt.integrations.verify import Verification
 
 _RECORD = "_fastgpt_accelerated"  # on the model: what the modules' classes do not say
 
@@ -61,6 +64,25 @@ class Report:
     left: tuple[Entry, ...]
     note: str = ""
     advice: str = ""
+
+    def verify(self, batch: Any) -> Verification:
+        """Run the model's step twice, and say what the second really called and where its time went.
+
+        Args:
+            batch: what the model is called with: a mapping of keyword arguments, a tuple of arguments, or one tensor.
+                The loss is the output's, or else the sum of what it returns; without anything to train, the step is a
+                forward. Losses are fused in training (`model.train()`).
+
+        Returns:
+            For each op of fastgpt and each operator of PyTorch: calls, backend and share of the operators' time; and
+            the ops that modules were given and none called. It prints as a table. Of a compiled model only what is an
+            operator is seen, not the kernels that the compiler makes. Gradients, buffers and random numbers are as
+            before.
+        """
+        from fastgpt.integrations.verify import verify
+
+        words = (entry.detail.removeprefix("within ").split()[0] for entry in self.replaced)
+        return verify(self.model, batch, words)
 
     def __str__(self) -> str:
         lines = [self.note] if self.note else []
