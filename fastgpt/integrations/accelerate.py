@@ -225,7 +225,7 @@ def accelerate(
 
     In training a language model of transformers whose head and loss are fused (the report says
     linear_cross_entropy) returns a loss and no logits: they are never made. It returns both in evaluation, with
-    `return_dict=False`, and with `cross_entropy=False`. `label_smoothing=` beside `labels=` is understood.
+    `return_dict=False`, and with `cross_entropy=False`. Causal models understand `label_smoothing=` beside `labels=`.
 
     Args:
         model: PyTorch's own modules and models of transformers are known; see `fastgpt.integrations`.
