@@ -107,7 +107,10 @@ def replacement_of(module: nn.Module) -> type[Replacement] | None:
     if not isinstance(head, nn.Module) or all(part is not head for part in module.modules()):
         return None
     names = names_in_forward(kind) | names_in_forward(type(_owner(module, head)[0]))
-    if names.isdisjoint(_CALLS):
+    has_loss = any(
+        isinstance(part, nn.CrossEntropyLoss) for part in module.children()
+    )  # as DistilBERT's once
+    if names.isdisjoint(_CALLS) and not has_loss:
         return None
     of_another_kind = "loss_function" in names and module.loss_function not in _LOSSES
     return None if of_another_kind and not has_own_loss(module) else made(kind, AnyLanguageModel)
