@@ -137,23 +137,32 @@ class _Work:
                 self._note(self.replaced, "AttentionInterface", name, attention.runs(before))
             done |= {m for m in model.modules() if attention.uses_interface(m)}
         if self.options["cross_entropy"]:
-            for name, model in language_model.with_causal_loss(self.model, self._has_a_fused_loss):
+            for name, model in language_model.with_causal_loss(self.model, self._computes_its_loss):
                 self.undo.append(lambda m=model: delattr(m, "_loss_function"))  # type: ignore[misc]
                 model.loss_function = language_model.causal_loss_of_logits
-                self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
+                if not self._has_a_fused_loss(model):
+                    self._note(self.replaced, "loss_function", name, "cross_entropy (on logits)")
         return done
+
+    def _computes_its_loss(self, model: nn.Module) -> bool:
+        """Return whether a model's replacement does without its loss_function."""
+        from fastgpt.integrations import language_model
+
+        found = self._class_for(model)
+        with_another = found is not None and issubclass(found, language_model.OwnerOfHead)
+        return type(model) in self.table or (with_another and self._has_a_fused_loss(model))
 
     def _has_a_fused_loss(self, model: nn.Module) -> bool:
         found = self._class_for(model)
-        return type(model) in self.table or (found is not None and found.refusal(model) is None)
+        return found is not None and found.refusal(model) is None
 
     def _class_for(self, module: nn.Module) -> type[Replacement] | None:
         """Return the class that takes the place of a module's own, if any."""
         found = self.table.get(type(module))
         if found is None and "transformers" in sys.modules:
-            from fastgpt.integrations.patterns import replacement_of
+            from fastgpt.integrations import any_language_model, patterns
 
-            found = replacement_of(module)
+            found = patterns.replacement_of(module) or any_language_model.replacement_of(module)
         return found
 
     def _module(self, name: str, module: nn.Module, known: set[nn.Module]) -> None:
@@ -172,7 +181,7 @@ class _Work:
             return
         reason = None if self.options[cls.option] else f"{cls.option}=False"
         reason = reason or self._given(cls, module) or cls.refusal(module)
-        parts = {part: (module.get_submodule(part), new) for part, new in cls.parts().items()}
+        parts = {part: (module.get_submodule(part), new) for part, new in cls.parts(module).items()}
         for part, (inner, new) in parts.items():
             if reason is None and self._given(new, inner) is not None:
                 reason = f"{part}: {self._given(new, inner)}"
@@ -238,7 +247,7 @@ def accelerate(
 
     In training a language model of transformers whose head and loss are fused (the report says
     linear_cross_entropy) returns a loss and no logits: they are never made. It returns both in evaluation, with
-    `return_dict=False`, and with `cross_entropy=False`. `label_smoothing=` beside `labels=` is understood.
+    `return_dict=False`, and with `cross_entropy=False`. Causal models understand `label_smoothing=` beside `labels=`.
 
     Args:
         model: PyTorch's own modules and models of transformers are known; see `fastgpt.integrations`.

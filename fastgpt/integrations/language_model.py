@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 
 from fastgpt import functional, ops
+from fastgpt.integrations import deferred_logits
 from fastgpt.integrations.replacement import Replacement
 from fastgpt.ops._checks import no_float64_on_gpu_backends
 from fastgpt.ops._fallback import goes_to_pytorch, plain_reason
@@ -81,6 +82,9 @@ class Loss:
         """The loss of logits (..., V); scalar."""
         logits = logits.reshape(-1, logits.shape[-1])
         target = (self.target if target is None else target).reshape(-1)
+        if isinstance(logits, deferred_logits.DeferredLogits):
+            logits = logits.float() if self.float32 else logits
+            return self._divided(functional.PYTORCH_CROSS_ENTROPY(logits, target, **self._options()))
         reason = plain_reason(logits, target) or _of_targets(target)
         case = lambda b: no_float64_on_gpu_backends(b, logits.dtype)  # noqa: E731
         if goes_to_pytorch("cross_entropy", logits, reason, case):
@@ -142,14 +146,24 @@ _given: Tensor | None = None
 
 
 class LossHead(Replacement, nn.Linear):
-    """The projection to the vocabulary. A call for which a loss is `wanted` gives that instead of the logits."""
+    """The projection to the vocabulary. A call for which a loss is `wanted` gives that instead of the logits.
+
+    A call that is given the fields of a `Loss`, and a bias to add to its own, gives that loss; one for which they are
+    `deferred_logits.requested` gives such logits.
+    """
 
     replaces, option, runs = nn.Linear, "cross_entropy", "linear_cross_entropy"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(
+        self, input: Tensor, fields: dict[str, Any] | None = None, bias: Tensor | None = None
+    ) -> Tensor:
+        if fields is not None:
+            both = self.bias if bias is None else bias if self.bias is None else self.bias + bias
+            return Loss(**fields).of_hidden(input, self.weight, both)
         loss = self._taken()
         if loss is None:
-            return super().forward(input)
+            logits = None if torch.compiler.is_compiling() else deferred_logits.deferred(self, input)
+            return super().forward(input) if logits is None else logits
         value = loss.of_hidden(input, self.weight, self.bias)
         self._give(value)
         return value
@@ -268,6 +282,20 @@ def with_fused_loss(
     return with_loss
 
 
+def takes_no_loss(module: Any, layer: nn.Module) -> str | None:
+    """Return why the loss of a model of transformers cannot be fused into its head, or None."""
+    if type(layer) is not nn.Linear and type(layer) is not LossHead:
+        return f"its head is a {type(layer).__name__}, not a Linear"
+    if has_own_loss(module):
+        return "it has a loss_function of its own"
+    return None
+
+
+def has_own_loss(model: Any) -> bool:
+    """Return whether somebody gave a model of transformers another loss_function than those of its kind."""
+    return vars(model).get("_loss_function", causal_loss_of_logits) is not causal_loss_of_logits
+
+
 class OwnerOfHead(Replacement):
     """The base for models whose forward is `with_fused_loss`; `head` names the submodule that makes the logits."""
 
@@ -277,15 +305,10 @@ class OwnerOfHead(Replacement):
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
-        layer = module.get_submodule(cls.head)
-        if type(layer) is not nn.Linear:
-            return f"its head is a {type(layer).__name__}, not a Linear"
-        if "_loss_function" in vars(module):
-            return "it has a loss_function of its own"
-        return None
+        return takes_no_loss(module, module.get_submodule(cls.head))
 
     @classmethod
-    def parts(cls) -> dict[str, type[Replacement]]:
+    def parts(cls, module: Any) -> dict[str, type[Replacement]]:
         return {cls.head: LossHead}
 
 
@@ -297,18 +320,20 @@ def with_causal_loss(model: nn.Module, known: Callable[[nn.Module], bool]) -> It
     for name, module in model.named_modules():
         if not isinstance(module, PreTrainedModel) or known(module):
             continue
-        if not _calls_loss_function(type(module)):
+        if "loss_function" not in names_in_forward(type(module)):
             continue
         with_head = module.get_output_embeddings() is not None
         if with_head and module.loss_function is loss_utils.ForCausalLMLoss:
             yield name, module
 
 
-def _calls_loss_function(model: type) -> bool:
-    """Return whether a class's forward, or that of the class above it which it calls, names loss_function."""
+def names_in_forward(model: type) -> frozenset[str]:
+    """Return what a class's forward, and those of the classes above it which it calls, name."""
+    found: set[str] = set()
     for cls in model.__mro__:
         if "forward" in vars(cls):
             names = getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())  # type: ignore[attr-defined]
-            if "loss_function" in names or "super" not in names:
-                return "loss_function" in names
-    return False
+            found |= set(names)
+            if "super" not in names:
+                break
+    return frozenset(found)

@@ -52,7 +52,7 @@ class Replacement(nn.Module):
         return None
 
     @classmethod
-    def parts(cls) -> dict[str, type[Replacement]]:
+    def parts(cls, module: Any) -> dict[str, type[Replacement]]:
         """Submodules by name that get a class of their own together with it."""
         return {}
 
@@ -134,7 +134,7 @@ class OwnerOfGelu(Replacement):
         return None
 
     @classmethod
-    def parts(cls) -> dict[str, type[Replacement]]:
+    def parts(cls, module: Any) -> dict[str, type[Replacement]]:
         return {cls.first: cls.first_class}
 
     @classmethod

@@ -25,7 +25,7 @@ DATA = (
 )
 MODELS = (
     "accelerate accelerate_recognized accelerate_masks accelerate_encoders accelerate_calls accelerate_others "
-    "accelerate_torch accelerate_report accelerate_verify torchscript training_stacks"
+    "accelerate_torch accelerate_report accelerate_verify accelerate_heads deferred_logits torchscript training_stacks"
 )
 ATTENTION = "attention attention_extremes attention_masks attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
