@@ -225,14 +225,19 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
 
 
 def _passes_what_is_served(model: PreTrainedModel) -> bool:
-    """Return whether every call of an attention interface in a model's attentions has known keywords alone.
+    """Return whether all attentions of a model call the interface with known keywords alone, and say they are causal.
 
-    A model without "sdpa" may lack it for a softcap only, which PyTorch's function does not have.
+    A model without "sdpa" may lack it for a softcap only, which PyTorch's function does not have; or because is_causal
+    is false on its attentions, for which "eager" always makes a mask.
     """
-    forwards = {type(module).forward for module in model.modules() if uses_interface(module)}
-    found = [_keywords(inspect.unwrap(forward)) for forward in forwards]
-    calls = [keywords for keywords in found if keywords is not None]
-    return bool(calls) and all(keywords <= _SERVED for keywords in calls)
+    found = False
+    for module in filter(uses_interface, model.modules()):
+        keywords = _keywords(inspect.unwrap(type(module).forward))
+        if keywords is not None:
+            found = keywords <= _SERVED and getattr(module, "is_causal", False) is True
+            if not found:
+                return False
+    return found
 
 
 @functools.cache

@@ -17,8 +17,12 @@ from fastgpt.backends import BACKENDS, OPS
 
 _FEW = 8  # of PyTorch's operators, those that take most of the time
 
-# Ops that another serves: packed documents, and a norm without a residual of its own.
-_SERVED_BY = {"attention": "attention_varlen", "add_rms_norm": "rms_norm"}
+# The registered ops that serve others: packed documents; a norm without a residual of its own; a composite op's parts.
+_SERVED_BY = {
+    "attention": {"attention_varlen"},
+    "add_rms_norm": {"rms_norm"},
+    "linear_gelu": {"linear", "bias_gelu"},
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def verify(model: nn.Module, batch: Any, promised: Iterable[str]) -> Verificatio
     calls = [Calls(*_named(key), counts[key], time / total) for key, time in times.most_common()]
     ours, others = (tuple(c for c in calls if bool(c.backend) == mine) for mine in (True, False))
     called = {_of(c.name) for c in ours}
-    uncalled = [op for op in dict.fromkeys(promised) if not {op, _SERVED_BY.get(op)} & called]
+    uncalled = [op for op in dict.fromkeys(promised) if not {op, *_SERVED_BY.get(op, ())} & called]
     return Verification(ours, others, tuple(uncalled))
 
 

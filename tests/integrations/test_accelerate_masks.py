@@ -18,6 +18,7 @@ from fastgpt import ops
 from fastgpt.integrations import attention, masks
 from fastgpt.integrations.masks import Causality, CausalMask, Documents
 from tests.integrations.test_accelerate_recognized import build
+from tests.support import zoo
 from tests.support.client_models import assert_same, batch, loss_and_gradients
 
 WINDOWED = ("Mistral", "Exaone4", "Gemma2")
@@ -222,6 +223,10 @@ def test_checkpointed_layers_get_the_mask(use_reentrant, seen):
     seen.clear()
     assert_same(before, loss_and_gradients(model, inputs))
     assert len(seen) == 2 * model.config.num_hidden_layers
+
+
+def test_an_attention_without_sdpa_that_is_causal_by_its_mask_alone_is_left():
+    assert "a variant that is not known" in attention.refusal(zoo.build("BigBirdPegasusForCausalLM"))
 
 
 def test_an_attention_without_sdpa_is_served_if_its_call_is_known():
