@@ -32,11 +32,10 @@ _REPLACED = ("sdpa", "eager")  # whose masks and results these functions give
 _UNSERVED = {
     "indices": "sparse attention",
     "block_indices": "sparse attention",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks by this name",
 }
 # Keywords of a model's call that `attention_forward` computes, or that its mask says already.
-_SERVED = {"dropout", "scaling", "is_causal", "softcap", "sliding_window", "position_bias"}
+_SERVED = {"dropout", "scaling", "is_causal", "softcap", "sliding_window", "position_bias", "s_aux"}
 # Parameters that are added to the scores: the mask requires a gradient then, which only PyTorch computes.
 _LEARNED_BIAS = re.compile(r"(^|\.)(relative_position_bias(_table)?|relative_attention_bias)(\.|$)")
 # Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
@@ -57,9 +56,10 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap.
+    """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap and sinks.
 
     Args:
         query: (B, H, Lq, D).
@@ -70,13 +70,13 @@ def attention_forward(
         dropout, scaling: of the probabilities, and of the scores (None for 1/√D).
         softcap: scores become c·tanh(scores/c).
         position_bias: added to the scores, where the mask shows them.
+        s_aux: (H,), attention sinks: one logit per head that takes part in the softmax without a value.
 
     Returns:
         (B, Lq, H, Dv), and None for the weights.
 
     Raises:
-        ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute;
-            or its weights are requested.
+        ValueError: the model has sparse attention (indices), which this does not compute; or its weights are requested.
     """
     collected = _collector.get() if _collector is not None else None
     if others.get("output_attentions") or (collected and {"attentions", "cross_attentions"} & set(collected)):
@@ -91,15 +91,15 @@ def attention_forward(
     if attention_mask is not None and attention_mask.shape[-1] == 0 < key.shape[2]:
         window = attention_mask.shape[-2]
         if position_bias is None:
-            out = _windowed(query, key, value, window, dropout, scaling, softcap)
+            out = _windowed(query, key, value, window, dropout, scaling, softcap, s_aux)
             return out.transpose(1, 2).contiguous(), None
         attention_mask = _band(query, key, window)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(query.shape[2] > 1 and attention_mask is None and causal)  # a tensor in torch.jit.trace
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
-    if softcap is not None:
-        out = _softcapped(query, key, value, attention_mask, dropout, causal, scaling, softcap)
+    if softcap is not None or s_aux is not None:
+        out = _extended(query, key, value, attention_mask, dropout, causal, scaling, softcap, s_aux)
     else:
         gqa = bool(query.shape[1] != key.shape[1])
         options = (attention_mask, dropout, causal, scaling, gqa)
@@ -109,16 +109,23 @@ def attention_forward(
 
 
 def _windowed(
-    q: Tensor, k: Tensor, v: Tensor, window: int, dropout: float, scale: Any, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    dropout: float,
+    scale: Any,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention to the last `window` columns, the row's own included."""
-    reason = plain_reason(q, k, v)
+    reason = plain_reason(q, k, v, optional=(sinks,))
     if not goes_to_pytorch("attention", q, reason, lambda b: kernel_refusal(b, q, v, None)):
         options: dict[str, Any] = {"causal": "lower_right", "window": (window - 1, 0), "softcap": softcap}
-        return ops.attention(q, k, v, scale=scale, dropout_p=dropout, **options)
+        return ops.attention(q, k, v, scale=scale, sinks=sinks, dropout_p=dropout, **options)
     mask = _band(q, k, window)
-    if softcap is not None:
-        return _softcapped(q, k, v, mask, dropout, False, scale, softcap)
+    if softcap is not None or sinks is not None:
+        return _extended(q, k, v, mask, dropout, False, scale, softcap, sinks)
     return functional.pytorch_attention(q, k, v, mask, dropout, False, scale, bool(q.shape[1] != k.shape[1]))
 
 
@@ -129,7 +136,7 @@ def _band(q: Tensor, k: Tensor, window: int) -> Tensor:
     return seen.tril(columns - rows).triu(columns - rows - window + 1)
 
 
-def _softcapped(
+def _extended(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -137,22 +144,26 @@ def _softcapped(
     dropout: float,
     causal: bool,
     scale: Any,
-    softcap: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with a softcap, for which PyTorch has no function: its operators, where no kernel serves the call."""
-    reason = plain_reason(q, k, v, optional=(mask,))
+    """Attention with a softcap or sinks, for which PyTorch has no function; its operators, where no kernel serves."""
+    reason = plain_reason(q, k, v, optional=(mask, sinks))
     if not goes_to_pytorch("attention", q, reason, lambda b: kernel_refusal(b, q, v, mask)):
         direction = "upper_left" if causal else "none"
-        return ops.attention(
-            q, k, v, scale=scale, causal=direction, softcap=softcap, attn_mask=mask, dropout_p=dropout
-        )
+        options: dict[str, Any] = {"causal": direction, "softcap": softcap, "sinks": sinks}
+        return ops.attention(q, k, v, scale=scale, attn_mask=mask, dropout_p=dropout, **options)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    scores = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+    p = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype)
     return torch.dropout(p.nan_to_num(0.0), dropout, dropout > 0) @ v
 
 
@@ -264,7 +275,7 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
 def _passes_what_is_served(model: PreTrainedModel) -> bool:
     """Return whether every call of an attention interface in a model's attentions has known keywords alone.
 
-    A model without "sdpa" may lack it for a softcap only, which PyTorch's function does not have.
+    A model without "sdpa" may lack it for a softcap or sinks only, which PyTorch's function does not have.
     """
     forwards = {type(module).forward for module in model.modules() if uses_interface(module)}
     found = [_keywords(inspect.unwrap(forward)) for forward in forwards]
@@ -274,7 +285,10 @@ def _passes_what_is_served(model: PreTrainedModel) -> bool:
 
 @functools.cache
 def _keywords(forward: Any) -> frozenset[str] | None:
-    """Return the keywords of the calls of `attention_interface` in a forward; None if there is no such call."""
+    """Return the keywords of the calls of `attention_interface` in a forward; None if there is no such call.
+
+    "attention_mask" is among them where the forward changes its mask (DeepSeek V4), which may not fit ours.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
@@ -284,7 +298,10 @@ def _keywords(forward: Any) -> frozenset[str] | None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attention_interface"
     ]  # fmt: skip
     named = [keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None]
-    return frozenset(named) if calls else None
+    stored = [
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
+    return frozenset([*named, *({"attention_mask"} & set(stored))]) if calls else None
 
 
 def _head_dim(module: nn.Module) -> int:

@@ -24,8 +24,8 @@ DATA = (
     "data_inputs"
 )
 MODELS = (
-    "accelerate accelerate_recognized accelerate_windows accelerate_encoders accelerate_calls accelerate_others "
-    "accelerate_torch accelerate_report torchscript training_stacks"
+    "accelerate accelerate_recognized accelerate_windows accelerate_sinks accelerate_encoders accelerate_calls "
+    "accelerate_others accelerate_torch accelerate_report torchscript training_stacks"
 )
 ATTENTION = "attention attention_extremes attention_sinks attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
@@ -134,7 +134,7 @@ TABLE = [
     ("kernels/hub/*", "hub", ""),
     ("kernels/*", f"{OPS} triton_compile triton_oldest tune hub {GPU_PATH}", TRITON),
     ("fastgpt/ops/_torch_linear.py", "linear op_sizes hub", "triton or cuda"),
-    ("fastgpt/ops/_sinks.py", f"attention_sinks transforms {GPU_PATH}", ""),
+    ("fastgpt/ops/_sinks.py", "attention_sinks accelerate_sinks", ""),
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
     (
         "fastgpt/ops/*",
