@@ -33,11 +33,10 @@ _REPLACED = ("sdpa", "eager")  # whose masks and results these functions give
 _UNSERVED = {
     "indices": "sparse attention",
     "block_indices": "sparse attention",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "attention sinks by this name",
 }
 # Keywords of a model's call that `attention_forward` computes, or that its mask says already.
-_SERVED = {"dropout", "scaling", "is_causal", "softcap", "sliding_window", "position_bias"}
+_SERVED = {"dropout", "scaling", "is_causal", "softcap", "sliding_window", "position_bias", "s_aux"}
 # Parameters that are added to the scores: the mask requires a gradient then, which only PyTorch computes.
 _LEARNED_BIAS = re.compile(r"(^|\.)(relative_position_bias(_table)?|relative_attention_bias)(\.|$)")
 # Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
@@ -58,9 +57,10 @@ def attention_forward(
     is_causal: bool | None = None,
     softcap: float | None = None,
     position_bias: Tensor | None = None,
+    s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap.
+    """Attention as transformers' "sdpa" computes it, for `AttentionInterface`; and with softcap and sinks.
 
     Args:
         query: (B, H, Lq, D).
@@ -70,6 +70,7 @@ def attention_forward(
         dropout, scaling: of the probabilities, and of the scores (None for 1/√D).
         softcap: scores become c·tanh(scores/c).
         position_bias: added to the scores, where the mask shows them.
+        s_aux: (H,), attention sinks: one logit per head that takes part in the softmax without a value.
         others: documents packed in the one row of a batch are those of cu_seq_lens_q and max_length_q, or of
             position_ids that begin again at 0 (not under `torch.compile`); rows see their own document.
 
@@ -77,8 +78,7 @@ def attention_forward(
         (B, Lq, H, Dv), and None for the weights.
 
     Raises:
-        ValueError: the model has attention sinks (s_aux) or sparse attention (indices), which this does not compute;
-            or its weights are requested.
+        ValueError: the model has sparse attention (indices), which this does not compute; or its weights are requested.
     """
     collected = _collector.get() if _collector is not None else None
     if others.get("output_attentions") or (collected and {"attentions", "cross_attentions"} & set(collected)):
@@ -104,15 +104,15 @@ def attention_forward(
     if seen is not None:
         found = None
         if position_bias is None:
-            found = _causal(query, key, value, seen, dropout, scaling, softcap)
+            found = _causal(query, key, value, seen, dropout, scaling, softcap, s_aux)
         if found is not None:
             return found.contiguous(), None
         attention_mask = seen.mask(len(query), length, query.device)
     causal = bool(query.shape[2] > 1 and attention_mask is None and causal)  # a tensor in torch.jit.trace
     if position_bias is not None:
         attention_mask, causal = _with_bias(position_bias, attention_mask, causal, query, key), False
-    if softcap is not None:
-        out = _softcapped(query, key, value, attention_mask, dropout, causal, scaling, softcap)
+    if softcap is not None or s_aux is not None:
+        out = _extended(query, key, value, attention_mask, dropout, causal, scaling, softcap, s_aux)
     else:
         gqa = bool(query.shape[1] != key.shape[1])
         options = (attention_mask, dropout, causal, scaling, gqa)
@@ -136,18 +136,26 @@ def _documents(query: Tensor, key: Tensor, given: dict[str, Any]) -> Documents |
 
 
 def _causal(
-    q: Tensor, k: Tensor, v: Tensor, seen: Causality, dropout: float, scale: Any, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Causality,
+    dropout: float,
+    scale: Any,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor | None:
     """Attention of B × L rows to as many columns, (B, L, H, Dv); None where no kernel serves it."""
     window, padding, documents = seen.window, seen.padding, seen.documents
     op = "attention" if documents is None else "attention_varlen"
-    reason = plain_reason(q, k, v, optional=(padding, documents and documents.cu_seqlens))
+    reason = plain_reason(q, k, v, optional=(sinks, padding, documents and documents.cu_seqlens))
     if goes_to_pytorch(op, q, reason, lambda b: kernel_refusal(b, q, v, None)):
         return None
     options: dict[str, Any] = {
         "scale": scale,
         "dropout_p": dropout,
         "softcap": softcap,
+        "sinks": sinks,
         "causal": "lower_right",
     }
     options["window"] = None if window is None else (window - 1, 0)
@@ -161,7 +169,7 @@ def _causal(
     return out.unflatten(0, (batch, length))
 
 
-def _softcapped(
+def _extended(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,22 +177,26 @@ def _softcapped(
     dropout: float,
     causal: bool,
     scale: Any,
-    softcap: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with a softcap, for which PyTorch has no function: its operators, where no kernel serves the call."""
-    reason = plain_reason(q, k, v, optional=(mask,))
+    """Attention with a softcap or sinks, for which PyTorch has no function; its operators, where no kernel serves."""
+    reason = plain_reason(q, k, v, optional=(mask, sinks))
     if not goes_to_pytorch("attention", q, reason, lambda b: kernel_refusal(b, q, v, mask)):
         direction = "upper_left" if causal else "none"
-        return ops.attention(
-            q, k, v, scale=scale, causal=direction, softcap=softcap, attn_mask=mask, dropout_p=dropout
-        )
+        options: dict[str, Any] = {"causal": direction, "softcap": softcap, "sinks": sinks}
+        return ops.attention(q, k, v, scale=scale, attn_mask=mask, dropout_p=dropout, **options)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    scores = softcap * torch.tanh(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) / softcap)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    p = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+    p = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype)
     return torch.dropout(p.nan_to_num(0.0), dropout, dropout > 0) @ v
 
 
@@ -225,24 +237,39 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
 
 
 def _passes_what_is_served(model: PreTrainedModel) -> bool:
-    """Return whether all attentions of a model call the interface with known keywords alone, and say they are causal.
+    """Return whether all attentions of a model call the interface with known keywords alone, and tell their causality.
 
-    A model without "sdpa" may lack it for a softcap only, which PyTorch's function does not have; or because is_causal
-    is false on its attentions, for which "eager" always makes a mask.
+    A model without "sdpa" may lack it for a softcap or sinks alone, which PyTorch's function does not have; or because
+    is_causal is false on attentions whose mask is causal: "eager" always makes one.
     """
     found = False
     for module in filter(uses_interface, model.modules()):
         keywords = _keywords(inspect.unwrap(type(module).forward))
         if keywords is not None:
-            found = keywords <= _SERVED and getattr(module, "is_causal", False) is True
+            told = getattr(module, "is_causal", False) is True or not _makes_causal_masks(
+                type(module).__module__
+            )
+            found = keywords <= _SERVED and told
             if not found:
                 return False
     return found
 
 
 @functools.cache
+def _makes_causal_masks(module: str) -> bool:
+    """Return whether the code of a module of transformers names a causal mask, or cannot be read."""
+    try:
+        return "causal_mask" in inspect.getsource(sys.modules[module])
+    except (KeyError, OSError, TypeError):
+        return True
+
+
+@functools.cache
 def _keywords(forward: Any) -> frozenset[str] | None:
-    """Return the keywords of the calls of `attention_interface` in a forward; None if there is no such call."""
+    """Return the keywords of the calls of `attention_interface` in a forward; None if there is no such call.
+
+    "attention_mask" is among them where the forward changes its mask (DeepSeek V4), which may not fit ours.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
@@ -252,7 +279,10 @@ def _keywords(forward: Any) -> frozenset[str] | None:
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "attention_interface"
     ]  # fmt: skip
     named = [keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None]
-    return frozenset(named) if calls else None
+    stored = [
+        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
+    return frozenset([*named, *({"attention_mask"} & set(stored))]) if calls else None
 
 
 def _head_dim(module: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_floating
+from ._checks import check_floating, check_last_dim
 
 
 def check_same_length(k: Tensor, v: Tensor, dim: int = -2) -> None:
@@ -56,3 +56,9 @@ def check_extras_fit(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slope
         raise ValueError(
             f"attention: alibi_slopes must be ({heads},) or ({batch}, {heads}), got {tuple(alibi_slopes.shape)}"
         )
+
+
+def check_sinks(op: str, heads: int, sinks: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless sinks are (H,), floating, H the heads of q."""
+    check_floating(op, sinks=sinks)
+    check_last_dim(op, heads, sinks=sinks)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import select, shared_memory
 from ..reference.precision import accumulator
-from ._attention_checks import check_extras_fit, check_shapes
+from ._attention_checks import check_extras_fit, check_shapes, check_sinks
 from ._checks import (
     ANY,
     Checks,
@@ -24,6 +24,7 @@ from ._checks import (
     unit_stride,
 )
 from ._library import define, vjp
+from ._sinks import with_sinks
 from ._transforms import twice_differentiable
 
 CAUSAL = ("none", "upper_left", "lower_right")
@@ -297,6 +298,7 @@ def attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     attn_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -305,6 +307,7 @@ def attention(
     """Attention that never stores the scores (arXiv:1706.03762; tiled as in FlashAttention, arXiv:2205.14135).
 
         out = dropout(softmax(mask(softcap(scale·q·kᵀ) - alibi)))·v
+        softmax(x)ⱼ = exp(xⱼ) / (exp(s) + Σₖ exp(xₖ)) with a sink s
 
     Args:
         q: (B, H, Lq, D), any strides; float32, bfloat16, float16, float64. Triton rounds the products of float32 to
@@ -317,28 +320,31 @@ def attention(
         softcap: scores become c·tanh(scores/c); None or 0 for none.
         alibi_slopes: (H,) or (B, H): -slope·|i + offset - j| is added (arXiv:2108.12409).
         attn_mask: broadcastable to (B, H, Lq, Lk); bool (True takes part) or floating (added).
+        sinks: (H,), any floating dtype: the logit of a column without a value that every row of a head sees
+            (arXiv:2309.17453, arXiv:2508.10925). Neither scale, softcap nor dropout applies to it; -inf for none.
         dropout_p: share of the probabilities dropped; the mask is a pure function of the seed and
             the element's place (`fastgpt.reference.dropout_keep`), the same on every backend.
         seed: an int, an int64 tensor of one element, or None to draw one from torch's generator.
-        return_lse: also return the log-sum-exp of the scores, differentiable.
+        return_lse: also return the log-sum-exp of the scores, with the sink, differentiable.
         deterministic: the same bits in every run, as under `torch.use_deterministic_algorithms`. On a GPU dq is
             otherwise added up by atomic additions; Triton then takes seven matrix products a tile instead of five,
             CUDA C++ fewer blocks. The reference and C++ always keep that promise.
 
     Returns:
         (B, H, Lq, Dv) in q's dtype, a view of a contiguous (B, Lq, H, Dv); with return_lse also
-        (B, H, Lq) float32 (float64 for float64). A row that sees nothing gives 0 (and -inf) and has
-        gradient 0. Under autocast q, k and v are cast to its dtype.
+        (B, H, Lq) float32 (float64 for float64). A row that sees nothing gives 0 (and -inf, or its
+        sink) and has gradient 0. Under autocast q, k and v are cast to its dtype.
 
     Raises:
         TypeError: an argument is not a tensor, or the dtypes do not fit.
         ValueError: shapes, devices or options do not fit.
         BackendUnavailable: the chosen backend cannot run this case.
     """
-    check_tensors("attention", q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes)
+    check_tensors("attention", q=q, k=k, v=v, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
     check_floating("attention", q=q, k=k, v=v)
     check_shapes(q, k, v)
     check_extras_fit(q, k, attn_mask, alibi_slopes)
+    check_sinks("attention", q.shape[1], sinks)
     bounds = band_bounds("attention", causal, window)
     if softcap is not None and softcap < 0:
         raise ValueError(f"attention: softcap must be positive, or None for none, got {softcap}")
@@ -360,4 +366,9 @@ def attention(
     if scale < 0:  # the kernels' scales are positive
         q, options = -q, (-scale, *options[1:])
     extras = (attn_mask, alibi_slopes, key)
-    return _Attention.apply(q, k, v, *extras, options, deterministic, return_lse, backend)
+    with_lse = return_lse or sinks is not None
+    found = _Attention.apply(q, k, v, *extras, options, deterministic, with_lse, backend)
+    if sinks is None:
+        return found
+    out, lse = with_sinks(found[0].transpose(1, 2), found[1], sinks, return_lse)
+    return (out.transpose(1, 2), lse) if return_lse else out.transpose(1, 2)

@@ -11,6 +11,7 @@ from .. import reference
 from ..backends import select
 from ..reference.attention import check_documents
 from ..reference.precision import accumulator
+from ._attention_checks import check_sinks
 from ._checks import (
     ANY,
     Checks,
@@ -22,6 +23,7 @@ from ._checks import (
     unit_stride,
 )
 from ._library import define, vjp
+from ._sinks import with_sinks
 from ._transforms import twice_differentiable
 from .attention import band_bounds, check_extras, dropout_seed, lse_of, refusal, statistics_of
 
@@ -176,6 +178,7 @@ def attention_varlen(
     window: int | tuple[int, int] | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
@@ -189,19 +192,21 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (documents + 1,) int32 or int64, ascending from 0.
         max_seqlen_q, max_seqlen_k: no document is longer; sizes the kernels' grids.
         alibi_slopes: (H,) or (documents, H).
+        sinks: (H,), of every document.
         other options: as `attention`, within each document.
 
     Returns:
         (total_q, H, Dv) in q's dtype; with return_lse also (H, total_q) float32 (float64 for float64). Rows
-        after the last document are 0 (and -inf) and have gradient 0.
+        after the last document are 0 (and -inf, or their sink) and have gradient 0.
 
     Raises:
         TypeError, ValueError, BackendUnavailable: as `attention`.
     """
     op = "attention_varlen"
     check_tensors(
-        op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes
-    )
+        op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )  # fmt: skip
     check_floating(op, q=q, k=k, v=v)
     if not q.dim() == k.dim() == v.dim() == 3 or k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2]:
         raise ValueError(
@@ -213,6 +218,7 @@ def attention_varlen(
             f"{op}: the {k.shape[1]} heads of k and v must divide the {q.shape[1]} heads of q (GQA)"
         )
     _check_documents(q, cu_seqlens_q, cu_seqlens_k, alibi_slopes)
+    check_sinks(op, q.shape[1], sinks)
     bounds = band_bounds(op, causal, window)
     if softcap is not None and softcap < 0:
         raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
@@ -232,4 +238,9 @@ def attention_varlen(
     if scale < 0:  # the kernels' scales are positive
         q, options = -q, (*options[:2], -scale, *options[3:])
     extras = (cu_q, cu_k, alibi_slopes, key)
-    return _AttentionVarlen.apply(q, k, v, *extras, options, deterministic, return_lse, backend)
+    with_lse = return_lse or sinks is not None
+    found = _AttentionVarlen.apply(q, k, v, *extras, options, deterministic, with_lse, backend)
+    if sinks is None:
+        return found
+    out, lse = with_sinks(found[0], found[1], sinks, return_lse)
+    return (out, lse) if return_lse else out

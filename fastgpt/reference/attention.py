@@ -35,6 +35,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     seed: Tensor | None = None,
     *,
+    sinks: Tensor | None = None,
     scale: float,
     lower_right: bool = True,
     left: int = -1,
@@ -46,7 +47,7 @@ def attention(
     """Attention and the log-sum-exp of its scores.
 
         s = scale·q·kᵀ;  s = c·tanh(s/c) with a softcap c;  s -= slope·|i + offset - j| with ALiBi;  s += mask
-        out = dropout(softmax(s))·v
+        out = dropout(softmax(s))·v;  with a sink, softmax([s, sink]) without its last column
 
     Args:
         q: (B, H, Lq, D).
@@ -55,12 +56,13 @@ def attention(
         attn_mask: broadcastable to (B, H, Lq, Lk); bool (True takes part) or floating (added).
         alibi_slopes: (H,) or (B, H) (Press et al., arXiv:2108.12409).
         seed: one int64, the key of the dropout mask (`dropout_keep`).
+        sinks: (H,), the scores of a column that every row sees and that has no value; finite, or -inf for none.
         left, right, lower_right: see `band`.
         first_batch: what the dropout mask takes for the first batch entry's number.
 
     Returns:
         out (B, H, Lq, Dv) in q's dtype and lse (B, H, Lq) in float32 (float64 for float64). A row
-        that sees nothing is 0, its lse is -inf, and its gradients are 0.
+        that sees nothing is 0, its lse is -inf, or its sink, and its gradients are 0.
     """
     batch, heads, rows, _ = q.shape
     columns, group = k.shape[2], heads // max(k.shape[1], 1)
@@ -79,12 +81,14 @@ def attention(
         s = s.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         s = s + attn_mask.to(acc)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(acc).view(-1, 1, 1).expand(batch, heads, rows, 1)), dim=-1)
 
     # A row that sees nothing would be 0/0: it is computed as if it saw everything, then erased.
     sees = (s != -torch.inf).any(dim=-1, keepdim=True)
     s = torch.where(sees, s, 0)
     lse = torch.where(sees, log_sum_exp(s)[..., None], -torch.inf)
-    p = torch.softmax(s, dim=-1) * sees
+    p = torch.softmax(s, dim=-1)[..., :columns] * sees
     if dropout_p > 0:
         assert seed is not None
         keep = dropout_keep(seed, dropout_p, (batch, heads, rows, columns), first_batch)
@@ -108,6 +112,8 @@ def attention_varlen(
     cu_seqlens_k: Tensor,
     alibi_slopes: Tensor | None = None,
     seed: Tensor | None = None,
+    *,
+    sinks: Tensor | None = None,
     **options: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute attention over packed documents; rows attend within their document only.
@@ -116,10 +122,11 @@ def attention_varlen(
         q: (total_q, H, D); document n holds rows cu_seqlens_q[n] to cu_seqlens_q[n+1].
         k, v: (total_k, Hk, D) and (total_k, Hk, Dv), by cu_seqlens_k.
         alibi_slopes: (H,) or (documents, H).
+        sinks: (H,), of every document.
         options: as `attention`; the dropout mask of document n is that of batch entry n.
 
     Returns:
-        out (total_q, H, Dv) and lse (H, total_q). Rows past the last document are 0 (lse -inf).
+        out (total_q, H, Dv) and lse (H, total_q). Rows past the last document are 0 (lse -inf, or the sink).
 
     Raises:
         ValueError: the document bounds do not ascend from 0 within the tensors.
@@ -132,10 +139,11 @@ def attention_varlen(
         rows, columns = slice(*starts_q[n : n + 2]), slice(*starts_k[n : n + 2])
         qn, kn, vn = (t.transpose(0, 1).unsqueeze(0) for t in (q[rows], k[columns], v[columns]))
         slopes = alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
-        out, lse = attention(qn, kn, vn, None, slopes, seed, first_batch=n, **options)  # type: ignore[arg-type]
+        out, lse = attention(qn, kn, vn, None, slopes, seed, sinks=sinks, first_batch=n, **options)  # type: ignore[arg-type]
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])
     rest = q.shape[0] - starts_q[-1]
     outs.append(q.new_zeros(rest, heads, v.shape[2]))
-    lses.append(torch.full((heads, rest), -torch.inf, dtype=accumulator(q.dtype), device=q.device))
+    of_rest = q.new_full((heads,), -torch.inf) if sinks is None else sinks
+    lses.append(of_rest.to(accumulator(q.dtype))[:, None].expand(heads, rest))
     return torch.cat(outs), torch.cat(lses, dim=1)

@@ -82,7 +82,7 @@ def test_queries_that_a_model_drops_keep_their_place(implementation):
         torch.testing.assert_close([model(TOKENS, logits_to_keep=n).logits for n in (1, 3, 0)], expected)
 
 
-@pytest.mark.parametrize("keyword", ["indices", "block_indices", "s_aux", "sinks"])
+@pytest.mark.parametrize("keyword", ["indices", "block_indices", "sinks"])
 def test_keyword_that_changes_the_attention_is_an_error(keyword):
     q = torch.randn(1, 2, 3, 4)
     module = torch.nn.Identity()

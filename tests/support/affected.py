@@ -24,10 +24,11 @@ DATA = (
     "data_inputs"
 )
 MODELS = (
-    "accelerate accelerate_recognized accelerate_masks accelerate_encoders accelerate_calls accelerate_others "
-    "accelerate_torch accelerate_report accelerate_verify accelerate_heads deferred_logits torchscript training_stacks"
+    "accelerate accelerate_recognized accelerate_masks accelerate_sinks accelerate_encoders accelerate_calls "
+    "accelerate_others accelerate_torch accelerate_report accelerate_verify accelerate_heads deferred_logits "
+    "torchscript training_stacks"
 )
-ATTENTION = "attention attention_extremes attention_masks attention_varlen op_sizes"
+ATTENTION = "attention attention_extremes attention_masks attention_sinks attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
 OPS = " ".join(
     dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm rope".split())
@@ -134,6 +135,7 @@ TABLE = [
     ("kernels/hub/*", "hub", ""),
     ("kernels/*", f"{OPS} triton_compile triton_oldest tune hub {GPU_PATH}", TRITON),
     ("fastgpt/ops/_torch_linear.py", "linear op_sizes hub", "triton or cuda"),
+    ("fastgpt/ops/_sinks.py", "attention_sinks accelerate_sinks", ""),
     ("fastgpt/reference/*", f"{OPS} philox second_derivatives hub", "reference"),
     (
         "fastgpt/ops/*",

@@ -6,7 +6,7 @@ from fastgpt.reference import dropout_keep
 
 
 def composed(q, k, v, *, scale=None, causal="none", window=None, softcap=None, alibi_slopes=None, attn_mask=None,
-             dropout_p=0.0, seed=None, first_batch=0):  # fmt: skip
+             sinks=None, dropout_p=0.0, seed=None, first_batch=0):  # fmt: skip
     """`ops.attention` out of elementary PyTorch operations, all in the inputs' dtype."""
     heads, rows, columns = q.shape[1], q.shape[2], k.shape[2]
     k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
@@ -29,8 +29,10 @@ def composed(q, k, v, *, scale=None, causal="none", window=None, softcap=None, a
     elif attn_mask is not None:
         s = s + attn_mask.to(s.dtype)
     s = s.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        s = torch.cat((s, sinks.to(s.dtype).view(-1, 1, 1).expand(*s.shape[:3], 1)), dim=-1)
     blind = (s == -torch.inf).all(dim=-1, keepdim=True)
-    p = torch.softmax(s.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)
+    p = torch.softmax(s.masked_fill(blind, 0), dim=-1).masked_fill(blind, 0)[..., :columns]
     if dropout_p:
         keep = dropout_keep(torch.tensor([seed]), dropout_p, (q.shape[0], heads, rows, columns), first_batch)
         p = p * keep / (1 - dropout_p) if dropout_p < 1 else p * 0
