@@ -22,6 +22,7 @@ NEEDS = {  # beside what fastgpt itself depends on
     "ddp.py": ("transformers",),
     "electra_replaced_tokens.py": ("transformers",),
     "finetune_gpt2.py": ("transformers", "accelerate"),
+    "finetune_llama_packed.py": ("transformers", "accelerate"),
     "lightning_module.py": ("transformers", "lightning"),
 }
 
@@ -36,6 +37,7 @@ CLAIMS = {
         operator.gt,
     ),
     "finetune_gpt2.py": (r"logits differ by at most (\S+)", lambda difference: difference < 1e-4),
+    "finetune_llama_packed.py": (r"losses differ by at most (\S+)", lambda difference: difference < 1e-5),
 }
 
 # Imported by Python as it starts: writes down which backend served each op, while the example runs as it stands.

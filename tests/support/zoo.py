@@ -42,6 +42,24 @@ _LATENT = {
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
+# Classes without a small model by these rules, or whose model does not run with tokens and labels within a minute.
+_UNBUILT = """
+AXK1ForCausalLM BailingHybridForCausalLM BambaForCausalLM BeamForCausalLM BltForCausalLM CohereCompassForCausalLM
+DbrxForCausalLM DeepseekV2ForCausalLM DeepseekV32ForCausalLM DoryForCausalLM Dots1ForCausalLM Dots3NoteForCausalLM
+EsmForMaskedLM FalconH1ForCausalLM FunnelForMaskedLM GPTNeoForCausalLM Gemma3nForCausalLM
+Gemma3nForConditionalGeneration Gemma4AssistantForCausalLM Gemma4ForCausalLM Gemma4ForConditionalGeneration
+Gemma4UnifiedAssistantForCausalLM Gemma4UnifiedForCausalLM Gemma4UnifiedForConditionalGeneration GitForCausalLM
+GraniteMoeHybridForCausalLM HunYuanDenseV1ForCausalLM HunYuanMoEV1ForCausalLM Inkling2ForCausalLM
+Inkling2LoopForCausalLM JambaForCausalLM KimiLinearForCausalLM Lfm2MoeForCausalLM LukeForMaskedLM Mamba2ForCausalLM
+MinistralForCausalLM MptForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM
+Nemotron3_5TranscribeForConditionalGeneration NemotronForCausalLM NemotronHForCausalLM PerceiverForMaskedLM
+ProphetNetForCausalLM ProphetNetForConditionalGeneration Qwen4ExpForCausalLM RecurrentGemmaForCausalLM
+ReformerForMaskedLM ReformerModelWithLMHead SqueezeBertForMaskedLM VibeVoiceAsrForConditionalGeneration
+VoxtralRealtimeForConditionalGeneration XLNetLMHeadModel XmodForCausalLM XmodForMaskedLM ZambaForCausalLM
+ZayaForCausalLM xLSTMForCausalLM
+"""
+UNBUILT = frozenset(_UNBUILT.split())
+
 
 def names():
     """The classes' names, in the registries' order."""
