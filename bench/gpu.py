@@ -29,7 +29,10 @@ _RESERVE = 20.0  # seconds for the report
 TRITON_CACHE = ROOT / "build" / "triton"  # can be copied from another machine
 # The test files of each op, the most important op for a training step first.
 TESTS: dict[str, tuple[str, ...]] = {
-    "attention": ("attention", "attention_cuda", "attention_split", "attention_extremes"),
+    "attention": (
+        *("attention", "attention_cuda", "attention_split", "attention_extremes"),
+        *("attention_masks", "attention_sinks"),
+    ),
     "cross_entropy": ("cross_entropy", "cross_entropy_with_grad", "cross_entropy_extremes"),
     "linear_cross_entropy": ("linear_cross_entropy",),
     "attention_varlen": ("attention_varlen", "flash_attention_cuda"),

@@ -225,7 +225,7 @@ def test_checkpointed_layers_get_the_mask(use_reentrant, seen):
     assert len(seen) == 2 * model.config.num_hidden_layers
 
 
-def test_an_attention_without_sdpa_that_is_causal_by_its_mask_alone_is_left():
+def test_an_attention_that_is_causal_by_its_mask_alone_is_left():
     assert "a variant that is not known" in attention.refusal(zoo.build("BigBirdPegasusForCausalLM"))
 
 

@@ -116,7 +116,7 @@ def test_compiled_causal_attention_builds_no_mask(monkeypatch):
     """Though transformers would, as its older versions do when they are compiled."""
     _, twin = twins("GPT2LMHeadModel")
     built = lambda q_length, kv_length, **_: torch.ones(q_length, kv_length, dtype=torch.bool).tril()  # noqa: E731
-    monkeypatch.setattr("fastgpt.integrations.attention.sdpa_mask", built)
+    monkeypatch.setattr("fastgpt.integrations.masks.sdpa_mask", built)
     graphs = []
 
     def keep(graph, _):

@@ -127,7 +127,8 @@ def test_every_number_of_16_bits_is_rounded_once(dtype):
     half = torch.finfo(dtype).eps / 2
     normal = y.abs() >= 2 * torch.finfo(dtype).smallest_normal
     assert normal.sum() > 2**14
-    assert ((ours.double() - y).abs() <= (half + 1.2e-5) * y.abs())[normal].all()
+    # Without AVX-512 exp(x) below 2^-126 is 0, and so is the result, of at most 1e-36 in bfloat16.
+    assert ((ours.double() - y).abs() <= (half + 1.2e-5) * y.abs() + 1e-36)[normal].all()
     assert ((our_slope.double() - slope.double()).abs() <= 2 * half * slope.double().abs() + 1.2e-5).all()
 
 
