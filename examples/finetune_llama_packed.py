@@ -27,7 +27,7 @@ from fastgpt.tokenizer import ByteTokenizer
 
 
 def paragraphs(documents):
-    """What the Trainer takes: paragraphs of 16 to 160 bytes. The model itself shifts the labels by one."""
+    """Examples for the Trainer: paragraphs of 16 to 160 bytes. The model shifts the labels by one."""
     tokenizer = ByteTokenizer()
     found = (
         tokenizer.encode(text).long() for text in "".join(documents).split("\n\n") if 16 <= len(text) <= 160

@@ -174,8 +174,10 @@ def _device(pytestconfig):
     try:
         from tests.support.interpreter_bf16 import patch_interpreter_bf16
         from tests.support.interpreter_descriptors import patch_interpreter_descriptors
+        from tests.support.interpreter_products import patch_interpreter_products
     except ImportError:  # no Triton: tests of its kernels are skipped
         return
+    patch_interpreter_products()
     patch_interpreter_bf16()
     patch_interpreter_descriptors()
 

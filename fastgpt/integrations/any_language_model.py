@@ -1,6 +1,6 @@
-"""Language models of transformers of any code: their head's logits are deferred, and the loss takes them so.
+"""Any language model of transformers: its head returns deferred logits, and its own forward computes the loss of them.
 
-The loss, and what it makes of the labels, is the model's own code (`fastgpt.integrations.deferred_logits`).
+See `fastgpt.integrations.deferred_logits`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ from fastgpt.integrations.recognized import Recognized, made
 from fastgpt.integrations.replacement import Replacement
 from fastgpt.ops._modules import is_unmodified
 
-_CALLS = (
-    "loss_function",
-    "CrossEntropyLoss",
-    "cross_entropy",
-)  # of a forward that computes a loss of its logits
+# A forward that computes a loss of its logits names one of these.
+_CALLS = ("loss_function", "CrossEntropyLoss", "cross_entropy")
 _LOSSES = (loss_utils.ForCausalLMLoss, loss_utils.ForMaskedLMLoss, causal_loss_of_logits)
 
 
@@ -107,9 +104,8 @@ def replacement_of(module: nn.Module) -> type[Replacement] | None:
     if not isinstance(head, nn.Module) or all(part is not head for part in module.modules()):
         return None
     names = names_in_forward(kind) | names_in_forward(type(_owner(module, head)[0]))
-    has_loss = any(
-        isinstance(part, nn.CrossEntropyLoss) for part in module.children()
-    )  # as DistilBERT's once
+    # DistilBERT of transformers 4.57 has its loss as a submodule.
+    has_loss = any(isinstance(part, nn.CrossEntropyLoss) for part in module.children())
     if names.isdisjoint(_CALLS) and not has_loss:
         return None
     of_another_kind = "loss_function" in names and module.loss_function not in _LOSSES

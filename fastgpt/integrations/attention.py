@@ -242,17 +242,16 @@ def _passes_what_is_served(model: PreTrainedModel) -> bool:
     A model without "sdpa" may lack it for a softcap or sinks alone, which PyTorch's function does not have; or because
     is_causal is false on attentions whose mask is causal: "eager" always makes one.
     """
-    found = False
-    for module in filter(uses_interface, model.modules()):
-        keywords = _keywords(inspect.unwrap(type(module).forward))
-        if keywords is not None:
-            told = getattr(module, "is_causal", False) is True or not _makes_causal_masks(
-                type(module).__module__
-            )
-            found = keywords <= _SERVED and told
-            if not found:
-                return False
-    return found
+    modules = [module for module in model.modules() if uses_interface(module)]
+    calls = [(module, _keywords(inspect.unwrap(type(module).forward))) for module in modules]
+    return any(keywords is not None for _, keywords in calls) and all(
+        keywords is None or (keywords <= _SERVED and _tells_causality(module)) for module, keywords in calls
+    )
+
+
+def _tells_causality(module: nn.Module) -> bool:
+    """Return whether an attention is causal by its is_causal, or no model of its file makes a causal mask."""
+    return getattr(module, "is_causal", False) is True or not _makes_causal_masks(type(module).__module__)
 
 
 @functools.cache

@@ -2,8 +2,8 @@
 
 A model's own forward runs as it is, with its labels. Where its head returns `DeferredLogits`, what the forward does to
 them on the way to its loss (reshape, shift, cast, scale, cap, add a bias) is done to the hidden states or noted, and
-`torch.nn.functional.cross_entropy` runs `linear_cross_entropy`. Anything else gets the logits themselves, made then, so
-that whatever a forward computes, it computes the same.
+`torch.nn.functional.cross_entropy` runs `linear_cross_entropy`. Any other function makes the logits and gets those, so
+the results of the forward do not change.
 """
 
 from __future__ import annotations

@@ -234,7 +234,6 @@ def documents_of(position_ids: Tensor) -> Documents | None:
     if _asked is not None and _asked[0]() is position_ids and _asked[1] == version != -1:
         return _asked[2]
     begins = position_ids == 0
-    begins[:, :1] = True
     counts = position_ids[:, 1:] - position_ids[:, :-1] == 1
     packed = bool((begins[:, 1:] | counts).all() & begins[:, 1:].any())
     documents = Documents.beginning(begins) if packed else None

@@ -12,6 +12,7 @@ from torch.nn import functional as T
 
 import fastgpt
 from fastgpt.integrations.replacement import Replacement
+from tests.integrations.test_accelerate_recognized import called
 from tests.support.client_models import LENGTH, VOCAB, assert_same, batch, loss_and_gradients
 
 TOKENS = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -84,10 +85,6 @@ def inputs_of(name, padding=None):
     if model.startswith("Albert"):
         given["sentence_order_label"] = torch.randint(0, 2, (3,))
     return given
-
-
-def called(model, inputs):
-    return {decision.op for decision in fastgpt.explain(model, **inputs).decisions}
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])

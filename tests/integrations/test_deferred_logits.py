@@ -1,4 +1,4 @@
-"""Deferred logits: whatever is done to them gives what the logits give, and a cross-entropy of them is one op."""
+"""Deferred logits: every function of them gives the result for the logits, and a cross-entropy of them is one op."""
 
 import pytest
 import torch

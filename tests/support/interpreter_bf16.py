@@ -4,7 +4,7 @@ The interpreter (triton 3.6 to 3.9) keeps bf16 as the uint16 of its bits, since 
 such blocks about is right: loads, stores, reshapes and selections copy bits. Computing with them is not: a
 product multiplies the bits as integers, `tl.dot` as well, and the cast from fp32 cuts the low bits off where
 a GPU rounds to nearest even. `patch_interpreter_bf16()` wraps the arithmetic: operands become fp32, results
-are rounded back. Products also get bits of their own (`_dot`).
+are rounded back.
 """
 
 from __future__ import annotations
@@ -63,25 +63,6 @@ def _arithmetic(method: Callable[..., TensorHandle]) -> Callable[..., TensorHand
     return mended
 
 
-def _dot(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    """A product whose bits depend neither on the layout of its operands nor on numpy's code for this CPU.
-
-    A backward computes the scores of its forward again, transposed. numpy adds up their terms in another order on a CPU
-    without AVX-512, where a GPU's code does not. In float64, rounded once, the order does not show.
-    """
-
-    @functools.wraps(method)
-    def mended(self: InterpreterBuilder, a: Any, b: Any, acc: Any, *rest: Any) -> TensorHandle:
-        floats = all(np.issubdtype(x.data.dtype, np.floating) for x in (a, b))
-        if acc.data.dtype != np.float32 or not floats:
-            return method(self, a, b, acc, *rest)
-        with np.errstate(over="ignore", invalid="ignore"):
-            product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)).astype(np.float32)
-            return TensorHandle(product + acc.data, acc.dtype.scalar)
-
-    return mended
-
-
 def _cast(method: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     @functools.wraps(method)
     def mended(self: InterpreterBuilder, src: TensorHandle, dst_type: Any, *rounding: Any) -> TensorHandle:
@@ -119,9 +100,8 @@ def _narrowed(x: tl.tensor) -> tl.tensor:
 
 def patch_interpreter_bf16() -> None:
     """Patches the interpreter of this process; calling it again changes nothing."""
-    if hasattr(InterpreterBuilder.create_dot, "__wrapped__"):
+    if hasattr(InterpreterBuilder.create_fma, "__wrapped__"):
         return
-    InterpreterBuilder.create_dot = _dot(InterpreterBuilder.create_dot)
     wraps = {name: _arithmetic for name in _ARITHMETIC} | {"cast_impl": _cast, "create_fp_to_fp": _cast}
     for name, wrap in wraps.items():
         setattr(InterpreterBuilder, name, wrap(getattr(InterpreterBuilder, name)))

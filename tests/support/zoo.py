@@ -88,13 +88,17 @@ def small(config):
 
 
 def build(name):
-    """A model in training mode, with random numbers in the place of zeros and ones; None if it is not small."""
+    """A model in training mode, with random numbers in the place of zeros and ones.
+
+    Raises:
+        ValueError: it has more than `LARGEST` parameters.
+    """
     kind = getattr(transformers, name)
     config = small(kind.config_class)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind(config).parameters())
     if size > LARGEST:
-        return None
+        raise ValueError(f"{name} has {size:,} parameters")
     model = kind(config).float()
     with torch.no_grad():
         for parameter in model.parameters():
