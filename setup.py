@@ -32,7 +32,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
 CPU_VARIANTS = {"plain": []}
 if X86:
-    CPU_VARIANTS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    BF16 = [*AVX512, "-mavx512bf16"]
+    CPU_VARIANTS |= {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": BF16,
+        "amx": [*BF16, "-mamx-tile", "-mamx-bf16"],
+    }
 
 # No -ffast-math: NaN and infinity keep their meaning. -fno-math-errno and -fno-trapping-math only
 # drop side effects that nobody reads and let the compiler vectorise.
@@ -227,6 +233,7 @@ def best_variant(capabilities: dict[str, object]) -> str:
     wanted = {"plain": (), "avx2": ("avx2", "fma3", "f16c", "bmi2")}
     wanted["avx512"] = (*wanted["avx2"], "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
     wanted["avx512_bf16"] = (*wanted["avx512"], "avx512_bf16")
+    wanted["amx"] = (*wanted["avx512_bf16"], "amx_bf16", "amx_tile")
     return [name for name in CPU_VARIANTS if all(map(capabilities.get, wanted[name]))][-1]
 
 
@@ -272,7 +279,9 @@ class BuildKernels(build_ext):
                 f"fastgpt: none of the architectures {self.cuda_architectures!r} can be compiled for"
             )
         if self.variants == "best":
-            self.variants = best_variant(torch.cpu.get_capabilities())
+            # Linux may refuse a process the tiles that the CPU has.
+            tiles = torch.cpu._init_amx()
+            self.variants = best_variant({**torch.cpu.get_capabilities(), "amx_tile": tiles})
         unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
         unwanted |= set() if self.compiled_for else {"fastgpt._cuda"}
         self.extensions = [e for e in self.extensions if e.name not in unwanted]

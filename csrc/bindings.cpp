@@ -8,6 +8,12 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 pybind11::dict build_info() {
@@ -26,6 +32,22 @@ pybind11::dict build_info() {
   return info;
 }
 
+#if defined(__x86_64__)
+// Whether the CPU multiplies bfloat16 on the tiles of AMX, and Linux lets this process use them: it saves 8 KiB more
+// for each thread that does, and wants to be asked.
+bool has_tiles() {
+#if defined(__linux__)
+  constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;  // in edx of leaf 7
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & BF16) && (d & TILE) &&
+         syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // The instruction-set variants that this CPU can run. CPU_VARIANTS in setup.py defines them.
 std::vector<std::string> cpu_variants() {
   std::vector<std::string> usable{"plain"};
@@ -37,7 +59,9 @@ std::vector<std::string> cpu_variants() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) usable.push_back("avx2");
   if (avx512) usable.push_back("avx512");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) usable.push_back("avx512_bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (bf16) usable.push_back("avx512_bf16");
+  if (bf16 && has_tiles()) usable.push_back("amx");
 #endif
   return usable;
 }

@@ -27,7 +27,7 @@ import torch
 from fastgpt.build_tools import rebuild_hint
 
 # From the most to the least demanding; csrc/bindings.cpp knows what each one needs.
-VARIANTS = ("avx512_bf16", "avx512", "avx2", "plain")
+VARIANTS = ("amx", "avx512_bf16", "avx512", "avx2", "plain")
 
 _CAPS = {"default": ("plain",), "avx2": ("avx2", "plain")}
 

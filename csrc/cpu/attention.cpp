@@ -10,7 +10,7 @@
 //
 // One task per (document, head, tile of queries) visits the keys with a running maximum and sum (online softmax,
 // arXiv:1805.02867). Only one tile of scores exists at a time. The factors are bfloat16 if the CPU can multiply it
-// (factor_t), otherwise float. Sums are float (double for double).
+// (factor_t), on the tiles of AMX if it has them (amx.h), otherwise float. Sums are float (double for double).
 //
 // FLOPs: 4·D per visible (query, key) pair, at the rate of the matrix product. A tile of 64 × 64 × 64 takes 262,144
 // multiply-adds (16,384 vector instructions in float, half as many in bfloat16). Its 4,096 exponentials (256 vectors of
@@ -93,6 +93,7 @@ void forward(
   for (const Problem& p : documents) work.add(p.heads * p.row_tiles(), p.cost() / std::max<int64_t>(1, p.row_tiles()));
 
   parallel_for(0, work.total(), work.longest(), [&](int64_t begin, int64_t end) {
+    const TileRegisters registers;
     Buffer<U> rows(ROWS * width), qt(width * ROWS), k_space, v_space, factors(FOLD<E> > 1 ? COLUMNS / 2 * ROWS : 0);
     Buffer<A> s(COLUMNS * ROWS), o(ROWS * value_width), dropout_scale(drops ? COLUMNS * ROWS : 0);
     OnlineSoftmax<A> softmax;

@@ -9,7 +9,7 @@
 
 #include <cstring>
 
-#include "gemm.h"
+#include "amx.h"
 #include "kernel.h"
 #include "philox.h"
 #include "vector_math.h"
@@ -182,7 +182,7 @@ inline void product_of_keys(const Problem& p, const Tile& t, int64_t k, Operand<
   for (int64_t c = 0; c < t.n; c += strip) {
     const Span q = queries_of<A>(p, t, c, strip);
     const Operand<U> some{a.data + c * a.row, a.row}, part{b.data + q.begin, b.row};
-    gemm<false>(std::min(strip, t.n - c), q.size(), k, some, part, s + c * ROWS + q.begin, ROWS);
+    product<false>(std::min(strip, t.n - c), q.size(), k, some, part, s + c * ROWS + q.begin, ROWS);
   }
 }
 
@@ -195,7 +195,7 @@ inline void add_over_keys(
     const Span c = keys_of(p, t, r, strip);
     const Operand<Unit<E>> some{a + c.begin / FOLD<E> * ROWS + r, 1, ROWS},
         part{b.data + c.begin / FOLD<E> * b.row, b.row, b.column};
-    gemm<true>(std::min(strip, t.m - r), width, units<E>(c.size()), some, part, out + r * width, width);
+    product<true>(std::min(strip, t.m - r), width, units<E>(c.size()), some, part, out + r * width, width);
   }
 }
 
@@ -209,7 +209,7 @@ inline void add_over_queries(
     const int64_t row = ROWS / FOLD<E>;
     const Operand<Unit<E>> some{a + c * row + q.begin / FOLD<E>, row},
         part{b.data + q.begin / FOLD<E> * b.row, b.row, b.column};
-    gemm<true>(std::min(strip, t.n - c), width, q.size() / FOLD<E>, some, part, out + c * width, width);
+    product<true>(std::min(strip, t.n - c), width, q.size() / FOLD<E>, some, part, out + c * width, width);
   }
 }
 
@@ -315,11 +315,7 @@ struct Mask {
 // Writes the dropout factors of a tile to dropout_scale (COLUMNS, ROWS).
 template <typename A>
 inline void dropout_tile(const Problem& p, const Tile& t, A* dropout_scale) {
-  A row[COLUMNS];
-  for (int64_t r = 0; r < t.m; ++r) {
-    p.dropout.row(row, p.document, t.h, t.first + r, t.j, t.n);
-    for (int64_t c = 0; c < t.n; ++c) dropout_scale[c * ROWS + r] = row[c];
-  }
+  p.dropout.tile(dropout_scale, ROWS, p.document, t.h, t.first, t.m, t.j, t.n);
 }
 
 // ---- factors of the products ----

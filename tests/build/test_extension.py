@@ -92,6 +92,7 @@ FORBIDDEN = {
     "plain": r"%[yz]mm\d|\bv(fmadd|cvtph2ps|add[ps]s)",
     "avx2": r"%zmm\d|%k[1-7]\b|\{z\}|vdpbf16ps|vcvtne2?ps2?bf16",
     "avx512": r"vdpbf16ps|vcvtne2?ps2?bf16",
+    "avx512_bf16": r"%tmm\d",
 }
 
 
@@ -112,7 +113,7 @@ def test_library_holds_no_instruction_of_a_better_variant(variant):
 @needs_cpp
 @pytest.mark.parametrize(
     ("variant", "own"),
-    [("avx2", r"%ymm\d"), ("avx512", r"%zmm\d"), ("avx512_bf16", r"%zmm\d")],
+    [("avx2", r"%ymm\d"), ("avx512", r"%zmm\d"), ("avx512_bf16", r"vdpbf16ps"), ("amx", r"%tmm\d")],
 )
 def test_library_does_use_its_own_instructions(variant, own):
     """Or the variants would all be the plain one, and the test above would pass for nothing."""
