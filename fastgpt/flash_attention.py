@@ -138,7 +138,7 @@ def _cpu_reason(
         return f"attn_mask is {mask.dtype}"
     wanted = (*q.shape[:3], k.shape[2])
     if mask.dim() not in (2, 4) or any(
-        m not in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False)
+        m != 1 and m != n for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False)
     ):
         return f"attn_mask does not broadcast to {wanted}"
     return None

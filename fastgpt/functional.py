@@ -292,7 +292,7 @@ def _attention_reason(
         if mask.dtype != torch.bool and not added:
             return f"attn_mask is {mask.dtype}"
         wanted = (*q.shape[:-1], k.shape[-2])
-        fits = all(m in (1, n) for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False))
+        fits = all(m == 1 or m == n for m, n in zip(mask.shape[::-1], wanted[::-1], strict=False))
         if not 2 <= mask.dim() <= q.dim() or not fits:
             return f"attn_mask does not broadcast to {wanted}"
     if not 0.0 <= dropout_p <= 1.0:

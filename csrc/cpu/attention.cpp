@@ -20,6 +20,7 @@
 #include "attention.h"
 
 #include "attention_bwd.h"
+#include "attention_mask_grad.h"
 
 namespace fastgpt {
 namespace {
@@ -152,15 +153,17 @@ Tensor head_major(ScalarType type, int64_t batch, int64_t heads, int64_t length,
   return empty_strided({batch, heads, length, size}, {entry, head, row, 1}, type);
 }
 
-// Converts a floating mask to the compute type, before it is broadcast.
-OptionalTensor prepare_mask(const OptionalTensor& mask, ScalarType acc) {
-  if (!mask || mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == acc) return mask;
-  const Sizes sizes = mask->sizes(), strides = mask->strides();
-  std::array<int64_t, 4> smallest, expanded;
-  for (size_t d = 0; d < 4; ++d) smallest[d] = strides[d] == 0 ? std::min<int64_t>(sizes[d], 1) : sizes[d];
-  const Tensor converted = to(as_strided(*mask, smallest, strides), acc);
-  for (int64_t d = 0; d < 4; ++d) expanded[d] = strides[d] == 0 ? 0 : converted.stride(d);
-  return as_strided(converted, sizes, expanded);
+// Expands a mask, to which each of `sizes` is (B, H, Lq, Lk) or 1, to (B, H, Lq, Lk). A floating mask is converted to
+// the compute type before.
+OptionalTensor prepare_mask(const OptionalTensor& mask, const Tensor& q, const Tensor& k, ScalarType acc) {
+  if (!mask) return mask;
+  std::array<int64_t, 4> smallest, strides, sizes{q.size(0), q.size(1), q.size(2), k.size(2)};
+  for (size_t d = 0; d < 4; ++d)
+    smallest[d] = mask->stride(d) == 0 ? std::min<int64_t>(mask->size(d), 1) : mask->size(d);
+  Tensor small = as_strided(*mask, smallest, mask->strides());
+  if (mask->scalar_type() != ScalarType::Bool && mask->scalar_type() != acc) small = to(small, acc);
+  for (int64_t d = 0; d < 4; ++d) strides[d] = smallest[d] == 1 ? 0 : small.stride(d);
+  return as_strided(small, sizes, strides);
 }
 
 // The documents of a batch: each entry is one.
@@ -174,7 +177,8 @@ Problems batch_documents(const Tensor& q, const Tensor& k, Problem p) {
   return documents;
 }
 
-// Checks q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV), attn_mask (B, H, Lq, Lk) and the other options.
+// Checks q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV), attn_mask (B or 1, H or 1, Lq or 1, Lk or 1) and the
+// other options.
 Checks check_inputs(
     const char* op,
     const Tensor& q,
@@ -187,10 +191,13 @@ Checks check_inputs(
   const Checks check(op, "q", q, {ANY, ANY, ANY, ANY});
   const auto type = q.scalar_type();
   check("k", k, {q.size(0), ANY, ANY, q.size(3)}, type)("v", v, {q.size(0), k.size(1), k.size(2), ANY}, type);
+  std::array<int64_t, 4> sizes{q.size(0), q.size(1), q.size(2), k.size(2)};
+  if (mask && mask->dim() == 4)
+    for (int64_t d = 0; d < 4; ++d) sizes[d] = mask->size(d) == 1 ? 1 : sizes[d];
   check(
       "attn_mask",
       mask,
-      {q.size(0), q.size(1), q.size(2), k.size(2)},
+      sizes,
       {ScalarType::Bool, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
   check_slopes_and_seed(check, q, slopes, q.size(0), seed, dropout_p);
   return check;
@@ -216,8 +223,41 @@ std::tuple<Tensor, Tensor> attention_fwd(
   Tensor out = head_major(q.scalar_type(), q.size(0), p.heads, q.size(2), p.DV);
   Tensor stats = empty({q.size(0), p.heads, q.size(2), 2}, acc);
   const OptionalTensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads);
-  forward_documents(batch_documents(q, k, p), q, k, v, prepare_mask(attn_mask, acc), slopes, out, stats);
+  forward_documents(batch_documents(q, k, p), q, k, v, prepare_mask(attn_mask, q, k, acc), slopes, out, stats);
   return {out, stats};
+}
+
+// The gradient of a mask of these sizes, in the compute type. `mask`: expanded.
+Tensor mask_gradient(
+    const Problems& documents,
+    const Tensor& grad,
+    const OptionalTensor& grad_lse,
+    const Tensor& q,
+    const Tensor& k,
+    const Tensor& v,
+    const Tensor& out,
+    const Tensor& stats,
+    const Tensor& mask,
+    const OptionalTensor& slopes,
+    Sizes sizes) {
+  if (documents.empty()) return zeros(sizes, stats.scalar_type());
+  Tensor dmask = empty(sizes, stats.scalar_type());
+  dispatch(q.scalar_type(), "attention", [&](auto element) {
+    using T = decltype(element);
+    using A = compute_t<T>;
+    mask_backward<T>(
+        documents,
+        Matrices<const T>(grad),
+        Matrices<const A>(grad_lse),
+        Matrices<const T>(q),
+        Matrices<const T>(k),
+        Matrices<const T>(v),
+        Matrices<const T>(out),
+        Matrices<const A>(stats),
+        Mask<A>(mask, slopes),
+        MaskGradient<A>{dmask.mutable_data_ptr<A>(), sizes[0], sizes[1], sizes[2], sizes[3]});
+  });
+  return dmask;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
@@ -239,7 +279,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     double dropout_p,
     bool mask_grad,
     bool /*deterministic: always*/) {
-  require(!mask_grad, "attention_bwd_cpp does not compute the gradient of attn_mask; use the backend \"reference\"");
   const Checks check = check_inputs("attention_bwd_cpp", q_, k_, v_, attn_mask, alibi_slopes, seed, dropout_p);
   const int64_t batch = q_.size(0), heads = q_.size(1), rows = q_.size(2), DV = v_.size(3);
   const auto type = q_.scalar_type(), acc = accumulator(type);
@@ -251,10 +290,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   Tensor dq = head_major(type, q.size(0), p.heads, q.size(2), p.D);
   Tensor dk = head_major(type, q.size(0), p.kv_heads, k.size(2), p.D);
   Tensor dv = head_major(type, q.size(0), p.kv_heads, k.size(2), p.DV);
-  const OptionalTensor mask = prepare_mask(attn_mask, acc), slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads);
-  backward_documents(
-      batch_documents(q, k, p), grad, grad_lse, q, k, v, out, contiguous(stats), mask, slopes, dq, dk, dv);
-  return {dq, dk, dv, empty({0}, type)};
+  const OptionalTensor mask = prepare_mask(attn_mask, q, k, acc);
+  const OptionalTensor slopes = prepare_slopes(alibi_slopes, q.size(0), p.heads);
+  const Problems documents = batch_documents(q, k, p);
+  const Tensor row_stats = contiguous(stats);
+  backward_documents(documents, grad, grad_lse, q, k, v, out, row_stats, mask, slopes, dq, dk, dv);
+  if (!mask_grad) return {dq, dk, dv, empty({0}, type)};
+  require(
+      attn_mask && attn_mask->scalar_type() != ScalarType::Bool,
+      "attention_bwd_cpp: mask_grad needs a floating attn_mask");
+  const Tensor dmask =
+      mask_gradient(documents, grad, grad_lse, q, k, v, out, row_stats, *mask, slopes, attn_mask->sizes());
+  return {dq, dk, dv, to(dmask, attn_mask->scalar_type())};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {

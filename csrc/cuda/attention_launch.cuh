@@ -41,16 +41,19 @@ inline void check_slopes_and_seed(
   STD_TORCH_CHECK(o.dropout_p == 0 || o.seed.has_value(), op, ": dropout needs a seed; pass a tensor of one int64");
 }
 
-// Checks q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV), attn_mask (B, H, Lq, Lk) and the other options.
+// Checks q (B, H, Lq, D), k (B, Hk, Lk, D), v (B, Hk, Lk, DV), attn_mask (B or 1, H or 1, Lq or 1, Lk or 1) and
+// the other options.
 inline Checks check_inputs(const char* op, const Tensor& q, const Tensor& k, const Tensor& v, const Options& o) {
   const Checks check(op, "q", q, {ANY, ANY, ANY, ANY});
   const ScalarType dtype = q.scalar_type();
   check("k", k, {q.size(0), ANY, ANY, q.size(3)}, {dtype})("v", v, {q.size(0), k.size(1), k.size(2), ANY}, {dtype});
   check.rows_contiguous("q", q, "k", k, "v", v);
+  const bool broadcast = o.attn_mask.has_value() && o.attn_mask->dim() == 4;
+  const auto size = [&](int d, int64_t n) { return broadcast && o.attn_mask->size(d) == 1 ? 1 : n; };
   check(
       "attn_mask",
       o.attn_mask,
-      {q.size(0), q.size(1), q.size(2), k.size(2)},
+      {size(0, q.size(0)), size(1, q.size(1)), size(2, q.size(2)), size(3, k.size(2))},
       {ScalarType::Bool, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
   check_slopes_and_seed(check, op, q, k, q.size(0), o);
   return check;
@@ -149,8 +152,9 @@ class Attention {
     if (o.attn_mask.has_value()) {
       const Tensor& m = *o.attn_mask;
       masked_ = true;
-      p.attn_mask.strides = {m.stride(0), m.stride(1), m.stride(2)};
-      p.attn_mask.column = m.stride(3);
+      const auto stride = [&](int d) { return m.size(d) == 1 ? 0 : m.stride(d); };
+      p.attn_mask.strides = {stride(0), stride(1), stride(2)};
+      p.attn_mask.column = stride(3);
       switch (m.scalar_type()) {
         case ScalarType::Bool:
           p.attn_mask.flags = global<const uint8_t>(m);

@@ -6,7 +6,6 @@ import ast
 import contextlib
 import functools
 import inspect
-import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -37,8 +36,6 @@ _UNSERVED = {
 }
 # Keywords of a model's call that `attention_forward` computes, or that its mask says already.
 _SERVED = {"dropout", "scaling", "is_causal", "softcap", "sliding_window", "position_bias", "s_aux"}
-# Parameters that are added to the scores: the mask requires a gradient then, which only PyTorch computes.
-_LEARNED_BIAS = re.compile(r"(^|\.)(relative_position_bias(_table)?|relative_attention_bias)(\.|$)")
 # Modules that ask for "eager" and compute the same then: GPT-2's reorder_and_upcast_attn differs by rounding alone.
 _HARMLESS = (
     "transformers.models.gpt2.modeling_gpt2",
@@ -102,9 +99,7 @@ def attention_forward(
         if documents is not None:
             seen = Causality(seen.window if seen else None, None, documents)
     if seen is not None:
-        found = None
-        if position_bias is None:
-            found = _causal(query, key, value, seen, dropout, scaling, softcap, s_aux)
+        found = _causal(query, key, value, seen, dropout, scaling, softcap, s_aux, position_bias)
         if found is not None:
             return found.contiguous(), None
         attention_mask = seen.mask(len(query), length, query.device)
@@ -144,12 +139,15 @@ def _causal(
     scale: Any,
     softcap: float | None,
     sinks: Tensor | None,
+    bias: Tensor | None,
 ) -> Tensor | None:
     """Attention of B × L rows to as many columns, (B, L, H, Dv); None where no kernel serves it."""
     window, padding, documents = seen.window, seen.padding, seen.documents
     op = "attention" if documents is None else "attention_varlen"
-    reason = plain_reason(q, k, v, optional=(sinks, padding, documents and documents.cu_seqlens))
-    if goes_to_pytorch(op, q, reason, lambda b: kernel_refusal(b, q, v, None)):
+    reason = plain_reason(q, k, v, optional=(sinks, bias, padding, documents and documents.cu_seqlens))
+    if reason is None and documents is not None and bias is not None:
+        reason = "attention_varlen adds nothing to the scores"
+    if goes_to_pytorch(op, q, reason, lambda b: kernel_refusal(b, q, v, bias)):
         return None
     options: dict[str, Any] = {
         "scale": scale,
@@ -160,8 +158,10 @@ def _causal(
     }
     options["window"] = None if window is None else (window - 1, 0)
     if documents is None:
-        shown = None if padding is None else padding[:, None, None]
-        out: Tensor = ops.attention(q, k, v, attn_mask=shown, **options)
+        mask = bias if padding is None else padding[:, None, None]
+        if bias is not None and padding is not None:
+            mask = torch.where(padding[:, None, None], bias, -torch.inf)
+        out: Tensor = ops.attention(q, k, v, attn_mask=mask, **options)
         return out.transpose(1, 2)
     batch, length, cu_seqlens, longest = len(q), q.shape[2], documents.cu_seqlens, documents.longest
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
@@ -227,10 +227,6 @@ def refusal(model: PreTrainedModel, name: str = "") -> str | None:
         reason = "it has no 'sdpa': its attention is a variant that is not known"
     elif getattr(model.config, "output_attentions", False):
         reason = "it returns its attention weights (output_attentions)"
-    elif any(_LEARNED_BIAS.search(n) for n, p in model.named_parameters() if p.requires_grad):
-        reason = (
-            "it learns a bias of its scores, whose gradient no kernel computes: in training PyTorch would run"
-        )
     elif (size := max(map(_head_dim, model.modules()), default=0)) > MAX_HEAD_DIM:
         reason = f"its head_dim is {size}, and the kernels go up to {MAX_HEAD_DIM}"
     return f"{name}: {reason}" if name and reason else reason

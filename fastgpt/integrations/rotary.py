@@ -106,7 +106,7 @@ def _mismatch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, casts: bool) -> st
         return "the shapes are others"
     rows, _, length, channels = q.shape
     fits = k.shape[0] == rows and k.shape[2:] == q.shape[2:] and cos.shape[1] == length
-    if not fits or cos.shape[0] not in (1, rows) or cos.shape[-1] > channels:
+    if not fits or (cos.shape[0] != 1 and cos.shape[0] != rows) or cos.shape[-1] > channels:
         return "the shapes are others"
     if q.dtype != k.dtype or cos.dtype != sin.dtype or cos.dtype not in FLOATS:
         return "the dtypes differ"

@@ -48,7 +48,7 @@ def check_extras_fit(q: Tensor, k: Tensor, attn_mask: Tensor | None, alibi_slope
             check_floating("attention", attn_mask=attn_mask)
         wanted = (batch, heads, rows, k.shape[2])
         fits = attn_mask.dim() <= 4 and all(
-            m in (1, n) for m, n in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
+            m == 1 or m == n for m, n in zip(reversed(attn_mask.shape), reversed(wanted), strict=False)
         )
         if not fits:
             raise ValueError(f"attention: attn_mask must broadcast to {wanted}, got {tuple(attn_mask.shape)}")

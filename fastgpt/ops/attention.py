@@ -68,7 +68,10 @@ def _check_inputs(
 ) -> Checks:
     check, (batch, heads, rows, size) = Checks(op, "q", q, (ANY,) * 4), q.shape
     check("k", k, (batch, ANY, ANY, size), q.dtype)("v", v, (*k.shape[:3], ANY), q.dtype)
-    check("attn_mask", mask, (batch, heads, rows, k.shape[2]), torch.bool, *check.floats)
+    if mask is not None:
+        whole = (batch, heads, rows, k.shape[2])
+        sizes = tuple(1 if m == 1 else n for m, n in zip(mask.shape, whole, strict=False))
+        check("attn_mask", mask, sizes if len(sizes) == mask.dim() == 4 else whole, torch.bool, *check.floats)
     check_extras(check, k, slopes, batch, seed, dropout_p)
     return check
 
@@ -275,7 +278,7 @@ def refusal(backend: str, q: Tensor, v: Tensor, attn_mask: Tensor | None) -> str
         return (
             f"head_dim is {max(q.shape[-1], v.shape[-1])} and the {backend} kernel goes up to {MAX_HEAD_DIM}"
         )
-    if attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
+    if backend == "cuda" and attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled():
         return f"attn_mask requires a gradient, which the {backend} kernel does not compute"
     if backend == "cuda" and q.dtype == torch.float32 and max(q.shape[-1], v.shape[-1]) > 128:
         available = shared_memory(q.device.type, q.device.index)
@@ -357,7 +360,7 @@ def attention(
     key = dropout_seed("attention", dropout_p, seed, q.device)
     q, k, v = map(unit_stride, (q, k, v))
     if attn_mask is not None:
-        attn_mask = attn_mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+        attn_mask = attn_mask[(None,) * (4 - attn_mask.dim())]
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(accumulator(q.dtype)).contiguous()
     scale = max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)

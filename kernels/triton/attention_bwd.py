@@ -37,6 +37,7 @@ from .attention_launch import (
     optional_arguments,
     use_descriptors,
 )
+from .attention_mask_grad import launch_mask_grad
 from .attention_scores import (
     Mask,
     alibi_slope_of_head,
@@ -290,13 +291,17 @@ def attention_bwd(
     mask_grad: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return dq, dk, dv and dmask, which is empty: the op refuses a mask that requires a gradient."""
+    """Return dq, dk, dv and dmask of the mask's shape; empty unless mask_grad."""
     gradients = tuple(empty_blhd(x, *x.shape[1:]) for x in (q, k, v))
     options = AttentionOptions(
         attn_mask, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p
     )
-    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, stats, None, options, deterministic)
-    return *gradients, q.new_empty(0)
+    dmask = None
+    if mask_grad:
+        assert attn_mask is not None
+        dmask = attn_mask.new_empty(attn_mask.shape, dtype=torch.float32)
+    launch_bwd(*gradients, grad_out, grad_lse, q, k, v, out, stats, None, options, deterministic, dmask)
+    return *gradients, q.new_empty(0) if dmask is None else dmask.to(attn_mask.dtype)
 
 
 def launch_bwd(
@@ -313,11 +318,13 @@ def launch_bwd(
     packed: PackedDocuments | None,
     options: AttentionOptions,
     deterministic: bool,
+    dmask: Tensor | None = None,
 ) -> None:
-    """Write dq, dk and dv.
+    """Write dq, dk and dv, and dmask if it is given.
 
     Args:
         packed: if given, all tensors are views that `PackedDocuments` makes.
+        dmask: fp32, contiguous.
     """
     rows_contiguous("attention_bwd_triton", q=q, k=k, v=v)
     B, H, Hk = *q.shape[:2], v.shape[1]
@@ -328,7 +335,7 @@ def launch_bwd(
         grad_out = grad_out[once].contiguous().expand_as(out)
     const = constexprs(q, k, v, options.lower_right)
     descriptors = DESCRIPTORS_IN_BWD and use_descriptors(packed, q, k, v, grad_out)
-    kernels = ("dkv", "dq") if deterministic else ("bwd", "bwd")
+    kernels = ("dkv", "dq") if deterministic else ("bwd", "bwd") if dmask is None else ("bwd", "dq")
     small = [tile_sizes(kernel, q, v, False, descriptors) for kernel in kernels]
     delta_in_tile = max_columns <= min(columns for _, columns, *_ in small)
     # The sum for delta needs registers, which the tiles for calls with options leave free.
@@ -396,5 +403,7 @@ def launch_bwd(
                 num_warps=warps,
                 num_stages=stages,
             )
+        if dmask is not None:
+            launch_mask_grad(dmask, grad_out, q, k, v, row_stats, options, dq_tile, delta_in_tile)
     if dq_sum is not None:
         attention_bwd_postprocess(dq_sum[once], options.scale, dq[once])

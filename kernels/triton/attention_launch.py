@@ -25,7 +25,7 @@ class AttentionOptions(NamedTuple):
     """The optional tensors and the numbers of an attention call, as in the op's schema.
 
     Attributes:
-        attn_mask: (B, H, Lq, Lk), bool or floating-point.
+        attn_mask: (B or 1, H or 1, Lq or 1, Lk or 1), bool or floating-point.
         alibi_slopes: (H,) or (B, H), fp32.
         seed: (1,), int64: of the dropout.
         left: columns that a row sees before the diagonal; -1 for all. `right` likewise after it.
@@ -143,7 +143,9 @@ def optional_arguments(options: AttentionOptions) -> tuple[Any, Any, Any, int | 
     their strides over batch and head (0 over the batch for slopes (H,)), or the seed and the scale of dropout.
     """
     mask, slopes, seed, p = options.attn_mask, options.alibi_slopes, options.seed, options.dropout_p
-    attn_mask = None if mask is None else (mask, *mask.stride())
+    attn_mask = None
+    if mask is not None:
+        attn_mask = (mask, *(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True)))
     alibi_slopes = None
     if slopes is not None:
         alibi_slopes = (slopes, 0 if slopes.dim() == 1 else slopes.stride(0), slopes.stride(-1))

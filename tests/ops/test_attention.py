@@ -296,20 +296,6 @@ def test_same_bits_for_any_thread_count():
         )
 
 
-def test_gradient_of_a_mask_is_served_by_the_reference():
-    q, k, v = inputs(torch.float64)
-    mask = torch.randn(20, 20, dtype=torch.float64, requires_grad=True)
-    assert fastgpt.explain(ops.attention, q, k, v, attn_mask=mask).backend == "reference"
-    ours = torch.autograd.grad(ops.attention(q, k, v, attn_mask=mask).sin().sum(), (q, mask))
-    theirs = torch.autograd.grad(composed(q, k, v, attn_mask=mask).sin().sum(), (q, mask))
-    torch.testing.assert_close(ours, theirs)
-    with (
-        fastgpt.use_backend("cpp"),
-        pytest.raises(fastgpt.BackendUnavailable, match="attn_mask requires a gradient"),
-    ):
-        ops.attention(q, k, v, attn_mask=mask)
-
-
 @pytest.mark.once
 def test_opcheck(backend):
     q, k, v = (t.detach() for t in inputs(torch.float32, rows=5, columns=7))

@@ -28,7 +28,7 @@ MODELS = (
     "accelerate_others accelerate_torch accelerate_report accelerate_verify accelerate_heads accelerate_zoo "
     "deferred_logits torchscript training_stacks"
 )
-ATTENTION = "attention attention_extremes attention_masks attention_sinks attention_varlen op_sizes"
+ATTENTION = "attention attention_extremes attention_masks attention_mask_grad attention_sinks attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
 OPS = " ".join(
     dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm rope".split())
@@ -51,7 +51,8 @@ TABLE = [
     ("csrc/cpu/attention*", f"{ATTENTION} threads out_of_memory", CPU),
     ("csrc/cpu/tensors.h", f"{OPS} out_of_memory stable_abi wheel", CPU),
     ("csrc/cpu/vector.h", f"{OPS} wheel", CPU),
-    ("csrc/cpu/philox.h", "attention philox", CPU),
+    ("csrc/cpu/philox.h", "attention attention_mask_grad philox", CPU),
+    ("csrc/cpu/amx.h", f"{ATTENTION} threads out_of_memory", CPU),
     ("csrc/cpu/cross_entropy*", LOSSES, CPU),
     (
         "csrc/cpu/linear_cross_entropy*",
