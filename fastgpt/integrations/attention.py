@@ -98,6 +98,8 @@ def attention_forward(
         documents = _documents(query, key, others)
         if documents is not None:
             seen = Causality(seen.window if seen else None, None, documents)
+    if position_bias is not None and attention_mask is None and causal and 1 < length == key.shape[2]:
+        seen = seen or Causality(None, None, None)
     if seen is not None:
         found = _causal(query, key, value, seen, dropout, scaling, softcap, s_aux, position_bias)
         if found is not None:

@@ -25,8 +25,8 @@ DATA = (
 )
 MODELS = (
     "accelerate accelerate_recognized accelerate_masks accelerate_sinks accelerate_encoders accelerate_calls "
-    "accelerate_others accelerate_torch accelerate_report accelerate_verify accelerate_heads accelerate_zoo "
-    "deferred_logits torchscript training_stacks"
+    "accelerate_others accelerate_biases accelerate_torch accelerate_report accelerate_verify accelerate_heads "
+    "accelerate_zoo deferred_logits torchscript training_stacks"
 )
 ATTENTION = "attention attention_extremes attention_masks attention_mask_grad attention_sinks attention_varlen op_sizes"
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
