@@ -94,6 +94,7 @@ void forward(
   for (const Problem& p : documents) work.add(p.heads * p.row_tiles(), p.cost() / std::max<int64_t>(1, p.row_tiles()));
 
   parallel_for(0, work.total(), work.longest(), [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     const TileRegisters registers;
     Buffer<U> rows(ROWS * width), qt(width * ROWS), k_space, v_space, factors(FOLD<E> > 1 ? COLUMNS / 2 * ROWS : 0);
     Buffer<A> s(COLUMNS * ROWS), o(ROWS * value_width), dropout_scale(drops ? COLUMNS * ROWS : 0);

@@ -187,6 +187,7 @@ void backward(
   const std::unique_ptr<A[]> shared(work.keys > 0 ? new A[work.keys * stride] : nullptr);
 
   parallel_for(0, work.tasks.total(), work.tasks.longest(), [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     const TileRegisters registers;
     Buffer<U> q_rows(ROWS * q_width), qt(q_width * ROWS), g_rows(ROWS * g_width), gt(g_width * ROWS);
     Buffer<U> q_pairs, g_pairs, k_space, v_space, k_pairs;

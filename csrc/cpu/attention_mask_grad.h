@@ -87,6 +87,7 @@ void mask_backward(
   const int64_t row_tiles = call.row_tiles(), tiles = dmask.rows == 1 ? 1 : row_tiles;
 
   parallel_for(0, dmask.documents * dmask.heads * tiles, 1, [&](int64_t begin, int64_t end) {
+    const FlushSubnormals flush;
     const TileRegisters registers;
     Buffer<U> rows(ROWS * std::max(width, value_width)), qt(width * ROWS), gt(value_width * ROWS), k_space, v_space;
     Buffer<A> s(COLUMNS * ROWS), dp(COLUMNS * ROWS), dropout_scale(drops ? COLUMNS * ROWS : 0);

@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(
     A* losses = loss.mutable_data_ptr<A>();
     A* row_statistics = statistics.mutable_data_ptr<A>();
     parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
       for (int64_t i = begin; i < end; ++i) losses[i] = row.forward(x + i * stride, targets[i], row_statistics + 2 * i);
     });
   });
@@ -93,6 +94,7 @@ void backward_into(
     const A* lse_grads = pointer<A>(gl);
     const auto all = [&](auto streaming) {
       parallel_for(0, rows, GRAIN / std::max<int64_t>(vocab, 1) + 1, [&](int64_t begin, int64_t end) {
+        const FlushSubnormals flush;
         for (int64_t i = begin; i < end; ++i)
           row.template backward<streaming.value>(
               x + i * stride,

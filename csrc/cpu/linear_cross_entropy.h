@@ -87,6 +87,7 @@ class Chunks {
       start_chunk(with_grad);
       RowGradients<A> rows(lanes_);
       parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+        const FlushSubnormals flush;
         Workspace space(*this);
         for (int64_t part = first; part < last; ++part) accumulate(parts[part], classes_of(part), space);
       });
@@ -249,6 +250,7 @@ class Chunks {
   void gradients(const RowGradients<A>& rows, A* dhidden, A* dweight, A* dbias) {
     sums_.resize(parts_ * step_ * width_);
     parallel_for(0, parts_, 1, [&](int64_t first, int64_t last) {
+      const FlushSubnormals flush;
       Workspace space(*this);
       space.block.resize(stored_ ? 0 : BLOCK_V * lanes_);
       for (int64_t part = first; part < last; ++part) {

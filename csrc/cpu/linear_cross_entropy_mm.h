@@ -63,6 +63,7 @@ void mm_chunks(const Layer& layer, bool with_grad, LayerGradients gradients, F&&
     const Tensor logits = linear(hidden, layer.weight, layer.bias);
     BFloat16* const x = logits.mutable_data_ptr<BFloat16>();
     parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+      const FlushSubnormals flush;
       for (int64_t i = begin; i < end; ++i) f(row, x + i * vocab, target[first + i], first + i);
     });
     if (!with_grad) continue;

@@ -144,3 +144,17 @@ def test_a_scale_of_large_logits_keeps_every_digit(backend):
     (exact_grad,) = torch.autograd.grad(exact_loss, exact)
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.only("cpp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_beside_nothing_are_nothing_and_the_thread_is_as_before(backend, loss_of, dtype):
+    """Logits 80 to 110 below the largest: subnormal gradients, for which the processor takes hundreds of cycles."""
+    logits = torch.linspace(-110, 0, 4096).repeat(300, 1).to(dtype).requires_grad_()
+    loss_of(logits, torch.full((300,), 4095), reduction="sum").backward()
+    size = logits.grad.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    assert ((size == 0) | (size >= tiny)).all()
+    likely = logits.detach()[0] > -70
+    assert (size[:, likely] > 0).all()
+    assert float(torch.tensor([tiny]) * 0.5) > 0  # the mode of the processor ends with the kernel
