@@ -23,7 +23,7 @@ class RMSNorm(Recognized):
     """x / sqrt(mean(x²) + eps), rounded to x's dtype and multiplied by the weight."""
 
     option, runs = "rms_norm", "rms_norm"
-    code: ClassVar[tuple[str, ...]] = ("1ee42456c7aca18a",)
+    code: ClassVar[tuple[str, ...]] = ("1ee42456c7aca18a", "0d161ac7918611ed")  # Llama's, T5's
     eps_name: ClassVar[str] = "variance_epsilon"
     offset: ClassVar[float] = 0.0
     keeps_dtype: ClassVar[bool] = False  # else the result has the promoted dtype of x and weight
@@ -80,25 +80,28 @@ class SwiGLU(Recognized):
     """down_proj(silu(gate_proj(x)) * up_proj(x))."""
 
     option, runs = "swiglu", "swiglu"
-    code = ("368b963af22e7084",)
+    code: ClassVar[tuple[str, ...]] = ("368b963af22e7084",)
+    activation: ClassVar[str] = "act_fn"  # the name of the gate's
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
-        if type(module.act_fn) not in _SILUS:
-            return f"its gate is no SiLU or GELU that is known, but {type(module.act_fn).__name__}"
+        activation = module.get_submodule(cls.activation)
+        if type(activation) not in _SILUS:
+            return f"its gate is no SiLU or GELU that is known, but {type(activation).__name__}"
         return None
 
     @classmethod
     def absorbs(cls) -> tuple[str, ...]:
-        return ("act_fn",)
+        return (cls.activation,)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         return self.down_proj(self._gated(gate, up))
 
     def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        if not is_unmodified(self.act_fn) or not self._serves(gate, up):
-            return self.act_fn(gate) * up
+        activation = getattr(self, self.activation)
+        if not is_unmodified(activation) or not self._serves(gate, up):
+            return activation(gate) * up
         return self._gate(gate, up)
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -120,10 +123,31 @@ class GEGLU(SwiGLU):
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
-        return super().refusal(module) if approximation(module.act_fn) is None else None
+        return (
+            super().refusal(module) if approximation(module.get_submodule(cls.activation)) is None else None
+        )
 
     def _gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        return ops.geglu(gate, up, approximation(self.act_fn) or "none")
+        return ops.geglu(gate, up, approximation(getattr(self, self.activation)) or "none")
+
+
+class T5GEGLU(GEGLU):
+    """wo(dropout(gelu(wi_0(x)) * wi_1(x))), of T5 1.1, MT5 and UMT5."""
+
+    code, activation = ("1712dcdcd0bd9cc0",), "act"
+
+    @classmethod
+    def refusal(cls, module: Any) -> str | None:
+        if approximation(module.act) is None:
+            return f"its gate is no GELU that is known, but {type(module.act).__name__}"
+        return None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, up = self.wi_0(hidden_states), self.wi_1(hidden_states)
+        h, weight = self.dropout(self._gated(gate, up)), self.wo.weight
+        if isinstance(weight, Tensor) and h.dtype != weight.dtype and weight.dtype != torch.int8:
+            h = h.to(weight.dtype)  # where wo is kept in float32 beside layers of 16 bits
+        return self.wo(h)
 
 
 class PreNormLayer(Recognized):
@@ -253,6 +277,6 @@ def _with_a_routers_loss(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 PATTERNS: tuple[type[Recognized], ...] = (
-    *(RMSNorm, WeightedRMSNorm, OffsetRMSNorm, SwiGLU, GEGLU, PreNormLayer, RotaryAttention),
+    *(RMSNorm, WeightedRMSNorm, OffsetRMSNorm, SwiGLU, GEGLU, T5GEGLU, PreNormLayer, RotaryAttention),
     *(CausalLM, CappedCausalLM, DividedCausalLM, ScaledCausalLM),
 )

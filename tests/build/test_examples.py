@@ -24,6 +24,7 @@ NEEDS = {  # beside what fastgpt itself depends on
     "finetune_gpt2.py": ("transformers", "accelerate"),
     "finetune_llama_packed.py": ("transformers", "accelerate"),
     "lightning_module.py": ("transformers", "lightning"),
+    "t5_numbers.py": ("transformers",),
 }
 
 # What an example says of itself at the end, beside its loss: numbers in the output, and what must hold of them.
@@ -38,6 +39,7 @@ CLAIMS = {
     ),
     "finetune_gpt2.py": (r"logits differ by at most (\S+)", lambda difference: difference < 1e-4),
     "finetune_llama_packed.py": (r"losses differ by at most (\S+)", lambda difference: difference < 1e-5),
+    "t5_numbers.py": (r"(\d+)% of the numbers are written without a mistake", lambda share: share > 50),
 }
 
 # Imported by Python as it starts: writes down which backend served each op, while the example runs as it stands.

@@ -18,6 +18,7 @@ BEIT = IMAGES | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
 MODELS = {
     "T5": ("T5ForConditionalGeneration", "T5Config", T5),
     "MT5": ("MT5ForConditionalGeneration", "MT5Config", T5),
+    "T5, SiLU": ("T5ForConditionalGeneration", "T5Config", T5 | dict(feed_forward_proj="gated-silu")),
     "UMT5": ("UMT5ForConditionalGeneration", "UMT5Config", T5),
     "Swin": ("SwinForImageClassification", "SwinConfig", SWIN),
     "BEiT": ("BeitForImageClassification", "BeitConfig", BEIT | dict(use_relative_position_bias=True)),

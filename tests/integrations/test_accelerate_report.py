@@ -109,11 +109,13 @@ def test_patch_functional_is_named_where_it_changes_something():
     assert "gated activation" in details["GatedBlock"]
 
 
-def test_norm_of_t5_gets_no_advice_that_changes_nothing():
+def test_norms_and_gelu_gates_of_t5_are_replaced_and_other_gates_are_not():
     report = fastgpt.accelerate(hf.MT5ForConditionalGeneration(hf.MT5Config(**T5)))
-    advised = kinds(entry for entry in report.left if "patch_functional" in entry.detail)
-    assert any(kind.endswith("LayerNorm") for kind in kinds(report.left))
-    assert not any(kind.endswith("LayerNorm") for kind in advised)
+    assert {"MT5LayerNorm", "MT5DenseGatedActDense"} <= set(kinds(report.replaced))
+    silu = hf.MT5Config(**T5, feed_forward_proj="gated-silu")
+    report = fastgpt.accelerate(hf.MT5ForConditionalGeneration(silu))
+    assert "MT5DenseGatedActDense" not in kinds(report.replaced)
+    assert any("no GELU that is known" in entry.detail for entry in report.left)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_a_scale_of_large_logits_keeps_every_digit(backend):
 
 @pytest.mark.only("cpp")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_probabilities_beside_nothing_are_nothing_and_the_thread_is_as_before(backend, loss_of, dtype):
+def test_subnormal_gradients_are_0_and_the_thread_stays_as_it_was(backend, loss_of, dtype):
     """Logits 80 to 110 below the largest: subnormal gradients, for which the processor takes hundreds of cycles."""
     logits = torch.linspace(-110, 0, 4096).repeat(300, 1).to(dtype).requires_grad_()
     loss_of(logits, torch.full((300,), 4095), reduction="sum").backward()
