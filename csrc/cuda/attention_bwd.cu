@@ -268,6 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
     double dropout_p,
     bool mask_grad,
     bool deterministic) {
+  STD_TORCH_CHECK(!mask_grad, "attention_bwd_cuda does not compute the gradient of attn_mask; use the backend triton");
   const Options options{attn_mask, alibi_slopes, seed, scale, lower_right, left, right, softcap, dropout_p};
   const Checks check = check_inputs("attention_bwd_cuda", q, k, v, options);
   const int64_t batch = q.size(0), heads = q.size(1), rows = q.size(2), columns = v.size(3);
@@ -275,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(
   const Gradients g{grad_out, out, stats, like(q), like(k), like(v), grad_lse, deterministic};
   g.check({batch, heads, rows, columns}, {batch, heads, rows}, {batch, heads, rows, 2}, check);
   backward(Attention(q, k, v, options), g, q, k, v);
-  return {g.dq, g.dk, g.dv, empty(q, {0}, q.scalar_type())};  // a gradient of attn_mask was refused before
+  return {g.dq, g.dk, g.dv, empty(q, {0}, q.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(

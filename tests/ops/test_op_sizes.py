@@ -22,6 +22,7 @@ NAMES = sorted(
     if name.startswith("fastgpt::") and name.endswith("_reference")
 )
 ANY_RANK = {"alibi_slopes"}  # (H,) or (B, H)
+BROADCAST = {"attn_mask"}  # each size may be 1
 # Elements on each side of a tensor, and what they hold by kind of dtype: numbers that are valid wherever they are read.
 PADDING = 1024
 POISONS = [{"f": 3.0, "i": 1, "b": True}, {"f": -5.0, "i": 3, "b": False}]
@@ -62,9 +63,9 @@ def _calls(dtype, rows):
         _run(lambda h, w, b, f=loss: f(h, w, target, bias=b), leaf(rows, 7), leaf(11, 7), leaf(11))
 
     dropout = {"dropout_p": 0.25, "seed": 3, "return_lse": True}
-    masks = (torch.randn(2, 4, rows, 6).to(dtype), torch.rand(2, 4, rows, 6) < 0.7)
-    for extras in ({}, *({"attn_mask": m, "alibi_slopes": torch.rand(2, 4), **dropout} for m in masks)):
-        of_batch = (leaf(2, 4, rows, 8), leaf(2, 2, 6, 8), leaf(2, 2, 6, 9))
+    masks = (torch.randn(3, 4, rows, 6).to(dtype), torch.rand(3, 4, rows, 6) < 0.7)
+    for extras in ({}, *({"attn_mask": m, "alibi_slopes": torch.rand(3, 4), **dropout} for m in masks)):
+        of_batch = (leaf(3, 4, rows, 8), leaf(3, 2, 6, 8), leaf(3, 2, 6, 9))
         _run(functools.partial(ops.attention, **extras), *of_batch)
     bounds = {"cu_seqlens_q": torch.tensor([0, 2, rows]), "cu_seqlens_k": torch.tensor([0, 4, 10])}
     bounds |= {"max_seqlen_q": rows, "max_seqlen_k": 6}
@@ -238,14 +239,11 @@ def check_argument(op, reference, arguments, position):
     tensor, argument = arguments[position], op._schema.arguments[position].name
     # What the forward has saved for the backward belongs to the arguments as they were recorded.
     as_reference = {"like": reference, "with_values": "_bwd_" not in op._opname}
-    cases = [
-        (
-            what,
-            wrong,
-            {"free": is_free(arguments, position, d) or (d is None and argument in ANY_RANK), **as_reference},
-        )
-        for what, d, wrong in sizes_that_differ(tensor)
-    ]
+    cases = []
+    for what, d, wrong in sizes_that_differ(tensor):
+        free = is_free(arguments, position, d) or (d is None and argument in ANY_RANK)
+        free = free or (d is not None and argument in BROADCAST and wrong.shape[d] == 1)
+        cases.append((what, wrong, {"free": free, **as_reference}))
     cases += [
         (f"of {dtype}", tensor.to(dtype), {"free": True, **as_reference})
         for dtype in OTHER_DTYPES[tensor.dtype]
