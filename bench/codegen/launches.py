@@ -93,6 +93,9 @@ def configurations() -> Iterator[Configuration]:
         yield Configuration("attention", f"bf16 d{size} one tile", _attention(BF16, size, length=32))
     narrow = _attention(BF16, 128, value_size=64, left=128, kv_heads=1)
     yield Configuration("attention", "bf16 d128 dv64 window", narrow)
+    for dtype, size in ((BF16, 64), (BF16, 128), (FP32, 128)):
+        learned = _attention(dtype, size, mask=FP32, learned=True)
+        yield Configuration("attention", f"{_NAMES[dtype]} d{size} learned mask", learned)
     everything = _attention(BF16, 64, left=256, softcap=30.0, dropout=0.1, mask=FP32, alibi=True, kv_heads=1)
     yield Configuration("attention", "bf16 d64 everything", everything)
     for size in (64, 128):
@@ -168,10 +171,12 @@ def _attention(
     deterministic: bool = False,
     length: int = 256,
     small: bool = False,
+    learned: bool = False,
 ) -> Callable[[], None]:
     """Return a call of attention's launchers.
 
     Args:
+        learned: the mask, of all heads, requires a gradient; without it all heads share it.
         small: the problem is too small for tensor descriptors; without it every problem counts as large.
     """
 
@@ -182,9 +187,8 @@ def _attention(
         q = torch.empty(1, length, heads, size, dtype=dtype).transpose(1, 2)
         k = torch.empty(1, length, kv_heads, size, dtype=dtype).transpose(1, 2)
         v = torch.empty(1, length, kv_heads, value_size or size, dtype=dtype).transpose(1, 2)
-        full = (1, heads, length, length)
         extras = (
-            None if mask is None else torch.zeros(length, length, dtype=mask).expand(full),
+            None if mask is None else torch.zeros(1, heads if learned else 1, length, length, dtype=mask),
             torch.ones(heads) if alibi else None,
             torch.zeros(1, dtype=torch.int64) if dropout else None,
         )
@@ -192,7 +196,9 @@ def _attention(
         least = attention_launch.DESCRIPTOR_MIN_MACS if small else 0
         with mock.patch.object(attention_launch, "DESCRIPTOR_MIN_MACS", least):
             out, stats = attention.attention_fwd(q, k, v, *extras, *options)
-            attention.attention_bwd(out, None, q, k, v, out, stats, *extras, *options, False, deterministic)
+            attention.attention_bwd(
+                out, None, q, k, v, out, stats, *extras, *options, learned, deterministic
+            )
 
     return launch
 

@@ -94,7 +94,7 @@ def _attention_mask_grad(
                     b_k = load_rows(p_k_head, b, h, start_n, o_col, o_d, s_k, Lk, D, BLOCK_D, True, False)
                     b_v = load_rows(p_v_head, b, h, start_n, o_col, o_dv, s_v, Lk, DV, BLOCK_DV, True, False)
                     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-                    b_s, _ = scale_scores(b_s, scale, softcap, False)
+                    b_s, _softcap_grad = scale_scores(b_s, scale, softcap, False)
                     b_s = apply_mask(b_s, o_m[:, None], o_n[None, :], mask, seqlen, True)
                     b_p = tl.exp2(tl.fma(b_s, exponent_scale, -b_m[:, None]) * LOG2E - b_l[:, None])
                     b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
