@@ -196,9 +196,7 @@ def _attention(
         least = attention_launch.DESCRIPTOR_MIN_MACS if small else 0
         with mock.patch.object(attention_launch, "DESCRIPTOR_MIN_MACS", least):
             out, stats = attention.attention_fwd(q, k, v, *extras, *options)
-            attention.attention_bwd(
-                out, None, q, k, v, out, stats, *extras, *options, learned, deterministic
-            )
+            attention.attention_bwd(out, None, q, k, v, out, stats, *extras, *options, learned, deterministic)
 
     return launch
 
