@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import ops
+from . import ops
 
 __all__ = [
     "flash_attn_func",

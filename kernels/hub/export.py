@@ -34,6 +34,8 @@ _FOLDERS = {
 }
 _FILES = {
     "__init__.py": TEMPLATES / "public.py",
+    "layers.py": TEMPLATES / "layers.py",
+    "flash_attn_interface.py": ROOT / "fastgpt" / "flash_attn_interface.py",
     "extension.py": TEMPLATES / "extension.py",
     "backends.py": ROOT / "fastgpt" / "backends.py",
 }

@@ -1,5 +1,6 @@
 """fastgpt's ops without the package: Triton kernels on a GPU, plain PyTorch on a CPU."""
 
+from . import flash_attn_interface, layers
 from .backends import BackendUnavailable, available_backends, explain, use_backend
 from .ops import (
     add_layer_norm,
@@ -30,8 +31,10 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "explain",
+    "flash_attn_interface",
     "geglu",
     "gelu",
+    "layers",
     "linear",
     "linear_cross_entropy",
     "linear_gelu",

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as T
 
 import fastgpt
-from fastgpt import extension
+from fastgpt import extension, flash_attn_interface
 from fastgpt.backends import OPS
 from tests.support import every_op
 
@@ -75,7 +75,54 @@ def test_every_op_has_the_bits_of_the_package(kernel, monkeypatch, backend, name
 
 def test_it_has_every_op(kernel):
     assert set(OPS) <= set(kernel.__all__)
-    assert all(callable(getattr(kernel, name)) for name in kernel.__all__)
+    modules = {"flash_attn_interface", "layers"}
+    assert all(callable(getattr(kernel, name)) for name in set(kernel.__all__) - modules)
+
+
+def test_flash_attn_interface_gives_the_packages_bits(kernel):
+    q, k = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 2, 8)
+    name = "flash_attn_func"
+    ours, theirs = getattr(flash_attn_interface, name), getattr(kernel.flash_attn_interface, name)
+    with fastgpt.use_backend("reference"):
+        assert torch.equal(
+            theirs(q, k, k, causal=True, window_size=(3, 0)), ours(q, k, k, causal=True, window_size=(3, 0))
+        )
+    public = set(flash_attn_interface.__all__)
+    assert public == set(kernel.flash_attn_interface.__all__)
+
+
+LAYERS = {  # the class of transformers that asks for each
+    "RMSNorm": "models.llama.modeling_llama.LlamaRMSNorm",
+    "RMSNormZeroCentered": "models.gemma.modeling_gemma.GemmaRMSNorm",
+    "GeLU": "activations.GELUActivation",
+    "GeluTanh": "activations.GELUTanh",
+    "NewGELU": "activations.NewGELUActivation",
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_kernelize_gives_layers_of_transformers_the_kernel(repository, layer):
+    kernels = pytest.importorskip("kernels")
+    pytest.importorskip("transformers")
+    module, _, name = LAYERS[layer].rpartition(".")
+    theirs = getattr(importlib.import_module(f"transformers.{module}"), name)
+    asking = kernels.use_kernel_forward_from_hub(layer)(type(name, (theirs,), {}))
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(asking(*[6] * ("Norm" in layer))).train()
+    x = torch.randn(3, 6, requires_grad=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def results():
+        y = model(x)
+        return y, *torch.autograd.grad(y.sin().sum(), [x, *model.parameters()])
+
+    expected = results()
+    found = kernels.LocalLayerRepository(repository, layer_name=layer)
+    with kernels.use_kernel_mapping({layer: {"cpu": found}}, inherit_mapping=False):
+        kernels.kernelize(model, mode=kernels.Mode.TRAINING, device="cpu", use_fallback=False)
+    assert "layers" in model[0].forward.__func__.__module__
+    torch.testing.assert_close(results(), expected)
 
 
 def test_a_cpu_gets_the_reference_and_the_reason(kernel):
