@@ -296,6 +296,19 @@ def test_same_bits_for_any_thread_count():
         )
 
 
+def test_products_of_pytorch_between_calls_keep_their_bits():
+    """On CPUs with AMX both configure the tile registers of the same threads."""
+    a, b = torch.randn(70, 384).bfloat16(), torch.randn(384, 100).bfloat16()
+    q, k, v = inputs(torch.bfloat16, rows=150, columns=150, size=64)
+    expected, product, other = ops.attention(q, k, v), a @ b, b.T @ a.T
+    for _ in range(20):
+        found = ops.attention(q, k, v)
+        assert torch.equal(a @ b, product)
+        torch.autograd.grad(found.sum(), (q, k, v))
+        assert torch.equal(b.T @ a.T, other)
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.once
 def test_opcheck(backend):
     q, k, v = (t.detach() for t in inputs(torch.float32, rows=5, columns=7))
