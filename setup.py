@@ -280,7 +280,7 @@ class BuildKernels(build_ext):
             )
         if self.variants == "best":
             # Linux may refuse a process the tiles that the CPU has.
-            tiles = torch.cpu._init_amx()
+            tiles = getattr(torch.cpu, "_init_amx", bool)()
             self.variants = best_variant({**torch.cpu.get_capabilities(), "amx_tile": tiles})
         unwanted = {f"fastgpt._cpu_{name}" for name in CPU_VARIANTS if name not in self.variants.split()}
         unwanted |= set() if self.compiled_for else {"fastgpt._cuda"}
