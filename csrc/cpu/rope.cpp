@@ -57,7 +57,7 @@ template <bool STREAMING, bool INTERLEAVED, typename T, typename A>
     fill_two<STREAMING, A>(y, y + e.pairs, 0, e.pairs, [&](int64_t i, auto... n) {
       const Vector<A> a = load<A>(x + i, n...), b = load<A>(x + e.pairs + i, n...);
       const Vector<A> c = load<A>(cos + i, n...), s = load<A>(sin + i, n...);
-      return std::pair(a * c - b * s, b * c + a * s);
+      return Two<A>{a * c - b * s, b * c + a * s};
     });
   std::copy(x + turned, x + e.size, y + turned);
 }

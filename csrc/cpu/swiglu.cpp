@@ -72,7 +72,7 @@ void swiglu_backward(const T* grad, const T* a, const T* b, T* da, T* db, int64_
       if (STREAMING) prefetch_next_page(grad + i), prefetch_next_page(a + i), prefetch_next_page(b + i);
       const Vector<A> dy = load<A>(grad + i, n...);
       const auto silu = silu_and_grad<FINE_EXP<T>>(load<A>(a + i, n...));
-      return std::pair(dy * load<A>(b + i, n...) * silu.grad, dy * silu.value);
+      return Two<A>{dy * load<A>(b + i, n...) * silu.grad, dy * silu.value};
     });
     if (STREAMING) end_streaming();
   });

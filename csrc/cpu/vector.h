@@ -90,6 +90,12 @@ class FlushSubnormals {
   unsigned before_ = 0;
 };
 
+// Two results of one function. (std::pair takes references, to which clang gives the alignment of a whole vector.)
+template <typename A>
+struct Two {
+  Vector<A> first, second;
+};
+
 // ---- loads and stores ----
 
 // Converts between 16-bit and 32-bit words. For AVX-512 the compiler would split the vector into halves.
