@@ -4,7 +4,7 @@
 // one of B and adds 16·16·32 products to a tile of C, in 16 cycles. Blocks of 2 × 2 tiles of C stay in registers over
 // all of k, and take four loads for four products. What is left of m or k beside whole tiles goes to gemm.h.
 //
-// Sums begin with C, not with zero as in gemm.h. Denormal numbers count as 0, as they do in AVX512_BF16.
+// Sums begin with C, not with zero as in gemm.h. Subnormal numbers count as 0, as they do in AVX512_BF16.
 #pragma once
 
 #include "gemm.h"
@@ -80,7 +80,7 @@ inline void tile_block(
 }
 
 // The compiler does not know which memory the instructions above read and write.
-inline void memory_fence_of_tiles() { asm volatile("" ::: "memory"); }
+inline void compiler_barrier() { asm volatile("" ::: "memory"); }
 
 // As gemm, for a thread with TileRegisters. `a` has contiguous rows, or contiguous columns and k <= TRANSPOSED.
 template <bool ADD>
@@ -101,7 +101,7 @@ inline void gemm_on_tiles(
           transpose_square(space + r * TRANSPOSED + p, TRANSPOSED, rows + r + p * a.column, a.column);
       rows = space, row = TRANSPOSED;
     }
-    memory_fence_of_tiles();
+    compiler_barrier();
     for (int64_t j = 0; j < n; j += GEMM_N<uint32_t>) {
       const uint32_t* const panel = b.data + j * b.column;
       float* const to = c + i * c_row + j;
@@ -110,7 +110,7 @@ inline void gemm_on_tiles(
       else
         tile_block<ADD, false>(whole_k, rows, row * BYTES, panel, b.row * BYTES, to, c_row * BYTES);
     }
-    memory_fence_of_tiles();
+    compiler_barrier();
   }
   if (whole_k < k)
     gemm<true>(

@@ -154,8 +154,8 @@ Tensor head_major(ScalarType type, int64_t batch, int64_t heads, int64_t length,
   return empty_strided({batch, heads, length, size}, {entry, head, row, 1}, type);
 }
 
-// Expands a mask, to which each of `sizes` is (B, H, Lq, Lk) or 1, to (B, H, Lq, Lk). A floating mask is converted to
-// the compute type before.
+// Broadcasts a mask (B or 1, H or 1, Lq or 1, Lk or 1) to (B, H, Lq, Lk). A floating mask is converted to the compute
+// type before, while it is small.
 OptionalTensor prepare_mask(const OptionalTensor& mask, const Tensor& q, const Tensor& k, ScalarType acc) {
   if (!mask) return mask;
   std::array<int64_t, 4> smallest, strides, sizes{q.size(0), q.size(1), q.size(2), k.size(2)};
