@@ -31,7 +31,7 @@ TRITON_CACHE = ROOT / "build" / "triton"  # can be copied from another machine
 TESTS: dict[str, tuple[str, ...]] = {
     "attention": (
         *("attention", "attention_cuda", "attention_split", "attention_extremes"),
-        *("attention_masks", "attention_mask_grad", "attention_sinks"),
+        *("attention_head_sizes", "attention_masks", "attention_mask_grad", "attention_sinks"),
     ),
     "cross_entropy": ("cross_entropy", "cross_entropy_with_grad", "cross_entropy_extremes"),
     "linear_cross_entropy": ("linear_cross_entropy",),

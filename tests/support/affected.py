@@ -28,7 +28,10 @@ MODELS = (
     "accelerate_others accelerate_biases accelerate_torch accelerate_report accelerate_verify accelerate_heads "
     "accelerate_zoo deferred_logits torchscript training_stacks"
 )
-ATTENTION = "attention attention_extremes attention_masks attention_mask_grad attention_sinks attention_varlen op_sizes"
+ATTENTION = (
+    "attention attention_extremes attention_head_sizes attention_masks attention_mask_grad attention_sinks "
+    "attention_varlen op_sizes"
+)
 LOSSES = "cross_entropy cross_entropy_extremes cross_entropy_with_grad linear_cross_entropy op_sizes"
 OPS = " ".join(
     dict.fromkeys(f"{ATTENTION} {LOSSES} linear {GELUS} {GATES} add_layer_norm rms_norm rope".split())
